@@ -1,0 +1,178 @@
+"""Errors a user sees, and objects made from `target:` nodes of a YAML."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake the user can mend; its message is one line that names the thing, the value and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A YAML names something that does not exist or does not fit."""
+
+
+class UsageError(UserError):
+    """A command line that makes no sense."""
+
+    exit_code = 2
+
+
+def exists(value: Any) -> bool:
+    return value is not None
+
+
+def default(value: Any, fallback: Any) -> Any:
+    return fallback if value is None else value
+
+
+def get_obj_from_str(path: str) -> Any:
+    """Import the object that a dotted path names.
+
+    Raises ConfigError, with different words for a module that is absent, a module that fails to import and a
+    name the module does not hold.
+    """
+    module_name, _, name = str(path).rpartition(".")
+    if not module_name:
+        raise ConfigError(f"target '{path}' is not a dotted path; write it as package.module.Name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(missing + "."):
+            raise ConfigError(
+                f"target '{path}': there is no module '{missing}'; check its spelling"
+            ) from error
+        raise ConfigError(
+            f"target '{path}': module '{module_name}' needs the package '{missing}'; install it"
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise ConfigError(
+            f"target '{path}': module '{module_name}' has no '{name}'; check its spelling"
+        ) from error
+
+
+def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Build the object that a node `{target: dotted.path, params: {...}}` describes.
+
+    `extra` keyword arguments join the params. Raises ConfigError if the node has no target, the target does
+    not exist, or the params do not fit its signature.
+    """
+    target = _target_of(config)
+    factory = get_obj_from_str(target)
+    params = _params_of(config)
+    problem = _binding_problem(factory, params | extra)
+    if problem:
+        raise ConfigError(f"{target}: {problem}")
+    return factory(**params, **extra)
+
+
+def check_config(
+    config: Mapping[str, Any], where: str = "config", supplied: Mapping[str, str] | None = None
+) -> None:
+    """Check every `target` node below `config` without building anything.
+
+    `supplied` names, for a params key (such as personalization_config), the keyword that its owner adds when
+    it builds that node. Raises one ConfigError that lists all problems: unknown targets, unknown and missing
+    keys.
+    """
+    problems = list(_problems(config, where, supplied or SUPPLIED_BY_OWNER, owner_key=""))
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+# Keywords that a class adds when it builds one of its own nodes, so that a YAML may leave them out.
+SUPPLIED_BY_OWNER = {"personalization_config": "embedder"}
+
+
+def _problems(node: Any, where: str, supplied: Mapping[str, str], owner_key: str) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if "target" in node and isinstance(node["target"], str) and set(node) <= {"target", "params"}:
+            params = _params_of(node)
+            owner_adds = {supplied[owner_key]: None} if owner_key in supplied else {}
+            try:
+                problem = _binding_problem(get_obj_from_str(node["target"]), params | owner_adds)
+            except ConfigError as error:
+                problem = str(error)
+                yield f"{where}: {problem}"
+            else:
+                if problem:
+                    yield f"{where}: {node['target']}: {problem}"
+        for key, value in _items(node):
+            yield from _problems(value, f"{where}.{key}", supplied, owner_key=str(key))
+    elif isinstance(node, (list, tuple)) or type(node).__name__ == "ListConfig":
+        for index, value in enumerate(node):
+            yield from _problems(value, f"{where}[{index}]", supplied, owner_key="")
+
+
+def _items(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The children of a mapping, with `params` looked through so that paths stay short."""
+    for key, value in node.items():
+        if key == "params" and isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def _target_of(config: Mapping[str, Any]) -> str:
+    if not isinstance(config, Mapping) or not config.get("target"):
+        raise ConfigError(f"a config node needs a 'target', got {config!r}"[:200])
+    return config["target"]
+
+
+def _params_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    params = config.get("params")
+    return {str(key): params[key] for key in params} if params else {}
+
+
+def _binding_problem(factory: Any, params: Mapping[str, Any]) -> str | None:
+    """Why `factory(**params)` would be refused, or None."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # builtins without a signature cannot be checked beforehand
+        return None
+    accepted = signature.parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted):
+        names = [p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        unknown = [key for key in params if key not in names]
+        if unknown:
+            keys = ", ".join(f"'{key}'" for key in unknown)
+            return f"unknown key {keys}; known are {', '.join(names) or 'none'}"
+    required = [
+        p.name
+        for p in accepted
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in params
+    ]
+    if required:
+        return "missing key " + ", ".join(f"'{name}'" for name in required)
+    return None
+
+
+_read_pretrained: ContextVar[bool] = ContextVar("read_pretrained", default=True)
+
+
+@contextmanager
+def skip_pretrained() -> Iterator[None]:
+    """Within this block constructors read no pretrained weights: a checkpoint brings them."""
+    token = _read_pretrained.set(False)
+    try:
+        yield
+    finally:
+        _read_pretrained.reset(token)
+
+
+def pretrained_wanted() -> bool:
+    """Whether a constructor should read pretrained weights (see `skip_pretrained`)."""
+    return _read_pretrained.get()
