@@ -1,0 +1,63 @@
+# Every target sets up what it needs in .venv by itself, once. `make demo PYTHON=python3.12` picks the Python for it;
+# `make test PY=python` uses the environment that is active instead (`make install PY=python` fills it).
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.set-up
+endif
+
+PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu lint format clean packages
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+ifdef READY
+install: $(READY)  ## set up .venv, or with PY=python the active environment
+else
+install: packages
+endif
+
+# torch comes first and by its pin: on a machine with CUDA it is the CUDA build, and what follows keeps it.
+packages:
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -q -e '.[dev]'
+	$(PIP_INSTALL) -q --no-deps -r requirements-no-deps.txt
+
+$(VENV)/.set-up: setup.py constraints.txt requirements-no-deps.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
+	@echo "Setting up $(VENV), once: this takes a few minutes"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(MAKE) --no-print-directory packages PY=$(PY)
+	@touch $@
+
+demo: $(READY)  ## invert a sample concept, generate with it, show the picture
+	$(PY) scripts/demo.py
+
+test: $(READY)  ## the fast tests: no network, no GPU
+	$(PY) -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(PY) -m pytest -m 'slow and not gpu'
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(PY) -m pytest -m gpu
+
+lint: $(READY)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)  ## let ruff rewrite the files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove caches and build leftovers; .venv, logs and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Packaging of the library `ldm`; `constraints.txt` holds the versions it was tested with."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="textual-inversion",
+    version="0.1.0",
+    description="Textual inversion on frozen latent diffusion models: one word learnt from a few images",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(include=["ldm", "ldm.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "pytorch-lightning>=2.2,<3",
+        "transformers>=4.46",
+        "omegaconf>=2.3",
+        "einops>=0.6",
+        "kornia>=0.7",
+        "numpy>=1.24",
+        "pillow>=9.4",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.13",
+        "tqdm>=4.60",
+    ],
+    # The quantiser of VQ first stages is not here: it declares torchvision, see requirements-no-deps.txt.
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.31"],
+        "ui": ["gradio>=4.44"],
+    },
+)

@@ -1,0 +1,240 @@
+"""The shape of the code: which room may import which, and what no file of the library may do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each room with what it may import besides itself. `base` is the modules that lie directly in ldm/.
+LIBRARY = {
+    "base": set(),
+    "data": {"base"},
+    "embeddings": {"base"},
+    "modules": {"base"},
+    "models": {"base", "modules"},
+}
+USES = {"base", "data", "embeddings", "modules", "models", "generate", "evaluation", "training"}
+ROOMS = {
+    **LIBRARY,
+    "generate": USES,
+    "evaluation": USES,
+    "training": USES,
+    "scripts": USES | {"main"},
+    "main": USES,
+}
+
+
+def sources(root: Path) -> list[Path]:
+    """Return every Python file of the library, `main.py` and `scripts/` under `root`, sorted."""
+    return sorted([*root.glob("ldm/**/*.py"), *root.glob("main.py"), *root.glob("scripts/**/*.py")])
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str | None:
+    """Name the room of a dotted module of this repository; None for one of somebody else's."""
+    top, *rest = module.split(".")
+    if top in {"main", "scripts"}:
+        return top
+    if top != "ldm":
+        return None
+    return rest[0] if rest and rest[0] in ROOMS else "base"
+
+
+def imports(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of every import in `tree`, those inside functions included."""
+    package = module_name(path, root).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+
+
+def wrong_directions(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    here = room(module_name(path, root))
+    for line, name in imports(tree, path, root):
+        there = room(name)
+        if there not in {None, here, *ROOMS[here]}:
+            yield line, f"{here} imports {name}, which is in {there}"
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def prints(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    if module_name(path, root).startswith("ldm"):
+        for node in calls(tree):
+            if isinstance(node.func, ast.Name) and node.func.id == "print":
+                yield node.lineno, "print() in the library: use the module's logger"
+
+
+def device_choices(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    for node in calls(tree):
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            yield node.lineno, ".cuda(): the caller says which device, with .to(device)"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for default in [*node.args.defaults, *node.args.kw_defaults]:
+                if isinstance(default, ast.Constant) and str(default.value).startswith(("cuda", "cpu")):
+                    yield default.lineno, f"{node.name}() has a device as a default"
+
+
+def unwanted_packages(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    for line, name in imports(tree, path, root):
+        if name.split(".")[0] == "torchvision":
+            yield line, "torchvision: it has to match the build of torch, and nothing may need it"
+    for node in tree.body if isinstance(tree, ast.Module) else []:
+        for line, name in imports(node, path, root):
+            at_import = not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if name.split(".")[0] == "taming" and at_import:
+                yield line, "taming is imported where a VQ model is built, not when the module is imported"
+
+
+def addresses(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Find literals that are web addresses or absolute paths; docstrings may cite sources."""
+    cited = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in cited:
+            if re.search(r"https?://", node.value):
+                yield node.lineno, f"a web address in code: {node.value!r}"
+            if re.match(r"/\w+/\w", node.value):
+                yield node.lineno, f"an absolute path in code: {node.value!r}"
+
+
+RULES = [wrong_directions, prints, device_choices, unwanted_packages, addresses]
+
+
+def violations(rule: Callable[[ast.AST, Path, Path], Iterator[tuple[int, str]]], root: Path) -> list[str]:
+    found = []
+    for path in sources(root):
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        found += [f"{path.relative_to(root)}:{line}: {said}" for line, said in rule(tree, path, root)]
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_code_keeps_the_rule(rule):
+    assert violations(rule, ROOT) == []
+
+
+def test_every_folder_of_the_library_is_a_known_room():
+    folders = {path.relative_to(ROOT / "ldm").parts[0] for path in (ROOT / "ldm").glob("*/**/*.py")}
+    assert folders <= set(ROOMS), "say in ROOMS what a new folder may import"
+
+
+def test_one_module_alone_knows_taming():
+    knows = [
+        path
+        for path in sources(ROOT)
+        if any(name.split(".")[0] == "taming" for _, name in imports(ast.parse(path.read_text()), path, ROOT))
+    ]
+    assert len(knows) <= 1
+
+
+BAD = {
+    "ldm/util.py": ("from ldm.modules import attention", wrong_directions),
+    "ldm/modules/attention.py": (
+        "def f():\n    from ..models.autoencoder import AutoencoderKL",
+        wrong_directions,
+    ),
+    "ldm/models/ddpm.py": ("import ldm.training.config", wrong_directions),
+    "ldm/data/personalized.py": ("from ldm import embeddings", wrong_directions),
+    "ldm/embeddings/read.py": ("from ..modules.tokens import PromptTokenizer", wrong_directions),
+    "ldm/training/run.py": ("import main", wrong_directions),
+    "ldm/prompts.py": ("print('hello')", prints),
+    "main.py": ("model.cuda()", device_choices),
+    "scripts/txt2img.py": ("def run(device='cuda'):\n    pass", device_choices),
+    "ldm/images.py": ("if True:\n    import torchvision.transforms", unwanted_packages),
+    "ldm/models/autoencoder.py": (
+        "try:\n    from taming.modules.vqvae import quantize\nexcept ImportError:\n    pass",
+        unwanted_packages,
+    ),
+    "ldm/files.py": ("'''Cites https://example.org.'''\nURL = 'https://example.org/model.ckpt'", addresses),
+    "ldm/checkpoint.py": ("CACHE = '/data/models'", addresses),
+}
+
+
+@pytest.mark.parametrize("file", BAD)
+def test_a_bad_line_is_found(file, tmp_path):
+    line, rule = BAD[file]
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    assert len(violations(rule, tmp_path)) == 1
+    assert [other.__name__ for other in RULES if other is not rule and violations(other, tmp_path)] == []
+
+
+def test_good_lines_are_let_through(tmp_path):
+    good = {
+        "main.py": "from ldm.training.run import fit\nfrom ldm.util import UserError\nprint('done')",
+        "ldm/util.py": "'''See https://example.org.'''\nimport torch\nprinted = torch.cuda.is_available()",
+        "ldm/models/autoencoder.py": "def build():\n    from taming.modules.vqvae import quantize\n    return quantize",
+        "ldm/models/diffusion/ddpm.py": "from ..autoencoder import AutoencoderKL\nfrom ...modules import ema",
+    }
+    for file, text in good.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert [violation for rule in RULES for violation in violations(rule, tmp_path)] == []
+
+
+# Runs apart: torchvision and taming are made unimportable, and each module is imported on its own, the others
+# forgotten, so that a circle of imports shows whichever end it is entered from.
+IMPORT_ALL = """
+import importlib, json, sys, traceback
+for name in ("torchvision", "taming"):
+    sys.modules[name] = None
+failed = {}
+for module in json.loads(sys.argv[1]):
+    for known in [name for name in sys.modules if name == "ldm" or name.startswith("ldm.")]:
+        del sys.modules[known]
+    try:
+        importlib.import_module(module)
+    except Exception:
+        failed[module] = traceback.format_exc(limit=-2)
+print(json.dumps(failed))
+"""
+
+
+def import_all(root: Path, modules: list[str]) -> dict[str, str]:
+    command = [sys.executable, "-c", IMPORT_ALL, json.dumps(modules)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_module_imports_by_itself_without_torchvision():
+    modules = [module_name(path, ROOT) for path in sources(ROOT) if path.is_relative_to(ROOT / "ldm")]
+    assert import_all(ROOT, modules) == {}
+
+
+def test_a_circle_and_a_missing_package_are_found(tmp_path):
+    package = tmp_path / "ldm"
+    package.mkdir()
+    (package / "a.py").write_text("import ldm.b\nx = 1")
+    (package / "b.py").write_text("from ldm.a import x")
+    (package / "c.py").write_text("import torchvision")
+    assert sorted(import_all(tmp_path, ["ldm.a", "ldm.b", "ldm.c"])) == ["ldm.a", "ldm.c"]
