@@ -1,0 +1,1 @@
+"""Datasets, reached from the models through YAML only."""

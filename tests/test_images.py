@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.images import (
+    ImageError,
+    enlarged,
+    image_grid,
+    labelled,
+    list_images,
+    open_image,
+    text_picture,
+    to_pil,
+    to_tensor,
+)
+
+RED = (200, 30, 40)
+
+
+def saved(path, image: Image.Image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_listing_is_sorted_and_skips_the_rest_in_one_line(tmp_path, caplog):
+    for name in ("b.PNG", "a.jpg", "c"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+    for name in (".DS_Store", "._a.jpg", "a.txt", "notes.md", "README"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "more.png").mkdir()
+    with caplog.at_level(logging.INFO):
+        assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "c"]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: skipped what is not an image: README, more.png/, notes.md"
+    ]
+
+
+def test_listing_errors_name_the_folder(tmp_path):
+    (tmp_path / "file.png").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "notes.md").touch()
+    for name, message in (
+        ("gone", "not found"),
+        ("file.png", "is a file"),
+        ("empty", "no images.*it is empty"),
+        ("texts", "no images.*notes.md"),
+    ):
+        with pytest.raises(ImageError, match=message) as caught:
+            list_images(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation: int):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", stored, exif=exif)
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(upright))
+
+
+def test_transparency_lies_over_white(tmp_path):
+    rgba = np.full((2, 3, 4), (*RED, 255), dtype=np.uint8)
+    rgba[:, 0, 3] = 0
+    rgba[:, 1, 3] = 128
+    opened = np.asarray(open_image(saved(tmp_path / "rgba.png", Image.fromarray(rgba))))
+    assert tuple(opened[0, 0]) == (255, 255, 255)
+    assert np.allclose(opened[0, 1], (227, 142, 147), atol=1)
+    assert tuple(opened[0, 2]) == RED
+
+    grey = Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")
+    assert np.asarray(open_image(saved(tmp_path / "la.png", grey)))[0, :, 0].tolist() == [255, 10]
+
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, *RED])
+    palette.putpixel((0, 0), 0)
+    opened = np.asarray(open_image(saved(tmp_path / "p.png", palette, transparency=0)))
+    assert opened[0].tolist() == [[255, 255, 255], list(RED)]
+
+
+def test_deep_greys_are_scaled_not_clipped(tmp_path):
+    ramp = np.array([[0, 257, 128 * 257, 65535]])
+    for name, array in (
+        ("a.png", ramp.astype(np.uint16)),
+        ("b.tiff", ramp.astype(np.uint16)),
+        ("c.tiff", ramp.astype(np.int32)),
+        ("d.tiff", (ramp / 65535).astype(np.float32)),
+    ):
+        opened = np.asarray(open_image(saved(tmp_path / name, Image.fromarray(array))))
+        assert opened[0, :, 0].tolist() == [0, 1, 128, 255], name
+    dark = np.array([[0, 200]], dtype=np.uint16)
+    assert np.asarray(open_image(saved(tmp_path / "e.png", Image.fromarray(dark)))).max() == 1
+
+
+def test_other_modes_become_rgb(tmp_path):
+    bits = Image.new("1", (8, 8))
+    bits.putpixel((0, 0), 1)
+    opened = open_image(saved(tmp_path / "bits.png", bits))
+    assert opened.mode == "RGB" and opened.getpixel((0, 0)) == (255, 255, 255)
+
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    opened = open_image(saved(tmp_path / "cmyk.jpg", cmyk, quality=100))
+    assert opened.mode == "RGB" and np.allclose(opened.getpixel((3, 3)), (255, 0, 0), atol=4)
+
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path / "two.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert open_image(path).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_damaged_files_are_one_line_that_names_them(tmp_path, monkeypatch):
+    whole = saved(tmp_path / "whole.jpg", Image.effect_noise((64, 64), 50))
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[:900])
+    page = tmp_path / "page.png"
+    page.write_text("<html>")
+    png = bytearray(saved(tmp_path / "whole.png", Image.effect_noise((64, 64), 50)).read_bytes())
+    png[60:90] = bytes(30)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(png)
+    (tmp_path / "nothing.png").touch()
+    for path in (cut, page, broken, tmp_path / "nothing.png", tmp_path / "gone.png"):
+        with pytest.raises(ImageError) as caught:
+            open_image(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"whole\.jpg: Image size .* exceeds limit"):
+        open_image(whole)
+
+
+def test_a_large_photo_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):
+    path = saved(tmp_path / "large.png", Image.new("RGB", (40, 40)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert open_image(path).size == (40, 40)
+    assert not recwarn.list
+
+
+def test_reading_leaves_no_file_open(tmp_path):
+    path = saved(tmp_path / "a.png", Image.new("RGB", (8, 8)))
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    kept = [open_image(path) for _ in range(20)]
+    after = len(os.listdir("/proc/self/fd")) if before else 0
+    assert len(kept) == 20 and after <= before
+
+
+def test_tensors_and_pictures_are_inverse():
+    picture = Image.fromarray(np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3))
+    tensor = to_tensor(picture)
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert np.array_equal(np.asarray(to_pil(tensor)), np.asarray(picture))
+    assert np.array_equal(np.asarray(to_pil(tensor.double())), np.asarray(picture))
+    assert to_pil(torch.tensor([2.0, -2.0, 0.0]).reshape(3, 1, 1)).getpixel((0, 0)) == (255, 0, 128)
+
+
+def test_grid():
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    sheet = image_grid(pictures, columns=2, padding=3, scale=2)
+    assert sheet.size == (2 * (8 + 3) + 3, 2 * (8 + 3) + 3)
+    assert sheet.getpixel((3, 3)) == (255, 0, 0) and sheet.getpixel((10, 10)) == (255, 0, 0)
+    assert sheet.getpixel((14, 3)) == (0, 255, 0)
+    assert sheet.getpixel((3, 14)) == (0, 0, 255)
+    assert sheet.getpixel((20, 20)) == sheet.getpixel((11, 3)) == (255, 255, 255)
+    assert image_grid(pictures[:1], columns=4, padding=0).size == (4, 4)
+    with pytest.raises(ImageError, match="at least one"):
+        image_grid([], columns=2)
+
+
+def test_enlarged_repeats_pixels():
+    picture = Image.new("RGB", (2, 1), "red")
+    picture.putpixel((1, 0), (0, 0, 255))
+    assert np.asarray(enlarged(picture, 3))[2, :, 2].tolist() == [0, 0, 0, 255, 255, 255]
+
+
+def test_labels_stand_below_the_picture():
+    picture = Image.new("RGB", (64, 64), "red")
+    short, long = labelled(picture, "a cat"), labelled(picture, "a photo of a very small cat on a red mat")
+    assert short.width == long.width == 64
+    assert 64 < short.height < long.height
+    for sheet in (short, long):
+        assert np.array_equal(np.asarray(sheet)[:64], np.asarray(picture))
+        assert np.asarray(sheet)[64:].min() < 128
+
+
+def test_text_is_broken_inside_a_long_word_and_takes_any_script():
+    ink = np.asarray(text_picture("pneumonoultramicroscopic", 40, 60)) < 128
+    assert ink[20:60].any() and not ink[:, -1].any()
+    text_picture("a photo of * with א", 100, 20)
