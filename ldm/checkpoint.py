@@ -1,0 +1,187 @@
+"""Model checkpoints: `.ckpt` and `.safetensors`, published or our own, read safely and once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldm import pickles
+from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or does not belong to the model."""
+
+
+class _Inert:
+    """Stands for a class that an old checkpoint names beside its weights; nothing of it is used."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+# Lightning 1.x kept its callbacks in the checkpoint, keyed by class or holding instances of these.
+_LIGHTNING_CLASSES = [
+    (_Inert, f"{package}.{name}")
+    for package in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+    for name in (
+        "callbacks.model_checkpoint.ModelCheckpoint",
+        "callbacks.early_stopping.EarlyStopping",
+        "utilities.parsing.AttributeDict",
+    )
+]
+
+
+def _numpy_classes() -> list[Any]:
+    """What a numpy scalar in a pickle needs, under the module names of numpy 1 and 2."""
+    import numpy as np
+    from numpy._core.multiarray import _reconstruct, scalar
+
+    dtypes = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i2", "i4", "i8", "u1", "?")]
+    named = [(scalar, "numpy.core.multiarray.scalar"), (_reconstruct, "numpy.core.multiarray._reconstruct")]
+    return [scalar, _reconstruct, *named, np.dtype, np.ndarray, *dtypes, np.float64, np.float32, np.int64]
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, mapped into memory rather than read, on the CPU.
+
+    Recognises safetensors and PyTorch files by their content; of a training checkpoint the `state_dict` is taken.
+    Raises UserError if the file is absent, damaged, or holds anything else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"checkpoint '{path}' does not exist; check the path")
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint '{path}' is a folder; name the .ckpt or .safetensors file in it")
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    content = pickles.load(
+        path, classes=[*_LIGHTNING_CLASSES, *_numpy_classes()], mmap=True, what=f"checkpoint '{path}'"
+    )
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"checkpoint '{path}' holds {type(content).__name__}, no state dict; is it a model?"
+        )
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(map(str, list(state)[:3])) or "nothing"
+        raise CheckpointError(
+            f"checkpoint '{path}' holds no weights (it holds {keys}); is it an embedding file?"
+        )
+    return tensors
+
+
+def _is_safetensors(path: Path) -> bool:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 2)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"checkpoint '{path}' is damaged ({str(error)[:120]}); download it again"
+        ) from error
+
+
+def load_model_from_config(
+    config: Mapping[str, Any] | str | Path, ckpt: str | Path, device: torch.device | str | None = None
+) -> nn.Module:
+    """Build the model that a YAML describes and fill it from a checkpoint.
+
+    `config` is a path, or a mapping with or without its `model:` node. The model comes back in eval mode, on
+    `device` if given. Weights are mapped, not read twice. Differences between file and model are logged once.
+    Raises ConfigError for a YAML that does not fit its classes (before the file is opened) and CheckpointError if
+    parameters would be left without a value.
+    """
+    if isinstance(config, (str, Path)):
+        if not Path(config).is_file():
+            raise ConfigError(f"config '{config}' does not exist; check the path")
+        config = OmegaConf.load(config)
+    node = config.get("model", config)
+    check_config(node, "model")
+    state = read_state_dict(ckpt)
+    with skip_pretrained(), uninitialised():
+        model = instantiate_from_config(node)
+    load_state(model, state, source=f"checkpoint '{ckpt}'")
+    if device is not None:
+        model = model.to(device)
+    return model.eval()
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy a state dict into a model; see `load_model_from_config` for what is an error."""
+    own = model.state_dict()
+    wrong = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
+    shared = state.keys() & own.keys()
+    if not shared:
+        raise CheckpointError(
+            f"{source} holds no weight of {type(model).__name__} (it has '{min(state)}', the model "
+            f"'{min(own)}'); use the config that belongs to it"
+        )
+    optional = tuple(getattr(model, "optional_state", ()))
+    wrong = [key for key in wrong if not key.startswith(optional)] if optional else wrong
+    if wrong:
+        key = min(wrong)
+        raise CheckpointError(
+            f"{source} does not fit the config: '{key}' is {list(state[key].shape)} in the file and "
+            f"{list(own[key].shape)} in the model ({len(wrong)} such keys); use the config that belongs to it"
+        )
+    parameters = dict(model.named_parameters())
+    missing = [key for key in parameters if key not in state and not (optional and key.startswith(optional))]
+    if missing:
+        raise CheckpointError(
+            f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
+            f"'{missing[0]}'; use the config that belongs to it"
+        )
+    fitting = {key: value for key, value in state.items() if key not in own or value.shape == own[key].shape}
+    result = model.load_state_dict(fitting, strict=False)
+    unexpected = [key for key in result.unexpected_keys if not key.startswith(_IGNORED)]
+    if unexpected:
+        logger.warning(
+            "%s: %d unexpected keys are ignored, such as '%s'", source, len(unexpected), unexpected[0]
+        )
+
+
+# Copies that training kept beside the weights, or that old layouts wrote.
+_IGNORED = ("model_ema.", "cond_stage_model.transformer.text_model.embeddings.position_ids")
+
+
+class _SkipRandomFill(TorchFunctionMode):
+    """Leaves tensors as they are where an initialiser would draw random numbers for them in place."""
+
+    _FILLS = {
+        Tensor.uniform_,
+        Tensor.normal_,
+        Tensor.trunc_normal_ if hasattr(Tensor, "trunc_normal_") else None,
+    }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self._FILLS and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def uninitialised() -> Iterator[None]:
+    """Within this block layers skip their random initialisation, because a checkpoint fills them next."""
+    with _SkipRandomFill():
+        yield

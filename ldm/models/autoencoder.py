@@ -1,0 +1,188 @@
+"""First stages: pictures to latents and back (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from ldm.models.first_stage_training import FirstStageTraining
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class AutoencoderKL(FirstStageTraining):
+    """First stage whose latent is a Gaussian held near the standard normal.
+
+    `ddconfig` holds the parameters of `Encoder` and `Decoder`, `embed_dim` the latent's channels, `lossconfig` the
+    loss's node. `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`.
+    `scheduler_config` is a node of `ldm.lr_scheduler`.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        monitor: str | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(lossconfig, image_key, monitor, scheduler_config)
+        if not ddconfig.get("double_z", True):
+            raise ConfigError(
+                "AutoencoderKL: ddconfig.double_z must be true, a posterior has mean and variance"
+            )
+        self.embed_dim = embed_dim
+        z_channels = ddconfig["z_channels"]
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Posterior of pictures [B, 3, H, W] in [-1, 1] over latents [B, embed_dim, H/f, W/f]."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool = True
+    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        posterior = self.encode(x)
+        z = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode(z), posterior
+
+
+class VQModel(FirstStageTraining):
+    """First stage whose latent is quantised to `n_embed` vectors of `embed_dim` (van den Oord et al. 2017).
+
+    `lr_g_factor` multiplies the decoder's learning rate; `remap` and `sane_index_shape` go to the quantiser;
+    `use_ema` keeps a running average of the weights. The other parameters are those of `AutoencoderKL`.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        monitor: str | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+        lr_g_factor: float = 1.0,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+    ) -> None:
+        super().__init__(lossconfig, image_key, monitor, scheduler_config, lr_g_factor)
+        self.embed_dim = embed_dim
+        self.n_embed = n_embed
+        z_channels = ddconfig["z_channels"]
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.quantize = _vector_quantizer()(
+            n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
+        )
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Quantised latents, the codebook's loss, and the quantiser's details."""
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(quantized))
+
+    def decode_code(self, codes: Tensor) -> Tensor:
+        """Pictures of codebook indices [B, h, w]."""
+        return self.decode(self.quantize.embedding(codes).movedim(-1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        quantized, codebook_loss, _ = self.encode(x)
+        return self.decode(quantized), codebook_loss
+
+
+class VQModelInterface(VQModel):
+    """A VQ first stage as a diffusion model sees it: latents before quantisation, quantised when decoded."""
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        monitor: str | None = None,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+    ) -> None:
+        super().__init__(
+            ddconfig,
+            lossconfig,
+            n_embed,
+            embed_dim,
+            ckpt_path=ckpt_path,
+            ignore_keys=ignore_keys,
+            image_key=image_key,
+            monitor=monitor,
+            remap=remap,
+            sane_index_shape=sane_index_shape,
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encode_to_prequant(x)
+
+    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
+        if not force_not_quantize:
+            h, _, _ = self.quantize(h)
+        return super().decode(h)
+
+
+class IdentityFirstStage(pl.LightningModule):
+    """No first stage: diffusion in pixel space."""
+
+    def __init__(self, vq_interface: bool = False) -> None:
+        super().__init__()
+        self.vq_interface = vq_interface
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def quantize(self, x: Tensor) -> Any:
+        return (x, None, [None, None, None]) if self.vq_interface else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _vector_quantizer() -> type[nn.Module]:
+    """taming's quantiser, imported here because only VQ first stages need the package."""
+    try:
+        from taming.modules.vqvae.quantize import VectorQuantizer2
+    except ImportError as error:
+        raise ConfigError(
+            "a VQ first stage needs VectorQuantizer2 of the package taming-transformers-rom1504; "
+            "run: pip install --no-deps taming-transformers-rom1504"
+        ) from error
+    return VectorQuantizer2

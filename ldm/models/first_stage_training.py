@@ -1,0 +1,125 @@
+"""How first stages are trained: a generator and, if the loss has one, a discriminator in turn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import read_state_dict
+from ldm.util import instantiate_from_config, pretrained_wanted
+
+logger = logging.getLogger(__name__)
+
+
+class FirstStageTraining(pl.LightningModule):
+    """Training of an encoder and decoder by the loss that `lossconfig` describes.
+
+    Sub-classes own `encoder`, `decoder` and a forward that returns the reconstruction and what the loss needs
+    beside it. Optimisation is manual because two optimisers may alternate; only the generator's steps count as
+    `global_step`.
+    """
+
+    def __init__(
+        self,
+        lossconfig: Mapping[str, Any],
+        image_key: str,
+        monitor: str | None,
+        scheduler_config: Mapping[str, Any] | None,
+        lr_g_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.image_key = image_key
+        self.monitor = monitor
+        self.scheduler_config = scheduler_config
+        self.lr_g_factor = lr_g_factor
+        self.loss = instantiate_from_config(lossconfig)
+
+    def init_from_ckpt(self, path: str | None, ignore_keys: Sequence[str] = ()) -> None:
+        """Start from the weights of a checkpoint, without keys that begin with one of `ignore_keys`."""
+        if path is None or not pretrained_wanted():
+            return
+        state = {
+            key: value
+            for key, value in read_state_dict(path).items()
+            if not key.startswith(tuple(ignore_keys) + ("loss.",))
+        }
+        result = self.load_state_dict(state, strict=False)
+        missing = [key for key in result.missing_keys if not key.startswith("loss.")]
+        if missing or result.unexpected_keys:
+            logger.warning(
+                "first stage '%s': %d keys missing, %d unexpected",
+                path,
+                len(missing),
+                len(result.unexpected_keys),
+            )
+
+    def get_input(self, batch: Mapping[str, Any], key: str | None = None) -> Tensor:
+        """Pictures [B, 3, H, W] of a batch that holds [B, H, W, 3]."""
+        x = batch[key or self.image_key]
+        x = x[..., None] if x.ndim == 3 else x
+        return x.movedim(-1, 1).to(self.device, torch.float32, memory_format=torch.contiguous_format)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        x = self.get_input(batch)
+        optimizers = self.optimizers()
+        generator, *adversary = optimizers if isinstance(optimizers, list) else [optimizers]
+        reconstruction, detail = self(x)
+        loss, parts = self.loss(x, reconstruction, detail, self.global_step, self.decoder.last_layer)
+        generator.zero_grad()
+        self.manual_backward(loss)
+        generator.step()
+        if adversary and self.loss.discriminator_active(self.global_step):
+            disc_loss = self.loss.discriminate(x, reconstruction)
+            adversary[0].zero_grad()
+            self.manual_backward(disc_loss)
+            adversary[0].optimizer.step()  # the bare optimiser, so that a batch counts as one step
+            parts["disc_loss"] = disc_loss.detach()
+        for scheduler in self._schedulers():
+            scheduler.step()
+        self.log_dict({f"train/{name}": value for name, value in parts.items()})
+        self.log("loss", parts["rec_loss"], prog_bar=True, logger=False)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Log the loss's parts and the PSNR in dB of pictures in [-1, 1]."""
+        x = self.get_input(batch)
+        reconstruction, detail = self(x)
+        _, parts = self.loss(x, reconstruction, detail, self.global_step, self.decoder.last_layer)
+        error = (reconstruction.clamp(-1, 1) - x).pow(2).flatten(1).mean(dim=1)
+        parts["psnr"] = (10 * torch.log10(4.0 / error)).mean()
+        self.log_dict({f"val/{name}": value for name, value in parts.items()}, batch_size=x.shape[0])
+
+    def configure_optimizers(self) -> Any:
+        decoder = list(self.decoder.parameters()) + list(self.post_quant_conv.parameters())
+        in_decoder = {id(parameter) for parameter in decoder}
+        adversary = list(self.loss.discriminator.parameters()) if hasattr(self.loss, "discriminator") else []
+        excluded = in_decoder | {id(parameter) for parameter in adversary}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in excluded]
+        groups = [{"params": rest}, {"params": decoder, "lr": self.learning_rate * self.lr_g_factor}]
+        optimizers = [torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.5, 0.9))]
+        if adversary:
+            optimizers.append(torch.optim.Adam(adversary, lr=self.learning_rate, betas=(0.5, 0.9)))
+        if self.scheduler_config is None:
+            return optimizers
+        schedule = instantiate_from_config(self.scheduler_config).schedule
+        return optimizers, [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers
+        ]
+
+    def _schedulers(self) -> list[Any]:
+        schedulers = self.lr_schedulers()
+        if schedulers is None:
+            return []
+        return schedulers if isinstance(schedulers, list) else [schedulers]
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, **unused: Any) -> dict[str, Tensor]:
+        """Pictures and reconstructions [N, 3, H, W] in [-1, 1]."""
+        x = self.get_input(batch)[:N]
+        reconstruction, _ = self(x)
+        return {"inputs": x, "reconstruction": reconstruction}

@@ -1,0 +1,162 @@
+"""The denoising UNet (Dhariwal and Nichol 2021) with cross-attention (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    TimestepEmbedSequential,
+    Upsample,
+)
+from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
+from ldm.util import ConfigError
+
+
+class UNetModel(nn.Module):
+    """Predicts noise, data or velocity from a noisy latent.
+
+    Attention follows every residual block at the downsampling factors in `attention_resolutions`: a
+    `SpatialTransformer` over `context_dim` if `use_spatial_transformer`, else plain self-attention. Give
+    `num_heads` or `num_head_channels` (which wins); with `legacy` a spatial transformer always divides its
+    channels by `num_heads`. `resblock_updown` resamples inside residual blocks. `num_classes` adds a class
+    embedding. `use_checkpoint` trades time for memory in training. `image_size` is documentary.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        if use_spatial_transformer != (context_dim is not None):
+            raise ConfigError(
+                f"UNetModel: use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} "
+                "do not go together; give both or neither"
+            )
+        if num_heads == num_head_channels == -1:
+            raise ConfigError("UNetModel: num_heads and num_head_channels are both unset (-1); set one of them")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        emb_channels = model_channels * 4
+
+        def residual(channels: int, out: int, **resample: bool) -> ResBlock:
+            return ResBlock(
+                channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, **resample
+            )
+
+        def attention(channels: int, heads: int) -> nn.Module:
+            if num_head_channels != -1:
+                heads = channels // num_head_channels
+            if not use_spatial_transformer:
+                return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order)
+            dim_head = channels // heads if legacy or num_head_channels == -1 else num_head_channels
+            return SpatialTransformer(
+                channels, heads, dim_head, transformer_depth, 0.0, context_dim, use_checkpoint
+            )
+
+        def downsample(channels: int) -> nn.Module:
+            if resblock_updown:
+                return residual(channels, channels, down=True)
+            return Downsample(channels, conv_resample)
+
+        def upsample(channels: int) -> nn.Module:
+            if resblock_updown:
+                return residual(channels, channels, up=True)
+            return Upsample(channels, conv_resample)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        first = TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))
+        self.input_blocks = nn.ModuleList([first])
+        channels, factor = model_channels, 1
+        skips = [channels]
+        last_level = len(channel_mult) - 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [residual(channels, mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(attention(channels, num_heads))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(channels)
+            if level < last_level:
+                self.input_blocks.append(TimestepEmbedSequential(downsample(channels)))
+                skips.append(channels)
+                factor *= 2
+
+        self.middle_block = TimestepEmbedSequential(
+            residual(channels, channels), attention(channels, num_heads), residual(channels, channels)
+        )
+
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for index in range(num_res_blocks + 1):
+                layers = [residual(channels + skips.pop(), mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    # The original gives the number for upsampling to plain attention only.
+                    layers.append(attention(channels, num_heads if use_spatial_transformer else heads_up))
+                if level and index == num_res_blocks:
+                    layers.append(upsample(channels))
+                    factor //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(channels),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, in, H, W]; timesteps: [B]; context: [B, M, context_dim]; y: class ids [B]; -> [B, out, H, W]."""
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError(
+                f"class labels {'given' if y is not None else 'missing'}: num_classes={self.num_classes}"
+            )
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)

@@ -1,0 +1,52 @@
+"""Small pieces that the UNet and the first stage share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+MAX_PERIOD = 10_000
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor:
+    """Sinusoidal embedding of diffusion timesteps (Vaswani et al. 2017, section 3.5; cosines first).
+
+    timesteps: [B], may be fractional; returns float32 [B, dim].
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero, so that a residual branch begins as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation that computes in float32 whatever the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def normalization(channels: int) -> nn.GroupNorm:
+    return GroupNorm32(32, channels)
+
+
+def checkpoint(function: Callable[..., Tensor], inputs: tuple, enabled: bool) -> Tensor:
+    """Call `function(*inputs)`, recomputing its activations in the backward pass if `enabled`."""
+    if enabled and torch.is_grad_enabled():
+        return torch_checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)

@@ -1,0 +1,56 @@
+"""The diagonal Gaussian that a KL first stage predicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DiagonalGaussianDistribution:
+    """A Gaussian given by its moments [B, 2C, H, W]: mean, then log variance (clamped to [-30, 20]).
+
+    `deterministic` makes `sample` return the mean.
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.deterministic = deterministic
+
+    @property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        return self.std**2
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A draw [B, C, H, W]; a given `generator` lives on the CPU, so that seeds carry over."""
+        if generator is None:
+            noise = torch.randn_like(self.mean)
+        else:
+            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype).to(
+                self.mean.device
+            )
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """KL divergence in nats per sample [B], to `other` or to the standard normal."""
+        if self.deterministic:
+            return self.mean.new_zeros(self.mean.shape[0])
+        if other is None:
+            terms = self.mean**2 + self.var - 1.0 - self.logvar
+        else:
+            terms = (
+                (self.mean - other.mean) ** 2 / other.var
+                + self.var / other.var
+                - 1.0
+                - self.logvar
+                + other.logvar
+            )
+        return 0.5 * terms.flatten(1).sum(dim=1)
