@@ -7,11 +7,12 @@ weights with which a random choice meets a sentence.
 from __future__ import annotations
 
 import re
+from itertools import chain, repeat
 from pathlib import Path
 
 from ldm.util import UserError
 
-_MARKS = re.compile(r"\{\}|\[name\]|\[filewords\]")
+_MARKS = re.compile(r"\{\}|\[name\]|\[image\]|\[filewords\]")
 
 _OBJECT_LINES = (
     "a photo of a {}",
@@ -100,23 +101,26 @@ STYLE_DUAL_TEMPLATES: tuple[str, ...] = (
 PER_IMAGE_TOKENS: tuple[str, ...] = tuple("אבגדהוזחטיכלמנסעפצקרשת")
 
 
+def is_dual(template: str) -> bool:
+    """Whether a template has a place for the image's own word."""
+    return template.count("{}") > 1 or "[image]" in template
+
+
 def fill(template: str, placeholder: str, *, per_image: str | None = None, filewords: str = "") -> str:
     """A caption: the first `{}` becomes the placeholder, a second one the image's own word.
 
-    `[name]` is always the placeholder, and `[filewords]` the description of the image;
+    By name: `[name]` is the placeholder, `[image]` the image's own word, `[filewords]` the image's description;
     without a description the comma at the caption's end goes too. Other braces and brackets are left alone.
-    Raises UserError where the template has a second `{}` and `per_image` is not given.
+    Raises UserError where a dual template meets no `per_image`.
     """
-    if template.count("{}") > 1 and per_image is None:
-        raise UserError(f"template {template!r} has two slots: write [name], or set per_image_tokens")
-    slots = iter((placeholder,))
-    words = {
-        "{}": lambda: next(slots, per_image) or "",
-        "[name]": lambda: placeholder,
-        "[filewords]": lambda: filewords,
-    }
+    if per_image is None:
+        if is_dual(template):
+            raise UserError(f"template {template!r} has a second slot: write [name], or set per_image_tokens")
+        per_image = ""
+    slots = chain((placeholder,), repeat(per_image))
+    words = {"[name]": placeholder, "[image]": per_image, "[filewords]": filewords}
     # One pass, so that a placeholder or a description may itself hold braces.
-    caption = _MARKS.sub(lambda mark: words[mark[0]](), template)
+    caption = _MARKS.sub(lambda mark: next(slots) if mark[0] == "{}" else words[mark[0]], template)
     return caption.strip(" ,") if "[filewords]" in template and not filewords else caption
 
 

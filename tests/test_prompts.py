@@ -41,6 +41,7 @@ def test_object_lines_keep_their_repeats_and_order():
         ("a photo of a {} with {}", {"per_image": "א"}, "a photo of a <cat> with א"),
         ("a photo of a {} with [name]", {"per_image": "א"}, "a photo of a <cat> with <cat>"),
         ("[name], [name]", {}, "<cat>, <cat>"),
+        ("[image] in {}", {"per_image": "א"}, "א in <cat>"),
         ("a photo of [name], [filewords]", {"filewords": "on a mat"}, "a photo of <cat>, on a mat"),
         ("a photo of [name], [filewords]", {}, "a photo of <cat>"),
         ("[filewords], by [name]", {}, "by <cat>"),
@@ -54,7 +55,7 @@ def test_fill(template: str, words: dict, caption: str):
 
 
 def test_fill_refuses_a_second_slot_without_a_word_for_it():
-    with pytest.raises(UserError, match="two slots"):
+    with pytest.raises(UserError, match="second slot"):
         prompts.fill("a {} with {}", "*")
 
 
