@@ -17,7 +17,7 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.tx
 .PHONY: help install demo test test-slow test-gpu lint format clean packages
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' Makefile
 
 ifdef READY
 install: $(READY)  ## set up .venv, or with PY=python the active environment
