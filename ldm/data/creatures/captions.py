@@ -1,0 +1,169 @@
+"""Sentences about a picture: a random part of the truth, in the templates' wording and in freer ones."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from ldm.data.creatures.chance import pick
+from ldm.data.creatures.world import COLORS, CREATURE, Creature, Scene
+from ldm.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES, fill
+
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+_MEDIA = {
+    "photo": ("a photo of {}",),
+    "sketch": ("a sketch of {}", "a pencil sketch of {}", "{}, sketch", "{} as a sketch", "a drawing of {}"),
+    "neon": ("a neon picture of {}", "a neon sign of {}", "{}, neon", "{} made of neon light", "a neon {n}"),
+    "mosaic": ("a mosaic of {}", "a tile mosaic of {}", "{}, mosaic", "{} as a mosaic", "a mosaic {n}"),
+    "painting": (
+        "a painting of {}",
+        "an oil painting of {}",
+        "{}, painting",
+        "{} as a painting",
+        "a painted {n}",
+    ),
+}
+_STYLE_TAILS = ("{} in the style of {style}", "a photo of {} in the style of {style}", "{}, {style} style")
+_PLACES = {
+    "beach": ("on a beach", "at the beach", "on the beach"),
+    "forest": ("in a forest", "in the forest"),
+    "night": ("at night", "under the night sky", "in the night"),
+    "snow": ("in the snow", "in snow"),
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """The part of a picture that words can tell."""
+
+    kind: str
+    color: str
+    second: str
+    pattern: str
+    eyes: int
+    ears: str
+    background: str
+    style: str
+
+    @classmethod
+    def of(cls, creature: Creature, scene: Scene) -> Names:
+        """The names of a creature in a scene."""
+        return cls(
+            creature.kind, creature.color, creature.second, creature.pattern, creature.eyes, creature.ears,
+            scene.background, scene.style,
+        )  # fmt: skip
+
+
+def caption(names: Names, rng: random.Random) -> str:
+    """One sentence that is true of the picture and names a random subset of its attributes."""
+    draw = rng.random()
+    noun = CREATURE if draw < 0.025 else names.kind if draw < 0.04 else _noun(names, rng)
+    if names.style == "photo":
+        return _of_photo(names, noun, rng)
+    return _of_style(names, noun, rng)
+
+
+def full_caption(names: Names) -> str:
+    """The sentence that names every attribute: the best that words can do."""
+    traits = [_with_pattern(names), f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}", _with_ears(names)]
+    text = _told(names.color, names.kind, [t for t in traits if t], place(names.background))
+    return articled(_MEDIA[names.style][0].replace("{}", f"a {text}"))
+
+
+def place(background: str, choice: int = 0) -> str:
+    """The words for a background: "on a blue background", "on a beach"."""
+    if background not in COLORS:
+        return _PLACES[background][choice % len(_PLACES[background])]
+    return (f"on a {background} background", f"in front of a {background} background")[choice % 2]
+
+
+def articled(text: str) -> str:
+    """`text` with "an" before the words that want it, and "a" before the others."""
+    return re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
+
+
+def _noun(names: Names, rng: random.Random) -> str:
+    """The creature, what it has and where it is, without an article in front."""
+    kind = names.kind if rng.random() < 0.9 else CREATURE
+    before, traits = [], []
+    if rng.random() < 0.62:
+        spoken = rng.random()
+        if names.pattern == "plain":
+            before += ["plain"] if spoken < 0.6 else []
+        elif names.pattern == "belly" or spoken < 0.85:
+            traits.append(_with_pattern(names))
+        else:
+            before.append({"stripes": "striped", "spots": "spotted"}[names.pattern])
+    if rng.random() < 0.82:
+        before.append(names.color)
+    if rng.random() < 0.42:
+        traits.append(f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}")
+    if rng.random() < 0.45:
+        traits.append(_with_ears(names))
+    if rng.random() < 0.5:
+        traits.reverse()
+    # Neon is dark whatever stands behind the creature.
+    where = (
+        place(names.background, int(rng.random() * 6))
+        if names.style != "neon" and rng.random() < 0.66
+        else ""
+    )
+    return _told(" ".join(before), kind, traits, where)
+
+
+def _told(before: str, kind: str, traits: list[str], where: str) -> str:
+    text = f"{before} {kind}".strip()
+    if traits:
+        *first, last = traits
+        text += " with " + (", ".join(first) + " and " if first else "") + last
+    return f"{text} {where}".strip()
+
+
+def _with_pattern(names: Names) -> str:
+    if names.pattern == "plain":
+        return ""
+    return f"a {names.second} belly" if names.pattern == "belly" else f"{names.second} {names.pattern}"
+
+
+def _with_ears(names: Names) -> str:
+    return {"none": "no ears", "horns": "horns"}.get(names.ears, f"{names.ears} ears")
+
+
+def _of_photo(names: Names, noun: str, rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < 0.5:
+        text = fill("a photo of a {}", noun)
+    elif draw < 0.82:
+        text = fill(pick(rng, OBJECT_TEMPLATES), noun)
+    elif draw < 0.9:
+        text = f"a {noun}"
+    elif draw < 0.95:
+        text = noun
+    else:
+        text = _tags(names, rng)
+    return articled(text)
+
+
+def _of_style(names: Names, noun: str, rng: random.Random) -> str:
+    draw = rng.random()
+    subject = ("a " if rng.random() < 0.8 else "the ") + noun
+    if draw < 0.6:
+        text = pick(rng, _MEDIA[names.style]).replace("{n}", noun).replace("{}", subject)
+    elif draw < 0.75:
+        text = pick(rng, _STYLE_TAILS).replace("{style}", names.style).replace("{}", subject)
+    elif draw < 0.95:
+        text = fill(pick(rng, STYLE_TEMPLATES), names.style)
+        if rng.random() < 0.6:
+            text += f" with a {names.color} {names.kind}"
+    else:
+        text = _tags(names, rng)
+    return articled(text)
+
+
+def _tags(names: Names, rng: random.Random) -> str:
+    tags = [names.kind, names.color, _with_pattern(names) or "plain", _with_ears(names), names.style]
+    if names.style != "neon":
+        tags.append(f"{names.background} background" if names.background in COLORS else names.background)
+    kept = [tag for tag in tags if rng.random() < 0.7] or [names.kind]
+    return ", ".join(kept)

@@ -1,0 +1,161 @@
+"""Captioned pictures of creatures for training: painted once, kept in a file, told anew each time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch.utils.data import Dataset
+
+from ldm.data.creatures.captions import Names, caption
+from ldm.data.creatures.renderer import render
+from ldm.data.creatures.world import (
+    BACKGROUNDS,
+    BODY_COLORS,
+    EARS,
+    EYES,
+    KINDS,
+    PATTERNS,
+    SECOND_COLORS,
+    SPLITS,
+    STYLES,
+    creature,
+    scene,
+)  # fmt: skip
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+WORLD_VERSION = (
+    1  # raise it when the same seed gives another picture: cached files of old versions are then ignored
+)
+ATTRIBUTES: dict[str, tuple] = {
+    "kind": KINDS,
+    "color": BODY_COLORS,
+    "second": SECOND_COLORS,
+    "pattern": PATTERNS,
+    "eyes": EYES,
+    "ears": EARS,
+    "background": BACKGROUNDS,
+    "style": STYLES,
+}
+_CHUNK = 512
+
+
+class Creatures(Dataset):
+    """`count` pictures of a split as {"image": float32 [size, size, 3] in [-1, 1], "caption": str}.
+
+    `cache` is a folder for the painted pictures (made once, shared by all smaller counts); None keeps them in memory.
+    Of a training picture another true caption is told each time (torch's random state decides), of any other split
+    always the same one. `attributes=True` adds "attributes", int64 [8], indices into `ATTRIBUTES`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        count: int,
+        split: str = "train",
+        cache: str | os.PathLike[str] | None = None,
+        captions: bool = True,
+        attributes: bool = False,
+    ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
+        if size not in (32, 64, 128):
+            raise UserError(f"size {size} is not one the creatures are drawn at: choose 32, 64 or 128")
+        if not 0 < count <= len(SPLITS[split]):
+            raise UserError(f"count {count} does not fit split {split!r}: choose 1 to {len(SPLITS[split])}")
+        self.size, self.count, self.split = size, count, split
+        self.captions, self.attributes = captions, attributes
+        self.pictures, self.labels = _painted(size, count, split, Path(cache) if cache is not None else None)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        image = torch.from_numpy(self.pictures[index].astype(np.float32)).div_(127.5).sub_(1)
+        item: dict[str, object] = {"image": image}
+        if self.captions:
+            telling = int(torch.randint(2**31, ())) if self.split == "train" else 0
+            item["caption"] = caption(self.names(index), random.Random(f"caption {index} {telling}"))
+        if self.attributes:
+            item["attributes"] = torch.from_numpy(self.labels[index].astype(np.int64))
+        return item
+
+    def names(self, index: int) -> Names:
+        """What words can tell of the picture at `index`."""
+        row = self.labels[index]
+        return Names(*(values[int(k)] for values, k in zip(ATTRIBUTES.values(), row, strict=True)))
+
+
+def _painted(size: int, count: int, split: str, folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [>= count, size, size, 3] and labels uint8 [>= count, 8], from the cache if it has enough."""
+    if folder is None:
+        pictures, labels = (
+            np.empty((count, size, size, 3), np.uint8),
+            np.empty((count, len(ATTRIBUTES)), np.uint8),
+        )
+        _paint(pictures, labels, size, split)
+        return pictures, labels
+    stem = f"{split}-{size}-v{WORLD_VERSION}"
+    enough = [
+        (int(found[1]), path)
+        for path in folder.glob(f"{stem}-*.npy")
+        if (found := re.fullmatch(rf"{stem}-(\d+)", path.stem)) and int(found[1]) >= count
+    ]
+    if enough:
+        path = min(enough)[1]
+    else:
+        path = folder / f"{stem}-{count}.npy"
+        _paint_to_file(path, size, count, split)
+    return np.load(path, mmap_mode="r"), np.load(_label_path(path), mmap_mode="r")
+
+
+def _label_path(pictures: Path) -> Path:
+    return pictures.with_suffix(".labels.npy")
+
+
+def _paint_to_file(path: Path, size: int, count: int, split: str) -> None:
+    """Paints into temporary files beside `path`, renamed when whole: the labels first, the pictures announce them."""
+    logger.info("painting %d pictures of %dx%d into %s", count, size, size, path)
+    labels = np.empty((count, len(ATTRIBUTES)), np.uint8)
+    parts = [target.with_suffix(f".{os.getpid()}.part") for target in (path, _label_path(path))]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures = open_memmap(parts[0], mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
+        _paint(pictures, labels, size, split)
+        pictures.flush()
+        with parts[1].open("wb") as file:
+            np.save(file, labels)
+        os.replace(parts[1], _label_path(path))
+        os.replace(parts[0], path)
+    except OSError as error:
+        raise UserError(f"cannot write the painted pictures to {path}: {error.strerror}") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _paint(pictures: np.ndarray, labels: np.ndarray, size: int, split: str) -> None:
+    seeds, count = SPLITS[split], len(pictures)
+    for start in range(0, count, _CHUNK):
+        creatures = [creature(seeds[i]) for i in range(start, min(start + _CHUNK, count))]
+        scenes = [scene(c.seed, c.color) for c in creatures]
+        chunk = slice(start, start + len(creatures))
+        pictures[chunk] = render(creatures, scenes, size).permute(0, 2, 3, 1).numpy()
+        labels[chunk] = [label(Names.of(c, s)) for c, s in zip(creatures, scenes, strict=True)]
+        if start // _CHUNK % 40 == 39:
+            logger.info("painted %d of %d", start + len(creatures), count)
+
+
+def label(names: Names) -> list[int]:
+    """The indices of a picture's names in `ATTRIBUTES`, in its order."""
+    return [values.index(getattr(names, key)) for key, values in ATTRIBUTES.items()]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.creatures import dataset
+from ldm.data.creatures.dataset import ATTRIBUTES, Creatures
+from ldm.util import UserError
+
+
+def test_an_item_is_a_picture_and_a_caption():
+    data = Creatures(32, 5, attributes=True)
+    item = data[4]
+    assert len(data) == 5 and item["image"].shape == (32, 32, 3) and item["image"].dtype == torch.float32
+    assert -1 <= item["image"].min() < item["image"].max() <= 1
+    assert isinstance(item["caption"], str)
+    assert list(ATTRIBUTES["kind"])[item["attributes"][0]] == data.names(4).kind
+    with pytest.raises(IndexError):
+        data[5]
+
+
+def test_training_captions_vary_and_validation_captions_do_not():
+    torch.manual_seed(0)
+    train = Creatures(32, 1)
+    told = [train[0]["caption"] for _ in range(20)]
+    assert len(set(told)) > 5
+    torch.manual_seed(0)
+    assert [train[0]["caption"] for _ in range(20)] == told
+    validation = Creatures(32, 1, split="validation")
+    assert len({validation[0]["caption"] for _ in range(20)}) == 1
+    assert not torch.equal(train[0]["image"], validation[0]["image"])
+
+
+def test_the_cache_is_painted_once_and_serves_smaller_counts(tmp_path, monkeypatch):
+    first = Creatures(32, 6, cache=tmp_path)
+    monkeypatch.setattr(dataset, "_paint", None)  # a second painting would fail
+    again = Creatures(32, 4, cache=tmp_path)
+    assert np.array_equal(again[3]["image"], first[3]["image"]) and again.names(3) == first.names(3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "train-32-v1-6.labels.npy",
+        "train-32-v1-6.npy",
+    ]
+
+
+def test_an_interrupted_painting_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "_paint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Creatures(32, 6, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [{"split": "test"}, {"size": 33}, {"count": 0}])
+def test_a_wrong_parameter_is_one_clear_line(wrong):
+    with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
+        Creatures(**{"size": 32, "count": 2, **wrong})
