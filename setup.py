@@ -22,6 +22,7 @@ setup(
         "kornia>=0.7",
         "numpy>=1.24",
         "pillow>=9.4",
+        "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "tensorboard>=2.13",
         "tqdm>=4.60",
