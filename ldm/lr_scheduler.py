@@ -1,0 +1,97 @@
+"""Learning-rate factors over the steps, for `torch.optim.lr_scheduler.LambdaLR`.
+
+The class and parameter names are those that YAMLs name as `scheduler_config`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+from ldm.util import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class LambdaWarmUpCosineScheduler2:
+    """Cycles of a linear warm-up from `f_start` to `f_max` and a half cosine down to `f_min`.
+
+    Each parameter is a list with one entry per cycle: `cycle_lengths` in steps, of which `warm_up_steps` are the
+    warm-up; f_* are factors of the base learning rate. After the last cycle its end value stays.
+    `verbosity_interval` logs the factor every so many steps of a cycle (0: never).
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ) -> None:
+        lengths = {len(p) for p in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}
+        if lengths != {len(cycle_lengths)} or not cycle_lengths:
+            raise ConfigError(
+                f"{type(self).__name__}: warm_up_steps, f_min, f_max, f_start and cycle_lengths need one entry per "
+                f"cycle each, got {sorted(lengths)}"
+            )
+        self.warm_up_steps = list(warm_up_steps)
+        self.f_min, self.f_max, self.f_start = list(f_min), list(f_max), list(f_start)
+        self.cycle_lengths = list(cycle_lengths)
+        self.cycle_ends = list(accumulate(cycle_lengths))
+        self.verbosity_interval = verbosity_interval
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        last = len(self.cycle_ends) - 1
+        cycle = next((c for c, end in enumerate(self.cycle_ends) if n <= end), last)
+        step = min(n - self.cycle_ends[cycle] + self.cycle_lengths[cycle], self.cycle_lengths[cycle])
+        warm_up = self.warm_up_steps[cycle]
+        if step < warm_up:
+            factor = self.f_start[cycle] + (self.f_max[cycle] - self.f_start[cycle]) * step / warm_up
+        else:
+            remaining = self.remaining(step, warm_up, self.cycle_lengths[cycle])
+            factor = self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * remaining
+        if self.verbosity_interval > 0 and step % self.verbosity_interval == 0:
+            logger.info("step %d: learning-rate factor %.3g, cycle %d", n, factor, cycle)
+        return factor
+
+    def __call__(self, n: int) -> float:
+        return self.schedule(n)
+
+    @staticmethod
+    def remaining(step: int, warm_up: int, length: int) -> float:
+        """How much of the way from f_min to f_max is left, 1 to 0, `step` steps into a cycle."""
+        done = (step - warm_up) / (length - warm_up) if length > warm_up else 1.0
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
+    """The same cycles with a straight line down, measured from the cycle's start as in the original."""
+
+    @staticmethod
+    def remaining(step: int, warm_up: int, length: int) -> float:
+        return (length - step) / length
+
+
+class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
+    """One cycle of warm-up and cosine, from `lr_start` over `lr_max` to `lr_min` at `max_decay_steps`.
+
+    The values multiply the base learning rate, which YAMLs with this class set to 1.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        super().__init__(
+            [warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval
+        )

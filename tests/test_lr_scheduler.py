@@ -1,0 +1,63 @@
+"""Learning-rate factors at the corners of their cycles and between, in closed form."""
+
+import math
+
+import pytest
+
+from ldm.lr_scheduler import (
+    LambdaLinearScheduler,
+    LambdaWarmUpCosineScheduler,
+    LambdaWarmUpCosineScheduler2,
+)
+from ldm.util import ConfigError
+
+TWO_CYCLES = {
+    "warm_up_steps": [10, 0],
+    "f_min": [0.1, 0.0],
+    "f_max": [1.0, 0.5],
+    "f_start": [0.0, 0.5],
+    "cycle_lengths": [30, 20],
+}
+
+
+def test_one_cycle_warms_up_and_falls_as_a_cosine():
+    schedule = LambdaWarmUpCosineScheduler(
+        warm_up_steps=10, lr_min=0.2, lr_max=2.0, lr_start=0.0, max_decay_steps=110
+    ).schedule
+    assert schedule(0) == 0
+    assert schedule(5) == pytest.approx(1.0)
+    assert schedule(10) == pytest.approx(2.0)
+    assert schedule(35) == pytest.approx(0.2 + 0.9 * (1 + math.cos(math.pi / 4)))
+    assert schedule(60) == pytest.approx(1.1)
+    assert schedule(110) == pytest.approx(0.2)
+    assert schedule(5000) == pytest.approx(0.2)
+
+
+def test_cycles_follow_one_another():
+    schedule = LambdaWarmUpCosineScheduler2(**TWO_CYCLES)
+    assert schedule(5) == pytest.approx(0.5)
+    assert schedule(20) == pytest.approx(0.55)
+    assert schedule(30) == pytest.approx(0.1), "the last step of a cycle belongs to it"
+    assert schedule(40) == pytest.approx(0.25)
+    assert schedule(51) == pytest.approx(0.0)
+
+
+def test_the_linear_one_counts_from_the_cycles_start():
+    schedule = LambdaLinearScheduler(**TWO_CYCLES)
+    assert schedule(5) == pytest.approx(0.5)
+    assert schedule(15) == pytest.approx(0.1 + 0.9 * 15 / 30)
+    assert schedule(40) == pytest.approx(0.5 * 10 / 20)
+
+
+def test_the_schedule_of_the_published_stable_diffusion_yaml():
+    schedule = LambdaLinearScheduler(
+        warm_up_steps=[10000], cycle_lengths=[10000000000000], f_start=[1e-6], f_max=[1.0], f_min=[1.0]
+    )
+    assert schedule(0) == pytest.approx(1e-6)
+    assert schedule(5000) == pytest.approx(0.5, rel=1e-4)
+    assert schedule(10**9) == 1
+
+
+def test_lists_of_different_lengths_are_refused():
+    with pytest.raises(ConfigError, match="one entry per cycle"):
+        LambdaLinearScheduler(**(TWO_CYCLES | {"f_max": [1.0]}))
