@@ -1,0 +1,210 @@
+"""What surrounds a sampler's loop: the call that users make, random numbers, inpainting and the record of the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ldm.models.diffusion.guidance import Condition, GuidedEps, rows
+from ldm.models.diffusion.steps import Step, diffuse
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+# one generator for the batch, or one for each of its images
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+
+
+def gaussian(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise in the shape, device and dtype of `like` [B, ...].
+
+    It is drawn where the generator lives and in float32, so that a CPU generator gives every device the same noise.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([gaussian(row[None], one) for row, one in zip(like, generator, strict=True)])
+    if generator is None:
+        return torch.randn_like(like)
+    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+    return torch.randn(like.shape, generator=generator, device=generator.device, dtype=dtype).to(like)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a sampler's loop needs besides the latent."""
+
+    steps: Sequence[Step]
+    eps: GuidedEps
+    quantize: Callable[[Tensor], Any] | None = None
+    mask: Tensor | None = None
+    x0: Tensor | None = None
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
+    normals: Sequence[Tensor] | None = None
+    callback: Callable[[int], Any] | None = None
+    img_callback: Callable[[Tensor, int], Any] | None = None
+    log_every_t: int = 100
+    generator: Generators = None
+    intermediates: dict[str, list[Tensor]] = field(default_factory=lambda: {"x_inter": [], "pred_x0": []})
+
+    def keep_known(self, x: Tensor, step: Step) -> Tensor:
+        """`x` with what the mask holds (1) replaced by `x0`, noised to this step's level."""
+        if self.mask is None:
+            return x
+        return diffuse(self.x0, gaussian(x, self.generator), step.alpha) * self.mask + (1.0 - self.mask) * x
+
+    def quantized(self, x0: Tensor) -> Tensor:
+        """`x0` moved to the nearest codebook vectors where the call asked for that."""
+        return x0 if self.quantize is None else self.quantize(x0)[0]
+
+    def noise(self, x: Tensor, step: Step) -> Tensor | float:
+        """What a stochastic step adds; no random number is drawn for a deterministic one."""
+        if step.sigma == 0.0:
+            return 0.0
+        number = len(self.steps) - 1 - step.index
+        drawn = self.normals[number].to(x) if self.normals is not None else gaussian(x, self.generator)
+        return functional.dropout(step.sigma * self.temperature * drawn, p=self.noise_dropout)
+
+    def report(self, x: Tensor, x0: Tensor, step: Step) -> None:
+        """Call the caller's callbacks, and note the way every `log_every_t` steps."""
+        number = len(self.steps) - 1 - step.index
+        if self.callback is not None:
+            self.callback(number)
+        if self.img_callback is not None:
+            self.img_callback(x0, number)
+        if step.index % self.log_every_t == 0 or number == 0:
+            self.intermediates["x_inter"].append(x)
+            self.intermediates["pred_x0"].append(x0)
+
+
+class Sampler:
+    """The call that all samplers share; a subclass offers `schedule` and `loop`.
+
+    Of the model it uses `apply_model(x, t, cond)`, `alphas_cumprod` [T], `parameterization` ("eps" where there is
+    none) and, with `quantize_x0`, `first_stage_model.quantize`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def schedule(self, steps: int, eta: float) -> list[Step]:
+        """The steps to take, noisiest first."""
+        raise NotImplementedError
+
+    def loop(self, x: Tensor, run: Run) -> Tensor:
+        """From noise `x` [B, C, H, W] to a latent of the same shape."""
+        raise NotImplementedError
+
+    @property
+    def alphas(self) -> np.ndarray:
+        """The model's cumulative alphas [T] in float64, on the host."""
+        return self.model.alphas_cumprod.detach().double().cpu().numpy()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Condition | None = None,
+        callback: Callable[[int], Any] | None = None,
+        normals_sequence: Sequence[Tensor] | None = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        verbose: bool = False,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition | None = None,
+        generator: Generators = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Sample `batch_size` latents of `shape` (C, H, W) in `S` steps.
+
+        Args:
+            conditioning: a tensor, list or dict with `batch_size` rows, as `apply_model` takes it.
+            callback, img_callback: called after each step with its number, and with (predicted x0, number).
+            normals_sequence: `S` noise tensors to use instead of drawing (stochastic steps only).
+            quantize_x0: move each predicted x0 to the first stage's codebook.
+            mask, x0: inpainting; where the mask is 1 the result keeps `x0` [B, C, H, W].
+            temperature, noise_dropout: scale and dropout of the noise of stochastic steps.
+            x_T: the noise to start from, drawn if absent.
+            unconditional_guidance_scale, unconditional_conditioning: guidance; without the latter there is none.
+            generator: source of random numbers, one for the batch or one per image.
+
+        Returns:
+            the latents [B, C, H, W], and {"x_inter", "pred_x0"}: the latent and the predicted x0 at the start, after
+            the first step and every `log_every_t` steps counted from the end.
+
+        Raises:
+            UserError: steps or eta out of range, or sizes that do not fit together.
+        """
+        steps = self.schedule(S, eta)
+        x = self._start(x_T, (batch_size, *shape), generator)
+        self._check_sizes(batch_size, conditioning, unconditional_conditioning, mask, x0, normals_sequence, S)
+        run = Run(
+            steps=steps,
+            eps=GuidedEps(
+                self.model,
+                conditioning,
+                unconditional_conditioning,
+                unconditional_guidance_scale,
+                score_corrector,
+                corrector_kwargs or {},
+            ),
+            quantize=self.model.first_stage_model.quantize if quantize_x0 else None,
+            mask=mask,
+            x0=x0,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            normals=normals_sequence,
+            callback=callback,
+            img_callback=img_callback,
+            log_every_t=log_every_t,
+            generator=generator,
+            intermediates={"x_inter": [x], "pred_x0": [x]},
+        )
+        if verbose:
+            logger.info("%s: %d steps, latents %s", type(self).__name__, S, tuple(x.shape))
+        return self.loop(x, run), run.intermediates
+
+    def _start(self, x_T: Tensor | None, size: tuple[int, ...], generator: Generators) -> Tensor:
+        levels = self.model.alphas_cumprod
+        if x_T is None:
+            return gaussian(torch.empty(size, device=levels.device, dtype=levels.dtype), generator)
+        if tuple(x_T.shape) != size:
+            raise UserError(f"x_T has shape {tuple(x_T.shape)}, but {size} was asked for")
+        return x_T.to(levels.device)
+
+    @staticmethod
+    def _check_sizes(
+        batch_size: int,
+        cond: Condition | None,
+        uncond: Condition | None,
+        mask: Tensor | None,
+        x0: Tensor | None,
+        normals: Sequence[Tensor] | None,
+        steps: int,
+    ) -> None:
+        for name, given in (("conditioning", cond), ("unconditional_conditioning", uncond)):
+            count = rows(given)
+            if count is not None and count != batch_size:
+                raise UserError(
+                    f"{name} has {count} rows, but batch_size is {batch_size}; give one row per image"
+                )
+        if mask is not None and x0 is None:
+            raise UserError("a mask needs x0, the latents it keeps")
+        if normals is not None and len(normals) != steps:
+            raise UserError(f"normals_sequence holds {len(normals)} tensors for {steps} steps")
