@@ -21,7 +21,7 @@ setup(
         "einops>=0.6",
         "kornia>=0.7",
         "numpy>=1.24",
-        "pillow>=9.4",
+        "pillow>=10.3",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "tensorboard>=2.13",
