@@ -137,27 +137,43 @@ def _params_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _binding_problem(factory: Any, params: Mapping[str, Any]) -> str | None:
     """Why `factory(**params)` would be refused, or None."""
-    try:
-        signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # builtins without a signature cannot be checked beforehand
+    accepted = _accepted(factory)
+    if accepted is None:
         return None
-    accepted = signature.parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in accepted):
-        names = [p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = [p.name for p in accepted if p.kind in _BY_KEYWORD]
         unknown = [key for key in params if key not in names]
         if unknown:
             keys = ", ".join(f"'{key}'" for key in unknown)
             return f"unknown key {keys}; known are {', '.join(names) or 'none'}"
     required = [
-        p.name
-        for p in accepted
-        if p.default is p.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p.name not in params
+        p.name for p in accepted if p.default is p.empty and p.kind in _BY_KEYWORD and p.name not in params
     ]
     if required:
         return "missing key " + ", ".join(f"'{name}'" for name in required)
     return None
+
+
+_BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _accepted(factory: Any) -> list[inspect.Parameter] | None:
+    """The parameters of a callable, or None if they cannot be known before the call.
+
+    A class whose constructor takes **keywords hands them to its parent, so the parent's parameters count too.
+    """
+    try:
+        own = list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None
+    if not inspect.isclass(factory) or not any(p.kind is p.VAR_KEYWORD for p in own):
+        return own
+    parent = next((c for c in factory.__mro__[1:] if "__init__" in vars(c) and c is not object), None)
+    inherited = _accepted(parent) if parent else []
+    names = {p.name for p in own}
+    return [p for p in own if p.kind is not p.VAR_KEYWORD] + [
+        p for p in inherited or [] if p.name not in names
+    ]
 
 
 _read_pretrained: ContextVar[bool] = ContextVar("read_pretrained", default=True)

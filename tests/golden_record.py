@@ -1,0 +1,93 @@
+"""Reads the numbers recorded from the original (tests/golden) and makes the weights they were recorded with."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.util import instantiate_from_config, skip_pretrained
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("clip_one_vector", "clip_three_vectors", "bert_one_vector", "vq_one_vector")
+
+
+def golden_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The weight that follows from a state-dict name, by the rule of tests/golden/README.md."""
+    r = np.random.RandomState(zlib.crc32(name.encode()) % 2**32).standard_normal(shape)
+    if any(part in name for part in ("embedding", "token_emb", "pos_emb")):
+        r = r * 0.05
+    elif len(shape) >= 2:
+        r = r * 0.9 / np.sqrt(np.prod(shape[1:]))
+    elif name.endswith("weight"):
+        r = 1 + 0.1 * r
+    else:
+        r = r * 0.05
+    return torch.tensor(r, dtype=torch.float32)
+
+
+def golden_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The golden weights of a module's parameters, by its own state-dict names, the embedding manager's left out."""
+    parameters = {id(parameter) for parameter in module.parameters()}
+    kept = module.state_dict(keep_vars=True)
+    return {
+        name: golden_weight(prefix + name, tuple(value.shape))
+        for name, value in kept.items()
+        if id(value) in parameters and not name.startswith("embedding_manager.")
+    }
+
+
+def fill(module: nn.Module, prefix: str = "") -> nn.Module:
+    """Give a module its golden weights; `prefix` is its place in the whole model, such as `cond_stage_model.`."""
+    result = module.load_state_dict(golden_state(module, prefix), strict=False)
+    assert not result.unexpected_keys
+    return module.eval()
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One recorded case."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return GOLDEN / self.name
+
+    @cached_property
+    def io(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "io.safetensors")
+
+    @cached_property
+    def meta(self) -> dict:
+        return json.loads((self.folder / "meta.json").read_text())
+
+    @property
+    def embeddings(self) -> Path:
+        return self.folder / "embeddings.pt"
+
+    def config(self):
+        """The `model:` node, with the paths of tokenizers made absolute."""
+        node = OmegaConf.load(self.folder / "config.yaml").model
+        params = node.params.cond_stage_config.params
+        for key in ("version", "tokenizer"):
+            if key in params:
+                params[key] = str(GOLDEN / params[key])
+        return node
+
+    def model(self, load_embeddings: bool = True) -> nn.Module:
+        """The whole model with the weights and the vectors of the record."""
+        with skip_pretrained():
+            model = instantiate_from_config(self.config())
+        fill(model)
+        if load_embeddings:
+            model.embedding_manager.load(self.embeddings)
+        return model
