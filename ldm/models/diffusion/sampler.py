@@ -25,14 +25,14 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 def gaussian(like: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise in the shape, device and dtype of `like` [B, ...].
 
-    It is drawn where the generator lives and in float32, so that a CPU generator gives every device the same noise.
+    It is drawn where the generator lives, so that a CPU generator gives every device the same noise.
     """
     if isinstance(generator, Sequence):
         return torch.cat([gaussian(row[None], one) for row, one in zip(like, generator, strict=True)])
     if generator is None:
         return torch.randn_like(like)
-    dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    return torch.randn(like.shape, generator=generator, device=generator.device, dtype=dtype).to(like)
+    drawn = torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
+    return drawn.to(like.device)
 
 
 @dataclass(frozen=True)

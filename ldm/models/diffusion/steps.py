@@ -31,14 +31,20 @@ class Step:
     sigma: float = 0.0
 
 
-def check_steps(steps: int, train_steps: int) -> None:
-    """Raise UserError unless `steps` sampling steps fit a model of `train_steps` timesteps."""
+def check_steps(steps: int, train_steps: int | None = None) -> None:
+    """Raise UserError unless `steps` sampling steps fit a model of `train_steps` timesteps, if it is known."""
     if steps < 1:
         raise UserError(f"the number of sampling steps is {steps}; it must be at least 1")
-    if steps > train_steps:
+    if train_steps is not None and steps > train_steps:
         raise UserError(
             f"{steps} sampling steps are more than the model's {train_steps} timesteps; ask for fewer"
         )
+
+
+def check_eta(eta: float) -> None:
+    """Raise UserError unless `eta` is a share of the ancestral sampler's noise."""
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
 
 
 def uniform_timesteps(steps: int, train_steps: int) -> list[int]:
@@ -71,8 +77,7 @@ def ddim_steps(alphas: np.ndarray, steps: int, eta: float = 0.0, discretize: str
         UserError: no step, more steps than T, an eta outside [0, 1], or an unknown `discretize`.
     """
     check_steps(steps, len(alphas))
-    if not 0.0 <= eta <= 1.0:
-        raise UserError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
+    check_eta(eta)
     if discretize not in TIMESTEPS:
         raise UserError(f'unknown timestep spacing "{discretize}"; choose one of {", ".join(TIMESTEPS)}')
     times = TIMESTEPS[discretize](steps, len(alphas))

@@ -118,9 +118,3 @@ def test_noise_per_image_does_not_depend_on_the_batch() -> None:
     both = gaussian(torch.empty(2, 3), [seeded(5), seeded(6)])
     alone = gaussian(torch.empty(1, 3), [seeded(6)])
     assert torch.equal(both[1:], alone)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_noise_in_half_precision_is_the_same_noise(dtype: torch.dtype) -> None:
-    full = gaussian(torch.empty(2, 64), seeded(5))
-    assert torch.equal(gaussian(torch.empty(2, 64, dtype=dtype), seeded(5)), full.to(dtype))
