@@ -7,8 +7,24 @@ import re
 from dataclasses import dataclass
 
 from ldm.data.creatures.chance import pick
-from ldm.data.creatures.world import COLORS, CREATURE, Creature, Scene
-from ldm.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES, fill
+from ldm.data.creatures.world import (
+    COLORS,
+    CREATURE,
+    EARS,
+    KINDS,
+    PATTERNS,
+    SCENES,
+    STYLES,
+    Creature,
+    Scene,
+)
+from ldm.prompts import (
+    OBJECT_DUAL_TEMPLATES,
+    OBJECT_TEMPLATES,
+    STYLE_DUAL_TEMPLATES,
+    STYLE_TEMPLATES,
+    fill,
+)
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 _MEDIA = {
@@ -167,3 +183,15 @@ def _tags(names: Names, rng: random.Random) -> str:
         tags.append(f"{names.background} background" if names.background in COLORS else names.background)
     kept = [tag for tag in tags if rng.random() < 0.7] or [names.kind]
     return ", ".join(kept)
+
+
+def words() -> list[str]:
+    """Every word, number and mark that a caption or a template can hold, sorted."""
+    told = " ".join((
+        *OBJECT_TEMPLATES, *OBJECT_DUAL_TEMPLATES, *STYLE_TEMPLATES, *STYLE_DUAL_TEMPLATES, *_STYLE_TAILS,
+        *(line for lines in (*_MEDIA.values(), *_PLACES.values()) for line in lines),
+        *COLORS, *KINDS, *SCENES, *PATTERNS, *EARS, *STYLES, *NUMBERS.values(), place("red"), place("red", 1),
+        "an striped spotted eye eyes ears no and with , ."
+    ))  # fmt: skip
+    told = told.replace("{style}", "").replace("{n}", "").replace("{}", "")
+    return sorted(set(re.findall(r"[a-z]+|[^\sa-z]", told)))

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,9 @@ class Creatures(Dataset):
     """`count` pictures of a split as {"image": float32 [size, size, 3] in [-1, 1], "caption": str}.
 
     `cache` is a folder for the painted pictures (made once, shared by all smaller counts); None keeps them in memory.
-    Of a training picture another true caption is told each time (torch's random state decides), of any other split
-    always the same one. `attributes=True` adds "attributes", int64 [8], indices into `ATTRIBUTES`.
+    Indices run on beyond the length: sample `n * len + i` of the training split is picture i with its n-th caption,
+    another true one each epoch; of any other split the caption is always the same.
+    `attributes=True` adds "attributes", int64 [8], indices into `ATTRIBUTES`.
     """
 
     def __init__(
@@ -72,22 +74,29 @@ class Creatures(Dataset):
         if not 0 < count <= len(SPLITS[split]):
             raise UserError(f"count {count} does not fit split {split!r}: choose 1 to {len(SPLITS[split])}")
         self.size, self.count, self.split = size, count, split
-        self.captions, self.attributes = captions, attributes
+        self._with_captions, self._with_attributes = captions, attributes
         self.pictures, self.labels = _painted(size, count, split, Path(cache) if cache is not None else None)
 
     def __len__(self) -> int:
         return self.count
 
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        return (self[index] for index in range(self.count))
+
+    def draw(self, index: int) -> tuple[int, int]:
+        """Which picture the sample at `index` shows, and the number of its telling: `index` may run on for ever."""
+        if index < 0:
+            raise IndexError(f"sample {index}")
+        return index % self.count, index // self.count if self.split == "train" else 0
+
     def __getitem__(self, index: int) -> dict[str, object]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        image = torch.from_numpy(self.pictures[index].astype(np.float32)).div_(127.5).sub_(1)
+        picture, telling = self.draw(index)
+        image = torch.from_numpy(self.pictures[picture].astype(np.float32)).div_(127.5).sub_(1)
         item: dict[str, object] = {"image": image}
-        if self.captions:
-            telling = int(torch.randint(2**31, ())) if self.split == "train" else 0
-            item["caption"] = caption(self.names(index), random.Random(f"caption {index} {telling}"))
-        if self.attributes:
-            item["attributes"] = torch.from_numpy(self.labels[index].astype(np.int64))
+        if self._with_captions:
+            item["caption"] = caption(self.names(picture), random.Random(f"caption {picture} {telling}"))
+        if self._with_attributes:
+            item["attributes"] = torch.from_numpy(self.labels[picture].astype(np.int64))
         return item
 
     def names(self, index: int) -> Names:

@@ -18,7 +18,7 @@ def _told(count: int):
 
 def test_what_a_caption_names_is_true():
     numbers = {word: number for number, word in NUMBERS.items()}
-    for names, text in _told(4000):
+    for names, text in _told(2000):
         kind = [k for k in KINDS if re.search(rf"\b{k}\b", text)]
         assert kind in ([names.kind], ["creature"], []), text
         for color in re.findall(rf"\b({'|'.join(BODY_COLORS)}) (?:{'|'.join(KINDS)})\b", text):
@@ -41,12 +41,12 @@ def test_what_a_caption_names_is_true():
 
 
 def test_captions_vary_and_cover_the_short_and_the_long():
-    texts = [text for _, text in _told(4000)]
+    texts = [text for _, text in _told(2000)]
     assert "a photo of a creature" in texts
-    assert len(set(texts)) > 3500
+    assert len(set(texts)) > 1750
     assert any(text.startswith("a depiction of") for text in texts)
-    second = [text for _, text in _told(4000) if re.search(r"\w+ (stripes|spots|belly)\b", text)]
-    assert len(second) > 1200
+    second = [text for _, text in _told(2000) if re.search(r"\w+ (stripes|spots|belly)\b", text)]
+    assert len(second) > 600
 
 
 @pytest.mark.parametrize("species", SPECIES)

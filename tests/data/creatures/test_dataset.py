@@ -16,19 +16,19 @@ def test_an_item_is_a_picture_and_a_caption():
     assert -1 <= item["image"].min() < item["image"].max() <= 1
     assert isinstance(item["caption"], str)
     assert list(ATTRIBUTES["kind"])[item["attributes"][0]] == data.names(4).kind
+    assert len(list(data)) == 5
     with pytest.raises(IndexError):
-        data[5]
+        data[-1]
 
 
-def test_training_captions_vary_and_validation_captions_do_not():
-    torch.manual_seed(0)
-    train = Creatures(32, 1)
-    told = [train[0]["caption"] for _ in range(20)]
+def test_training_captions_vary_by_epoch_and_validation_captions_do_not():
+    train = Creatures(32, 2)
+    told = [train[2 * epoch + 1]["caption"] for epoch in range(20)]
     assert len(set(told)) > 5
-    torch.manual_seed(0)
-    assert [train[0]["caption"] for _ in range(20)] == told
-    validation = Creatures(32, 1, split="validation")
-    assert len({validation[0]["caption"] for _ in range(20)}) == 1
+    assert [train[2 * epoch + 1]["caption"] for epoch in range(20)] == told
+    assert torch.equal(train[39]["image"], train[1]["image"])
+    validation = Creatures(32, 2, split="validation")
+    assert len({validation[2 * epoch]["caption"] for epoch in range(20)}) == 1
     assert not torch.equal(train[0]["image"], validation[0]["image"])
 
 

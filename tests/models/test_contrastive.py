@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ldm.data.creatures.dataset import ATTRIBUTES, Creatures
+from ldm.data.creatures.tokenizer import write_tokenizer
+from ldm.models.contrastive import ContrastiveCLIP
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.util import UserError
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text_encoder")
+    write_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch():
+    data = Creatures(32, 16, split="validation", attributes=True)
+    items = [data[i] for i in range(16)]
+    return {
+        "image": torch.stack([item["image"] for item in items]),
+        "caption": [item["caption"] for item in items],
+        "attributes": torch.stack([item["attributes"] for item in items]),
+    }
+
+
+def _model(folder, **params):
+    torch.manual_seed(0)
+    model = ContrastiveCLIP(str(folder), VISION, **params)
+    model.logged = {}
+    model.log_dict = lambda values, **_: model.logged.update(values)
+    return model
+
+
+def _train(model, batch, steps):
+    model.learning_rate = 3e-3
+    optimizer = model.configure_optimizers()["optimizer"]
+    losses = []
+    for k in range(steps):
+        loss = model.training_step(batch, k)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.on_train_batch_end(None, batch, k)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_captions_find_their_pictures(folder, batch):
+    model = _model(folder, warmup_steps=1)
+    losses = _train(model, batch, 60)
+    assert losses[0] == pytest.approx(2.77, abs=0.6)  # about log 16: nothing known yet
+    assert losses[-1] < 0.5 * losses[0]
+    assert model.logged["train/recall"] > 0.7
+
+
+def test_attribute_heads_learn_from_the_labels(folder, batch):
+    model = _model(
+        folder, warmup_steps=1, attributes={name: len(values) for name, values in ATTRIBUTES.items()}
+    )
+    _train(model, batch, 1)
+    first = float(model.logged["train/attributes"])
+    _train(model, batch, 40)
+    assert float(model.logged["train/attributes"]) < 0.7 * first
+
+
+def test_the_loss_is_the_symmetric_one(folder):
+    model = _model(folder)
+    features = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    loss, recall = model.contrastive_loss(features, features)
+    logits = model.clip.logit_scale.exp() * features @ features.t()
+    assert recall == 1 and torch.allclose(loss, torch.nn.functional.cross_entropy(logits, torch.arange(4)))
+
+
+def test_features_do_not_depend_on_the_padding(folder):
+    model = _model(folder).eval()
+    image = torch.zeros(1, 32, 32, 3)
+    alone = model(image, ["a red fox"])[1]
+    beside = model(image.expand(2, -1, -1, -1), ["a red fox", "a photo of a large blue bear on a beach"])[1]
+    assert torch.allclose(alone[0], beside[0], atol=1e-6)
+
+
+def test_export_serves_the_text_encoder_and_transformers(folder, batch, tmp_path):
+    from transformers import CLIPModel
+
+    model = _model(folder).eval()
+    model.export(tmp_path)
+    embedder = FrozenCLIPEmbedder(version=str(tmp_path / "text_encoder"), max_length=32)
+    ids = model.tokenizer(["a red fox"], padding="max_length", max_length=32, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model.clip.text_model(input_ids=ids).last_hidden_state
+        assert torch.allclose(embedder(["a red fox"]), expected, atol=1e-5)
+        pair = CLIPModel.from_pretrained(tmp_path / "clip").eval()
+        ids = model.tokenize(batch["caption"])
+        out = pair(input_ids=ids, pixel_values=batch["image"].movedim(-1, 1))
+        images, texts, _ = model(batch["image"], batch["caption"])
+    assert torch.allclose(out.image_embeds, images, atol=1e-5) and torch.allclose(
+        out.text_embeds, texts, atol=1e-5
+    )
+
+
+def test_a_folder_without_a_tokenizer_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="vocab.json"):
+        ContrastiveCLIP(str(tmp_path), VISION)
+
+
+def test_the_rate_warms_up_and_falls_to_zero(folder):
+    model = _model(folder, warmup_steps=10, total_steps=100)
+    rates = [model._rate(step) for step in range(101)]
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and max(rates) == rates[9]
+        or rates[10]
+        and rates[100] == pytest.approx(0)
+    )
