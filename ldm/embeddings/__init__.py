@@ -1,0 +1,33 @@
+"""Embedding files: `read` any tool's, `write` what each expects, `merge`, `split` and look into them.
+
+Everything from a file is treated as hostile: sizes are checked before memory is claimed, pickles are looked
+through and then read by torch's weights-only loader, and no text from a file becomes a path.
+"""
+
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
+from ldm.embeddings.kinds import encoder_kind
+from ldm.embeddings.merging import Rename, merge, plan_renames, renames_from, split
+from ldm.embeddings.metadata import Metadata
+from ldm.embeddings.names import canonical_path, safe_name
+from ldm.embeddings.reader import read
+from ldm.embeddings.writer import FORMATS, paths_for, write, write_all
+
+__all__ = [
+    "FORMATS",
+    "Concept",
+    "EmbeddingError",
+    "LearnedEmbeddings",
+    "Metadata",
+    "Rename",
+    "canonical_path",
+    "encoder_kind",
+    "merge",
+    "paths_for",
+    "plan_renames",
+    "read",
+    "renames_from",
+    "safe_name",
+    "split",
+    "write",
+    "write_all",
+]

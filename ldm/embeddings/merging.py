@@ -1,0 +1,163 @@
+"""Several embedding files as one, and one as several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
+from ldm.embeddings.metadata import Metadata
+from ldm.embeddings.names import safe_name
+from ldm.util import UsageError
+
+
+@dataclass(frozen=True)
+class Rename:
+    """That the trigger `old` of the index-th file becomes `new`."""
+
+    index: int
+    source: str
+    old: str
+    new: str
+
+
+def merge(
+    parts: Sequence[LearnedEmbeddings],
+    rename: Mapping[str, str | Sequence[str]] | None = None,
+    automatic: bool = False,
+) -> LearnedEmbeddings:
+    """Join embeddings; the same vectors under the same trigger count once.
+
+    See `plan_renames` for `rename` and `automatic`. Raises EmbeddingError, with the remedy, where two files have
+    different vectors for one trigger, or are for different text encoders.
+    """
+    if not parts:
+        raise EmbeddingError("there is nothing to merge; name at least one file")
+    _check_encoders(parts)
+    plan = plan_renames(parts, rename, automatic)
+    concepts = []
+    for index, part in enumerate(parts):
+        names = {step.old: step.new for step in plan if step.index == index}
+        for concept in part.renamed(names).concepts:
+            same = [c for c in concepts if (c.trigger, c.encoder, c.part) == _key(concept)]
+            if not same:
+                concepts.append(concept)
+    return LearnedEmbeddings(
+        tuple(concepts),
+        _common([part.metadata for part in parts]),
+        parts[0].format,
+        ", ".join(part.source for part in parts if part.source),
+    )
+
+
+def plan_renames(
+    parts: Sequence[LearnedEmbeddings],
+    rename: Mapping[str, str | Sequence[str]] | None = None,
+    automatic: bool = False,
+) -> list[Rename]:
+    """Which triggers `merge` renames so that no two clash.
+
+    `rename` maps a trigger to its new name, or to several: they go to the last files that have the trigger, in
+    order, so that earlier files keep theirs. `automatic` names what still clashes after its file, "<cat>" for
+    cat.pt. Raises EmbeddingError for a clash that remains and for a name in `rename` that occurs nowhere.
+    """
+    plan: list[Rename] = []
+    for old, new in (rename or {}).items():
+        names = [new] if isinstance(new, str) else list(new)
+        holders = [index for index, part in enumerate(parts) if old in part.triggers]
+        if len(names) > len(holders):
+            raise EmbeddingError(
+                f"--rename '{old}=...' is given {len(names)} times; the trigger is in {len(holders)} files"
+            )
+        plan += [
+            Rename(index, parts[index].source, old, name)
+            for index, name in zip(holders[-len(names) :], names, strict=True)
+        ]
+    taken: dict[str, int] = {}
+    for index, part in enumerate(parts):
+        renamed = {step.old: step.new for step in plan if step.index == index}
+        for trigger in part.triggers:
+            name = renamed.get(trigger, trigger)
+            if name in taken and not _same_vectors(
+                parts[taken[name]], plan, taken[name], name, part, trigger
+            ):
+                if not automatic or trigger in renamed:
+                    raise EmbeddingError(_clash(name, parts[taken[name]], part))
+                name = _free_name(part, {*taken, *(n for p in parts for n in p.triggers)})
+                plan.append(Rename(index, part.source, trigger, name))
+            taken.setdefault(name, index)
+    return plan
+
+
+def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
+    """The `rename` argument of `merge` from texts "old=new" of a command line; else raises UsageError."""
+    names: dict[str, list[str]] = {}
+    for text in texts or ():
+        old, equals, new = text.partition("=")
+        if not (old and equals and new):
+            raise UsageError(f"--rename '{text}': write it as old=new, for example --rename '*=<my-cat>'")
+        names.setdefault(old, []).append(new)
+    return names
+
+
+def split(embeddings: LearnedEmbeddings) -> list[LearnedEmbeddings]:
+    """One LearnedEmbeddings for each trigger."""
+    return [embeddings.only(trigger) for trigger in embeddings.triggers]
+
+
+def _key(concept: Concept) -> tuple[str, str | None, str]:
+    return (concept.trigger, concept.encoder, concept.part)
+
+
+def _same_vectors(
+    first: LearnedEmbeddings,
+    plan: list[Rename],
+    index: int,
+    name: str,
+    second: LearnedEmbeddings,
+    trigger: str,
+) -> bool:
+    """Whether `name` in the first file (by its new name) and `trigger` in the second are the same vectors."""
+    before = next((step.old for step in plan if step.index == index and step.new == name), name)
+    ours = {(c.encoder, c.part): c.vectors for c in first.concepts if c.trigger == before}
+    theirs = {(c.encoder, c.part): c.vectors for c in second.concepts if c.trigger == trigger}
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:
+    stem, number = safe_name(Path(part.source).stem), 1
+    while (name := f"<{stem}>" if number == 1 else f"<{stem}-{number}>") in taken:
+        number += 1
+    return name
+
+
+def _clash(name: str, first: LearnedEmbeddings, second: LearnedEmbeddings) -> str:
+    files = f"'{first.source}' and '{second.source}'" if first.source else "two of them"
+    return (
+        f"{files} both have the trigger '{name}'; give one another name: "
+        f"scripts/embeddings.py merge FILES -o OUT --rename '{name}=NEW' (the last file's), or --auto_rename"
+    )
+
+
+def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:
+    """Vectors of different models have no use together."""
+    first = parts[0]
+    for part in parts[1:]:
+        widths, others = ({concept.width for concept in p.concepts} for p in (first, part))
+        kinds, other_kinds = ({c.encoder for c in p.concepts} - {None} for p in (first, part))
+        if widths != others or (kinds and other_kinds and kinds != other_kinds):
+            raise EmbeddingError(
+                f"'{first.source}' is for {first.concepts[0].models} and '{part.source}' for "
+                f"{part.concepts[0].models}; embeddings of different text encoders cannot be used together"
+            )
+
+
+def _common(all_metadata: Sequence[Metadata]) -> Metadata:
+    """What all say alike."""
+    names = [field.name for field in dataclasses.fields(Metadata)]
+    values = {name: {getattr(metadata, name) for metadata in all_metadata} for name in names}
+    return Metadata(**{name: next(iter(said)) for name, said in values.items() if len(said) == 1})

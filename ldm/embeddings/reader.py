@@ -1,0 +1,42 @@
+"""Reading an embedding file of any tool."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ldm.embeddings import a1111, by_encoder, diffusers, emb_params, lora, onetrainer, original, xti
+from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
+from ldm.embeddings.payload import Payload, open_payload
+
+# Asked in this order; the last takes any word for a key.
+_FAMILIES = (original, a1111, lora, by_encoder, xti, onetrainer, emb_params, diffusers)
+
+
+def read(path: str | Path) -> LearnedEmbeddings:
+    """Read an embedding file, told by its content, of any format that `ldm.embeddings` knows.
+
+    Nothing in the file is run, imported or used as a path. Raises EmbeddingError, one line that names the file
+    and the reason, for files that are missing, damaged, too large, unknown or malicious.
+    """
+    path = Path(path)
+    try:
+        payload = open_payload(path)
+        found = next((found for family in _FAMILIES if (found := family.recognise(payload))), None)
+        if found is None:
+            raise EmbeddingError(_unknown(payload))
+        return dataclasses.replace(found, source=path.name)
+    except EmbeddingError as error:
+        raise EmbeddingError(f"'{path}': {error}") from error
+    except OSError as error:
+        raise EmbeddingError(f"'{path}': cannot be read ({error.strerror or error})") from error
+
+
+def _unknown(payload: Payload) -> str:
+    keys = payload.names
+    if keys == {"hash", "optimizer_state_dict"}:
+        return "it is the optimizer state beside an AUTOMATIC1111 embedding; name the embedding itself"
+    if "state_dict" in keys:
+        return "it is a model checkpoint, not an embedding"
+    holds = f"holds {quoted(sorted(keys))}" if keys else f"is a {type(payload.content).__name__}"
+    return f"it is of an unknown kind: it {ascii(holds)[1:-1]}"

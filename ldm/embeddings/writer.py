@@ -1,0 +1,117 @@
+"""Writing embedding files in the format that each tool expects."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.embeddings import a1111, diffusers, emb_params, onetrainer, original
+from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
+from ldm.embeddings.names import safe_name
+from ldm.files import write_whole
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format is written: the function, the suffix, and what one file may hold."""
+
+    save: Callable[..., Any]
+    suffix: str
+    several_triggers: bool = False
+    several_encoders: bool = False
+
+
+FORMATS = {
+    "original": Format(original.save, ".pt", several_triggers=True),
+    "safetensors": Format(emb_params.save, ".safetensors", several_encoders=True),
+    "diffusers": Format(diffusers.save, ".safetensors"),
+    "a1111": Format(a1111.save, ".pt"),
+    "a1111-png": Format(a1111.save_picture, ".png"),
+    "onetrainer": Format(onetrainer.save, ".safetensors", several_encoders=True),
+}
+DEFAULT_FORMAT = "safetensors"
+
+
+def write(
+    embeddings: LearnedEmbeddings,
+    path: str | Path,
+    format: str = DEFAULT_FORMAT,
+    preview: Image.Image | None = None,
+) -> Path:
+    """Write one file, whole or not at all, and return its path.
+
+    `format` is a key of `FORMATS`; `preview` is the picture of an "a1111-png". The path's suffix is not looked
+    at. Raises EmbeddingError for an unknown format and for embeddings that the format cannot hold.
+    """
+    chosen = format_named(format)
+    _check(embeddings, format, chosen)
+    save = chosen.save
+    if preview is not None and format == "a1111-png":
+        save = functools.partial(save, preview=preview)
+    return write_whole(path, lambda file: save(embeddings, file))
+
+
+def write_all(
+    embeddings: LearnedEmbeddings,
+    folder: str | Path,
+    format: str = DEFAULT_FORMAT,
+    preview: Image.Image | None = None,
+) -> list[Path]:
+    """Write every trigger into a folder, in one file if the format can hold them, else in one file each.
+
+    Files are `embeddings.pt`, `<trigger>.safetensors`, and for other formats `<format>/<trigger>.<suffix>`: most
+    tools take the stem as the prompt word. Returns the paths.
+    """
+    chosen = format_named(format)
+    if chosen.several_triggers:
+        return [write(embeddings, Path(folder) / f"embeddings{chosen.suffix}", format)]
+    parts = {trigger: embeddings.only(trigger) for trigger in embeddings.triggers}
+    for part in parts.values():
+        _check(part, format, chosen)
+    paths = paths_for(list(parts), folder, format)
+    return [write(part, path, format, preview) for part, path in zip(parts.values(), paths, strict=True)]
+
+
+def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FORMAT) -> list[Path]:
+    """Where `write_all` puts each trigger; triggers whose file names would be equal are numbered."""
+    chosen = format_named(format)
+    home = Path(folder) if format == DEFAULT_FORMAT else Path(folder) / format
+    taken: set[str] = set()
+    paths = []
+    for trigger in triggers:
+        stem, number = safe_name(trigger), 1
+        while (name := stem if number == 1 else f"{stem}-{number}").casefold() in taken:
+            number += 1
+        taken.add(name.casefold())
+        paths.append(home / f"{name}{chosen.suffix}")
+    return paths
+
+
+def format_named(name: str) -> Format:
+    """The format of this name; raises EmbeddingError that lists the known ones."""
+    if name not in FORMATS:
+        raise EmbeddingError(f"unknown embedding format '{name}'; known are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _check(embeddings: LearnedEmbeddings, name: str, chosen: Format) -> None:
+    """Refuse what the format has no place for."""
+    odd = sorted({concept.part for concept in embeddings.concepts} - {"", "negative"})
+    if odd:
+        raise EmbeddingError(
+            f"the parts {quoted(odd)} of '{embeddings.triggers[0]}' have no place in any format"
+        )
+    if len(embeddings.triggers) > 1 and not chosen.several_triggers:
+        raise EmbeddingError(
+            f"the format '{name}' holds one trigger, not {quoted(embeddings.triggers)}; split them, or use 'original'"
+        )
+    if len(embeddings.concepts) > len(embeddings.triggers) and not chosen.several_encoders:
+        encoders = quoted([str(concept.encoder) for concept in embeddings.concepts])
+        raise EmbeddingError(
+            f"the format '{name}' holds vectors of one text encoder, not {encoders}; use 'safetensors'"
+        )
