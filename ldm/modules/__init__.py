@@ -1,0 +1,1 @@
+"""The networks: plain nn.Modules, without training or sampling."""

@@ -1,0 +1,1 @@
+"""Text and class encoders: what turns a caption into the UNet's context."""

@@ -1,0 +1,51 @@
+"""Folders and hub names: what text encoders and tokenizers are read from, and how that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldm.util import UserError
+
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+
+
+def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
+    """Check that the folder `source` holds one file of each of `alternatives`.
+
+    A `source` that is no folder is a hub name and passes, unless it can only be meant as a path. Raises
+    UserError that names `what` and what is missing.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+            raise UserError(f"{what}: there is no such folder (looked from '{Path.cwd()}'); check the path")
+        return
+    for names in alternatives:
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"{what}: the folder has no {' or '.join(names[:2])}; add it or name another folder"
+            )
+
+
+@contextmanager
+def reading(what: str, source: str) -> Iterator[None]:
+    """Turn whatever the Hugging Face readers raise within into one UserError with a remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the readers raise many kinds, from OSError to SafetensorError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if Path(source).is_dir():
+            raise UserError(f"{what}: a file in the folder cannot be read ({reason}); replace it") from error
+        raise UserError(
+            f"{what} is neither a folder here nor readable from the Hugging Face hub ({reason}); "
+            f"go online for the first use, or name a local folder"
+        ) from error

@@ -1,0 +1,30 @@
+"""The two small text encoders of the golden records, with their weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.modules.encoders.basic import TextEncoder
+from ldm.util import instantiate_from_config, skip_pretrained
+from tests.golden_record import Golden, fill
+
+
+def build_encoder(case: str) -> TextEncoder:
+    with skip_pretrained():
+        encoder = instantiate_from_config(Golden(case).config().params.cond_stage_config)
+    return fill(encoder, "cond_stage_model.")
+
+
+@pytest.fixture(scope="session")
+def clip() -> TextEncoder:
+    return build_encoder("clip_one_vector").freeze()
+
+
+@pytest.fixture(scope="session")
+def bert() -> TextEncoder:
+    return build_encoder("bert_one_vector").freeze()
+
+
+@pytest.fixture(params=["clip", "bert"])
+def encoder(request: pytest.FixtureRequest) -> TextEncoder:
+    return request.getfixturevalue(request.param)

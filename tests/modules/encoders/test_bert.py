@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.modules.encoders import bert as bert_module
+from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer
+from ldm.util import UserError
+from tests.golden_record import GOLDEN, Golden
+
+TINY = str(GOLDEN / "bert_tiny_tokenizer")
+
+
+def test_prompts_become_the_originals_ids():
+    golden = Golden("bert_one_vector")
+    tokenizer = BERTTokenizer(tokenizer=TINY, vq_interface=False)
+    assert torch.equal(tokenizer.encode(golden.meta["prompts"]), golden.io["tokens"])
+    assert tokenizer.decode(tokenizer("a dog")[0][:4]) == "[CLS] a dog [SEP]"
+
+
+def test_as_a_first_stage_it_answers_with_codes_last():
+    nothing, loss, (*_, ids) = BERTTokenizer(tokenizer=TINY).encode("a dog")
+    assert nothing is None and loss is None and ids.shape == (1, 77)
+
+
+def test_the_manager_sees_ids_and_token_embeddings_before_positions(bert):
+    seen = []
+    plain = bert("a dog")
+    bert("a dog", embedding_manager=lambda ids, embedded: seen.append((ids, embedded)) or embedded)
+    ids, embedded = seen[0]
+    assert torch.equal(embedded, bert.token_embedding(ids))
+    assert bert.width == 64 and plain.shape == (1, 77, 64)
+    assert torch.equal(bert.encode(["a dog"]), plain)
+
+
+def test_it_is_trained_whole_unless_frozen():
+    encoder = BERTEmbedder(64, 1, vocab_size=135, tokenizer=TINY, embedding_dropout=0.5).train()
+    assert not torch.equal(encoder("a dog"), encoder("a dog"))
+    encoder("a dog").sum().backward()
+    # the language-model head takes no part in a context
+    untrained = {name for name, p in encoder.named_parameters() if p.grad is None}
+    assert untrained == {"transformer.to_logits.weight", "transformer.to_logits.bias"}
+    encoder.freeze()
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert torch.equal(encoder("a dog"), encoder("a dog"))
+
+
+def test_token_ids_are_taken_as_they_are_without_tokenizer():
+    encoder = BERTEmbedder(64, 1, vocab_size=135, max_seq_len=8, use_tokenizer=False)
+    assert encoder(torch.tensor([[1, 2, 3]])).shape == (1, 3, 64)
+
+
+def test_a_tokenizer_with_more_words_than_the_encoder_is_refused():
+    with pytest.raises(UserError, match="ids up to 134 but the text encoder only 100 embeddings"):
+        BERTEmbedder(64, 1, vocab_size=100, tokenizer=TINY)
+
+
+def test_a_folder_without_vocabulary_and_a_hub_out_of_reach_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="the folder has no vocab.txt or tokenizer.json"):
+        BERTTokenizer(tokenizer=str(tmp_path))
+    with pytest.raises(UserError, match="tokenizer './absent': there is no such folder"):
+        BERTTokenizer(tokenizer="./absent")
+
+    def offline(*_, **__):
+        raise OSError("offline\nmore")
+
+    monkeypatch.setattr(bert_module.BertTokenizerFast, "from_pretrained", offline)
+    with pytest.raises(UserError, match=r"'bert-base-uncased' is neither a folder here .*\(offline\)"):
+        BERTTokenizer()
