@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.util import ConfigError, UserError, instantiate_from_config
+from tests.golden_record import CASES, GOLDEN, Golden
+from tests.modules.conftest import build_encoder
+
+OLD_LAYOUT = GOLDEN / "embeddings_torch_1_10_layout.pt"
+
+
+def manager_of(encoder, *strings: str, **options) -> EmbeddingManager:
+    return EmbeddingManager(encoder, placeholder_strings=strings, **options)
+
+
+def put(manager: EmbeddingManager, ids: list[int], length: int) -> list[float]:
+    """Which vector each place of a prompt shows: token k is embedded as -k, row r of a placeholder as itself."""
+    tokens = torch.tensor([ids + [0] * (length - len(ids))])
+    embedded = -tokens[..., None].float().expand(-1, -1, manager.width)
+    return manager(tokens, embedded)[0, :, 0].tolist()
+
+
+def number_vectors(manager: EmbeddingManager, **first: float) -> None:
+    for string, start in first.items():
+        vectors = manager.vectors(string)
+        vectors.data = (start + torch.arange(float(len(vectors))))[:, None].expand_as(vectors).clone()
+
+
+# -- the original's numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conditioning_is_the_originals(case):
+    golden = Golden(case)
+    encoder = build_encoder(case)
+    node = OmegaConf.to_container(golden.config().params.personalization_config)
+    manager = instantiate_from_config(node, embedder=encoder)
+    manager.load(golden.embeddings)
+    assert torch.equal(manager.vectors("*"), golden.io["param/*"])
+    assert torch.equal(encoder.token_ids(golden.meta["prompts"], manager), golden.io["tokens"])
+    for name, used in (("conditioning", manager), ("conditioning_plain", None)):
+        expected = golden.io[name]
+        result = encoder(golden.meta["prompts"], embedding_manager=used)
+        assert (result - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_state_dict_names_are_the_originals(clip):
+    manager = manager_of(clip, "*", "@", initializer_words=["sculpture"], num_vectors_per_token=2)
+    assert {key: tuple(value.shape) for key, value in manager.state_dict().items()} == {
+        "string_to_param_dict.*": (2, 32),
+        "string_to_param_dict.@": (2, 32),
+        "initial_embeddings.*": (2, 32),
+    }
+
+
+# -- insertion ----------------------------------------------------------------------------------------------
+
+
+def test_vectors_push_what_follows_to_the_right_and_off_the_end(clip):
+    manager = manager_of(clip, "*", "@", num_vectors_per_token={"*": 3, "@": 2})
+    number_vectors(manager, **{"*": 100, "@": 200})
+    star, at = (int(token) for token in manager.string_to_token_dict.values())
+    assert put(manager, [1, star, 2, at, 3], 9) == [-1, 100, 101, 102, -2, 200, 201, -3, 0]
+    assert put(manager, [star, star, at], 7) == [100, 101, 102, 100, 101, 102, 200]
+    assert put(manager, [1, 2, 3], 3) == [-1, -2, -3]
+    assert put(manager, [1, 2, star], 3) == [-1, -2, 100]
+    assert put(manager, [at, 5, 6, star], 4) == [200, 201, -5, -6]
+
+
+def test_inputs_are_not_changed_and_gradients_reach_only_the_vectors_shown():
+    encoder = build_encoder("clip_one_vector")
+    manager = manager_of(encoder, "*", "@", num_vectors_per_token=2)
+    ids = encoder.token_ids(["a photo of *", "* " + "a " * 74, "a " * 74 + "*"], manager)
+    embedded = encoder.token_embedding(ids)
+    before = ids.clone(), embedded.clone()
+    manager(ids, embedded)
+    assert torch.equal(ids, before[0]) and torch.equal(embedded, before[1])
+
+    encoder("a photo of *", embedding_manager=manager).square().sum().backward()
+    assert (manager.vectors("*").grad.abs().sum(dim=1) > 0).all()
+    assert not manager.vectors("@").grad.any()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert list(manager.embedding_parameters()) == [manager.vectors("*"), manager.vectors("@")]
+
+
+def test_the_embeddings_keep_their_dtype(clip):
+    manager = manager_of(clip, "*")
+    embedded = torch.zeros(1, 3, 32, dtype=torch.bfloat16)
+    assert manager(torch.tensor([[1, 265, 2]]), embedded).dtype == torch.bfloat16
+
+
+def test_a_manager_without_placeholders_changes_nothing(clip):
+    manager = EmbeddingManager(clip)
+    assert torch.equal(clip("a dog", embedding_manager=manager), clip("a dog"))
+    assert manager.get_embedding_norms_squared().shape == (0,)
+    manager.load(Golden("clip_one_vector").embeddings)
+    assert manager.placeholders == {"*": 1}
+
+
+@pytest.mark.parametrize(
+    "string", ["<my-cat>", "my.cat v1.5", "[x]", "猫", "train", "keys", "_parameters", "a cat"]
+)
+def test_any_string_is_learned_saved_and_loaded(encoder, string, tmp_path):
+    manager = manager_of(encoder, string, num_vectors_per_token=2)
+    assert not torch.allclose(
+        encoder(f"a photo of {string}, nice", manager), encoder(f"a photo of {string}, nice")
+    )
+    manager.save(tmp_path / "e.pt")
+    other = manager_of(encoder, "*")
+    other.load(tmp_path / "e.pt")
+    assert other.placeholders == {string: 2}
+    assert torch.equal(other.vectors(string), manager.vectors(string))
+    assert torch.equal(encoder(f"({string})", other), encoder(f"({string})", manager))
+    third = manager_of(encoder, string, num_vectors_per_token=2, seed=9)
+    third.load_state_dict(manager.state_dict())
+    assert torch.equal(third.vectors(string), manager.vectors(string))
+
+
+# -- where vectors begin ------------------------------------------------------------------------------------
+
+
+def test_an_initializer_is_the_token_embedding_alone(clip):
+    manager = manager_of(clip, "*", initializer_words=["sculpture"])
+    (token,) = clip.prompt_tokenizer.token_ids("sculpture")
+    assert torch.equal(manager.vectors("*")[0], clip.token_embedding.weight[token])
+
+
+def test_several_initializer_tokens_are_spread_and_repeats_differ_a_little(clip):
+    tokens = clip.prompt_tokenizer.token_ids("photo of dog")
+    table = clip.token_embedding.weight
+    manager = manager_of(clip, "*", initializer_words=["photo of dog"], num_vectors_per_token=6)
+    vectors = manager.vectors("*")
+    assert torch.equal(vectors[::2], table[tokens])
+    moved = (vectors[1::2] - table[tokens]).std() / table.std()
+    assert 0.05 < moved < 0.2
+    assert len(vectors.unique(dim=0)) == 6
+
+
+def test_without_initializer_vectors_look_like_the_vocabulary(clip):
+    manager = manager_of(clip, "*", "@", initializer_words=["", None], num_vectors_per_token=60)
+    table = clip.token_embedding.weight
+    vectors = torch.cat(list(manager.embedding_parameters()))
+    assert (vectors.mean() - table.mean()).abs() < 0.2 * table.std()
+    assert 0.9 < vectors.std() / table.std() < 1.1
+    assert not torch.equal(manager.vectors("*"), manager.vectors("@"))
+
+
+def test_draws_follow_the_seed_and_leave_the_global_generator_alone(clip):
+    state = torch.get_rng_state()
+    first, same, other = (manager_of(clip, "*", seed=seed).export()["*"] for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reset_follows_weights_that_come_later_but_keeps_those_of_a_file():
+    encoder = build_encoder("clip_one_vector")
+    drawn = manager_of(encoder, "*", initializer_words=["dog"])
+    loaded = manager_of(encoder, "*", embedding_manager_ckpt=Golden("clip_one_vector").embeddings)
+    with torch.no_grad():
+        encoder.token_embedding.weight.add_(1)
+    drawn.reset(encoder)
+    loaded.reset(encoder)
+    assert torch.equal(drawn.vectors("*")[0], encoder.token_embedding.weight[1929])
+    assert torch.equal(drawn.initial_embeddings.get_buffer("*"), drawn.vectors("*"))
+    assert torch.equal(loaded.vectors("*"), Golden("clip_one_vector").io["param/*"])
+
+
+def test_it_is_built_on_the_meta_device():
+    with torch.device("meta"):
+        manager = manager_of(build_encoder("clip_one_vector"), "*", num_vectors_per_token=2)
+    assert manager.vectors("*").is_meta and manager.vectors("*").shape == (2, 32)
+
+
+def test_an_ordinary_word_is_allowed_with_a_warning(clip, caplog):
+    with caplog.at_level(logging.WARNING):
+        manager_of(clip, "dog", "*", "<cat>")
+    assert [record.getMessage() for record in caplog.records if "ordinary word" in record.getMessage()] == [
+        "placeholder 'dog' is an ordinary word, which prompts can then not mean"
+    ]
+
+
+# -- options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [(2, {"*": 2, "@": 2}), ([1, 3], {"*": 1, "@": 3}), ({"@": 4}, {"*": 1, "@": 4})],
+)
+def test_vectors_are_counted_for_each_placeholder(clip, wanted, expected):
+    for value in (wanted, wanted if isinstance(wanted, int) else OmegaConf.create(wanted)):
+        assert manager_of(clip, "*", "@", num_vectors_per_token=value).placeholders == expected
+
+
+def test_per_image_tokens_add_twenty_two_placeholders(bert):
+    strings = OmegaConf.create(["*"])
+    manager = EmbeddingManager(
+        bert, placeholder_strings=strings, per_image_tokens=True, num_vectors_per_token=[2]
+    )
+    assert list(manager.placeholders.items())[:2] == [("*", 2), ("א", 1)]
+    assert len(manager.placeholders) == 23 and strings == ["*"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placeholder_strings": ["*", "*"]}, "placeholder '\\*' is there twice"),
+        ({"placeholder_strings": ["Cat", "cat"]}, "placeholder 'cat' is there twice, first as 'Cat'"),
+        ({"placeholder_strings": ["א"], "per_image_tokens": True}, "placeholder 'א' is there twice"),
+        ({"placeholder_strings": [""]}, "placeholder '' is empty"),
+        ({"placeholder_strings": ["a "]}, "begins or ends in a space"),
+        ({"placeholder_strings": [7]}, "placeholder 7 is not a text"),
+        ({"placeholder_strings": ["*"], "initializer_words": ["a", "b"]}, "2 initializer_words for 1"),
+        ({"placeholder_strings": ["*"], "initializer_words": [" "]}, "initializer word ' ' has no tokens"),
+        ({"placeholder_strings": ["*"], "num_vectors_per_token": 0}, "'\\*' is 0; use a number from 1 to 75"),
+        ({"placeholder_strings": ["*"], "num_vectors_per_token": 76}, "is 76; use a number from 1 to 75"),
+        (
+            {"placeholder_strings": ["*"], "num_vectors_per_token": [1, 2]},
+            "2 entries for 1 placeholder_strings",
+        ),
+        (
+            {"placeholder_strings": ["*"], "num_vectors_per_token": {"@": 2}},
+            "names '@', which is no placeholder",
+        ),
+        ({"placeholder_strings": ["*"], "progressive_scale": 0}, "progressive_scale is 0"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(clip, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        EmbeddingManager(clip, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_options_are_errors(clip):
+    node = {"target": "ldm.modules.embedding_manager.EmbeddingManager", "params": {"num_vector_per_token": 2}}
+    with pytest.raises(ConfigError, match="unknown key 'num_vector_per_token'"):
+        instantiate_from_config(node, embedder=clip)
+
+
+# -- progressive words --------------------------------------------------------------------------------------
+
+
+def test_progressive_words_count_optimizer_steps_and_are_the_same_after_loading(clip, tmp_path):
+    manager = manager_of(clip, "*", num_vectors_per_token=3, progressive_words=True, progressive_scale=10)
+    number_vectors(manager, **{"*": 100})
+    shown = []
+    for step in (0, 9, 10, 15, 20, 1000):
+        for _ in range(3):  # passes without an optimizer step count for nothing
+            put(manager, [265], 4)
+        manager.on_optimizer_step(step)
+        shown.append((manager.placeholders["*"], put(manager, [265, 7], 4)))
+        if step == 15:
+            manager.save(tmp_path / "e.pt")
+            state = manager.state_dict()
+    assert shown[1] == (1, [100, -7, 0, 0])
+    assert shown[2] == shown[3] == (2, [100, 101, -7, 0])
+    assert [count for count, _ in shown] == [1, 1, 2, 2, 3, 3]
+
+    plain = manager_of(clip, "*")
+    plain.load(tmp_path / "e.pt")
+    assert put(plain, [265, 7], 4) == shown[3][1]
+    assert len(plain.vectors("*")) == 3 and plain.export()["*"].shape == (2, 32)
+    plain.on_optimizer_step(20)
+    assert plain.placeholders == {"*": 3}
+
+    resumed = manager_of(clip, "*", num_vectors_per_token=3, progressive_words=True, progressive_scale=10)
+    put(resumed, [265, 7], 4)
+    resumed.load_state_dict(state)
+    assert put(resumed, [265, 7], 4) == shown[3][1]
+
+
+def test_all_vectors_of_an_original_file_are_in_use_with_progressive_words(clip):
+    manager = manager_of(clip, "*", num_vectors_per_token=3, progressive_words=True)
+    manager.load(Golden("clip_three_vectors").embeddings)
+    manager.on_optimizer_step(1)
+    assert manager.placeholders == {"*": 3}
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def test_files_of_torch_1_10_are_read(clip):
+    manager = manager_of(clip, "*")
+    manager.load(OLD_LAYOUT)
+    assert manager.placeholders == {"*": 2, "@": 1}
+    assert manager.vectors("*").sum().item() == pytest.approx(-0.16457687, abs=1e-6)
+    assert manager.vectors("@").sum().item() == pytest.approx(-0.02920608, abs=1e-6)
+
+
+def test_saved_files_have_the_originals_structure(clip, tmp_path):
+    manager = manager_of(clip, "*", "<my-cat>", "my.cat", num_vectors_per_token=[2, 1, 1])
+    manager.save(tmp_path / "new" / "e.pt")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["e.pt"]
+    with torch.serialization.safe_globals([nn.ParameterDict]):
+        data = torch.load(tmp_path / "new" / "e.pt")
+    assert list(data) == ["string_to_token", "string_to_param"]
+    tokens, params = data["string_to_token"], data["string_to_param"]
+    assert type(params) is nn.ParameterDict
+    assert {string: token.item() for string, token in tokens.items()} == {
+        "*": 265,
+        "<my-cat>": -1,
+        "my.cat": -1,
+    }
+    assert all(token.dim() == 0 and token.dtype == torch.int64 for token in tokens.values())
+    # as the original reads it: one key after the other
+    assert all(torch.equal(params[string], manager.vectors(string)) for string in tokens)
+    assert isinstance(params["*"], nn.Parameter)
+
+
+def test_what_a_vector_begins_at_follows_the_count_of_a_file(clip):
+    manager = manager_of(clip, "*", initializer_words=["dog"], num_vectors_per_token=2)
+    assert manager.embedding_to_coarse_loss() == 0
+    manager.load(Golden("clip_three_vectors").embeddings)
+    assert manager.initial_embeddings.get_buffer("*").shape == (3, 32)
+    assert manager.embedding_to_coarse_loss() > 0
+
+
+def test_vectors_of_another_width_are_refused(bert):
+    manager = manager_of(bert, "*")
+    before = manager.export()
+    with pytest.raises(UserError, match="embeddings.pt': '\\*' has width 32, the text encoder has width 64"):
+        manager.load(Golden("clip_one_vector").embeddings)
+    assert torch.equal(manager.export()["*"], before["*"])
+
+
+def test_a_file_to_begin_from_must_hold_the_placeholders(clip):
+    path = Golden("clip_three_vectors").embeddings
+    assert manager_of(clip, "*", embedding_manager_ckpt=path).placeholders == {"*": 3}
+    with pytest.raises(UserError, match="holds no '<cat>', only '\\*'"):
+        manager_of(clip, "<cat>", embedding_manager_ckpt=str(path))
+    assert manager_of(clip, "<cat>", embedding_manager_ckpt="").placeholders == {"<cat>": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "holds no 'string_to_param'"),
+        ([1, 2], "holds no 'string_to_param'"),
+        ({"string_to_param": {}}, "holds no 'string_to_param'"),
+        ({"string_to_param": {"*": torch.zeros(1, 2, 32)}}, r"'\*' is \(1, 2, 32\), not vectors \[N, d\]"),
+        ({"string_to_param": {"*": torch.zeros(2, 32, dtype=torch.long)}}, "not vectors"),
+        ({"string_to_param": {"*": "text"}}, "'\\*' is str, not vectors"),
+        ({"string_to_param": {"*": torch.full((1, 32), float("nan"))}}, "is empty or holds NaN"),
+        ({"string_to_param": {"*": torch.zeros(0, 32)}}, "is empty or holds NaN"),
+        ({"string_to_param": {"*": torch.zeros(76, 32)}}, "has 76 vectors, a prompt has room for 75"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(clip, tmp_path, content, message):
+    torch.save(content, tmp_path / "e.pt")
+    with pytest.raises(UserError, match=message):
+        manager_of(clip, "*").load(tmp_path / "e.pt")
+
+
+def test_plain_dicts_and_single_vectors_are_read(clip, tmp_path):
+    torch.save({"string_to_param": {"*": torch.ones(32)}}, tmp_path / "e.pt")
+    manager = manager_of(clip, "*")
+    manager.load(tmp_path / "e.pt")
+    assert manager.placeholders == {"*": 1}
+
+
+def test_a_state_dict_brings_its_vector_count(clip):
+    trained = manager_of(clip, "*", "<cat>", initializer_words=["dog"], num_vectors_per_token=[3, 1])
+    fresh = manager_of(clip, "*", "<cat>", initializer_words=["dog"])
+    holder = nn.Module()
+    holder.embedding_manager = fresh
+    state = {f"embedding_manager.{key}": value for key, value in trained.state_dict().items()}
+    assert not any(holder.load_state_dict(state))
+    assert fresh.placeholders == {"*": 3, "<cat>": 1}
+    assert torch.equal(fresh.vectors("*"), trained.vectors("*"))
+
+
+# -- figures ------------------------------------------------------------------------------------------------
+
+
+def test_norms_and_the_distance_to_the_initial_vectors(clip):
+    manager = manager_of(
+        clip, "*", "@", "?", initializer_words=["dog", "photo"], num_vectors_per_token=[1, 2, 1]
+    )
+    assert torch.allclose(
+        manager.get_embedding_norms_squared(),
+        torch.cat([manager.vectors(string) for string in "*@?"]).norm(dim=1) ** 2,
+    )
+    with torch.no_grad():
+        manager.vectors("*")[0, 0] += 2.0  # squared distance 4
+        manager.vectors("@")[1, 0] += 4.0  # 16, and 0 for its other vector
+        manager.vectors("?").add_(1)  # has no initializer
+    loss = manager.embedding_to_coarse_loss()
+    assert loss.item() == pytest.approx((4 + 8) / 2, rel=1e-5)
+    loss.backward()
+    assert manager.vectors("*").grad[0, 0] == pytest.approx(2.0)
+    assert manager_of(clip, "*").embedding_to_coarse_loss() == 0
