@@ -1,0 +1,1 @@
+"""A training run: flags and YAMLs in, a run folder with embeddings out."""

@@ -1,0 +1,81 @@
+"""The embeddings of a run as files, while it trains and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from ldm import embeddings
+from ldm.modules.encoders.modules import BERTEmbedder
+from ldm.prompts import PER_IMAGE_TOKENS
+from ldm.util import UserError
+
+
+class EmbeddingSaver(Callback):
+    """Saves `embeddings.pt` and `embeddings_gs-<step>.pt` every `every_n_train_steps` and at the run's end.
+
+    Beside them each word's vectors go into files of further `formats` (see ldm.embeddings.FORMATS), such as
+    `my-cat.safetensors` and `my-cat_gs-500.safetensors`. `describe` gives the metadata that files can hold, for
+    a step. A model without an embedding manager is left alone.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500, formats: Sequence[str] = ("safetensors",)) -> None:
+        super().__init__()
+        unknown = [name for name in formats if name not in embeddings.FORMATS]
+        if unknown:
+            known = ", ".join(embeddings.FORMATS)
+            raise UserError(f"embedding_saver: no format '{unknown[0]}'; there are {known}")
+        self.every_n_train_steps = every_n_train_steps
+        self.formats = list(formats)
+        self.describe: Callable[[int], dict[str, Any]] = lambda step: {"steps": step}
+        self._saved_step = 0
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Save unless this step is saved already."""
+        manager = getattr(trainer.lightning_module, "embedding_manager", None)
+        step = trainer.global_step
+        if manager is None or step == self._saved_step or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        for name in (f"embeddings_gs-{step}.pt", "embeddings.pt"):
+            manager.save(folder / name)
+        self._saved_step = step
+        if self.formats and hasattr(manager, "export"):
+            self._export(trainer.lightning_module, folder, step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_train_steps > 0 and trainer.global_step % self.every_n_train_steps == 0:
+            self.save_now(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_now(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.global_step > 0:
+            self.save_now(trainer)
+
+    def _export(self, model: Any, folder: Path, step: int) -> None:
+        metadata = embeddings.Metadata.from_values(self.describe(step))
+        family = "bert" if isinstance(model.cond_stage_model, BERTEmbedder) else "clip"
+        # A picture's own word is of no use outside this run.
+        vectors = {w: v for w, v in model.embedding_manager.export().items() if w not in PER_IMAGE_TOKENS}
+        for name in self.formats:
+            paths = embeddings.paths_for(list(vectors), folder, name)
+            for (word, rows), path in zip(vectors.items(), paths, strict=True):
+                concept = embeddings.Concept(
+                    word, rows, encoder=embeddings.encoder_kind(family, rows.shape[1])
+                )
+                learned = embeddings.LearnedEmbeddings((concept,), metadata)
+                for target in (path.with_stem(f"{path.stem}_gs-{step}"), path):
+                    embeddings.write(learned, target, name)

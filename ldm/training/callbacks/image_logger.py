@@ -1,0 +1,142 @@
+"""Previews while training: what the model makes of a batch, as pictures on disk and in TensorBoard."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+
+from ldm import files
+from ldm.images import image_grid, to_pil
+from ldm.training import rng
+from ldm.training.signals import Requests
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_SEED = 42
+COLUMNS = 4
+
+
+class ImageLogger(Callback):
+    """Saves grids of the model's `log_images` every `batch_frequency` steps.
+
+    Files are `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.jpg` in the run folder. At most
+    `max_images` per grid. `increase_log_steps` adds the steps 1, 2, 4, ... below the frequency,
+    `log_first_step` the first; `log_on_batch_idx` counts batches of the epoch in place of steps.
+    `rescale` takes pictures as [-1, 1] (otherwise [0, 1]); `clamp` cuts values outside [-1, 1].
+    `log_images_kwargs` go to `log_images`. Previews use random numbers of their own: they neither change the
+    training nor differ from one another by chance.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int,
+        clamp: bool = True,
+        increase_log_steps: bool = True,
+        rescale: bool = True,
+        disabled: bool = False,
+        log_on_batch_idx: bool = False,
+        log_first_step: bool = False,
+        log_images_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_frequency = batch_frequency
+        self.max_images = max_images
+        self.clamp = clamp
+        self.rescale = rescale
+        self.disabled = disabled or max_images < 1 or batch_frequency < 1
+        self.log_on_batch_idx = log_on_batch_idx
+        self.log_images_kwargs = dict(log_images_kwargs or {})
+        self.early_steps = set()
+        if increase_log_steps and batch_frequency > 0:
+            self.early_steps |= {2**n for n in range(int(np.log2(batch_frequency)) + 1)}
+        if log_first_step:
+            self.early_steps.add(1)
+        self.requests = Requests()
+        self._last: dict[str, int] = {}
+
+    def is_due(self, split: str, step: int, batch_idx: int) -> bool:
+        """Whether a preview is due, and not done already, after this many optimizer steps."""
+        count = batch_idx + 1 if self.log_on_batch_idx else step
+        due = count > 0 and (count % self.batch_frequency == 0 or count in self.early_steps)
+        return (
+            not self.disabled
+            and due
+            and self._last.get(split) != (batch_idx if self.log_on_batch_idx else step)
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.is_due("train", trainer.global_step, batch_idx):
+            self.log_images(trainer, pl_module, batch, batch_idx, "train")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking and self.is_due("val", trainer.global_step, batch_idx):
+            self.log_images(trainer, pl_module, batch, batch_idx, "val")
+
+    def log_images(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str
+    ) -> None:
+        """Make and save the previews of one batch."""
+        self._last[split] = batch_idx if self.log_on_batch_idx else trainer.global_step
+        if not trainer.is_global_zero or not callable(getattr(pl_module, "log_images", None)):
+            return
+        arguments = {"N": self.max_images, **self.log_images_kwargs}
+        if "split" in inspect.signature(pl_module.log_images).parameters:
+            arguments["split"] = split
+        with (
+            self.requests.interruptible(),
+            evaluating(pl_module),
+            rng.isolated(PREVIEW_SEED),
+            torch.no_grad(),
+        ):
+            pictures = pl_module.log_images(batch, **arguments)
+        name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
+        for key, tensor in pictures.items():
+            self._save(trainer, split, key, name, tensor[: self.max_images])
+
+    def _save(self, trainer: pl.Trainer, split: str, key: str, name: str, pictures: Tensor) -> None:
+        pictures = pictures.detach().float().cpu()
+        if not self.rescale:
+            pictures = pictures * 2 - 1
+        if self.clamp:
+            pictures = pictures.clamp(-1, 1)
+        grid = image_grid([to_pil(picture) for picture in pictures], columns=COLUMNS)
+        path = Path(trainer.default_root_dir) / "images" / split / f"{key}_{name}.jpg"
+        files.write_whole(path, lambda file: grid.save(file, "JPEG", quality=95))
+        for log in trainer.loggers:
+            if hasattr(log.experiment, "add_image"):
+                log.experiment.add_image(
+                    f"{split}/{key}", np.asarray(grid), global_step=trainer.global_step, dataformats="HWC"
+                )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode for this block; each part then returns to the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,60 @@
+"""Meets what was asked by signals, between two steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from ldm.training.signals import Interrupted, Requests
+
+logger = logging.getLogger(__name__)
+
+
+class Interruption(Callback):
+    """Saves on request and ends the run on request, as soon as the present optimizer step is done.
+
+    `savers` are called with the trainer. A stop is the exception Interrupted out of `trainer.fit`.
+    """
+
+    def __init__(self, requests: Requests, savers: Sequence[Callable[[pl.Trainer], None]]) -> None:
+        super().__init__()
+        self.requests = requests
+        self.savers = savers
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.requests.stepping = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Between two accumulated batches there is half a gradient that no file holds.
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        stop = trainer.strategy.reduce_boolean_decision(self.requests.stop is not None, all=False)
+        save = trainer.strategy.reduce_boolean_decision(self.requests.save, all=False)
+        if not (stop or save):
+            return
+        for saver in self.savers:
+            saver(trainer)
+        self.requests.save = False
+        if trainer.is_global_zero:
+            logger.info("saved at step %d", trainer.global_step)
+        if stop:
+            raise Interrupted(self.requests.stop or 15)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.requests.stepping = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.requests.stepping = trainer.state.fn == "fit" and not trainer.sanity_checking

@@ -1,0 +1,47 @@
+"""Makes the run folder and writes down what the run was made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
+
+from ldm import files
+
+
+class SetupCallback(Callback):
+    """Makes `logdir`, `ckptdir` and `cfgdir` and saves `config` and `lightning_config` in the last.
+
+    The file names are `<now>-project.yaml` and `<now>-lightning.yaml`; `-r` reads them again. `resume` is kept
+    for the original's signature.
+    """
+
+    def __init__(
+        self,
+        resume: str,
+        now: str,
+        logdir: str | Path,
+        ckptdir: str | Path,
+        cfgdir: str | Path,
+        config: DictConfig,
+        lightning_config: DictConfig,
+    ) -> None:
+        super().__init__()
+        self.resume = resume
+        self.now = now
+        self.logdir = Path(logdir)
+        self.ckptdir = Path(ckptdir)
+        self.cfgdir = Path(cfgdir)
+        self.config = config
+        self.lightning_config = lightning_config
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or stage != "fit":
+            return
+        # The first file written tells a folder that cannot be written to, before any step.
+        lightning = OmegaConf.create({"lightning": self.lightning_config})
+        files.write_text(self.cfgdir / f"{self.now}-project.yaml", OmegaConf.to_yaml(self.config))
+        files.write_text(self.cfgdir / f"{self.now}-lightning.yaml", OmegaConf.to_yaml(lightning))
+        self.ckptdir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,217 @@
+"""One configuration of a run out of YAMLs, overrides and flags, checked before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.training.foreign_flags import foreign_overrides
+from ldm.training.lightning_parts import DEFAULT_CALLBACKS, OPTIONAL_CALLBACKS, complete
+from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+
+# What a YAML may hold at its top level beside model, data and lightning: flags of the same names, which win.
+RUN_KEYS = (
+    "actual_resume",
+    "data_root",
+    "embedding_manager_ckpt",
+    "placeholder_string",
+    "init_word",
+    "seed",
+    "scale_lr",
+)
+_LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
+_MODEL_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """Read one YAML; ConfigError names the file, and the line of a syntax error."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such YAML: '{path}'; check --base")
+    try:
+        node = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"'{path}'{line} is no valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"'{path}' must hold a mapping (model:, data:, lightning:), not a list")
+    return node
+
+
+def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
+    """Lay one configuration over another.
+
+    Mappings merge, lists and values replace. Where the overlay names another `target`, those inherited params
+    that the new target does not take are dropped, so that a personalization can be swapped in by one file.
+    """
+    return OmegaConf.merge(_without_misfits(base, overlay), overlay)
+
+
+def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
+    """The configuration of a run: YAMLs from left to right, overrides, then flags. Not yet checked."""
+    config = OmegaConf.create({})
+    for path in base:
+        config = merge(config, read_yaml(path))
+    try:
+        config = merge(config, OmegaConf.from_dotlist(list(options.overrides)))
+        for key, value in foreign_overrides(options).items():
+            # A dataset that the YAML does not have must not come into being through a flag about images.
+            if not key.startswith("data.params.validation") or OmegaConf.select(
+                config, "data.params.validation"
+            ):
+                config = merge(config, _nested(key, value))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"override does not fit the YAML: {str(error).splitlines()[0]}") from error
+    _take_run_flags(config, options)
+    fill(config)
+    return config
+
+
+def fill(config: DictConfig) -> None:
+    """Carry the run's own keys to the places they are for, in this configuration."""
+    datasets = _datasets(config)
+    if root := config.get("data_root"):
+        for dataset in datasets:
+            if _takes(dataset, "data_root"):
+                _params(dataset)["data_root"] = root
+    manager = OmegaConf.select(config, "model.params.personalization_config")
+    if manager is None:
+        given = [key for key in ("placeholder_string", "init_word") if config.get(key)]
+        if given:
+            raise UsageError(f"--{given[0]} needs a YAML whose model has a personalization_config")
+        return
+    params = _params(manager)
+    if path := config.get("embedding_manager_ckpt"):
+        params["embedding_manager_ckpt"] = path
+    if word := config.get("placeholder_string"):
+        params["placeholder_strings"] = [str(word)]
+    if word := config.get("init_word"):
+        others = list(params.get("initializer_words") or [])[1:]
+        params["initializer_words"] = [str(word), *others]
+    placeholders = params.get("placeholder_strings") or []
+    if placeholders:
+        # Only the flag outranks what a dataset says itself.
+        forced = bool(config.get("placeholder_string"))
+        for dataset in datasets:
+            inherits = forced or "placeholder_token" not in _params(dataset)
+            if inherits and _takes(dataset, "placeholder_token"):
+                _params(dataset)["placeholder_token"] = placeholders[0]
+
+
+def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
+    """Find unknown keys and targets, missing values and absent parts; one ConfigError lists them all.
+
+    No weight is read and nothing is built. `trainer_options` are the names that lightning.trainer may hold.
+    """
+    problems = []
+    if not config.get("model"):
+        problems.append("there is no model; name a YAML with --base")
+    elif not config.get("data"):
+        problems.append("there is no data node; add a YAML that has one with --base")
+    lightning = config.get("lightning") or {}
+    for where, node, known in (
+        ("the YAML", config, ("model", "data", "lightning", *RUN_KEYS)),
+        ("model", config.get("model") or {}, _MODEL_KEYS),
+        ("data", config.get("data") or {}, ("target", "params")),
+        ("lightning", lightning, _LIGHTNING_KEYS),
+        ("lightning.trainer", lightning.get("trainer") or {}, trainer_options),
+    ):
+        unknown = [str(key) for key in node if key not in known]
+        if unknown:
+            names = ", ".join(f"'{key}'" for key in unknown)
+            problems.append(f"{where}: unknown key {names}" + _known(known))
+    missing = sorted(OmegaConf.missing_keys(config))
+    for name, node in (lightning.get("callbacks") or {}).items():
+        if node and not node.get("target") and name not in {**DEFAULT_CALLBACKS, **OPTIONAL_CALLBACKS}:
+            problems.append(
+                f"lightning.callbacks: '{name}' has no target; known are {', '.join(DEFAULT_CALLBACKS)}"
+            )
+    if missing:
+        problems.append(f"no value is given for {', '.join(missing)}")
+    if not missing:
+        # A model's node also holds its learning rate, which is not the constructor's affair.
+        nodes = {
+            "model": _constructor(config.get("model") or {}),
+            "data": config.get("data") or {},
+            "lightning": complete(lightning),
+        }
+        for where, node in nodes.items():
+            try:
+                check_config(node, where)
+            except ConfigError as error:
+                problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
+    for key in RUN_KEYS:
+        value = getattr(options, key, None)
+        if value is not None:
+            config[key] = value
+    if options.learning_rate is not None and options.scale_lr is None:
+        config["scale_lr"] = False
+    trainer = dict(options.trainer)
+    if options.gpus is not None:
+        trainer["gpus"] = options.gpus
+    for key, value in trainer.items():
+        OmegaConf.update(config, f"lightning.trainer.{key}", value, force_add=True)
+
+
+def _constructor(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: model[key] for key in ("target", "params") if key in model}
+
+
+def _known(names: Sequence[str]) -> str:
+    return f"; known are {', '.join(names)}" if len(names) < 15 else ""
+
+
+def _nested(key: str, value: Any) -> DictConfig:
+    node = OmegaConf.create({})
+    OmegaConf.update(node, key, value)
+    return node
+
+
+def _params(node: DictConfig) -> DictConfig:
+    if not node.get("params"):
+        node["params"] = {}
+    return node["params"]
+
+
+def _datasets(config: DictConfig) -> list[DictConfig]:
+    parts = OmegaConf.select(config, "data.params") or {}
+    nodes = (parts.get(name) for name in ("train", "validation", "test", "predict"))
+    return [node for node in nodes if isinstance(node, DictConfig) and node.get("target")]
+
+
+def _takes(node: Mapping[str, Any], name: str) -> bool:
+    """Whether the target of a node accepts a keyword; targets that do not exist are reported by `check`."""
+    try:
+        parameters = inspect.signature(get_obj_from_str(node["target"])).parameters
+    except (ConfigError, TypeError, ValueError):
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _without_misfits(base: DictConfig, overlay: DictConfig) -> DictConfig:
+    result = {}
+    for key, value in base.items_ex(resolve=False):
+        over = overlay.get(key) if key in overlay and not OmegaConf.is_missing(overlay, key) else None
+        if isinstance(value, DictConfig) and isinstance(over, DictConfig):
+            value = _without_misfits(value, over)
+            other = over.get("target")
+            if other and other != value.get("target") and isinstance(value.get("params"), DictConfig):
+                kept = {k: v for k, v in value["params"].items_ex(resolve=False) if _takes(over, str(k))}
+                value["params"] = kept
+        elif isinstance(value, (DictConfig, ListConfig)):
+            value = value.copy()
+        result[key] = value
+    return OmegaConf.create(result)

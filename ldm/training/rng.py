@@ -1,0 +1,67 @@
+"""The random state of a process: taken, put back, and kept aside while something else draws."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, made of what weights-only loading accepts."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore(state: Mapping[str, Any]) -> None:
+    """Put a state of `capture` back; CUDA states only where as many devices are in use."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_all(*numbers: int, devices: bool = True) -> None:
+    """Seed the generators of this process from the given numbers, which may lie close together.
+
+    `devices` tells whether those of CUDA devices are meant too.
+    """
+    python, numpy, torch_seed = np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(3)
+    random.seed(int(python))
+    np.random.seed(int(numpy))
+    if devices:
+        torch.manual_seed(int(torch_seed))
+    else:
+        torch.default_generator.manual_seed(int(torch_seed))
+
+
+@contextmanager
+def isolated(*numbers: int, devices: bool = True) -> Iterator[None]:
+    """Within this block the generators run from these seed numbers; after it they go on as if it had not been.
+
+    Training thus draws the same numbers whether or not previews and validation happen in between.
+    """
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else []
+    seed_all(*numbers, devices=devices)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,272 @@
+"""A run from its command line to its last line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from ldm import pickles
+from ldm.checkpoint import load_model_from_config
+from ldm.training import arguments, config, devices, lightning_parts, preflight, rundir
+from ldm.training.callbacks.embedding_saver import EmbeddingSaver
+from ldm.training.callbacks.last_checkpoint import is_personalization
+from ldm.training.callbacks.progress import total_steps
+from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
+from ldm.training.rundir import RunDir
+from ldm.training.signals import Interrupted, Requests, listening
+from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+SEED = 23
+# The model that scripts/txt2img.py uses when it is told of no other.
+EMBEDDED_MODEL = "models/ldm/creatures/model.safetensors"
+
+
+@dataclass
+class Plan:
+    """What a command line comes to: a checked configuration, a folder, and the state to go on from."""
+
+    options: argparse.Namespace
+    config: DictConfig
+    run: RunDir
+    state: Path | None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do what a command line says and return the exit code of a run that did not fail.
+
+    Raises UserError (exit codes 1 and 2) for what the user can mend.
+    """
+    plan = make_plan(arguments.parse(argv))
+    pl.seed_everything(plan.config["seed"], verbose=False)
+    data = make_data(plan.config)
+    where = devices.choose(OmegaConf.select(plan.config, "lightning.trainer.gpus"))
+    model = make_model(plan.config)
+    preflight.check_captions(model, getattr(data, "datasets", {}).get("train"))
+    requests = Requests()
+    with listening(requests):
+        trainer = make_trainer(plan, model, where, requests)
+        rate = set_learning_rate(plan.config, model, trainer)
+        if trainer.is_global_zero:
+            tell(plan, model, data, trainer, rate)
+        if not plan.options.train:
+            logger.info("everything fits; add -t to train")
+            return 0
+        try:
+            fit(plan, trainer, model, data)
+        except Interrupted as stop:
+            logger.info("stopped by %s at step %d", stop, trainer.global_step)
+            report(plan, model, trainer, finished=False)
+            return stop.exit_code
+    report(plan, model, trainer, finished=True)
+    if (
+        not plan.options.no_test
+        and is_overridden("test_step", model, pl.LightningModule)
+        and data.datasets.get("test")
+    ):
+        trainer.test(model, datamodule=data)
+    return 0
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Read and check the configuration; nothing is built or written."""
+    resume, name = options.resume, options.name
+    if options.project and not resume:
+        resume, name = (options.project, name) if Path(options.project).is_dir() else ("", options.project)
+    known = [*arguments.trainer_options(), *OLD_TRAINER_KEYS]
+    if resume:
+        folder, state = rundir.existing(resume, options.logdir)
+        merged = config.load(options, [*folder.saved_configs(), *options.base])
+    else:
+        if not options.base:
+            raise UsageError("name a YAML with --base, as configs/latent-diffusion/txt2img-finetune.yaml")
+        folder, state = None, None
+        merged = config.load(options, options.base)
+    config.check(merged, known)
+    merged["seed"] = merged.get("seed", SEED)
+    merged["scale_lr"] = merged.get("scale_lr", True)
+    if folder is None:
+        gpus = devices.parse_gpus(OmegaConf.select(merged, "lightning.trainer.gpus"))
+        folder = rundir.new(
+            options.logdir,
+            name=name or Path(options.base[0]).stem,
+            data_root=merged.get("data_root") if options.datadir_in_name else None,
+            postfix=options.postfix,
+            several=gpus not in (None, 0, 1),
+        )
+    return Plan(options, merged, folder, state)
+
+
+def make_data(merged: DictConfig) -> pl.LightningDataModule:
+    """The data module with its datasets, so that a bad folder is found before any weight is read."""
+    data = instantiate_from_config(merged["data"])
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def make_model(merged: DictConfig) -> pl.LightningModule:
+    """The model, filled from `actual_resume` if that is given."""
+    node = merged["model"]
+    if path := merged.get("actual_resume"):
+        logger.info("reading %s", path)
+        model = load_model_from_config(node, path)
+    else:
+        model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
+        if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):
+            logger.warning("no --actual_resume: the frozen model has random weights and will teach nothing")
+    if not isinstance(model, pl.LightningModule):
+        raise ConfigError(f"model.target {node['target']} is no LightningModule")
+    # Lightning trains a model in the mode it finds it in, and loading leaves it in evaluation mode.
+    return model.train()
+
+
+def make_trainer(
+    plan: Plan, model: pl.LightningModule, where: devices.Devices, requests: Requests
+) -> pl.Trainer:
+    """Lightning's Trainer for this run."""
+    lightning = lightning_parts.complete(plan.config.get("lightning"))
+    if where.accelerator == "cuda":
+        lightning["callbacks"].setdefault(
+            "cuda_callback", lightning_parts.OPTIONAL_CALLBACKS["cuda_callback"]
+        )
+    kwargs = lightning_parts.trainer_kwargs(lightning, where, personalization=is_personalization(model))
+    callbacks = lightning_parts.make_callbacks(
+        lightning, plan.config, plan.run, model, requests, resume=str(plan.state or "")
+    )
+    for callback in callbacks:
+        if isinstance(callback, EmbeddingSaver):
+            callback.describe = lambda step: describe(plan.config, model, step)
+    try:
+        return lightning_parts.make_trainer(
+            kwargs, plan.run, callbacks, lightning_parts.make_loggers(lightning, plan.run)
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
+
+
+def set_learning_rate(merged: DictConfig, model: pl.LightningModule, trainer: pl.Trainer) -> str:
+    """Set `model.learning_rate`: base x accumulation x GPUs x batch, or the base alone; returns it in words."""
+    base = merged["model"].get("base_learning_rate")
+    if not isinstance(base, (int, float)) or base <= 0:
+        raise ConfigError(f"model.base_learning_rate is {base!r}; give a number above 0")
+    if not merged["scale_lr"]:
+        model.learning_rate = float(base)
+        return f"learning rate {base:.2e}"
+    accumulate, batch = (
+        trainer.accumulate_grad_batches,
+        OmegaConf.select(merged, "data.params.batch_size") or 1,
+    )
+    model.learning_rate = float(base * accumulate * trainer.world_size * batch)
+    return (
+        f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {trainer.world_size} (processes) "
+        f"x {accumulate} (accumulation); --scale_lr false takes it as it is"
+    )
+
+
+def tell(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, rate: str) -> None:
+    """Log what is about to be trained."""
+    root = trainer.strategy.root_device
+    lines = preflight.banner(
+        model=model,
+        datasets=getattr(data, "datasets", {}),
+        device="the CPU"
+        if root.type == "cpu"
+        else f"{trainer.world_size} x {torch.cuda.get_device_name(root)}",
+        steps=total_steps(trainer),
+        batch_size=OmegaConf.select(plan.config, "data.params.batch_size"),
+        rate=rate,
+        folder=plan.run.path,
+    )
+    for line in lines:
+        logger.info("%s", line)
+
+
+def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    """Train, from the beginning or from the run's last state."""
+    if plan.state is not None:
+        check_state(plan.state, model)
+        logger.info("going on from %s", plan.state)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
+    except MisconfigurationException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory at step {trainer.global_step}; what was learned is in {plan.run.checkpoints}. Try "
+            "data.params.batch_size=1, lightning.trainer.precision=bf16-mixed, "
+            "model.params.unet_config.params.use_checkpoint=true or smaller images"
+        ) from error
+
+
+def check_state(path: Path, model: pl.LightningModule) -> None:
+    """Whether a state belongs to this model; Lightning would pass over names that do not fit."""
+    content = pickles.load(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if state is None or "loops" not in content:
+        raise UserError(f"'{path}' is no state of a run; name the run folder, or a last.ckpt")
+    wanted = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
+    strange = sorted(state.keys() ^ wanted.keys())
+    if strange:
+        raise UserError(
+            f"'{path}' does not fit the configuration: '{strange[0]}' is only in one of the two; resume with the "
+            "YAMLs and the placeholder that the run was started with"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def describe(merged: DictConfig, model: pl.LightningModule, step: int) -> dict[str, Any]:
+    """Where the vectors of a step come from, for the files that can say it."""
+    params = OmegaConf.select(merged, "model.params.personalization_config.params") or {}
+    words = [str(word) for word in params.get("initializer_words") or [] if word]
+    train = OmegaConf.select(merged, "data.params.train.params") or {}
+    return {
+        "base_model": Path(merged["actual_resume"]).name if merged.get("actual_resume") else None,
+        "steps": step,
+        "seed": merged["seed"],
+        "initializer": ", ".join(words) or None,
+        "learning_rate": getattr(model, "learning_rate", None),
+        "resolution": train.get("size"),
+        "tool": "textual_inversion",
+    }
+
+
+def report(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:
+    """Log where everything is and what to type next."""
+    if not trainer.is_global_zero:
+        return
+    logger.info("run folder: %s", plan.run.path)
+    if is_personalization(model) and plan.run.embeddings.is_file():
+        logger.info("embeddings: %s", plan.run.embeddings)
+        words = list(model.embedding_manager.string_to_token_dict)
+        base = plan.config.get("actual_resume")
+        command = ["python", "scripts/txt2img.py", "--embedding_path", str(plan.run.embeddings)]
+        if base and Path(base) != Path(EMBEDDED_MODEL):
+            command += ["--ckpt_path", str(base), "--config", str(plan.run.saved_configs()[-1])]
+        logger.info("generate:   %s", shlex.join([*command, "--prompt", f"a photo of {words[0]}"]))
+    elif plan.run.last.is_file():
+        logger.info("checkpoint: %s", plan.run.last)
+    if not finished and plan.run.last.is_file():
+        logger.info("go on with: %s", shlex.join(["python", "main.py", "-r", str(plan.run.path), "-t"]))
