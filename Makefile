@@ -58,6 +58,6 @@ format: $(READY)  ## let ruff rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## remove caches and build leftovers; .venv, logs and outputs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove caches and packaging leftovers; .venv, logs, outputs and what training keeps in build/ stay
+	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

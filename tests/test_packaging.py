@@ -20,6 +20,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 # Packages that are imported under another name.
 IMPORTED_AS = {
+    "pyyaml": "yaml",
     "pytorch-lightning": "pytorch_lightning",
     "pillow": "PIL",
     "taming-transformers-rom1504": "taming",
