@@ -18,6 +18,8 @@ from ldm.util import ConfigError, UserError, check_config, instantiate_from_conf
 
 logger = logging.getLogger(__name__)
 
+DENOISER, TEXT_ENCODER = "model.diffusion_model.", "cond_stage_model."
+
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not belong to the model."""
@@ -119,16 +121,24 @@ def load_model_from_config(
     node = config.get("model", config)
     check_config(node, "model")
     state = read_state_dict(ckpt)
-    with skip_pretrained(), uninitialised():
+    # A diffusion checkpoint without its text encoder leaves that to the pretrained one, which is read only then.
+    complete = not any(k.startswith(DENOISER) for k in state) or any(k.startswith(TEXT_ENCODER) for k in state)
+    with skip_pretrained() if complete else contextlib.nullcontext(), uninitialised():
         model = instantiate_from_config(node)
-    load_state(model, state, source=f"checkpoint '{ckpt}'")
+    load_state(model, state, source=f"checkpoint '{ckpt}'", filled=() if complete else (TEXT_ENCODER,))
     if device is not None:
         model = model.to(device)
     return model.eval()
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy a state dict into a model; see `load_model_from_config` for what is an error."""
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, filled: tuple[str, ...] = ()
+) -> None:
+    """Copy a state dict into a model; see `load_model_from_config` for what is an error.
+
+    Parameters whose names begin with one of `filled` have their values already, and those in the model's
+    `optional_state` need none; both may be absent.
+    """
     own = model.state_dict()
     wrong = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
     shared = state.keys() & own.keys()
@@ -137,8 +147,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             f"{source} holds no weight of {type(model).__name__} (it has '{min(state)}', the model "
             f"'{min(own)}'); use the config that belongs to it"
         )
-    optional = tuple(getattr(model, "optional_state", ()))
-    wrong = [key for key in wrong if not key.startswith(optional)] if optional else wrong
+    optional = (*getattr(model, "optional_state", ()), *filled)
+    wrong = [key for key in wrong if not key.startswith(optional)]
     if wrong:
         key = min(wrong)
         raise CheckpointError(
@@ -146,7 +156,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             f"{list(own[key].shape)} in the model ({len(wrong)} such keys); use the config that belongs to it"
         )
     parameters = dict(model.named_parameters())
-    missing = [key for key in parameters if key not in state and not (optional and key.startswith(optional))]
+    missing = [key for key in parameters if key not in state and not key.startswith(optional)]
     if missing:
         raise CheckpointError(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "

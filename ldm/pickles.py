@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,12 +64,9 @@ def _looks_like_text(head: bytes) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)
-    for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "Unsupported operand "):
-        if marker in text:
-            return (
-                f"it asks for '{text.split(marker, 1)[1].split()[0].rstrip('.,')}', which tensors never need"
-            )
+    asked = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([A-Za-z_][\w.]*)", str(error))
+    if asked:
+        return f"it asks for '{asked[1].rstrip('.')}', which tensors never need"
     return f"it is damaged or no tensor file ({_first_line(error)})"
 
 

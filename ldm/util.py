@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
@@ -144,14 +145,20 @@ def _binding_problem(factory: Any, params: Mapping[str, Any]) -> str | None:
         names = [p.name for p in accepted if p.kind in _BY_KEYWORD]
         unknown = [key for key in params if key not in names]
         if unknown:
-            keys = ", ".join(f"'{key}'" for key in unknown)
-            return f"unknown key {keys}; known are {', '.join(names) or 'none'}"
+            return ", ".join(f"unknown key '{key}'{_suggestion(key, names)}" for key in unknown)
     required = [
         p.name for p in accepted if p.default is p.empty and p.kind in _BY_KEYWORD and p.name not in params
     ]
     if required:
         return "missing key " + ", ".join(f"'{name}'" for name in required)
     return None
+
+
+def _suggestion(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (known are {', '.join(names) or 'none'})" if len(names) <= 12 else ""
 
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
+from ldm.util import ConfigError, skip_pretrained
+
+DDCONFIG = {
+    "double_z": True,
+    "z_channels": 2,
+    "resolution": 16,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [8],
+    "num_groups": 4,
+}
+LOSS = "ldm.modules.losses."
+
+
+def kl_model(**loss) -> AutoencoderKL:
+    params = {"perceptual_weight": 0.0, "disc_weight": 0.0, "kl_weight": 1e-6} | loss
+    model = AutoencoderKL(
+        DDCONFIG, {"target": LOSS + "LPIPSWithDiscriminator", "params": params}, embed_dim=2
+    )
+    model.learning_rate = 2e-3
+    return model
+
+
+def vq_model(**loss) -> VQModel:
+    params = {"perceptual_weight": 0.0, "disc_weight": 0.0} | loss
+    node = {"target": LOSS + "VQLPIPSWithDiscriminator", "params": params}
+    model = VQModel(DDCONFIG | {"double_z": False}, node, n_embed=16, embed_dim=2)
+    model.learning_rate = 2e-3
+    return model
+
+
+def batches(count: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.rand(4, 1, 1, 3, generator=generator) * 2 - 1
+    pictures = colors.expand(4, 16, 16, 3)
+    return DataLoader([{"image": picture} for picture in pictures] * count, batch_size=4)
+
+
+def fit(model: pl.LightningModule, steps: int) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, batches(steps))
+    return trainer
+
+
+def reconstruction_error(model: pl.LightningModule) -> float:
+    x = next(iter(batches(1)))["image"].movedim(-1, 1)
+    with torch.no_grad():
+        return (model.eval()(x)[0] - x).pow(2).mean().item()
+
+
+@pytest.mark.parametrize("make", [kl_model, vq_model])
+def test_training_lowers_the_error(make) -> None:
+    torch.manual_seed(0)
+    model = make()
+    before = reconstruction_error(model)
+    trainer = fit(model.train(), 60)
+    assert trainer.global_step == 60
+    assert reconstruction_error(model) < 0.5 * before
+
+
+def test_with_an_adversary_a_batch_is_still_one_step() -> None:
+    torch.manual_seed(0)
+    model = kl_model(disc_weight=0.5, disc_start=3, disc_num_layers=1)
+    judge = {k: v.clone() for k, v in model.loss.discriminator.state_dict().items() if "weight" in k}
+    trainer = fit(model, 6)
+    assert trainer.global_step == 6
+    assert any(
+        not torch.equal(v, judge[k]) for k, v in model.loss.discriminator.state_dict().items() if k in judge
+    )
+    assert trainer.callback_metrics["train/disc_loss"] > 0
+
+
+def test_starts_from_an_earlier_checkpoint(tmp_path) -> None:
+    torch.manual_seed(0)
+    first = kl_model()
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "f.ckpt")
+    node = {"target": "torch.nn.Identity"}
+    second = AutoencoderKL(DDCONFIG, node, 2, ckpt_path=str(tmp_path / "f.ckpt"))
+    assert torch.equal(second.decoder.conv_out.weight, first.decoder.conv_out.weight)
+    with skip_pretrained():
+        AutoencoderKL(DDCONFIG, node, 2, ckpt_path="absent.ckpt")
+
+
+def test_shapes_and_errors() -> None:
+    model = kl_model()
+    posterior = model.encode(torch.zeros(1, 3, 16, 24))
+    assert posterior.mean.shape == (1, 2, 8, 12)
+    assert model.decode(posterior.mode()).shape == (1, 3, 16, 24)
+    with pytest.raises(ConfigError, match="double_z"):
+        AutoencoderKL(DDCONFIG | {"double_z": False}, {"target": "torch.nn.Identity"}, 2)
+
+
+def test_identity() -> None:
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(IdentityFirstStage().decode(IdentityFirstStage().encode(x)), x)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+
+def gaussian(seed: int) -> tuple[DiagonalGaussianDistribution, Normal]:
+    moments = torch.randn(3, 8, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mean, logvar = moments.chunk(2, 1)
+    return DiagonalGaussianDistribution(moments), Normal(mean, (0.5 * logvar).exp())
+
+
+def test_kl_agrees_with_torch() -> None:
+    (ours, theirs), (other, other_theirs) = gaussian(0), gaussian(1)
+    standard = Normal(torch.zeros(()).double(), torch.ones(()).double())
+    torch.testing.assert_close(ours.kl(), kl_divergence(theirs, standard).flatten(1).sum(1))
+    torch.testing.assert_close(ours.kl(other), kl_divergence(theirs, other_theirs).flatten(1).sum(1))
+
+
+def test_samples_have_the_moments() -> None:
+    ours, _ = gaussian(2)
+    torch.manual_seed(0)
+    draws = torch.stack([ours.sample() for _ in range(4000)])
+    torch.testing.assert_close(draws.mean(0), ours.mean, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(draws.std(0), ours.std, atol=0.05, rtol=0.1)
+
+
+def test_generator_decides_and_deterministic_is_the_mean() -> None:
+    ours, _ = gaussian(3)
+    one, two = (ours.sample(torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(one, ours.mean)
+    still = DiagonalGaussianDistribution(ours.parameters, deterministic=True)
+    assert torch.equal(still.sample(), ours.mean) and (still.kl() == 0).all()
+
+
+def test_extreme_log_variances_are_clamped() -> None:
+    wild = DiagonalGaussianDistribution(torch.tensor([0.0, 1e6]).reshape(1, 2, 1, 1))
+    assert wild.var.isfinite().all()

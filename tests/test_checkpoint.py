@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoint import CheckpointError, load_model_from_config, read_state_dict
+from ldm.util import ConfigError, UserError
+from tests.golden_record import GOLDEN, Golden
+
+CASE = Golden("clip_one_vector")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CASE.model()
+
+
+@pytest.fixture(scope="module")
+def weights(model) -> dict[str, torch.Tensor]:
+    """What a published checkpoint holds: no vectors of an embedding manager."""
+    return {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("embedding_manager.")}
+
+
+def test_lightning_1_layout() -> None:
+    state = read_state_dict(GOLDEN / "lightning_1x_layout.ckpt")
+    assert state["model.diffusion_model.out.2.bias"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "bin"])
+def test_formats_are_recognised_by_content(tmp_path: Path, weights, model, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
+    if suffix == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"state_dict": weights, "global_step": 3}, path)
+    loaded = load_model_from_config(CASE.config(), path)
+    assert not loaded.training
+    for name, value in weights.items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_half_precision_file_keeps_the_models_dtype(tmp_path: Path, weights) -> None:
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, tmp_path / "m.safetensors"
+    )
+    loaded = load_model_from_config({"model": CASE.config()}, tmp_path / "m.safetensors")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_old_extras_are_no_news_and_strangers_are_told_once(tmp_path: Path, weights, caplog) -> None:
+    extras = {
+        "model_ema.decay": torch.ones(()),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    torch.save({"state_dict": weights | extras}, tmp_path / "m.ckpt")
+    with caplog.at_level(logging.WARNING):
+        load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
+    assert not caplog.records
+    torch.save(
+        {"state_dict": weights | {"a.stranger": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "m.ckpt"
+    )
+    with caplog.at_level(logging.WARNING):
+        load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
+    assert len(caplog.records) == 1 and "2 unexpected" in caplog.text and "a.stranger" in caplog.text
+
+
+def test_a_parameter_from_nowhere_is_an_error(tmp_path: Path, weights) -> None:
+    lacking = {k: v for k, v in weights.items() if k != "model.diffusion_model.out.2.bias"}
+    torch.save({"state_dict": lacking}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match=r"1 of \d+ parameters .*out\.2\.bias"):
+        load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
+
+
+def test_wrong_config_for_a_checkpoint(tmp_path: Path, weights) -> None:
+    torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
+    config = CASE.config()
+    config.params.unet_config.params.model_channels = 64
+    with pytest.raises(CheckpointError, match="does not fit the config") as error:
+        load_model_from_config(config, tmp_path / "m.ckpt")
+    assert "\n" not in str(error.value)
+    torch.save({"state_dict": {"x.y": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="holds no weight of LatentDiffusion"):
+        load_model_from_config(CASE.config(), tmp_path / "other.ckpt")
+
+
+def test_config_is_checked_before_the_file_is_opened(tmp_path: Path) -> None:
+    config = CASE.config()
+    config.params.chanels = 4
+    with pytest.raises(ConfigError, match="'chanels'.*did you mean 'channels'"):
+        load_model_from_config(config, tmp_path / "absent.ckpt")
+
+
+def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_state_dict(tmp_path / "no.ckpt")
+    with pytest.raises(CheckpointError, match="folder"):
+        read_state_dict(tmp_path)
+    with pytest.raises(CheckpointError, match="embedding file"):
+        torch.save({"string_to_token": {}, "string_to_param": {}}, tmp_path / "e.pt")
+        read_state_dict(tmp_path / "e.pt")
+    (tmp_path / "t.safetensors").write_bytes((100).to_bytes(8, "little") + b"{" + b"x" * 200)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_state_dict(tmp_path / "t.safetensors")
+
+
+def test_weights_are_mapped_not_read(tmp_path: Path) -> None:
+    """A sparse file far larger than the tensor that is used costs no memory."""
+    torch.save(
+        {"state_dict": {"a": torch.zeros(64 << 20, dtype=torch.uint8), "b": torch.ones(3)}},
+        tmp_path / "m.ckpt",
+    )
+    before = _resident_kib()
+    state = read_state_dict(tmp_path / "m.ckpt")
+    assert state["b"].tolist() == [1, 1, 1]
+    assert _resident_kib() - before < 32 << 10
+
+
+def _resident_kib() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return int(
+        next(line for line in status.read_text().splitlines() if line.startswith("RssAnon")).split()[1]
+    )
+
+
+def test_text_encoder_that_the_checkpoint_lacks_is_read_from_its_own_folder(
+    tmp_path: Path, weights, model
+) -> None:
+    lacking = {k: v for k, v in weights.items() if not k.startswith("cond_stage_model.")}
+    torch.save({"state_dict": lacking}, tmp_path / "m.ckpt")
+    with pytest.raises(UserError, match="clip_tiny"):  # the golden folder has no weights
+        load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
+    folder = tmp_path / "clip"
+    shutil.copytree(GOLDEN / "clip_tiny", folder)
+    prefix = "cond_stage_model.transformer."
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    save_file({k: v for k, v in own.items() if not k.endswith("position_ids")}, folder / "model.safetensors")
+    config = CASE.config()
+    config.params.cond_stage_config.params.version = str(folder)
+    loaded = load_model_from_config(config, tmp_path / "m.ckpt")
+    for name, value in weights.items():
+        assert torch.equal(loaded.state_dict()[name], value), name

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from ldm.util import (
+    ConfigError,
+    UsageError,
+    UserError,
+    check_config,
+    get_obj_from_str,
+    instantiate_from_config,
+    pretrained_wanted,
+    skip_pretrained,
+)
+
+
+class Parent:
+    def __init__(self, width: int, depth: int = 1) -> None:
+        self.width, self.depth = width, depth
+
+
+class Child(Parent):
+    def __init__(self, name: str = "x", **parent: int) -> None:
+        super().__init__(**parent)
+        self.name = name
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A dotted path under which Child can be imported, however pytest named this module."""
+    import ldm.util
+
+    monkeypatch.setattr(ldm.util, "Child", Child, raising=False)
+    return "ldm.util.Child"
+
+
+def test_builds_what_a_node_names(child: str) -> None:
+    built = instantiate_from_config({"target": child, "params": {"width": 3}}, depth=2)
+    assert (built.width, built.depth, built.name) == (3, 2, "x")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nothing", "not a dotted path"),
+        ("no_such_package.a.B", "no module 'no_such_package'"),
+        ("ldm.no_such.B", "no module 'ldm.no_such'"),
+        ("ldm.util.Nothing", "has no 'Nothing'"),
+    ],
+)
+def test_unknown_target(path: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        get_obj_from_str(path)
+
+
+def test_unknown_and_missing_keys_of_a_parent_count(child: str) -> None:
+    check_config({"target": child, "params": {"width": 1, "depth": 2, "name": "a"}})
+    with pytest.raises(ConfigError, match="unknown key 'widht' .did you mean 'width'"):
+        check_config({"target": child, "params": {"widht": 1, "width": 1}})
+    with pytest.raises(ConfigError, match="missing key 'width'"):
+        instantiate_from_config({"target": child})
+
+
+def test_all_problems_are_listed_at_once_with_their_place(child: str) -> None:
+    config = {
+        "a": {"target": child, "params": {"width": 1, "x": 2}},
+        "b": [{"target": "ldm.util.Nope"}],
+        "c": {"target": child, "params": {"width": {"target": "nowhere.X"}}},
+    }
+    with pytest.raises(ConfigError) as error:
+        check_config(config, "model")
+    text = str(error.value)
+    assert "\n" not in text
+    for part in ("model.a:", "unknown key 'x'", "model.b[0]:", "Nope", "model.c.width:", "nowhere"):
+        assert part in text
+
+
+def test_keyword_that_the_owner_adds_is_not_missing() -> None:
+    node = {"personalization_config": {"target": "ldm.modules.embedding_manager.EmbeddingManager"}}
+    check_config(node)
+    with pytest.raises(ConfigError, match="embedder"):
+        check_config({"other": node["personalization_config"]})
+
+
+def test_exit_codes() -> None:
+    assert UserError("x").exit_code == 1 and UsageError("x").exit_code == 2
+    assert issubclass(ConfigError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_skip_pretrained_ends_with_its_block() -> None:
+    assert pretrained_wanted()
+    with pytest.raises(RuntimeError), skip_pretrained():
+        assert not pretrained_wanted()
+        raise RuntimeError
+    assert pretrained_wanted()
