@@ -105,8 +105,8 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def merge_files(options: argparse.Namespace) -> None:
-    parts = [read(file) for file in options.files]
     renames = renames_from(options.rename)
+    parts = [read(file) for file in options.files]
     _tell_renames(parts, renames, options.auto_rename)
     merged = merge(parts, renames, options.auto_rename)
     if FORMATS[options.to].several_triggers or len(merged.triggers) == 1:

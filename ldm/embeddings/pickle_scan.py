@@ -97,6 +97,8 @@ def scan(data: bytes, start: int = 0, limit: int = 2**21) -> Scan:
 
 
 def _step(name: str, argument: Any, recent: list[Any], memo: dict[int, Any], result: Scan) -> None:
+    if name == "PROTO" and argument > 5:
+        raise EmbeddingError(f"it is a pickle of protocol {argument}, which does not exist; it is damaged")
     if name in ("PROTO", "FRAME"):
         return
     if name in ("PUT", "BINPUT", "LONG_BINPUT"):

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, encoder_kind
+from ldm.embeddings.kinds import KINDS, architecture_of, kind_of_architecture, models_of
+from tests.embeddings.samples import learned, vectors
+
+
+def test_vectors_are_a_float32_copy_of_their_own():
+    table = torch.nn.Parameter(torch.ones(10, 8, dtype=torch.bfloat16))
+    concept = Concept("x", table[2])
+    assert concept.vectors.shape == (1, 8) and concept.vectors.dtype == torch.float32
+    assert not concept.vectors.requires_grad and concept.vectors.untyped_storage().nbytes() == 32
+    whole = torch.ones(2, 8)
+    concept = Concept("x", whole)
+    whole.zero_()
+    assert concept.vectors.sum() == 16
+
+
+def test_concepts_and_files_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        learned().concepts[0].trigger = "y"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        learned().concepts = ()
+
+
+def test_one_trigger_twice():
+    with pytest.raises(EmbeddingError, match="'x' occurs twice"):
+        LearnedEmbeddings((Concept("x", vectors()), Concept("x", vectors(seed=1))))
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "kind"),
+    [
+        ("clip", 768, "clip_l"),
+        ("clip", 1024, "clip_h"),
+        ("clip", 1280, "clip_g"),
+        ("clip", 128, "clip"),
+        ("bert", 1280, "bert"),
+        ("bert", 640, "bert"),
+        ("clip_g", 1280, "clip_g"),
+    ],
+)
+def test_kinds_by_family_and_width(family, width, kind):
+    assert encoder_kind(family, width) == kind
+    assert kind_of_architecture(architecture_of(kind, width), width) == kind
+
+
+def test_every_kind_has_words_for_its_models():
+    for name, kind in KINDS.items():
+        assert models_of(name, kind.width) == kind.models
+    assert " or " in models_of(None, 1280)
+    assert models_of(None, 128) == "a model whose text encoder is 128 wide"
+    assert models_of("clip", 128) == "a model whose CLIP text encoder is 128 wide"
+
+
+def test_a_width_that_is_not_the_encoders():
+    with pytest.raises(EmbeddingError, match="768 wide do not belong to the encoder 'clip_g'"):
+        Concept("x", vectors(), "clip_g")
+    with pytest.raises(EmbeddingError, match="encoder 'nonsense'"):
+        learned().with_encoder("nonsense")
+
+
+def test_vectors_for_a_model():
+    found = dataclasses.replace(learned("<cat>"), source="cat.pt")
+    assert list(found.vectors_for(768, "clip")) == ["<cat>"] == list(found.vectors_for(768))
+    with pytest.raises(
+        EmbeddingError, match=r"'cat.pt': '<cat>' \(768 wide\) is for Stable Diffusion 1.*takes width 1280"
+    ):
+        found.vectors_for(1280, "bert")
+    bert = learned(width=1280)
+    with pytest.raises(EmbeddingError, match="BERT.*takes width 1280, the second encoder of SDXL"):
+        bert.vectors_for(1280, "clip")
+
+
+def test_only_and_renamed():
+    found = learned("<cat>")
+    assert found.renamed({"<cat>": "<dog>"}).triggers == ["<dog>"]
+    with pytest.raises(EmbeddingError, match="no trigger 'x'; there is '<cat>'"):
+        found.only("x")
+    with pytest.raises(EmbeddingError, match="no trigger 'x'"):
+        found.renamed({"x": "y"})
+
+
+def test_metadata_takes_what_it_can():
+    said = {
+        "steps": "500",
+        "seed": 2**80,
+        "learning_rate": "5e-3",
+        "images": 5.0,
+        "tool": "  a\tb ",
+        "resolution": True,
+        "initializer": 7,
+        "date": "x" * 9999,
+        "base_model": "",
+    }
+    metadata = Metadata.from_values(said)
+    assert metadata == Metadata(
+        steps=500, learning_rate=5e-3, images=5, tool="a b", date="x" * 800, seed=metadata.seed
+    )
+    assert Metadata.from_values({}) == Metadata() and Metadata().known() == {}

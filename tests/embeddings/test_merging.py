@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ldm.embeddings import (
+    Concept,
+    EmbeddingError,
+    LearnedEmbeddings,
+    Metadata,
+    merge,
+    plan_renames,
+    renames_from,
+    split,
+)
+from ldm.util import UsageError
+from tests.embeddings.samples import learned, vectors
+
+
+def part(source: str, *triggers: str, seed: int = 0, **metadata) -> LearnedEmbeddings:
+    concepts = tuple(Concept(t, vectors(seed=seed + i)) for i, t in enumerate(triggers))
+    return LearnedEmbeddings(concepts, Metadata(**metadata), "original", source)
+
+
+def test_different_words_are_joined_in_order():
+    merged = merge([part("a.pt", "x", "y"), part("b.pt", "z", seed=7)])
+    assert merged.triggers == ["x", "y", "z"]
+    assert torch.equal(merged.only("z").concepts[0].vectors, vectors(seed=7))
+    assert merged.source == "a.pt, b.pt"
+
+
+def test_a_clash_names_the_files_and_the_remedy():
+    with pytest.raises(EmbeddingError, match=r"'a.pt' and 'b.pt' both have the trigger '\*'.*--rename"):
+        merge([part("a.pt", "*"), part("b.pt", "*", seed=1)])
+
+
+def test_the_same_vectors_are_no_clash():
+    assert merge([part("a.pt", "*"), part("b.pt", "*")]).triggers == ["*"]
+
+
+def test_the_last_file_is_renamed():
+    merged = merge([part("a.pt", "*"), part("b.pt", "*", seed=1)], {"*": "<dog>"})
+    assert merged.triggers == ["*", "<dog>"]
+    assert torch.equal(merged.only("<dog>").concepts[0].vectors, vectors(seed=1))
+
+
+def test_several_names_go_to_several_files():
+    parts = [part(f"{i}.pt", "*", seed=i) for i in range(3)]
+    assert merge(parts, {"*": ["a", "b"]}).triggers == ["*", "a", "b"]
+    assert merge(parts, {"*": ["a", "b", "c"]}).triggers == ["a", "b", "c"]
+    with pytest.raises(EmbeddingError, match="given 4 times; the trigger is in 3 files"):
+        merge(parts, {"*": ["a", "b", "c", "d"]})
+    with pytest.raises(EmbeddingError, match="'0.pt' and '2.pt' both have the trigger 'a'"):
+        merge(parts, {"*": ["a", "b", "a"]})
+
+
+def test_names_of_their_own_choice():
+    parts = [part("a.pt", "*"), part("my dog.pt", "*", seed=1), part("my dog.pt", "*", seed=2)]
+    assert merge(parts, automatic=True).triggers == ["*", "<my dog>", "<my dog-2>"]
+    plan = plan_renames(parts, automatic=True)
+    assert [(step.index, step.old, step.new) for step in plan] == [
+        (1, "*", "<my dog>"),
+        (2, "*", "<my dog-2>"),
+    ]
+
+
+def test_a_chosen_name_never_meets_one_that_is_there():
+    parts = [part("a.pt", "*"), part("dog.pt", "*", seed=1), part("c.pt", "<dog>", seed=2)]
+    assert merge(parts, automatic=True).triggers == ["*", "<dog-2>", "<dog>"]
+    with pytest.raises(EmbeddingError, match="both have the trigger '<dog>'"):
+        merge(parts, {"*": "<dog>"})
+
+
+def test_other_text_encoders_are_refused():
+    with pytest.raises(EmbeddingError, match="different text encoders"):
+        merge([part("a.pt", "x"), dataclasses.replace(learned("y", width=1280), source="b.pt")])
+    both = [
+        LearnedEmbeddings((Concept(t, vectors(width=1280), kind),))
+        for t, kind in (("x", "bert"), ("y", "clip_g"))
+    ]
+    with pytest.raises(EmbeddingError, match="different text encoders"):
+        merge(both)
+    merge([both[0], LearnedEmbeddings((Concept("z", vectors(width=1280)),))])
+
+
+def test_metadata_that_all_share_is_kept():
+    merged = merge([part("a", "x", steps=5, base_model="m"), part("b", "y", steps=6, base_model="m")])
+    assert merged.metadata == Metadata(base_model="m")
+
+
+def test_nothing_to_merge():
+    with pytest.raises(EmbeddingError, match="at least one"):
+        merge([])
+
+
+def test_split_undoes_merge():
+    parts = [part("a.pt", "x"), part("b.pt", "y", seed=1)]
+    for one, again in zip(parts, split(merge(parts)), strict=True):
+        assert one.triggers == again.triggers
+        assert torch.equal(one.concepts[0].vectors, again.concepts[0].vectors)
+
+
+def test_renames_of_a_command_line():
+    assert renames_from(["*=<a>", "*=<b>", "x=y=z"]) == {"*": ["<a>", "<b>"], "x": ["y=z"]}
+    assert renames_from(None) == {}
+    for text in ("*", "=x", "x="):
+        with pytest.raises(UsageError, match="old=new"):
+            renames_from([text])
