@@ -1,0 +1,165 @@
+"""A picture tower and CLIP's text tower with one feature space: what contrastive training makes and scores use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from ldm.files import write_text, write_whole
+from ldm.util import UserError, instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+TEXT_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+_WEIGHTS, _DESCRIPTION, _TEXT_FOLDER = "model.safetensors", "towers.json", "text_encoder"
+
+
+class ResidualTower(nn.Module):
+    """A residual CNN over pictures [B, 3, size, size] in [-1, 1] to states [B, width].
+
+    One level per entry of `channels`, each half as large as the one before, the first half of the picture's size.
+    Small pictures of few shapes are learnt several times faster so than by a vision transformer.
+    """
+
+    def __init__(self, size: int = 32, channels: Sequence[int] = (64, 128, 192), width: int = 256) -> None:
+        super().__init__()
+        if size % 2 ** len(channels):
+            raise UserError(f"size {size} cannot be halved {len(channels)} times: use fewer channels")
+        self.size, self.width = size, width
+        first = channels[0]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, first, 3, padding=1), _Residual(first)]
+        for before, after in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), _Residual(after)]
+        side = size // 2 ** len(channels)
+        layers += [
+            nn.GroupNorm(8, channels[-1]),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(channels[-1] * side * side, width),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels.contiguous(memory_format=torch.channels_last))
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(self.norm(x))))
+
+
+class TwoTowers(nn.Module):
+    """Unit features of pictures and of captions, alike where they belong together.
+
+    `text_encoder` is a folder with CLIP tokenizer files and the text tower's config.json; its weights are fresh.
+    `image_tower` is a `target:` node of a module with `.width` and `.size` that maps pictures [B, 3, size, size] in
+    [-1, 1] to states [B, width]. Raises UserError for a folder that lacks a file.
+    """
+
+    def __init__(self, text_encoder: str | Path, image_tower: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.text_folder, self.image_node = Path(text_encoder), dict(image_tower)
+        for name in TEXT_FILES:
+            if not (self.text_folder / name).is_file():
+                raise UserError(f"text encoder folder '{text_encoder}' lacks {name}")
+        self.tokenizer = CLIPTokenizerFast.from_pretrained(self.text_folder)
+        # Sequences this short are faster without the fused kernel, forward and backward, on a CPU.
+        config = CLIPTextConfig.from_pretrained(self.text_folder, attn_implementation="eager")
+        self.max_length = config.max_position_embeddings
+        self.text_tower = CLIPTextModel(config)
+        self.image_tower = instantiate_from_config(image_tower)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.image_projection = nn.Linear(self.image_tower.width, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids [B, L] on the model's device, L no more than the longest caption needs, cut to the positions."""
+        ids = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).input_ids
+        longest = int((ids != self.tokenizer.pad_token_id).sum(1).max()) + 1
+        return ids[:, :longest].to(self.logit_scale.device)  # what follows the end changes nothing before it
+
+    def image_states(self, pixels: Tensor) -> Tensor:
+        """The image tower's states [B, width] of pictures [B, 3, H, W] in [-1, 1], resized where they need it."""
+        size = self.image_tower.size
+        if pixels.shape[-2:] != (size, size):
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        return self.image_tower(pixels)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Unit features [B, d] of pictures [B, 3, H, W] in [-1, 1]."""
+        return F.normalize(self.image_projection(self.image_states(pixels)), dim=-1)
+
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Unit features [B, d] of captions."""
+        ends = self.text_tower(input_ids=self.tokenize(captions)).pooler_output
+        return F.normalize(self.text_projection(ends), dim=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the towers; `folder`/text_encoder alone is what FrozenCLIPEmbedder reads.
+
+        Weights are float32. Raises UserError when the folder cannot be written.
+        """
+        folder, text, rest = Path(folder), {}, {}
+        for key, value in self.state_dict().items():
+            value = value.detach().to("cpu", torch.float32).contiguous()
+            if key.startswith("text_tower."):
+                text["text_model." + key.removeprefix("text_tower.").removeprefix("text_model.")] = value
+            else:
+                rest[key] = value
+        texts = {name: (self.text_folder / name).read_text(encoding="utf-8") for name in TEXT_FILES}
+        for name, content in texts.items():
+            write_text(folder / _TEXT_FOLDER / name, content)
+        write_text(folder / _DESCRIPTION, json.dumps({"image_tower": self.image_node}, indent=1) + "\n")
+        for target, weights in ((folder / _TEXT_FOLDER / _WEIGHTS, text), (folder / _WEIGHTS, rest)):
+            data = save(weights, {"format": "pt"})
+            write_whole(target, lambda file, data=data: file.write(data))
+        logger.info("CLIP towers written to %s", folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TwoTowers:
+        """The towers that `save` wrote, in evaluation mode; raises UserError for what is missing or does not fit."""
+        folder = Path(folder)
+        try:
+            node = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))["image_tower"]
+            towers = cls(folder / _TEXT_FOLDER, node)
+            text = load((folder / _TEXT_FOLDER / _WEIGHTS).read_bytes())
+            state = load((folder / _WEIGHTS).read_bytes())
+        except OSError as error:
+            raise UserError(f"no CLIP towers in '{folder}': {error.filename} cannot be read") from error
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the CLIP towers in '{folder}' are damaged ({error}); make them again"
+            ) from error
+        nested = any(key.startswith("text_model.") for key in towers.text_tower.state_dict())
+        for key, value in text.items():
+            state["text_tower." + (key if nested else key.removeprefix("text_model."))] = value
+        try:
+            towers.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"the weights in '{folder}' do not fit its description: {error}".splitlines()[0]
+            ) from error
+        return towers.eval()
