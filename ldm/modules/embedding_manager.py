@@ -16,17 +16,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.modules.embedding_pickle import EmbeddingFile, read_embeddings, write_embeddings
-from ldm.modules.initial_vectors import initial_vectors, spread
-from ldm.modules.insertion import Layout, insert_vectors
-from ldm.modules.placeholders import as_list, check_placeholders, parameter_key, vector_counts
+from ldm.modules.initial_vectors import initial_vectors
+from ldm.modules.insertion import insert_vectors
+from ldm.modules.learned_vectors import LearnedVectors
+from ldm.modules.placeholders import as_list, check_placeholders, vector_counts
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 NO_TOKEN = -1
 
 
-class EmbeddingManager(nn.Module):
+class EmbeddingManager(LearnedVectors):
     """Replaces each placeholder in an embedded prompt by its vectors.
 
     Args:
@@ -65,18 +66,16 @@ class EmbeddingManager(nn.Module):
         embedding_manager_ckpt: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if progressive_scale < 1:
             raise UserError(f"progressive_scale is {progressive_scale}; use 1 or more optimizer steps")
-        self.tokenizer = embedder.prompt_tokenizer
-        self.width, self.max_vectors = embedder.width, embedder.max_length - 2
-        self.progressive_scale = progressive_scale
-        self.progressive_step: int | None = 0 if progressive_words else None
+        super().__init__(
+            tokenizer=embedder.prompt_tokenizer,
+            width=embedder.width,
+            max_vectors=embedder.max_length - 2,
+            progressive_step=0 if progressive_words else None,
+            progressive_scale=progressive_scale,
+        )
         self.seed = seed
-        self.string_to_token_dict: dict[str, Tensor] = {}
-        self.string_to_param_dict = nn.ParameterDict()
-        self.initial_embeddings = nn.Module()
-
         strings, words = as_list(placeholder_strings), as_list(initializer_words)
         if len(words) > len(strings):
             raise UserError(
@@ -111,56 +110,19 @@ class EmbeddingManager(nn.Module):
         """Replace placeholders by their vectors: ids [B, L] and embeddings [B, L, d] -> a new [B, L, d]."""
         if not self.string_to_token_dict:
             return embedded_text
-        layout = self._layout(tokenized_text.device)
-        return insert_vectors(tokenized_text, embedded_text, self._table(), layout)
-
-    @property
-    def placeholders(self) -> dict[str, int]:
-        """Each placeholder with the number of its vectors in use."""
-        limit = self.max_vectors
-        if self.progressive_step is not None:
-            limit = 1 + self.progressive_step // self.progressive_scale
-        return {string: min(len(self.vectors(string)), limit) for string in self.string_to_token_dict}
-
-    def vectors(self, placeholder: str) -> nn.Parameter:
-        """All vectors [N, d] of a placeholder, in use or not yet."""
-        return self.string_to_param_dict[parameter_key(placeholder)]
-
-    def embedding_parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained: one [N, d] for each placeholder."""
-        return self.string_to_param_dict.parameters()
-
-    def export(self) -> dict[str, Tensor]:
-        """Copies [n, d] of the vectors in use, in float32 on the CPU."""
-        return {
-            string: self.vectors(string).detach()[:count].to("cpu", torch.float32, copy=True)
-            for string, count in self.placeholders.items()
-        }
-
-    def on_optimizer_step(self, step: int) -> None:
-        """Let progressive vectors follow the number of optimizer steps done; it never goes back."""
-        if self.progressive_step is None or step <= self.progressive_step:
-            return
-        before = self.placeholders
-        self.progressive_step = step
-        if self.placeholders != before:
-            self._layouts.clear()
-            logger.info("progressive_words: vectors in use from step %d: %s", step, self.placeholders)
+        layout = self.layout(tokenized_text.device)
+        return insert_vectors(tokenized_text, embedded_text, self.table(), layout)
 
     def get_embedding_norms_squared(self) -> Tensor:
         """The squared norm of every vector: [sum of N]."""
-        return self._table().square().sum(dim=-1)
+        return self.table().square().sum(dim=-1)
 
     def embedding_to_coarse_loss(self) -> Tensor:
         """The mean squared distance of the vectors in use from where their initializer put them: a scalar."""
-        initial = dict(self.initial_embeddings.named_buffers())
         losses = [
-            (self.vectors(string)[:count] - initial[parameter_key(string)][:count])
-            .square()
-            .sum(dim=-1)
-            .mean()
+            (self.vectors(string)[:count] - initial[:count]).square().sum(dim=-1).mean()
             for string, count in self.placeholders.items()
-            if parameter_key(string) in initial
+            if (initial := self.initial(string)) is not None
         ]
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
@@ -189,65 +151,12 @@ class EmbeddingManager(nn.Module):
                 f"name another file or another placeholder"
             )
         self.take(file.vectors, f"embedding file '{path}'")
+        self._counts = {}  # there is nothing left to draw
         if file.progressive_step is not None:
             self.progressive_step, self.progressive_scale = file.progressive_step, file.progressive_scale
         elif self.progressive_step is not None:
             most = max(len(vectors) for vectors in file.vectors.values())
             self.progressive_step = (most - 1) * self.progressive_scale
-
-    def take(self, vectors: Mapping[str, Tensor], source: str) -> None:
-        """Hold these vectors [N, d] of these placeholders in place of the present ones.
-
-        Raises UserError that names `source` if they do not fit the encoder.
-        """
-        check_placeholders(list(vectors), self.tokenizer)
-        for string, value in vectors.items():
-            if value.shape[-1] != self.width:
-                raise UserError(
-                    f"{source}: '{string}' has width {value.shape[-1]}, the text encoder has width "
-                    f"{self.width}; use it with the kind of model it was trained for"
-                )
-            if len(value) > self.max_vectors:
-                raise UserError(
-                    f"{source}: '{string}' has {len(value)} vectors, a prompt has room for {self.max_vectors}"
-                )
-        initial = dict(self.initial_embeddings.named_buffers())
-        kept = {
-            string: spread(initial[parameter_key(string)], len(value))
-            for string, value in vectors.items()
-            if parameter_key(string) in initial
-        }
-        device = next((p.device for p in self.embedding_parameters()), torch.device("cpu"))
-        self._hold({string: value.detach().to(device) for string, value in vectors.items()}, kept)
-        self._counts = {}
-
-    def _hold(self, vectors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> None:
-        self.string_to_token_dict = {
-            string: torch.tensor(self.tokenizer.placeholder_id(string, index), device="cpu")
-            for index, string in enumerate(vectors)
-        }
-        self.string_to_param_dict = nn.ParameterDict()
-        for string, value in vectors.items():  # one by one, because a dict's items would be sorted
-            self.string_to_param_dict[parameter_key(string)] = nn.Parameter(value.clone())
-        self.initial_embeddings = nn.Module()
-        for string, value in initial.items():
-            self.initial_embeddings.register_buffer(parameter_key(string), value.clone())
-        self._layouts: dict[torch.device, Layout] = {}
-
-    def _table(self) -> Tensor:
-        vectors = [self.vectors(string) for string in self.string_to_token_dict]
-        return torch.cat(vectors) if vectors else torch.zeros(0, self.width)
-
-    def _layout(self, device: torch.device) -> Layout:
-        if device not in self._layouts:
-            in_use = self.placeholders
-            self._layouts[device] = Layout.build(
-                [int(token) for token in self.string_to_token_dict.values()],
-                list(in_use.values()),
-                [len(self.vectors(string)) for string in in_use],
-                device,
-            )
-        return self._layouts[device]
 
     def _initializer_tokens(self, word: str, count: int) -> list[int]:
         tokens = self.tokenizer.token_ids(word)
@@ -258,25 +167,3 @@ class EmbeddingManager(nn.Module):
                 "initializer '%s' is %d tokens for %d vectors: only some begin one", word, len(tokens), count
             )
         return tokens
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.progressive_step is not None:
-            destination[prefix + "progressive_step"] = torch.tensor(self.progressive_step)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Let the vector counts and the progress be those of the state dict."""
-        step = state_dict.pop(prefix + "progressive_step", None)
-        brought = {
-            string: state_dict.get(f"{prefix}string_to_param_dict.{parameter_key(string)}")
-            for string in self.string_to_token_dict
-        }
-        if any(new is not None and len(new) != len(self.vectors(string)) for string, new in brought.items()):
-            self.take(
-                {string: self.vectors(string) if new is None else new for string, new in brought.items()},
-                "checkpoint",
-            )
-        if step is not None:
-            self.progressive_step = int(step)
-            self._layouts.clear()
-        super()._load_from_state_dict(state_dict, prefix, *rest)

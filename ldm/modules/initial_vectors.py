@@ -23,12 +23,12 @@ def initial_vectors(table: Tensor, tokens: Sequence[int], count: int, seed: int)
     noise = noise * table.std(dim=0)
     if not tokens:
         return table.mean(dim=0) + noise
-    rows = spread(torch.tensor(tokens), count).tolist()
+    rows = [tokens[place] for place in spread(len(tokens), count)]
     repeated = [[float(row in rows[:i])] for i, row in enumerate(rows)]
     vectors = table[torch.tensor(rows, device=table.device)]
     return vectors + REPEAT_NOISE * noise * torch.tensor(repeated, device=table.device)
 
 
-def spread(values: Tensor, count: int) -> Tensor:
-    """`count` rows of `values`, in order and evenly: all of them if they are as many."""
-    return values[[i * len(values) // count for i in range(count)]]
+def spread(length: int, count: int) -> list[int]:
+    """`count` places in a list of `length`, in order and evenly: each of them if they are as many."""
+    return [i * length // count for i in range(count)]

@@ -24,6 +24,8 @@ from ldm.util import ConfigError, instantiate_from_config, pretrained_wanted
 logger = logging.getLogger(__name__)
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
+# Under these keys a batch holds moments [B, 2C, h, w] or latents [B, C, h, w] encoded before, in place of pictures.
+POSTERIOR, LATENT = "posterior", "latent"
 
 
 class DDPM(NoiseSchedule, pl.LightningModule):
@@ -212,14 +214,14 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss, parts = self.shared_step(batch)
-        size = len(batch[self.first_stage_key])
+        size = _size(batch)
         self.log_dict(parts, prog_bar=False, logger=True, on_step=True, on_epoch=False, batch_size=size)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, batch_size=size)
         return loss
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        size = len(batch[self.first_stage_key])
+        size = _size(batch)
         _, parts = self.shared_step(batch)
         self.log_dict(parts, on_epoch=True, batch_size=size)
         if self.use_ema:
@@ -365,9 +367,7 @@ class LatentDiffusion(DDPM):
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Take the scale from the very first batch, if asked to."""
         if self.scale_by_std and self.global_step == 0 and batch_idx == 0 and float(self.scale_factor) == 1.0:
-            x = super().get_input(batch, self.first_stage_key)
-            latent = self.get_first_stage_encoding(self.encode_first_stage(x))
-            self.scale_factor.fill_(1.0 / latent.flatten().std())
+            self.scale_factor.fill_(1.0 / self._latents(batch, self.first_stage_key).std())
             logger.info("scale_factor is %.5f, from the first batch", float(self.scale_factor))
 
     # -- condition -------------------------------------------------------------------------------------------
@@ -386,15 +386,21 @@ class LatentDiffusion(DDPM):
 
     def get_input(self, batch: Mapping[str, Any], key: str) -> tuple[Tensor, Any]:
         """Latents [B, C, h, w] and the condition as the batch holds it (captions, labels or pictures)."""
-        x = super().get_input(batch, key)
-        z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
-        return z, self._raw_condition(batch, x)
+        return self._latents(batch, key), self._raw_condition(batch)
 
-    def _raw_condition(self, batch: Mapping[str, Any], x: Tensor) -> Any:
+    def _latents(self, batch: Mapping[str, Any], key: str) -> Tensor:
+        """Of pictures, or of what a cache has encoded before."""
+        if POSTERIOR in batch:
+            encoded = DiagonalGaussianDistribution(batch[POSTERIOR])
+        elif LATENT in batch:
+            encoded = batch[LATENT]
+        else:
+            encoded = self.encode_first_stage(super().get_input(batch, key))
+        return self.get_first_stage_encoding(encoded).detach()
+
+    def _raw_condition(self, batch: Mapping[str, Any]) -> Any:
         if self.model.conditioning_key is None:
             return None
-        if self.cond_stage_key == self.first_stage_key:
-            return x
         if self.cond_stage_key == "class_label":
             return batch
         value = batch[self.cond_stage_key]
@@ -441,3 +447,7 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_trainable and self.cond_stage_model is not None:
             groups.append({"params": list(self.cond_stage_model.parameters())})
         return groups
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return len(next(iter(batch.values())))

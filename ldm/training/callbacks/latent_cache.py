@@ -1,0 +1,108 @@
+"""First-stage posteriors, computed once per picture instead of at every step."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.models.diffusion.ddpm import LATENT, POSTERIOR
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class CachedLatents(Dataset):
+    """A picture dataset whose items hold a posterior (or latent) in place of the picture.
+
+    `dataset` offers `variants()`, all pictures that its items can show as (image, flipped), and `draw(index)` with
+    the fields image, flipped and caption. `encoded` holds one row per variant, [V, C, h, w]; `key` says what the rows
+    are. A posterior is sampled where the picture would have been encoded, so training sees the same distribution.
+    """
+
+    def __init__(self, dataset: Any, encoded: np.ndarray, key: str) -> None:
+        self.data = dataset
+        self.encoded = encoded
+        self.key = key
+        self._row = {variant: row for row, variant in enumerate(map(tuple, dataset.variants()))}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        drawn = self.draw(index)
+        row = self._row[drawn.image, drawn.flipped]
+        return {self.key: torch.from_numpy(np.array(self.encoded[row])), "caption": drawn.caption}
+
+    def __getattr__(self, name: str) -> Any:
+        """What the picture dataset offers beside its items: placeholders, captions and so on."""
+        if name.startswith("__") or "data" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def draw(self, index: int) -> Any:
+        return self.data.draw(index)
+
+
+class LatentCache(Callback):
+    """Replaces the pictures of the training split by their posteriors before training begins.
+
+    Up to `memory_mib` the cache is kept in memory, beyond that in a temporary file that goes with the run. Datasets
+    that cannot enumerate their pictures, and models that do not learn from captions, are left as they are.
+    """
+
+    def __init__(self, batch_size: int = 16, memory_mib: int = 4096) -> None:
+        if batch_size < 1:
+            raise UserError(f"latent_cache: batch_size is {batch_size}; it must be at least 1")
+        self.batch_size = batch_size
+        self.memory_bytes = memory_mib << 20
+        self._file: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        datasets: dict[str, Any] = getattr(trainer.datamodule, "datasets", {})
+        dataset = datasets.get("train")
+        if getattr(pl_module, "cond_stage_key", None) != "caption" or not _can_enumerate(dataset):
+            return
+        datasets["train"] = self.cached(pl_module, dataset, trainer.strategy.root_device)
+
+    @torch.no_grad()
+    def cached(self, model: Any, dataset: Any, device: torch.device) -> CachedLatents:
+        """`dataset` with its pictures encoded by the model's first stage on `device`."""
+        variants = list(dataset.variants())
+        first_stage = model.first_stage_model
+        home = next((p.device for p in first_stage.parameters()), device)
+        first_stage.to(device)
+        rows: np.ndarray | None = None
+        key = POSTERIOR
+        for start in range(0, len(variants), self.batch_size):
+            chunk = variants[start : start + self.batch_size]
+            pictures = torch.stack([torch.as_tensor(dataset.image(*variant)) for variant in chunk])
+            encoded = model.encode_first_stage(pictures.movedim(-1, 1).to(device))
+            if not isinstance(encoded, DiagonalGaussianDistribution):
+                key = LATENT
+            moments = encoded.parameters if key == POSTERIOR else encoded
+            if rows is None:
+                rows = self._room((len(variants), *moments.shape[1:]))
+            rows[start : start + len(chunk)] = moments.float().cpu().numpy()
+        first_stage.to(home)
+        logger.info("encoded %d pictures once; the first stage rests from here on", len(variants))
+        return CachedLatents(dataset, rows, key)
+
+    def _room(self, shape: Sequence[int]) -> np.ndarray:
+        if 4 * int(np.prod(shape)) <= self.memory_bytes:
+            return np.empty(shape, np.float32)
+        self._file = tempfile.TemporaryFile(prefix="latents-")  # noqa: SIM115  (as long as the run)
+        return np.memmap(self._file, np.float32, "w+", shape=tuple(shape))
+
+
+def _can_enumerate(dataset: Any) -> bool:
+    return all(callable(getattr(dataset, name, None)) for name in ("variants", "draw", "image"))
