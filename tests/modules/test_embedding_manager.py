@@ -8,10 +8,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import ConfigError, UserError, instantiate_from_config
 from tests.golden_record import CASES, GOLDEN, Golden
 from tests.modules.conftest import build_encoder
 
+PERSONALIZATIONS = GOLDEN.parents[1] / "configs" / "personalization"
 OLD_LAYOUT = GOLDEN / "embeddings_torch_1_10_layout.pt"
 
 
@@ -87,6 +89,18 @@ def test_inputs_are_not_changed_and_gradients_reach_only_the_vectors_shown():
     assert not manager.vectors("@").grad.any()
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert list(manager.embedding_parameters()) == [manager.vectors("*"), manager.vectors("@")]
+
+
+def test_nothing_is_read_back_from_the_device(clip):
+    """A tensor on the meta device has no values to read."""
+    manager = manager_of(clip, "*", "@", num_vectors_per_token=2).to("meta")
+    tokens, embedded = (
+        torch.zeros(2, 77, dtype=torch.long, device="meta"),
+        torch.zeros(2, 77, 32, device="meta"),
+    )
+    assert manager(tokens, embedded).shape == (2, 77, 32)
+    with pytest.raises(RuntimeError, match="meta"):
+        (tokens == 265).any().item()
 
 
 def test_the_embeddings_keep_their_dtype(clip):
@@ -173,7 +187,8 @@ def test_reset_follows_weights_that_come_later_but_keeps_those_of_a_file():
 
 def test_it_is_built_on_the_meta_device():
     with torch.device("meta"):
-        manager = manager_of(build_encoder("clip_one_vector"), "*", num_vectors_per_token=2)
+        encoder = build_encoder("clip_one_vector")
+        manager = manager_of(encoder, "*", initializer_words=["photo of dog"], num_vectors_per_token=2)
     assert manager.vectors("*").is_meta and manager.vectors("*").shape == (2, 32)
 
 
@@ -236,6 +251,20 @@ def test_what_does_not_fit_is_one_line(clip, options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", sorted(PERSONALIZATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_personalization_yamls_build_what_they_say(bert, path):
+    node = OmegaConf.load(path).model.params.personalization_config
+    manager = instantiate_from_config(node, embedder=bert)
+    expected = {
+        "one_vector": {"*": 1},
+        "three_vectors": {"*": 3},
+        "progressive": {"*": 1},
+        "per_image_tokens": dict.fromkeys(["*", *PER_IMAGE_TOKENS], 1),
+        "two_concepts": {"*": 1, "@": 1},
+    }
+    assert manager.placeholders == expected[path.stem]
+
+
 def test_unknown_options_are_errors(clip):
     node = {"target": "ldm.modules.embedding_manager.EmbeddingManager", "params": {"num_vector_per_token": 2}}
     with pytest.raises(ConfigError, match="unknown key 'num_vector_per_token'"):
@@ -272,6 +301,17 @@ def test_progressive_words_count_optimizer_steps_and_are_the_same_after_loading(
     put(resumed, [265, 7], 4)
     resumed.load_state_dict(state)
     assert put(resumed, [265, 7], 4) == shown[3][1]
+
+
+def test_progressive_vectors_of_several_placeholders_are_their_own(clip):
+    manager = manager_of(
+        clip, "*", "@", num_vectors_per_token=[3, 2], progressive_words=True, progressive_scale=10
+    )
+    number_vectors(manager, **{"*": 100, "@": 200})
+    star, at = (int(token) for token in manager.string_to_token_dict.values())
+    assert put(manager, [at, star], 6) == [200, 100, 0, 0, 0, 0]
+    manager.on_optimizer_step(20)
+    assert put(manager, [at, star], 6) == [200, 201, 100, 101, 102, 0]
 
 
 def test_all_vectors_of_an_original_file_are_in_use_with_progressive_words(clip):

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,12 @@ def test_the_manager_sees_ids_and_token_embeddings_before_positions(clip):
 
 
 def test_a_manager_is_forgotten_after_its_call(clip):
+    ids = clip.prompt_tokenizer.encode("a dog")
     plain = clip("a dog")
-    with pytest.raises(RuntimeError, match="mine"):
-        clip("a dog", embedding_manager=_raise)
-    assert torch.equal(clip.encode("a dog"), plain)
+    for manager, error in ((lambda ids, embedded: embedded + 1, None), (_raise, "mine")):
+        with pytest.raises(RuntimeError, match=error) if error else nullcontext():
+            clip("a dog", embedding_manager=manager)
+        assert torch.equal(clip.transformer.text_model(input_ids=ids).last_hidden_state, plain)
 
 
 def _raise(*_):
@@ -126,6 +129,7 @@ def test_weights_of_a_folder_are_read_unless_a_checkpoint_brings_them(folder, mo
     model.half().save_pretrained(folder)
     encoder = FrozenCLIPEmbedder(str(folder), device="cuda")
     token_embedding = getattr(model, "text_model", model).embeddings.token_embedding.weight
+    assert encoder.token_embedding.weight.dtype == torch.float32
     assert torch.equal(encoder.token_embedding.weight, token_embedding.float())
     monkeypatch.chdir(folder.parent)
     assert FrozenCLIPEmbedder("clip").width == 32
