@@ -22,7 +22,7 @@ class AutoencoderKL(FirstStageTraining):
 
     `ddconfig` holds the parameters of `Encoder` and `Decoder`, `embed_dim` the latent's channels, `lossconfig` the
     loss's node. `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`.
-    `scheduler_config` is a node of `ldm.lr_scheduler`.
+    `scheduler_config` and `optimizer_config` are nodes, see `ldm.models.optim`.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class AutoencoderKL(FirstStageTraining):
         image_key: str = "image",
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(lossconfig, image_key, monitor, scheduler_config)
+        super().__init__(lossconfig, image_key, monitor, scheduler_config, optimizer_config)
         if not ddconfig.get("double_z", True):
             raise ConfigError(
                 "AutoencoderKL: ddconfig.double_z must be true, a posterior has mean and variance"
@@ -82,11 +83,12 @@ class VQModel(FirstStageTraining):
         image_key: str = "image",
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
         lr_g_factor: float = 1.0,
         remap: str | None = None,
         sane_index_shape: bool = False,
     ) -> None:
-        super().__init__(lossconfig, image_key, monitor, scheduler_config, lr_g_factor)
+        super().__init__(lossconfig, image_key, monitor, scheduler_config, optimizer_config, lr_g_factor)
         self.embed_dim = embed_dim
         self.n_embed = n_embed
         z_channels = ddconfig["z_channels"]

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import read_state_dict
+from ldm.models.optim import build_optimizer
 from ldm.util import instantiate_from_config, pretrained_wanted
 
 logger = logging.getLogger(__name__)
+
+# What first stages with an adversary are trained with (Esser et al. 2021).
+ADAM = {"target": "torch.optim.Adam", "params": {"betas": [0.5, 0.9]}}
 
 
 class FirstStageTraining(pl.LightningModule):
@@ -30,6 +34,7 @@ class FirstStageTraining(pl.LightningModule):
         image_key: str,
         monitor: str | None,
         scheduler_config: Mapping[str, Any] | None,
+        optimizer_config: Mapping[str, Any] | None,
         lr_g_factor: float = 1.0,
     ) -> None:
         super().__init__()
@@ -37,6 +42,7 @@ class FirstStageTraining(pl.LightningModule):
         self.image_key = image_key
         self.monitor = monitor
         self.scheduler_config = scheduler_config
+        self.optimizer_config = optimizer_config or ADAM
         self.lr_g_factor = lr_g_factor
         self.loss = instantiate_from_config(lossconfig)
 
@@ -101,15 +107,14 @@ class FirstStageTraining(pl.LightningModule):
         excluded = in_decoder | {id(parameter) for parameter in adversary}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in excluded]
         groups = [{"params": rest}, {"params": decoder, "lr": self.learning_rate * self.lr_g_factor}]
-        optimizers = [torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.5, 0.9))]
-        if adversary:
-            optimizers.append(torch.optim.Adam(adversary, lr=self.learning_rate, betas=(0.5, 0.9)))
-        if self.scheduler_config is None:
-            return optimizers
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        return optimizers, [
-            torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers
+        parts = [groups, [{"params": adversary}]] if adversary else [groups]
+        built = [
+            build_optimizer(part, self.learning_rate, self.optimizer_config, self.scheduler_config)
+            for part in parts
         ]
+        if self.scheduler_config is None:
+            return built
+        return [part["optimizer"] for part in built], [part["lr_scheduler"] for part in built]
 
     def _schedulers(self) -> list[Any]:
         schedulers = self.lr_schedulers()

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.util import ConfigError, instantiate_from_config, skip_pretrained
+from tests.golden_record import Golden, fill
+
+UNET = {
+    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "params": {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "attention_resolutions": [],
+        "num_res_blocks": 1,
+        "channel_mult": [1],
+        "num_heads": 4,
+    },
+}
+IDENTITY = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+
+
+def latent(unet: dict | None = None, **params) -> LatentDiffusion:
+    torch.manual_seed(0)
+    node = copy.deepcopy(UNET)
+    node["params"] |= unet or {}
+    defaults = {"cond_stage_config": "__is_unconditional__", "use_ema": False, "channels": 3}
+    return LatentDiffusion(IDENTITY, unet_config=node, **(defaults | params))
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_predict_eps_undoes_the_parameterisation(parameterization: str, monkeypatch) -> None:
+    model = latent(parameterization=parameterization)
+    x0, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([5, 200, 600, 990])
+    monkeypatch.setattr(model, "apply_model", lambda x, t, cond: model.training_target(x0, t, noise))
+    torch.testing.assert_close(
+        model.predict_eps(model.q_sample(x0, t, noise), t), noise, rtol=1e-3, atol=2e-3
+    )
+
+
+def test_loss_is_the_squared_error_of_the_target() -> None:
+    model = latent(parameterization="v", loss_type="l1")
+    x0, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([5, 200, 600, 990])
+    loss, parts = model.p_losses(x0, None, t, noise)
+    expected = (model.apply_model(model.q_sample(x0, t, noise), t) - model.get_v(x0, noise, t)).abs().mean()
+    torch.testing.assert_close(loss, expected)
+    assert set(parts) == {"train/loss_simple", "train/loss_vlb", "train/loss"}
+    weighted, _ = latent(parameterization="v", original_elbo_weight=0.5).p_losses(x0, None, t, noise)
+    plain, parts = latent(parameterization="v").p_losses(x0, None, t, noise)
+    torch.testing.assert_close(weighted, plain + 0.5 * parts["train/loss_vlb"])
+
+
+def test_learned_variances_join_the_loss_and_the_optimiser() -> None:
+    model = latent(learn_logvar=True, logvar_init=0.3)
+    model.learning_rate = 1e-3
+    x0 = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    loss, parts = model.p_losses(x0, None, torch.tensor([1, 2]), x0)
+    torch.testing.assert_close(loss, parts["train/loss_simple"] / torch.tensor(0.3).exp() + 0.3)
+    assert any(
+        model.logvar is p for group in model.configure_optimizers().param_groups for p in group["params"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "unet", "condition"),
+    [
+        ("concat", {"in_channels": 6}, torch.ones(2, 3, 8, 8)),
+        (
+            "crossattn",
+            {"use_spatial_transformer": True, "context_dim": 5, "attention_resolutions": [1]},
+            torch.ones(2, 4, 5),
+        ),
+        ("adm", {"num_classes": 4}, torch.tensor([1, 3])),
+        (
+            "hybrid",
+            {
+                "in_channels": 6,
+                "use_spatial_transformer": True,
+                "context_dim": 5,
+                "attention_resolutions": [1],
+            },
+            {"c_concat": [torch.ones(2, 3, 8, 8)], "c_crossattn": [torch.ones(2, 4, 5)]},
+        ),
+    ],
+)
+def test_conditioning_keys(key: str, unet: dict, condition) -> None:
+    model = latent(unet, conditioning_key=key, cond_stage_config=IDENTITY)
+    x, t = torch.zeros(2, 3, 8, 8), torch.tensor([1, 2])
+    as_dict = (
+        condition
+        if isinstance(condition, dict)
+        else {f"c_{'concat' if key == 'concat' else 'crossattn'}": [condition]}
+    )
+    torch.testing.assert_close(model.apply_model(x, t, condition), model.apply_model(x, t, as_dict))
+
+
+def test_class_condition_reaches_the_denoiser_through_its_embedder() -> None:
+    embedder = {
+        "target": "ldm.modules.encoders.modules.ClassEmbedder",
+        "params": {"embed_dim": 5, "n_classes": 3, "key": "class_label"},
+    }
+    model = latent(
+        {"use_spatial_transformer": True, "context_dim": 5, "attention_resolutions": [1]},
+        conditioning_key="crossattn",
+        cond_stage_config=embedder,
+        cond_stage_key="class_label",
+        cond_stage_trainable=True,
+    )
+    model.learning_rate = 1e-3
+    loss, _ = model.shared_step({"image": pictures(), "class_label": torch.tensor([0, 2])})
+    for p in model.model.diffusion_model.out.parameters():
+        torch.nn.init.ones_(p)
+    loss, _ = model.shared_step({"image": pictures(), "class_label": torch.tensor([0, 2])})
+    loss.backward()
+    optimised = {id(p) for group in model.configure_optimizers().param_groups for p in group["params"]}
+    assert all(id(p) in optimised for p in model.cond_stage_model.parameters())
+
+
+def test_pixel_diffusion_without_latents() -> None:
+    model = DDPM(UNET, use_ema=True, channels=3)
+    loss, _ = model.shared_step({"image": pictures()})
+    assert loss.requires_grad
+    model.learning_rate = 1e-3
+    assert len(model.configure_optimizers().param_groups[0]["params"]) == len(list(model.model.parameters()))
+
+
+def test_scale_by_std_gives_the_first_batch_unit_variance() -> None:
+    model = latent(scale_by_std=True)
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model.learning_rate = 1e-5
+    trainer.fit(model, DataLoader([{"image": picture} for picture in pictures(4)], batch_size=4))
+    z, _ = model.get_input({"image": pictures(4)}, "image")
+    assert z.std().item() == pytest.approx(1.0, abs=1e-5)
+    assert "scale_factor" in model.state_dict()
+
+
+def test_average_follows_training_and_is_used_in_its_scope() -> None:
+    model = latent(use_ema=True, ema_decay=0.5)
+    weight = model.model.diffusion_model.out[2].bias
+    with torch.no_grad():
+        weight.fill_(1.0)
+    model.on_train_batch_end()
+    with model.ema_scope():
+        assert (weight < 1).all()
+    assert (weight == 1).all()
+
+
+def test_unsupported_settings_are_named() -> None:
+    for params, words in [
+        ({"parameterization": "epsilon"}, "parameterization 'epsilon'.*eps"),
+        ({"loss_type": "huber"}, "loss_type 'huber'"),
+        ({"num_timesteps_cond": 5}, "num_timesteps_cond is 5"),
+        ({"conditioning_key": "film", "cond_stage_config": IDENTITY}, "conditioning_key 'film'"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            latent(**params)
+    model = latent(optimizer_config={"target": "torch.optim.AdamW", "params": {"momentum": 1}})
+    model.learning_rate = 1.0
+    with pytest.raises(ConfigError, match="AdamW.*momentum"):
+        model.configure_optimizers()
+
+
+def test_builds_without_personalization_and_trains_the_denoiser_only() -> None:
+    config = Golden("clip_one_vector").config()
+    del config.params["personalization_config"]
+    config.params.cond_stage_trainable = False
+    with skip_pretrained():
+        model = fill(instantiate_from_config(config)).train()
+    model.learning_rate = 1e-3
+    loss, _ = model.shared_step({"image": torch.zeros(2, 64, 64, 3), "caption": ["a dog", "a photo"]})
+    loss.backward()
+    with_gradient = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"model"}
+    assert model.trainable_state_dict().keys() == model.state_dict().keys()
+
+
+def test_captions_are_dropped_at_the_rate_for_guidance(monkeypatch) -> None:
+    config = Golden("clip_one_vector").config()
+    del config.params["personalization_config"]
+    config.params.ucg_rate = 0.25
+    config.params.cond_stage_trainable = False
+    with skip_pretrained():
+        model = instantiate_from_config(config).train()
+    seen = []
+    monkeypatch.setattr(model, "get_learned_conditioning", lambda c: seen.extend(c))
+    monkeypatch.setattr(model, "p_losses", lambda *a: None)
+    torch.manual_seed(0)
+    model(torch.zeros(2000, 1, 1, 1), ["a dog"] * 2000)
+    assert 0.2 < seen.count("") / 2000 < 0.3
+    model.eval()
+    seen.clear()
+    model(torch.zeros(100, 1, 1, 1), ["a dog"] * 100)
+    assert seen.count("") == 0
+
+
+def test_unfreezing_trains_the_denoiser_at_its_own_rate() -> None:
+    case = Golden("clip_one_vector")
+    config = case.config()
+    config.params.unfreeze_model, config.params.model_lr = True, 1e-6
+    with skip_pretrained():
+        model = fill(instantiate_from_config(config)).train()
+    model.learning_rate = 5e-3
+    vectors, denoiser = model.configure_optimizers().param_groups
+    assert (vectors["lr"], denoiser["lr"]) == (5e-3, 1e-6)
+    assert len(denoiser["params"]) == len(list(model.model.parameters()))
+    prefixes = {name.split(".")[0] for name in model.trainable_state_dict()}
+    assert prefixes == {"embedding_manager", "model"}
+
+
+def test_regularisation_pulls_towards_the_initial_word() -> None:
+    config = Golden("clip_one_vector").config()
+    config.params.embedding_reg_weight = 0.1
+    with skip_pretrained():
+        model = instantiate_from_config(config)
+    with torch.no_grad():
+        model.embedding_manager.string_to_param_dict["*"] += 0.5
+    loss, extra = model.regularise(torch.zeros(()))
+    assert loss.item() == pytest.approx(0.1 * 0.25 * 32, rel=1e-5)
+    assert extra["loss_emb_reg"].item() == pytest.approx(0.25 * 32, rel=1e-5)
