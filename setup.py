@@ -20,7 +20,7 @@ setup(
         "omegaconf>=2.3",
         "einops>=0.6",
         "kornia>=0.7",
-        "numpy>=1.24",
+        "numpy>=1.26.1",
         "pillow>=10.3",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
