@@ -70,11 +70,11 @@ class TensorFile(Mapping[str, Tensor]):
 def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: BinaryIO) -> None:
     """Write a safetensors file whose bytes depend on its contents alone."""
     data = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
-    # The library orders metadata by chance; the header is written anew, sorted, and padded as it does.
+    # The library orders metadata by chance; the header is written anew, in our order, and padded as it does.
     (length,) = struct.unpack("<Q", data[:8])
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
-    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":"))
+    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":"))
     encoded = text.encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])

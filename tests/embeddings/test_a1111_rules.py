@@ -162,6 +162,14 @@ def test_a_png_of_its_own_making(tmp_path):
     assert concept.trigger == "cat" and torch.equal(concept.vectors, expected)
 
 
+def test_the_strips_are_never_black():
+    """Readers cut black borders off, whatever the vectors that colour the strips."""
+    canvas = pixels.hide(b"x" * 5000, np.zeros((64, 8, 3), np.uint8), np.zeros(1))
+    width = (canvas.shape[1] - 10) // 2
+    assert canvas[:, :width].min() > 15 and canvas[:, -width:].min() > 15
+    assert pixels.reveal(np.pad(canvas, ((9, 9), (9, 9), (0, 0))))[:5000] == b"x" * 5000
+
+
 def test_the_preview_is_in_the_picture(tmp_path):
     preview = Image.new("RGB", (300, 300), (10, 200, 30))
     path = write(learned("cat", 1, 32), tmp_path / "cat.png", "a1111-png", preview=preview)

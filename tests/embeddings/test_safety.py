@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -167,10 +168,15 @@ def png(path: Path, text: str | None = None, canvas: np.ndarray | None = None) -
     return path
 
 
-def test_a_zlib_bomb_in_the_pixels(tmp_path):
+def test_a_zlib_bomb_in_the_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.embeddings.picture._MAX_JSON", 2**16)
     bomb = zlib.compress(b"[" + b"1," * (20 * 2**20), 9)
-    canvas = pixels.hide(bomb, np.full((256, 8, 3), 200, np.uint8), np.ones(1))
-    refused(png(tmp_path / "a.png", canvas=canvas), "larger than any")
+    path = png(tmp_path / "a.png", canvas=pixels.hide(bomb, np.full((256, 8, 3), 200, np.uint8), np.ones(1)))
+    tracemalloc.start()
+    refused(path, "larger than any")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
 
 
 def test_a_picture_of_a_billion_pixels(tmp_path):
@@ -351,7 +357,7 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
     return bytes(out)
 
 
-def test_a_duplicate_header_key_and_odd_metadata(tmp_path):
+def test_odd_metadata_is_dropped(tmp_path):
     odd = {
         "textual_inversion": json.dumps(
             {
@@ -371,5 +377,8 @@ def test_a_duplicate_header_key_and_odd_metadata(tmp_path):
             {"emb_params": vectors()}, tmp_path / "cat.safetensors", {"textual_inversion": text, "name": text}
         )
         assert torch.equal(read(tmp_path / "cat.safetensors").concepts[0].vectors, vectors())
+    long = json.dumps({"steps": 5, "filler": "x" * 2**18})
+    save_file({"emb_params": vectors()}, tmp_path / "cat.safetensors", {"textual_inversion": long})
+    assert read(tmp_path / "cat.safetensors").metadata.steps is None
     torch.save({**a1111_dict(), "step": float("nan"), "sd_checkpoint": [1]}, tmp_path / "cat.pt")
     assert read(tmp_path / "cat.pt").metadata.steps is None
