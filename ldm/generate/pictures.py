@@ -64,7 +64,6 @@ def generate(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision)
-    check_steps(steps, model.num_timesteps)
     shape = latent_shape(model, height, width)
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device

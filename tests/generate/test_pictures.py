@@ -54,11 +54,16 @@ def test_a_picture_is_the_decoded_sample_of_its_noise(model) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_batch_size_does_not_matter(model, eta: float) -> None:
-    prompts = ["a photo of *"] * 3
+    prompts = ["a photo of *", "a dog", "a photo of *"]
     together = generate(model, prompts, batch_size=3, eta=eta, **FAST)
     apart = generate(model, prompts, batch_size=2, eta=eta, **FAST)
     assert all(difference(*pair) <= 1 for pair in zip(together, apart, strict=True))
-    assert difference(together[0], together[1]) > 1
+    assert difference(together[0], together[2]) > 1
+
+
+def test_eta_decides_the_picture(model) -> None:
+    first, other = (generate(model, "a dog", steps=3, eta=eta)[0] for eta in (0.0, 1.0))
+    assert difference(first, other) > 0
 
 
 def test_seed_number_and_negative_prompt_decide_the_picture(model) -> None:
@@ -105,10 +110,11 @@ def test_no_text_is_encoded_for_nothing(model, monkeypatch) -> None:
     assert encoded == [["a dog"]]
 
 
-def test_the_models_mode_comes_back(model) -> None:
+def test_the_model_is_in_eval_mode_and_its_mode_comes_back(model) -> None:
     model.train()
-    generate(model, "a dog", **FAST)
-    assert model.training
+    modes = []
+    generate(model, "a dog", on_image=lambda place, picture: modes.append(model.training), **FAST)
+    assert model.training and modes == [False]
     model.eval()
 
 
