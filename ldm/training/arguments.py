@@ -9,10 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import yaml
 from pytorch_lightning import Trainer
 
-from ldm.training.config import RUN_KEYS
+from ldm.training.config import RUN_KEYS, is_number, yaml_value
 from ldm.training.foreign_flags import ELSEWHERE, add_foreign_flags
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
 from ldm.util import UsageError
@@ -129,21 +128,10 @@ def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or name not in known:
             raise UsageError(_unknown(flag, known))
         if not has_value:
-            follows = bool(queue) and (not queue[0].startswith("-") or _is_number(queue[0]))
+            follows = bool(queue) and (not queue[0].startswith("-") or is_number(queue[0]))
             value = queue.pop(0) if follows else "true"
         found[name] = yaml_value(value)
     return found
-
-
-def yaml_value(text: str) -> Any:
-    """A flag's value as a YAML would read it, with 1e-3 as a number."""
-    if _is_number(text) and not re.fullmatch(r"[+-]?\d+", text):
-        return float(text)
-    return yaml.safe_load(text)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) is not None
 
 
 def _unknown(flag: str, known: set[str]) -> str:

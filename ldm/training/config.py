@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,29 @@ def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
     return OmegaConf.merge(_without_misfits(base, overlay), overlay)
 
 
+def yaml_value(text: str) -> Any:
+    """What a YAML would make of a word on the command line; 1e-3 is a number, and what is no YAML a text."""
+    if is_number(text) and not re.fullmatch(r"[+-]?\d+", text):
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) is not None
+
+
 def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     """The configuration of a run: YAMLs from left to right, overrides, then flags. Not yet checked."""
     config = OmegaConf.create({})
     for path in base:
         config = merge(config, read_yaml(path))
     try:
-        config = merge(config, OmegaConf.from_dotlist(list(options.overrides)))
+        for override in options.overrides:
+            key, _, value = override.partition("=")
+            config = merge(config, _nested(key, yaml_value(value)))
         for key, value in foreign_overrides(options).items():
             # A dataset that the YAML does not have must not come into being through a flag about images.
             if not key.startswith("data.params.validation") or OmegaConf.select(
@@ -128,6 +145,9 @@ def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
         if unknown:
             names = ", ".join(f"'{key}'" for key in unknown)
             problems.append(f"{where}: unknown key {names}" + _known(known))
+    rootless = [node for node in _datasets(config) if _needs_root(node)]
+    if rootless:
+        problems.append("no images are named; give --data_root FOLDER, or data_root: FOLDER in the YAML")
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
         if node and not node.get("target") and name not in {**DEFAULT_CALLBACKS, **OPTIONAL_CALLBACKS}:
@@ -136,7 +156,7 @@ def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
             )
     if missing:
         problems.append(f"no value is given for {', '.join(missing)}")
-    if not missing:
+    if not missing and not rootless:
         # A model's node also holds its learning rate, which is not the constructor's affair.
         nodes = {
             "model": _constructor(config.get("model") or {}),
@@ -199,6 +219,15 @@ def _takes(node: Mapping[str, Any], name: str) -> bool:
     except (ConfigError, TypeError, ValueError):
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _needs_root(node: Mapping[str, Any]) -> bool:
+    try:
+        parameter = inspect.signature(get_obj_from_str(node["target"])).parameters.get("data_root")
+    except (ConfigError, TypeError, ValueError):
+        return False
+    given = (node.get("params") or {}).get("data_root")
+    return parameter is not None and parameter.default is parameter.empty and not given
 
 
 def _without_misfits(base: DictConfig, overlay: DictConfig) -> DictConfig:

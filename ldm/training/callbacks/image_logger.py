@@ -67,13 +67,12 @@ class ImageLogger(Callback):
 
     def is_due(self, split: str, step: int, batch_idx: int) -> bool:
         """Whether a preview is due, and not done already, after this many optimizer steps."""
+        if self.disabled:
+            return False
         count = batch_idx + 1 if self.log_on_batch_idx else step
         due = count > 0 and (count % self.batch_frequency == 0 or count in self.early_steps)
-        return (
-            not self.disabled
-            and due
-            and self._last.get(split) != (batch_idx if self.log_on_batch_idx else step)
-        )
+        # Several batches may be accumulated into one step.
+        return due and (self.log_on_batch_idx or self._last.get(split) != step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,7 +96,7 @@ class ImageLogger(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str
     ) -> None:
         """Make and save the previews of one batch."""
-        self._last[split] = batch_idx if self.log_on_batch_idx else trainer.global_step
+        self._last[split] = trainer.global_step
         if not trainer.is_global_zero or not callable(getattr(pl_module, "log_images", None)):
             return
         arguments = {"N": self.max_images, **self.log_images_kwargs}

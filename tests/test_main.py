@@ -1,0 +1,53 @@
+"""main.py: the names that YAMLs use, the help text, and one class each."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from ldm.util import get_obj_from_str
+
+ROOT = Path(main.__file__).parent
+
+
+@pytest.mark.parametrize("name", ["DataModuleFromConfig", "ImageLogger", "SetupCallback", "CUDACallback"])
+def test_yaml_targets_are_the_librarys_classes(name):
+    found = get_obj_from_str(f"main.{name}")
+    assert found is getattr(main, name)
+    assert found.__module__.startswith("ldm.training."), "so that __main__ and main are the same class"
+
+
+def test_help_names_flags_exit_codes_and_overrides(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for word in (
+        "--actual_resume",
+        "--placeholder_string",
+        "--train_data_dir",
+        "130",
+        "143",
+        "SIGUSR1",
+        "override",
+    ):
+        assert word in text
+
+
+def test_a_wrong_command_line_is_one_line(capsys):
+    assert main.main(["--nonsense"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: unknown flag --nonsense") and shown.err.count("\n") == 1
+
+
+def test_as_a_program():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--base", "absent.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert result.stderr == "error: no such YAML: 'absent.yaml'; check --base\n"

@@ -1,0 +1,108 @@
+"""Trainer options, callbacks and loggers out of the YAML's lightning node."""
+
+import logging
+
+import pytest
+from omegaconf import OmegaConf
+
+from ldm.training import lightning_parts as parts
+from ldm.training.callbacks.image_logger import ImageLogger
+from ldm.training.callbacks.last_checkpoint import LastCheckpoint
+from ldm.training.devices import Devices
+from ldm.training.rundir import RunDir
+from ldm.training.signals import Requests
+from ldm.util import UsageError
+
+CPU = Devices("cpu", 1)
+
+
+def kwargs(personalization=True, **trainer):
+    return parts.trainer_kwargs({"trainer": trainer}, CPU, personalization=personalization)
+
+
+def callbacks(tmp_path, lightning, model=None):
+    run = RunDir(tmp_path, "now")
+    node = parts.complete(lightning)
+    return parts.make_callbacks(node, OmegaConf.create({"lightning": lightning}), run, model, Requests(), "")
+
+
+def test_old_names_are_translated_or_dropped(caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    options = kwargs(
+        gpus="0,",
+        accelerator="ddp",
+        weights_summary="top",
+        replace_sampler_ddp=True,
+        benchmark=True,
+        max_steps=9,
+    )
+    assert options["strategy"] == "ddp"
+    assert options["accelerator"] == "cpu"
+    assert options["use_distributed_sampler"] is True
+    assert options["benchmark"] is True
+    assert not {"gpus", "weights_summary"} & options.keys()
+    assert caplog.messages == ["lightning.trainer.weights_summary belongs to Lightning 1.x and is ignored"]
+
+
+def test_a_personalization_without_an_end_gets_the_usual_one():
+    assert kwargs()["max_steps"] == 6100
+    assert "max_steps" not in kwargs(max_epochs=2)
+    scratch = kwargs(personalization=False)
+    assert scratch["max_epochs"] == -1 and "max_steps" not in scratch
+
+
+def test_several_gpus_use_ddp():
+    options = parts.trainer_kwargs({}, Devices("cuda", [0, 1]), personalization=True)
+    assert (options["strategy"], options["accelerator"], options["devices"]) == ("ddp", "gpu", [0, 1])
+
+
+@pytest.mark.parametrize("steps", [0, -5, 2.5, "many"])
+def test_steps_that_make_no_sense(steps):
+    with pytest.raises(UsageError, match="max_steps is"):
+        kwargs(max_steps=steps)
+
+
+def test_null_stays_where_it_means_something():
+    assert kwargs(check_val_every_n_epoch=None, limit_val_batches=None)["check_val_every_n_epoch"] is None
+
+
+def test_callbacks_are_changed_by_name_and_added_by_target(tmp_path):
+    lightning = {
+        "modelcheckpoint": {"params": {"every_n_train_steps": 50}},
+        "callbacks": {
+            "image_logger": {"params": {"max_images": 1}},
+            "mine": {"target": "pytorch_lightning.callbacks.Timer"},
+            "progress": None,
+        },
+    }
+    built = {type(callback).__name__: callback for callback in callbacks(tmp_path, lightning)}
+    assert built["ImageLogger"].max_images == 1
+    assert built["ImageLogger"].batch_frequency == 750
+    assert built["LastCheckpoint"].every_n_train_steps == 50
+    assert built["EmbeddingSaver"].every_n_train_steps == 50
+    assert "Timer" in built
+    assert "RunProgress" not in built
+    assert "ModelCheckpoint" not in built
+
+
+def test_signals_are_met_before_previews_and_the_state_is_saved_last(tmp_path):
+    built = callbacks(tmp_path, {})
+    kinds = [type(callback).__name__ for callback in built]
+    assert kinds.index("Interruption") < kinds.index("ImageLogger")
+    assert isinstance(built[-1], LastCheckpoint)
+    logger = next(callback for callback in built if isinstance(callback, ImageLogger))
+    assert logger.requests is built[kinds.index("Interruption")].requests
+
+
+def test_a_monitored_checkpoint_is_lightnings_own(tmp_path):
+    lightning = {"modelcheckpoint": {"params": {"monitor": "val/loss", "save_top_k": 2}}}
+    assert "ModelCheckpoint" in [type(callback).__name__ for callback in callbacks(tmp_path, lightning)]
+
+
+def test_loggers(tmp_path):
+    def names(node):
+        return [type(log).__name__ for log in parts.make_loggers(parts.complete(node), RunDir(tmp_path, "n"))]
+
+    assert names({}) == ["CSVLogger", "TensorBoardLogger"]
+    assert names({"logger": {"target": "pytorch_lightning.loggers.TestTubeLogger"}}) == names({})
+    assert names({"logger": {"target": "pytorch_lightning.loggers.CSVLogger"}}) == ["CSVLogger", "CSVLogger"]

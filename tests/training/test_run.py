@@ -1,0 +1,330 @@
+"""Whole runs of a tiny model through `main`, and what becomes of them when they are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import main
+from ldm import embeddings
+from ldm.training import run as run_module
+from ldm.training.callbacks.last_checkpoint import LastCheckpoint
+
+ROOT = Path(main.__file__).parent
+
+
+def start(*words: object) -> int:
+    return main.main([str(word) for word in words])
+
+
+def only_run(folder: Path = Path("logs")) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def state_of(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_a_run_leaves_the_originals_folder(tiny_yaml, capsys):
+    images = "lightning.callbacks.image_logger.params"
+    kwargs = f"{images}.log_images_kwargs.ddim_steps=1"
+    assert start("--base", tiny_yaml, "-t", "--gpus", "0,", f"{images}.batch_frequency=3", kwargs) == 0
+    run = only_run()
+    assert run.name.startswith("toy") and run.name.endswith("_tiny")
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    for name in (
+        "embeddings.pt",
+        "embeddings_gs-4.pt",
+        "embeddings_gs-6.pt",
+        "last.ckpt",
+        "embedding.safetensors",
+    ):
+        assert f"checkpoints/{name}" in files
+    for name in ("inputs", "reconstruction", "conditioning", "samples", "samples_scaled"):
+        assert f"images/train/{name}_gs-000003_e-000000_b-000002.jpg" in files
+    assert any(name.startswith("images/val/") for name in files)
+    assert sorted(Path(name).name.split("-")[-1] for name in files if name.startswith("configs/")) == [
+        "lightning.yaml",
+        "project.yaml",
+    ]
+    assert any(name.startswith("tensorboard/") for name in files) and any(
+        n.endswith("metrics.csv") for n in files
+    )
+    shown = capsys.readouterr()
+    assert shown.out.count("no CUDA device here") == (0 if torch.cuda.is_available() else 1)
+    assert "learning '*' (1 vector) from 3 images" in shown.out
+    assert "learning rate 1.00e-02 = 5.00e-03 x 2 (batch)" in shown.out
+    assert f"embeddings: {run}/checkpoints/embeddings.pt" in shown.out
+    assert "--prompt 'a photo of *'" in shown.out
+    assert "Traceback" not in shown.err and "error" not in shown.err
+
+
+def test_only_the_vectors_are_learned_and_kept(tiny_yaml, tiny_model, monkeypatch):
+    models = []
+    make = run_module.make_model
+    monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
+    assert start("--base", tiny_yaml, "-t") == 0
+    before = load_file(tiny_model)
+    after = dict(models[0].named_parameters())
+    assert all(torch.equal(after[name].cpu(), value) for name, value in before.items())
+    run = only_run()
+    state = state_of(run)["state_dict"]
+    assert state and all(key.startswith("embedding_manager.") for key in state)
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 100_000
+    word = before["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    (learned,) = embeddings.read(run / "checkpoints" / "embeddings.pt").concepts
+    assert learned.trigger == "*" and learned.vectors.shape == (1, 32)
+    assert not torch.isin(learned.vectors, word).all(), "the vector has moved"
+    assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, "but began at a word of the checkpoint"
+    canonical = embeddings.read(run / "checkpoints" / "embedding.safetensors")
+    assert torch.equal(canonical.concepts[0].vectors, learned.vectors)
+    assert (canonical.metadata.steps, canonical.metadata.seed) == (6, 23)
+
+
+def test_the_placeholder_reaches_captions_and_file(tiny_yaml):
+    words = ["--placeholder_string", "<my-cat>", "--init_word", "photo of a cat", "--max_steps", "1"]
+    assert start("--base", tiny_yaml, "-t", *words) == 0
+    (learned,) = embeddings.read(only_run() / "checkpoints" / "embeddings.pt").concepts
+    assert learned.trigger == "<my-cat>"
+    assert (only_run() / "checkpoints" / "my-cat.safetensors").is_file()
+
+
+def test_without_t_it_is_only_checked(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml) == 0
+    assert "add -t to train" in capsys.readouterr().out
+    assert not Path("logs").exists()
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Keeps the state of every step beside last.ckpt, as a run that is killed there would leave it."""
+    save = LastCheckpoint.save_now
+
+    def save_and_copy(self, trainer):
+        save(self, trainer)
+        copy = self.path.with_name(f"step{trainer.global_step}.ckpt")
+        if self.path.exists() and not copy.exists():
+            copy.write_bytes(self.path.read_bytes())
+
+    monkeypatch.setattr(LastCheckpoint, "save_now", save_and_copy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["data.params.num_workers=0"],
+        [
+            "data.params.num_workers=1",
+            "model.params.personalization_config.params.num_vectors_per_token=2",
+            "model.params.personalization_config.params.progressive_words=true",
+            "model.params.personalization_config.params.progressive_scale=3",
+            "lightning.trainer.accumulate_grad_batches=2",
+            "lightning.trainer.limit_val_batches=0",
+        ],
+    ],
+    ids=["plain", "workers-progressive-accumulated"],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tiny_yaml, copies, options):
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=1"
+    assert start("--base", tiny_yaml, "-t", every, *options) == 0
+    run = only_run()
+    straight = state_of(run)
+    assert straight["global_step"] == 6
+    for step in (2, 3, 5):
+        killed = run.with_name(f"killed-{step}")
+        for part in ("configs", "checkpoints"):
+            (killed / part).mkdir(parents=True)
+        for saved in (run / "configs").iterdir():
+            (killed / "configs" / saved.name).write_bytes(saved.read_bytes())
+        (killed / "checkpoints" / "last.ckpt").write_bytes(
+            (run / "checkpoints" / f"step{step}.ckpt").read_bytes()
+        )
+        assert start("-r", killed, "-t") == 0
+        resumed = state_of(killed)
+        for part in (
+            "state_dict",
+            "optimizer_states",
+            "random_states",
+            "DataModuleFromConfig",
+            "global_step",
+        ):
+            assert equal(resumed[part], straight[part]), (step, part)
+
+
+def test_a_run_goes_on_for_longer(tiny_yaml):
+    assert start("--base", tiny_yaml, "-t", "--max_steps", 2) == 0
+    assert start("-r", only_run(), "-t", "--max_steps", 4) == 0
+    assert state_of(only_run())["global_step"] == 4
+    assert (only_run() / "checkpoints" / "embeddings_gs-4.pt").is_file()
+
+
+SENDER = '''
+import signal
+from pytorch_lightning.callbacks import Callback
+
+class Sender(Callback):
+    """Sends a signal to its own process in the middle of a step."""
+
+    def __init__(self, name, step):
+        self.signum, self.step = signal.Signals[name], step
+
+    def on_before_backward(self, trainer, *rest):
+        if trainer.global_step == self.step:
+            signal.raise_signal(self.signum)
+'''
+
+
+def sending(name: str, step: int) -> list[str]:
+    Path("sender.py").write_text(SENDER)
+    sys.modules.pop("sender", None)
+    node = "lightning.callbacks.sender"
+    return [f"{node}.target=sender.Sender", f"{node}.params.name={name}", f"{node}.params.step={step}"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_waits_for_the_step_and_saves_everything(tiny_yaml, capsys, name, code):
+    assert start("--base", tiny_yaml, "-t", *sending(name, 2)) == code
+    run = only_run()
+    assert state_of(run)["global_step"] == 3
+    assert (run / "checkpoints" / "embeddings_gs-3.pt").is_file()
+    shown = capsys.readouterr()
+    assert f"stopped by {name} at step 3" in shown.out
+    assert f"go on with: python main.py -r {run} -t" in shown.out
+    assert "Traceback" not in shown.err
+
+
+def test_a_preview_is_broken_off_at_once(tiny_yaml, monkeypatch):
+    monkeypatch.setattr(
+        "ldm.models.diffusion.ddpm.LatentDiffusion.log_images",
+        lambda *args, **kwargs: signal.raise_signal(signal.SIGINT) or pytest.fail("not broken off"),
+    )
+    images = "lightning.callbacks.image_logger.params"
+    often = [f"{images}.batch_frequency=2", f"{images}.increase_log_steps=false"]
+    assert start("--base", tiny_yaml, "-t", *often) == 130
+    assert state_of(only_run())["global_step"] == 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this platform has no SIGUSR1")
+def test_sigusr1_saves_and_goes_on(tiny_yaml):
+    assert start("--base", tiny_yaml, "-t", *sending("SIGUSR1", 1)) == 0
+    names = {path.name for path in (only_run() / "checkpoints").iterdir()}
+    assert {"embeddings_gs-2.pt", "embeddings_gs-6.pt"} <= names
+    assert state_of(only_run())["global_step"] == 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of other processes")
+def test_sigterm_from_outside_ends_a_process_cleanly(tiny_yaml):
+    command = [sys.executable, str(ROOT / "main.py"), "--base", str(tiny_yaml), "-t", "--max_steps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    assert "go on with" in out
+    step = state_of(only_run())["global_step"]
+    assert step > 0
+    assert (only_run() / "checkpoints" / f"embeddings_gs-{step}.pt").is_file()
+
+
+def test_out_of_memory_keeps_what_was_learned(tiny_yaml, monkeypatch, capsys):
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    p_losses = LatentDiffusion.p_losses
+
+    def full(self, *args, **kwargs):
+        if self.trainer.global_step == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+        return p_losses(self, *args, **kwargs)
+
+    monkeypatch.setattr(LatentDiffusion, "p_losses", full)
+    assert start("--base", tiny_yaml, "-t") == 1
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(err) == 1 and "out of memory at step 2" in err[0] and "batch_size=1" in err[0]
+    assert (only_run() / "checkpoints" / "embeddings_gs-2.pt").is_file()
+    assert state_of(only_run())["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--max_steps", "-5"], 2, "max_steps is -5"),
+        (["--gpuz", "0,"], 2, "did you mean --gpus"),
+        (["--gpus", "all"], 2, "not understood"),
+        (["--data_root", "nowhere"], 1, "image folder not found: nowhere"),
+        (["--actual_resume", "no.ckpt"], 1, "checkpoint 'no.ckpt' does not exist"),
+        (["model.params.nonsense=1"], 1, "'nonsense'"),
+        (["model.target=ldm.models.nothing.At"], 1, "no module 'ldm.models.nothing'"),
+        (["model.base_learning_rate=0"], 1, "base_learning_rate is 0"),
+        (["data.params.batch_size=0"], 1, "batch_size is 0"),
+        (["--base", "absent.yaml"], 1, "no such YAML: 'absent.yaml'"),
+        (
+            ["data.params.train.params.placeholder_token=@"],
+            1,
+            "none of the captions holds the placeholder '*'",
+        ),
+        (["lightning.trainer.precision=5"], 1, "lightning.trainer"),
+        (["-r", "nowhere"], 1, "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(tiny_yaml, capsys, words, code, message):
+    assert start("--base", tiny_yaml, "-t", *words) == code
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, shown.err
+    assert lines[0].startswith("error: ") and message in lines[0]
+    assert not Path("logs").exists() or not list(Path("logs").glob("*/checkpoints/*"))
+
+
+def test_a_placeholder_that_is_cut_off(tiny_yaml, capsys):
+    Path("lines.txt").write_text("one " * 100 + "{}\n")
+    assert start("--base", tiny_yaml, "-t", "data.params.train.params.template_file=lines.txt") == 1
+    assert "cuts off the placeholder '*'" in capsys.readouterr().err
+
+
+def test_a_state_of_another_placeholder(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml, "-t", "--max_steps", 1) == 0
+    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 1
+    assert "does not fit the configuration" in capsys.readouterr().err
+
+
+def test_no_base_at_all(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert start("-t") == 2
+    assert "name a YAML with --base" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml, "-t", "--debug", "model.params.nonsense=1") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_saved_yamls_are_the_whole_run(tiny_yaml):
+    assert start("--base", tiny_yaml, "-t", "--max_steps", 1, "--init_word", "cat") == 0
+    saved = OmegaConf.merge(*map(OmegaConf.load, sorted((only_run() / "configs").iterdir())))
+    assert saved.model.params.personalization_config.params.initializer_words == ["cat"]
+    assert (saved.seed, saved.scale_lr, saved.lightning.trainer.max_steps) == (23, True, 1)
+    assert start("--base", *(only_run() / "configs").iterdir(), "-t", "-l", "again") == 0
+    first, second = (state_of(only_run(Path(folder)))["state_dict"] for folder in ("logs", "again"))
+    assert equal(first, second)
