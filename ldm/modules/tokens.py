@@ -45,9 +45,7 @@ class PromptTokenizer:
         end_id: int,
         pad_id: int,
     ) -> None:
-        largest = max(tokenizer.get_vocab().values(), default=-1)
-        if largest < 0:
-            raise UserError("the tokenizer has an empty vocabulary; check its vocabulary files")
+        largest = max(tokenizer.get_vocab().values())
         if largest >= vocab_size:
             raise UserError(
                 f"the tokenizer has ids up to {largest} but the text encoder only {vocab_size} embeddings; "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizerFast
 
 from ldm.modules.encoders.basic import TextEncoder, ignore_device
-from ldm.modules.encoders.hub import reading, require_files
+from ldm.modules.encoders.hub import read_tokenizer, require_files
 from ldm.modules.tokens import PromptTokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
@@ -33,8 +33,7 @@ class BERTTokenizer(nn.Module):
         ignore_device(type(self).__name__, device)
         what = f"tokenizer '{tokenizer}'"
         require_files(what, tokenizer, ("vocab.txt", "tokenizer.json"))
-        with reading(what, tokenizer):
-            self.tokenizer = BertTokenizerFast.from_pretrained(tokenizer)
+        self.tokenizer = read_tokenizer(BertTokenizerFast, what, tokenizer)
         self.vq_interface = vq_interface
         self.max_length = max_length
         self.prompt_tokenizer = PromptTokenizer(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from ldm.modules.encoders.basic import TextEncoder, ignore_device
-from ldm.modules.encoders.hub import WEIGHTS, reading, require_files
+from ldm.modules.encoders.hub import WEIGHTS, read_tokenizer, reading, require_files
 from ldm.modules.tokens import PromptTokenizer, embed_tokens
 from ldm.util import UserError, pretrained_wanted
 
@@ -114,9 +114,9 @@ def _read(version: str) -> tuple[CLIPTextConfig, CLIPTokenizerFast, CLIPTextMode
     what = f"text encoder '{version}'"
     tokenizer_files, wanted = ("tokenizer.json", "vocab.json"), pretrained_wanted()
     require_files(what, version, ("config.json",), tokenizer_files, *([WEIGHTS] if wanted else []))
+    tokenizer = read_tokenizer(CLIPTokenizerFast, what, version)
     with reading(what, version):
         config = CLIPTextConfig.from_pretrained(version)
-        tokenizer = CLIPTokenizerFast.from_pretrained(version)
         if not wanted:
             return config, tokenizer, CLIPTextModel(config)
         model, report = CLIPTextModel.from_pretrained(version, config=config, output_loading_info=True)

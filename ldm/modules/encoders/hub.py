@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ldm.util import UserError
 
@@ -49,3 +50,15 @@ def reading(what: str, source: str) -> Iterator[None]:
             f"{what} is neither a folder here nor readable from the Hugging Face hub ({reason}); "
             f"go online for the first use, or name a local folder"
         ) from error
+
+
+def read_tokenizer(kind: Any, what: str, source: str) -> Any:
+    """Read a tokenizer of the class `kind`; one without words is a UserError too.
+
+    transformers 5 makes up a tokenizer of special tokens alone where it finds no vocabulary.
+    """
+    with reading(what, source):
+        tokenizer = kind.from_pretrained(source)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise OSError("no vocabulary was found")
+    return tokenizer

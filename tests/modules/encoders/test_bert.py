@@ -67,3 +67,15 @@ def test_a_folder_without_vocabulary_and_a_hub_out_of_reach_are_one_line(tmp_pat
     monkeypatch.setattr(bert_module.BertTokenizerFast, "from_pretrained", offline)
     with pytest.raises(UserError, match=r"'bert-base-uncased' is neither a folder here .*\(offline\)"):
         BERTTokenizer()
+
+
+def test_a_tokenizer_without_words_is_not_made_up(monkeypatch):
+    class Nothing:
+        all_special_tokens = ("[PAD]", "[UNK]")
+
+        def get_vocab(self):
+            return {"[PAD]": 0, "[UNK]": 1}
+
+    monkeypatch.setattr(bert_module.BertTokenizerFast, "from_pretrained", lambda *_: Nothing())
+    with pytest.raises(UserError, match=r"hub \(no vocabulary was found\); go online"):
+        BERTTokenizer()

@@ -172,7 +172,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def offline(*_, **__):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
 
-    monkeypatch.setattr(clip_module.CLIPTextConfig, "from_pretrained", offline)
+    monkeypatch.setattr(clip_module.CLIPTokenizerFast, "from_pretrained", offline)
     with pytest.raises(
         UserError, match="'openai/clip-vit-large-patch14' is neither a folder here nor"
     ) as caught:
