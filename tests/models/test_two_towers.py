@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ldm.data.creatures.tokenizer import write_tokenizer
 from ldm.models.two_towers import ResidualTower, TwoTowers
@@ -25,7 +26,7 @@ def towers(tmp_path_factory):
     config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    return TwoTowers(folder, NODE).eval()
+    return TwoTowers(folder, OmegaConf.create(NODE)).eval()  # as a YAML gives it
 
 
 @torch.no_grad()
