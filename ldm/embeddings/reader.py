@@ -27,9 +27,14 @@ def read(path: str | Path) -> LearnedEmbeddings:
             raise EmbeddingError(_unknown(payload))
         return dataclasses.replace(found, source=path.name)
     except EmbeddingError as error:
-        raise EmbeddingError(f"'{path}': {error}") from error
+        raise EmbeddingError(_one_line(f"'{path}': {error}")) from error
     except OSError as error:
         raise EmbeddingError(f"'{path}': cannot be read ({error.strerror or error})") from error
+
+
+def _one_line(message: str) -> str:
+    """The message without what a damaged file may have put into a library's own words: breaks, terminal codes."""
+    return "".join(c if c.isprintable() else "?" for c in message)
 
 
 def _unknown(payload: Payload) -> str:
@@ -39,4 +44,4 @@ def _unknown(payload: Payload) -> str:
     if "state_dict" in keys:
         return "it is a model checkpoint, not an embedding"
     holds = f"holds {quoted(sorted(keys))}" if keys else f"is a {type(payload.content).__name__}"
-    return f"it is of an unknown kind: it {ascii(holds)[1:-1]}"
+    return f"it is of an unknown kind: it {holds}"

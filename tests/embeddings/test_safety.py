@@ -159,6 +159,11 @@ def test_a_safetensors_header_that_claims_the_memory(tmp_path):
     refused(saved(tmp_path / "b", struct.pack("<Q", len(header)) + header), "header is damaged")
 
 
+def test_what_a_library_quotes_from_a_file_stays_in_one_line(tmp_path):
+    header = b'{"emb_params":{"dtype":"F\\n\\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
+    refused(saved(tmp_path / "a", struct.pack("<Q", len(header)) + header + bytes(4)), "header is damaged")
+
+
 def png(path: Path, text: str | None = None, canvas: np.ndarray | None = None) -> Path:
     info = PngInfo()
     if text is not None:
