@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm import pickles
+from ldm.files import write_whole
 from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,9 @@ def load_model_from_config(
     check_config(node, "model")
     state = read_state_dict(ckpt)
     # A diffusion checkpoint without its text encoder leaves that to the pretrained one, which is read only then.
-    complete = not any(k.startswith(DENOISER) for k in state) or any(k.startswith(TEXT_ENCODER) for k in state)
+    complete = not any(k.startswith(DENOISER) for k in state) or any(
+        k.startswith(TEXT_ENCODER) for k in state
+    )
     with skip_pretrained() if complete else contextlib.nullcontext(), uninitialised():
         model = instantiate_from_config(node)
     load_state(model, state, source=f"checkpoint '{ckpt}'", filled=() if complete else (TEXT_ENCODER,))
@@ -137,7 +140,7 @@ def load_state(
     """Copy a state dict into a model; see `load_model_from_config` for what is an error.
 
     Parameters whose names begin with one of `filled` have their values already, and those in the model's
-    `optional_state` need none; both may be absent.
+    `optional_state` need none; both may be absent. A model with `on_weights_loaded(state)` is told.
     """
     own = model.state_dict()
     wrong = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
@@ -164,6 +167,8 @@ def load_state(
         )
     fitting = {key: value for key, value in state.items() if key not in own or value.shape == own[key].shape}
     result = model.load_state_dict(fitting, strict=False)
+    if hasattr(model, "on_weights_loaded"):
+        model.on_weights_loaded(fitting)
     unexpected = [key for key in result.unexpected_keys if not key.startswith(_IGNORED)]
     if unexpected:
         logger.warning(
@@ -195,3 +200,17 @@ def uninitialised() -> Iterator[None]:
     """Within this block layers skip their random initialisation, because a checkpoint fills them next."""
     with _SkipRandomFill():
         yield
+
+
+def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write tensors as safetensors, weights of the network in `dtype` if given.
+
+    Scalars and the noise schedule's buffers stay in float32: half precision would change every sample.
+    """
+    from safetensors.torch import save
+
+    kept = {}
+    for key, value in state.items():
+        is_weight = "." in key and value.is_floating_point() and value.ndim > 0
+        kept[key] = (value.to(dtype) if dtype and is_weight else value).detach().cpu().contiguous().clone()
+    return write_whole(path, lambda file: file.write(save(kept)))

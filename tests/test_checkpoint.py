@@ -146,3 +146,13 @@ def test_text_encoder_that_the_checkpoint_lacks_is_read_from_its_own_folder(
     loaded = load_model_from_config(config, tmp_path / "m.ckpt")
     for name, value in weights.items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_vectors_begin_at_the_words_of_the_encoder_that_was_read(tmp_path: Path, weights, model) -> None:
+    torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
+    config = CASE.config()
+    config.params.personalization_config.params.initializer_words = ["photo"]
+    loaded = load_model_from_config(config, tmp_path / "m.ckpt")
+    table = weights["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    (token,) = loaded.cond_stage_model.prompt_tokenizer.token_ids("photo")
+    assert torch.equal(loaded.embedding_manager.string_to_param_dict["*"][0], table[token])

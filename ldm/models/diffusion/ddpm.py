@@ -321,6 +321,11 @@ class LatentDiffusion(DDPM):
             # A run then saves and loads the vectors alone; the frozen rest comes from its own checkpoint.
             self.strict_loading = False
 
+    def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
+        """Vectors that the weights did not bring begin at the words of the encoder that has just been filled."""
+        if self.personalised and not any(key.startswith("embedding_manager.") for key in state):
+            self.embedding_manager.reset(self.cond_stage_model)
+
     @property
     def personalised(self) -> bool:
         """Whether vectors are learned, rather than the denoiser trained from scratch."""

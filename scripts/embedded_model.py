@@ -1,0 +1,106 @@
+"""Train the embedded model, from drawings to a checkpoint.
+
+    python scripts/embedded_model.py train       # first stage, text encoder, denoiser: about two hours on two cores
+    python scripts/embedded_model.py assemble    # their weights as models/ldm/creatures, in half precision
+
+Each stage is a YAML in configs/creatures and runs through main.py. A stage that is done is not run again, one that
+was stopped goes on; `--stage` runs one alone, `--from-scratch` forgets what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.util import UserError
+from scripts.common import guarded
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("first-stage", "clip", "ldm")
+BUILD = Path("build/creatures")
+MODEL = Path("models/ldm/creatures")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code, after one line on stderr if it failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train the stages that are not done")
+    train.add_argument("--stage", choices=STAGES, action="append", help="this stage alone (may be repeated)")
+    train.add_argument("--from-scratch", action="store_true", help="delete what an earlier call has trained")
+    assemble = commands.add_parser("assemble", help="write the trained model in half precision")
+    assemble.add_argument(
+        "--out", type=Path, default=MODEL, help="folder of the model (default: %(default)s)"
+    )
+    options, overrides = parser.parse_known_args(argv)
+    if options.command == "train":
+        return guarded(lambda: train_stages(options.stage or STAGES, options.from_scratch, overrides))
+    return guarded(lambda: assemble_model(options.out))
+
+
+def train_stages(stages: Sequence[str], from_scratch: bool, overrides: Sequence[str]) -> None:
+    """Run main.py for each stage in turn; `overrides` are handed on to it."""
+    for stage in stages:
+        runs = BUILD / "runs" / stage
+        if from_scratch:
+            shutil.rmtree(runs, ignore_errors=True)
+        if _finished(runs):
+            print(f"{stage}: done, in {_finished(runs)}")
+            continue
+        stopped = sorted(runs.glob("*/checkpoints/last.ckpt"))
+        command = [sys.executable, str(ROOT / "main.py"), "-t", "--scale_lr", "false"]
+        if stopped:
+            command += ["-r", str(stopped[-1].parents[1])]
+        else:
+            command += ["-l", str(runs), "-b", f"configs/creatures/{stage}.yaml"]
+        print(f"{stage}: {' '.join(command[1:])}", flush=True)
+        if subprocess.run([*command, *overrides]).returncode:
+            raise UserError(
+                f"stage '{stage}' did not end well; mend what it said and run the same command again"
+            )
+        run = max(runs.iterdir())
+        (run / "finished").touch()
+        _export(stage, run)
+
+
+def _finished(runs: Path) -> Path | None:
+    return next((marker.parent for marker in sorted(runs.glob("*/finished"), reverse=True)), None)
+
+
+def _export(stage: str, run: Path) -> None:
+    """Put a stage's weights where the next one's YAML looks for them."""
+    if stage == "first-stage":
+        from ldm.checkpoint import read_state_dict, save_state_dict
+
+        state = read_state_dict(run / "checkpoints" / "last.ckpt")
+        kept = {key: value for key, value in state.items() if not key.startswith("loss.")}
+        print(f"wrote {save_state_dict(kept, BUILD / 'first-stage.safetensors')}")
+
+
+def assemble_model(out: Path) -> None:
+    """The averaged denoiser with its first stage and text encoder, as one file."""
+    import torch
+
+    from ldm.checkpoint import load_model_from_config, save_state_dict
+
+    run = _finished(BUILD / "runs" / "ldm")
+    if run is None:
+        raise UserError("the denoiser is not trained yet; run: python scripts/embedded_model.py train")
+    model = load_model_from_config("configs/creatures/ldm.yaml", run / "checkpoints" / "last.ckpt")
+    with model.ema_scope():
+        state = {key: value for key, value in model.state_dict().items() if not key.startswith("model_ema.")}
+        path = save_state_dict(state, out / "model.safetensors", torch.float16)
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
