@@ -22,7 +22,8 @@ class AutoencoderKL(FirstStageTraining):
 
     `ddconfig` holds the parameters of `Encoder` and `Decoder`, `embed_dim` the latent's channels, `lossconfig` the
     loss's node. `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`.
-    `scheduler_config` and `optimizer_config` are nodes, see `ldm.models.optim`.
+    `scheduler_config` and `optimizer_config` are nodes, see `ldm.models.optim`. A negative
+    `initial_logvar` lets training begin with posteriors so narrow that the decoder sees more signal than noise.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class AutoencoderKL(FirstStageTraining):
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
         optimizer_config: Mapping[str, Any] | None = None,
+        initial_logvar: float | None = None,
     ) -> None:
         super().__init__(lossconfig, image_key, monitor, scheduler_config, optimizer_config)
         if not ddconfig.get("double_z", True):
@@ -48,6 +50,8 @@ class AutoencoderKL(FirstStageTraining):
         self.decoder = Decoder(**ddconfig)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        if initial_logvar is not None:
+            nn.init.constant_(self.quant_conv.bias[embed_dim:], initial_logvar)
         self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddpm import LATENT, POSTERIOR
+from ldm.training.callbacks.latent_cache import CachedLatents, LatentCache
+from ldm.util import UserError
+from tests.golden_record import Golden
+
+
+class Drawn(NamedTuple):
+    image: int
+    flipped: bool
+    caption: str
+
+
+class Pictures:
+    """Three pictures, shown as they are or mirrored in turn."""
+
+    placeholders = ["*"]
+
+    def __init__(self) -> None:
+        self.pictures = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def variants(self) -> list[tuple[int, bool]]:
+        return [(i, flipped) for i in range(3) for flipped in (False, True)]
+
+    def image(self, image: int, flipped: bool = False) -> Tensor:
+        self.read += 1
+        picture = self.pictures[image]
+        return picture.flip(1) if flipped else picture
+
+    def draw(self, index: int) -> Drawn:
+        return Drawn(index % 3, index % 2 == 1, f"a photo of * {index}")
+
+
+@pytest.fixture(scope="module", params=["clip_one_vector", "vq_one_vector"])
+def model(request):
+    return Golden(request.param).model()
+
+
+def batch(dataset, indices) -> dict:
+    items = [dataset[i] for i in indices]
+    return {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "caption"} | {
+        "caption": [item["caption"] for item in items]
+    }
+
+
+def test_a_cached_step_has_the_very_numbers_of_an_encoded_one(model) -> None:
+    pictures = Pictures()
+    cached = LatentCache(batch_size=4).cached(model, pictures, torch.device("cpu"))
+    assert len(cached) == 6 and cached.placeholders == ["*"] and pictures.read == 6
+    indices = [0, 1, 5]
+    drawn = [pictures.draw(i) for i in indices]
+    shown = torch.stack([pictures.image(d.image, d.flipped) for d in drawn])
+    torch.manual_seed(3)
+    expected, captions = model.get_input({"image": shown, "caption": [d.caption for d in drawn]}, "image")
+    torch.manual_seed(3)
+    got, got_captions = model.get_input(batch(cached, indices), "image")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got_captions == captions
+    assert pictures.read == 6 + 3
+
+
+def test_draws_are_fresh_and_have_the_posteriors_moments() -> None:
+    model = Golden("clip_one_vector").model()
+    cached = LatentCache().cached(model, Pictures(), torch.device("cpu"))
+    torch.manual_seed(0)
+    draws = torch.stack([model.get_input(batch(cached, [2]), "image")[0] for _ in range(2000)])
+    posterior = model.encode_first_stage(Pictures().image(2).movedim(-1, 0)[None])
+    torch.testing.assert_close(draws.mean(0) / model.scale_factor, posterior.mean, atol=0.15, rtol=0.1)
+    torch.testing.assert_close(draws.std(0) / model.scale_factor, posterior.std, atol=0.05, rtol=0.1)
+
+
+def trainer(dataset) -> SimpleNamespace:
+    return SimpleNamespace(
+        datamodule=SimpleNamespace(datasets={"train": dataset}),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+
+
+def test_takes_the_place_of_the_training_pictures_where_it_can() -> None:
+    model = Golden("vq_one_vector").model()
+    fit = trainer(Pictures())
+    LatentCache().on_fit_start(fit, model)
+    assert isinstance(fit.datamodule.datasets["train"], CachedLatents)
+    assert fit.datamodule.datasets["train"].key == LATENT
+    plain = [1, 2, 3]
+    fit = trainer(plain)
+    LatentCache().on_fit_start(fit, model)
+    assert fit.datamodule.datasets["train"] is plain
+    fit = trainer(Pictures())
+    LatentCache().on_fit_start(fit, torch.nn.Identity())
+    assert isinstance(fit.datamodule.datasets["train"], Pictures)
+
+
+def test_beyond_the_memory_it_lies_in_a_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    model = Golden("clip_one_vector").model()
+    in_memory = LatentCache().cached(model, Pictures(), torch.device("cpu"))
+    on_disk = LatentCache(memory_mib=0).cached(model, Pictures(), torch.device("cpu"))
+    assert isinstance(on_disk.encoded, np.memmap) and not isinstance(in_memory.encoded, np.memmap)
+    assert torch.equal(on_disk[4][POSTERIOR], in_memory[4][POSTERIOR])
+
+
+def test_bad_batch_size() -> None:
+    with pytest.raises(UserError, match="batch_size is 0"):
+        LatentCache(batch_size=0)
