@@ -1,15 +1,9 @@
 """main.py: the names that YAMLs use, the help text, and one class each."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import main
 from ldm.util import get_obj_from_str
-
-ROOT = Path(main.__file__).parent
 
 
 @pytest.mark.parametrize("name", ["DataModuleFromConfig", "ImageLogger", "SetupCallback", "CUDACallback"])
@@ -40,14 +34,3 @@ def test_a_wrong_command_line_is_one_line(capsys):
     assert main.main(["--nonsense"]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: unknown flag --nonsense") and shown.err.count("\n") == 1
-
-
-def test_as_a_program():
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), "--base", "absent.yaml"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    assert result.stderr == "error: no such YAML: 'absent.yaml'; check --base\n"

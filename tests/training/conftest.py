@@ -4,50 +4,27 @@ from __future__ import annotations
 
 import logging
 import signal
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm.util import instantiate_from_config, skip_pretrained
+from tests.golden_record import Golden, golden_state
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-def golden_weight(name: str, shape: torch.Size) -> torch.Tensor:
-    """The weights that tests/golden/README.md defines by their names."""
-    r = np.random.RandomState(zlib.crc32(name.encode()) % 2**32).standard_normal(tuple(shape))
-    if any(part in name for part in ("embedding", "token_emb", "pos_emb")):
-        r = r * 0.05
-    elif len(shape) > 1:
-        r = r * 0.9 / np.sqrt(np.prod(shape[1:]))
-    else:
-        r = 1 + 0.1 * r if name.endswith("weight") else r * 0.05
-    return torch.from_numpy(np.asarray(r)).float()
-
-
-def golden_model_config() -> DictConfig:
-    config = OmegaConf.load(GOLDEN / "clip_one_vector" / "config.yaml")
-    config.model.params.cond_stage_config.params.version = str(GOLDEN / "clip_tiny")
-    return config
+GOLDEN = Golden("clip_one_vector")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the golden model."""
     path = tmp_path_factory.mktemp("tiny") / "model.safetensors"
-    with skip_pretrained():
-        model = instantiate_from_config(golden_model_config().model)
-    learned = "embedding_manager."
-    state = {k: golden_weight(k, p.shape) for k, p in model.named_parameters() if not k.startswith(learned)}
-    save_file(state, path)
+    save_file(golden_state(GOLDEN.model(load_embeddings=False)), path)
     return path
 
 
@@ -63,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_yaml(tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A YAML that trains 6 steps in 2 epochs; the working directory is the test's own."""
-    config = golden_model_config()
+    config = OmegaConf.create({"model": GOLDEN.config()})
     dataset = {"target": "ldm.data.personalized.PersonalizedBase", "params": {"size": 32, "repeats": 2}}
     config.model.base_learning_rate = 5e-3
     config.data = {

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model through `main`, and what becomes of them when they are stopped."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -128,27 +129,30 @@ def copies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("steps", "options"),
     [
-        ["data.params.num_workers=0"],
-        [
-            "data.params.num_workers=1",
-            "model.params.personalization_config.params.num_vectors_per_token=2",
-            "model.params.personalization_config.params.progressive_words=true",
-            "model.params.personalization_config.params.progressive_scale=3",
-            "lightning.trainer.accumulate_grad_batches=2",
-            "lightning.trainer.limit_val_batches=0",
-        ],
+        ((2, 3, 5), []),
+        (
+            (4,),
+            [
+                "data.params.num_workers=1",
+                "model.params.personalization_config.params.num_vectors_per_token=2",
+                "model.params.personalization_config.params.progressive_words=true",
+                "model.params.personalization_config.params.progressive_scale=3",
+                "lightning.trainer.accumulate_grad_batches=2",
+                "lightning.trainer.limit_val_batches=0",
+            ],
+        ),
     ],
     ids=["plain", "workers-progressive-accumulated"],
 )
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tiny_yaml, copies, options):
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tiny_yaml, copies, steps, options):
     every = "lightning.modelcheckpoint.params.every_n_train_steps=1"
     assert start("--base", tiny_yaml, "-t", every, *options) == 0
     run = only_run()
     straight = state_of(run)
     assert straight["global_step"] == 6
-    for step in (2, 3, 5):
+    for step in steps:
         killed = run.with_name(f"killed-{step}")
         for part in ("configs", "checkpoints"):
             (killed / part).mkdir(parents=True)
@@ -246,6 +250,29 @@ def test_sigterm_from_outside_ends_a_process_cleanly(tiny_yaml):
     step = state_of(only_run())["global_step"]
     assert step > 0
     assert (only_run() / "checkpoints" / f"embeddings_gs-{step}.pt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(tiny_yaml):
+    """Ten runs, each killed at a random moment and gone on with, against one that was left alone."""
+    program = [sys.executable, str(ROOT / "main.py")]
+    words = ["--base", str(tiny_yaml), "-t", "--max_steps", "60", "data.params.num_workers=1"]
+    words.append("lightning.modelcheckpoint.params.every_n_train_steps=7")
+    subprocess.run([*program, *words, "-l", "straight"], check=True, capture_output=True)
+    straight = state_of(only_run(Path("straight")))
+    for number in range(10):
+        folder = Path(f"killed-{number}")
+        process = subprocess.Popen([*program, *words, "-l", str(folder)], stdout=subprocess.DEVNULL)
+        while not list(folder.glob("*/checkpoints/last.ckpt")):
+            time.sleep(0.05)
+        time.sleep(random.random() * 2)
+        process.kill()
+        process.wait()
+        subprocess.run([*program, "-r", str(only_run(folder)), "-t"], check=True, capture_output=True)
+        resumed = state_of(only_run(folder))
+        for part in ("state_dict", "optimizer_states", "random_states", "global_step"):
+            assert equal(resumed[part], straight[part]), (number, part)
 
 
 def test_out_of_memory_keeps_what_was_learned(tiny_yaml, monkeypatch, capsys):

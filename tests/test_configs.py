@@ -1,0 +1,172 @@
+"""Every YAML that is shipped, and old ones of the original's users: checked against the classes, and built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import CLIPTextConfig
+
+from ldm.training import config as training_config
+from ldm.training import lightning_parts
+from ldm.training.arguments import parse, trainer_options
+from ldm.training.devices import Devices
+from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
+from ldm.util import check_config, instantiate_from_config, skip_pretrained
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = [path for path in SHIPPED if path.parent.name == "personalization"]
+TRAINABLE = [path for path in SHIPPED if path not in OVERLAYS and "data" in OmegaConf.load(path)]
+MODELS = [path for path in SHIPPED if "target" in (OmegaConf.load(path).get("model") or {})]
+OLD = sorted((ROOT / "tests" / "old_yamls").glob("*.yaml"))
+ORIGINAL_NAMES = {
+    f"configs/{name}.yaml"
+    for name in (
+        "latent-diffusion/txt2img-finetune",
+        "latent-diffusion/txt2img-finetune_style",
+        "latent-diffusion/txt2img-1p4B-finetune",
+        "latent-diffusion/txt2img-1p4B-finetune_style",
+        "latent-diffusion/txt2img-1p4B-eval",
+        "latent-diffusion/txt2img-1p4B-eval_with_tokens",
+        "stable-diffusion/v1-finetune",
+        "stable-diffusion/v1-finetune_unfrozen",
+        "stable-diffusion/v1-inference",
+    )
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def command(*paths: Path, words: str = "--data_root data/concepts/bobo") -> DictConfig:
+    """The checked configuration of a command line with these YAMLs."""
+    merged = training_config.load(parse(words.split()), paths)
+    training_config.check(merged, [*trainer_options(), *OLD_TRAINER_KEYS])
+    return merged
+
+
+@pytest.fixture
+def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths in YAMLs are meant from the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def clip_vit_l(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text encoder of Stable Diffusion v1 without its weights, in place of a download."""
+    folder = tmp_path_factory.mktemp("clip-vit-large-patch14")
+    CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+    ).save_pretrained(folder)
+    for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / file).write_bytes((GOLDEN / "clip_tiny" / file).read_bytes())
+    return folder
+
+
+def build(node: DictConfig, clip_vit_l: Path) -> torch.nn.Module:
+    """The model of a YAML without memory for its weights, its tokenizer from this repository."""
+    node = node.copy()
+    encoder = OmegaConf.select(node, "params.cond_stage_config") or {}
+    kind = str(encoder.get("target", "")).rpartition(".")[2]
+    if kind == "FrozenCLIPEmbedder" and "version" not in (encoder.get("params") or {}):
+        OmegaConf.update(node, "params.cond_stage_config.params.version", str(clip_vit_l), force_add=True)
+    elif kind == "FrozenCLIPEmbedder":
+        home = ROOT / "models" / "ldm" / "creatures" / "text_encoder"
+        OmegaConf.update(node, "params.cond_stage_config.params.version", str(home))
+    elif kind == "BERTEmbedder":
+        tokenizer = str(GOLDEN / "bert_tiny_tokenizer")
+        OmegaConf.update(node, "params.cond_stage_config.params.tokenizer", tokenizer, force_add=True)
+    with skip_pretrained(), torch.device("meta"):
+        return instantiate_from_config({"target": node.target, "params": node.params})
+
+
+def test_the_originals_yamls_are_all_there() -> None:
+    assert {name(path) for path in SHIPPED} >= ORIGINAL_NAMES
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name)
+def test_every_target_takes_its_params(path: Path, at_home: None) -> None:
+    content = OmegaConf.load(path)
+    assert set(content) <= {"model", "data", "lightning", *training_config.RUN_KEYS}
+    node = content.get("model") or {}
+    constructor = {key: node[key] for key in ("target", "params") if key in node}
+    check_config(constructor, "model", training_config.SUPPLIED)
+
+
+@pytest.mark.parametrize("path", TRAINABLE, ids=name)
+def test_a_training_yaml_fits_its_command(path: Path, at_home: None) -> None:
+    merged = command(path)
+    lightning = lightning_parts.complete(merged.get("lightning"))
+    assert lightning_parts.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
+    assert merged.model.base_learning_rate > 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
+@pytest.mark.parametrize("base", ["latent-diffusion/txt2img-finetune", "stable-diffusion/v1-finetune"])
+def test_a_personalization_is_swapped_in(base: str, overlay: Path, at_home: None) -> None:
+    # An overlay may bring images of its own, so that none are named here where the base has some.
+    words = (
+        ""
+        if "data_root" in OmegaConf.load(ROOT / f"configs/{base}.yaml")
+        else "--data_root data/concepts/bobo"
+    )
+    merged = command(ROOT / f"configs/{base}.yaml", overlay, words=words)
+    params = merged.model.params.personalization_config.params
+    own = OmegaConf.load(overlay).model.params.personalization_config.params
+    assert {key: params[key] for key in own} == dict(own)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=name)
+def test_a_model_is_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
+    if path.stem == "clip":
+        pytest.skip("needs real tensors; tests/models/test_contrastive.py builds it")
+    model = build(OmegaConf.load(path).model, clip_vit_l)
+    assert sum(p.numel() for p in model.parameters()) > 100_000
+    personal = OmegaConf.select(OmegaConf.load(path), "model.params.personalization_config")
+    if personal is not None:
+        assert list(model.embedding_manager.string_to_token_dict) == ["*"]
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
+def test_an_old_yaml_loads_unchanged(path: Path, clip_vit_l: Path, at_home: None) -> None:
+    merged = command(path)
+    lightning = lightning_parts.complete(merged.lightning)
+    options = lightning_parts.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
+    assert options["max_steps"] == merged.lightning.trainer.get("max_steps", 6100)
+    assert set(options) <= set(trainer_options())
+    assert "logger" not in lightning
+    node = merged.model.copy()
+    node.params.cond_stage_config.params = node.params.cond_stage_config.get("params") or {}
+    model = build(node, clip_vit_l)
+    learned = ("embedding_manager.", "model.") if node.params.get("unfreeze_model") else "embedding_manager."
+    assert all(key.startswith(learned) for key, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("shipped", ["txt2img-finetune.yaml", "txt2img-finetune_style.yaml"])
+def test_the_embedded_models_yamls_are_one_model(shipped: str) -> None:
+    """What the denoiser was trained as is what words are learned in."""
+    ours = OmegaConf.load(ROOT / "configs" / "latent-diffusion" / shipped).model.params
+    trained = OmegaConf.load(ROOT / "configs" / "creatures" / "ldm.yaml").model.params
+    for key in ("linear_start", "linear_end", "timesteps", "parameterization", "image_size", "channels"):
+        assert ours[key] == trained[key], key
+    for part in ("unet_config", "first_stage_config", "cond_stage_config"):
+        leave = {"ckpt_path", "version", "use_checkpoint", "monitor"}
+        kept = [{k: v for k, v in node[part].params.items() if k not in leave} for node in (ours, trained)]
+        assert kept[0] == kept[1], part
+
+
+def test_the_used_by_command_needs_nothing_else(at_home: None) -> None:
+    merged = command(ROOT / "configs/latent-diffusion/txt2img-finetune.yaml", words="-t --gpus 0,")
+    assert merged.data.params.train.params.data_root == merged.data_root
+    assert (ROOT / merged.data_root).is_dir()
+    assert merged.actual_resume.startswith("models/ldm/creatures/")
