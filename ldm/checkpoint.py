@@ -213,4 +213,4 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.
     for key, value in state.items():
         is_weight = "." in key and value.is_floating_point() and value.ndim > 0
         kept[key] = (value.to(dtype) if dtype and is_weight else value).detach().cpu().contiguous().clone()
-    return write_whole(path, lambda file: file.write(save(kept)))
+    return write_whole(path, lambda file: file.write(save(kept, {"format": "pt"})))

@@ -140,7 +140,11 @@ def test_text_encoder_that_the_checkpoint_lacks_is_read_from_its_own_folder(
     shutil.copytree(GOLDEN / "clip_tiny", folder)
     prefix = "cond_stage_model.transformer."
     own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    save_file({k: v for k, v in own.items() if not k.endswith("position_ids")}, folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in own.items() if not k.endswith("position_ids")},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     config = CASE.config()
     config.params.cond_stage_config.params.version = str(folder)
     loaded = load_model_from_config(config, tmp_path / "m.ckpt")

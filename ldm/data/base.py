@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ RESAMPLING = {
 }
 SMALLEST_SIDE = 8
 MEMORY = 2**29
+
+
+class Draw(NamedTuple):
+    """What one sample shows: the picture's number, whether it is mirrored, and the caption."""
+
+    image: int
+    flipped: bool
+    caption: str
 
 
 class Pictures:

@@ -11,25 +11,16 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import prompts
-from ldm.data.base import Pictures
+from ldm.data.base import Draw, Pictures
 from ldm.data.captions import Captions, Picture
 from ldm.images import list_images
 from ldm.util import UserError
-
-
-class Draw(NamedTuple):
-    """What one sample shows: the picture's number, whether it is mirrored, and the caption."""
-
-    image: int
-    flipped: bool
-    caption: str
 
 
 class PersonalizedBase(Dataset):

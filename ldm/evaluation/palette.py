@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import kornia
 import numpy as np
+import torch
 from PIL import Image
 
-BINS = 6
-# How far a pixel must be from its row's border colour to count as foreground, in [0, 1] RGB.
-THRESHOLD = 0.18
+# Edges of the histogram's bins in CIELAB: lightness, green to red, blue to yellow.
+BINS = (5, 9, 9)
+LOW, HIGH = np.array([0.0, -90.0, -100.0]), np.array([100.0, 100.0, 100.0])
+# How far a pixel must be from its row's border colour to count as foreground, in CIELAB (2.3 is just noticeable).
+THRESHOLD = 20.0
 
 
 def foreground(picture: Image.Image) -> np.ndarray:
@@ -27,15 +31,16 @@ def foreground(picture: Image.Image) -> np.ndarray:
 
 
 def palette(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """Share of each colour among the foreground of all pictures, [BINS^3], summing to 1.
+    """Share of each colour among the foreground of all pictures, [prod(BINS)], summing to 1.
 
     A pixel is shared out between neighbouring bins, so that a slightly other hue is a slightly other palette.
     """
-    histogram = np.full((BINS,) * 3, 1e-9)
+    bins = np.array(BINS)
+    histogram = np.full(BINS, 1e-9)
     for picture in pictures:
         mask = foreground(picture)
-        place = _pixels(picture)[mask] * (BINS - 1)
-        low = np.minimum(place.astype(int), BINS - 2)
+        place = ((_pixels(picture)[mask] - LOW) / (HIGH - LOW)).clip(0, 1) * (bins - 1)
+        low = np.minimum(place.astype(int), bins - 2)
         high_part = place - low
         for corner in np.ndindex(2, 2, 2):
             weight = np.prod(np.where(corner, high_part, 1 - high_part), axis=1)
@@ -49,4 +54,6 @@ def palette_overlap(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) 
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    """[H, W, 3] in CIELAB, where distances are those an eye sees."""
+    rgb = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32)) / 255
+    return kornia.color.rgb_to_lab(rgb.permute(2, 0, 1)).permute(1, 2, 0).numpy()

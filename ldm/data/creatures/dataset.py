@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.base import Draw
 from ldm.data.creatures.captions import Names, caption
 from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import (
@@ -83,20 +85,31 @@ class Creatures(Dataset):
     def __iter__(self) -> Iterator[dict[str, object]]:
         return (self[index] for index in range(self.count))
 
-    def draw(self, index: int) -> tuple[int, int]:
-        """Which picture the sample at `index` shows, and the number of its telling: `index` may run on for ever."""
+    def draw(self, index: int) -> Draw:
+        """What the sample at `index` shows and tells; `index` may run on for ever."""
         if index < 0:
             raise IndexError(f"sample {index}")
-        return index % self.count, index // self.count if self.split == "train" else 0
+        picture, telling = index % self.count, index // self.count if self.split == "train" else 0
+        return Draw(
+            picture, False, caption(self.names(picture), random.Random(f"caption {picture} {telling}"))
+        )
+
+    def image(self, picture: int, flipped: bool = False) -> Tensor:
+        """A picture [H, W, 3] in [-1, 1]."""
+        image = torch.from_numpy(self.pictures[picture].astype(np.float32)).div_(127.5).sub_(1)
+        return image.flip(1) if flipped else image
+
+    def variants(self) -> list[tuple[int, bool]]:
+        """Every (picture, mirrored) pair that can be drawn: what a cache of latents has to hold."""
+        return [(picture, False) for picture in range(self.count)]
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        picture, telling = self.draw(index)
-        image = torch.from_numpy(self.pictures[picture].astype(np.float32)).div_(127.5).sub_(1)
-        item: dict[str, object] = {"image": image}
+        drawn = self.draw(index)
+        item: dict[str, object] = {"image": self.image(drawn.image)}
         if self._with_captions:
-            item["caption"] = caption(self.names(picture), random.Random(f"caption {picture} {telling}"))
+            item["caption"] = drawn.caption
         if self._with_attributes:
-            item["attributes"] = torch.from_numpy(self.labels[picture].astype(np.int64))
+            item["attributes"] = torch.from_numpy(self.labels[drawn.image].astype(np.int64))
         return item
 
     def names(self, index: int) -> Names:

@@ -60,7 +60,9 @@ class UNetModel(nn.Module):
                 "do not go together; give both or neither"
             )
         if num_heads == num_head_channels == -1:
-            raise ConfigError("UNetModel: num_heads and num_head_channels are both unset (-1); set one of them")
+            raise ConfigError(
+                "UNetModel: num_heads and num_head_channels are both unset (-1); set one of them"
+            )
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels

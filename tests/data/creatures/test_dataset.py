@@ -57,3 +57,16 @@ def test_an_interrupted_painting_leaves_nothing(tmp_path, monkeypatch):
 def test_a_wrong_parameter_is_one_clear_line(wrong):
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
         Creatures(**{"size": 32, "count": 2, **wrong})
+
+
+def test_can_be_cached_as_latents(tmp_path) -> None:
+    """What ldm.training's latent cache asks of a dataset: pictures by variant, and draws that name them."""
+    data = Creatures(32, 6, "train", cache=tmp_path)
+    pictures = {variant: data.image(*variant) for variant in data.variants()}
+    for index in (0, 5, 7):
+        drawn, item = data.draw(index), data[index]
+        assert (
+            torch.equal(pictures[drawn.image, drawn.flipped], item["image"])
+            and drawn.caption == item["caption"]
+        )
+    assert torch.equal(data.image(1, flipped=True), data.image(1).flip(1))
