@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.generate import check_mentions, check_prompts, load_embeddings
 from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.encoders.modules import BERTEmbedder
 from ldm.util import UserError
 from tests.golden_record import Golden
 
@@ -85,6 +88,20 @@ def test_the_family_of_the_text_encoder_is_looked_at_where_a_file_says_it(tmp_pa
         load_embeddings(bert, path)
 
 
+def test_a_file_may_leave_open_which_encoder_of_its_width_it_is_for(tmp_path) -> None:
+    """1280 is LDM's BERT and one of SDXL's encoders, and most formats do not tell them apart."""
+    taken = {}
+    manager = SimpleNamespace(
+        width=1280,
+        take=lambda vectors, source: taken.update(vectors),
+        on_optimizer_step=lambda step: None,
+        placeholders=taken,
+    )
+    bert = SimpleNamespace(embedding_manager=manager, cond_stage_model=BERTEmbedder.__new__(BERTEmbedder))
+    torch.save({"<cat>": torch.ones(1, 1280)}, tmp_path / "learned_embeds.bin")
+    assert load_embeddings(bert, tmp_path / "learned_embeds.bin") == ["<cat>"]
+
+
 def test_only_vectors_in_use_come_from_a_progressive_file(model, tmp_path) -> None:
     manager = EmbeddingManager(
         model.cond_stage_model,
@@ -157,7 +174,7 @@ def test_a_mention_of_what_is_not_loaded_is_named(prompt: str, name: str) -> Non
 
 
 def test_a_loaded_name_may_hold_another() -> None:
-    check_mentions(["a <my *> b"], ["<my *>"])
+    check_mentions(["a <my *> b", "my *"], ["my", "my *", "<my *>"])
     with pytest.raises(UserError, match=r"loaded: none"):
         check_mentions(["a <my *> b"], [])
 
@@ -168,3 +185,6 @@ def test_a_models_prompts_are_checked_against_what_it_holds(model) -> None:
         check_prompts(model, ["a photo of *"], learned=[])
     with pytest.raises(UserError, match="mentions '<dog>'"):
         check_prompts(model, ["a photo of <dog>"])
+    model.embedding_manager = EmbeddingManager(model.cond_stage_model, ["sculpture"])
+    with pytest.raises(UserError, match="mentions 'sculpture'"):
+        check_prompts(model, ["a sculpture"], learned=[])

@@ -110,6 +110,14 @@ def test_no_text_is_encoded_for_nothing(model, monkeypatch) -> None:
     assert encoded == [["a dog"]]
 
 
+def test_every_batch_has_its_own_prompts(model, monkeypatch) -> None:
+    encoded = []
+    original = model.get_learned_conditioning
+    monkeypatch.setattr(model, "get_learned_conditioning", lambda c: encoded.append(c) or original(c))
+    generate(model, ["a dog", "a photo", "a *"], steps=1, batch_size=2, negative_prompt="no")
+    assert encoded == [["a dog", "a photo"], ["no", "no"], ["a *"], ["no"]]
+
+
 def test_the_model_is_in_eval_mode_and_its_mode_comes_back(model) -> None:
     model.train()
     modes = []
