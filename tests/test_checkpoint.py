@@ -160,3 +160,13 @@ def test_vectors_begin_at_the_words_of_the_encoder_that_was_read(tmp_path: Path,
     table = weights["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
     (token,) = loaded.cond_stage_model.prompt_tokenizer.token_ids("photo")
     assert torch.equal(loaded.embedding_manager.string_to_param_dict["*"][0], table[token])
+
+
+def test_averages_that_the_checkpoint_lacks_begin_at_its_weights(tmp_path: Path, weights) -> None:
+    torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
+    config = CASE.config()
+    config.params.use_ema = True
+    loaded = load_model_from_config(config, tmp_path / "m.ckpt")
+    own = loaded.model.diffusion_model.out[2].weight.clone()
+    with loaded.ema_scope():
+        assert torch.equal(loaded.model.diffusion_model.out[2].weight, own)

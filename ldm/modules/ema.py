@@ -39,6 +39,12 @@ class LitEma(nn.Module):
         torch._foreach_lerp_(averages, weights, float(1.0 - decay))
 
     @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Begin anew at the model's present weights."""
+        for average, weight in zip(*self._pairs(model), strict=True):
+            average.copy_(weight)
+
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the model's weights by the averages."""
         for average, weight in zip(*self._pairs(model), strict=True):

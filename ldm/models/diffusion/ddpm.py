@@ -136,6 +136,11 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             }
         load_state(self.model if only_unet else self, state, source=f"ckpt_path '{path}'")
 
+    def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
+        """Averages that a checkpoint did not bring begin at the weights it brought."""
+        if self.use_ema and not any(key.startswith("model_ema.") for key in state):
+            self.model_ema.reset(self.model)
+
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """The denoiser has its averaged weights within this block, if it keeps them."""
@@ -323,6 +328,7 @@ class LatentDiffusion(DDPM):
 
     def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
         """Vectors that the weights did not bring begin at the words of the encoder that has just been filled."""
+        super().on_weights_loaded(state)
         if self.personalised and not any(key.startswith("embedding_manager.") for key in state):
             self.embedding_manager.reset(self.cond_stage_model)
 
