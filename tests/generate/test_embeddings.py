@@ -153,10 +153,15 @@ def test_a_manager_of_the_users_own_loads_its_own_file(model) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a photo of *", "*, oil painting", "(<cat>) on <Cat>'s bed", "2*3", "sky"]
+    "prompt", ["a photo of *", "*, oil painting", "(<cat>) on <Cat>'s bed", "sky", "disk"]
 )
 def test_prompts_of_what_is_loaded_pass(prompt: str) -> None:
     check_mentions([prompt], ["*", "<cat>"], ["*", "sk"])
+
+
+@pytest.mark.parametrize("prompt", ["2*3", "a **bold** dog", "1 < 2 > 0", "5 <3"])
+def test_signs_in_other_use_pass(prompt: str) -> None:
+    check_mentions([prompt], [])
 
 
 @pytest.mark.parametrize(

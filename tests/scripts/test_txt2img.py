@@ -111,6 +111,61 @@ def test_samplers(run, sampler: str) -> None:
     assert run(sampler, "--skip_grid")[0] == 0
 
 
+def test_every_setting_reaches_the_sampler(run, monkeypatch) -> None:
+    seen = {}
+
+    def record(model, prompts, **settings):
+        seen.update(settings, prompts=prompts)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr("ldm.generate.pictures.generate", record)
+    arguments = [
+        "--prompt",
+        "a dog",
+        "--negative_prompt",
+        "a cat",
+        "--scale",
+        2,
+        "--ddim_eta",
+        0.5,
+        "--seed",
+        9,
+    ]
+    more = [
+        "--H",
+        24,
+        "--W",
+        40,
+        "--ddim_steps",
+        7,
+        "--n_samples",
+        2,
+        "--n_iter",
+        2,
+        "--precision",
+        "autocast",
+    ]
+    assert run(*arguments, *more, options=[])[0] == 0
+    expected = {
+        "prompts": ["a dog"] * 4,
+        "negative_prompt": "a cat",
+        "scale": 2.0,
+        "eta": 0.5,
+        "seed": 9,
+        "height": 24,
+        "width": 40,
+        "steps": 7,
+        "batch_size": 2,
+        "precision": "autocast",
+        "sampler": "ddim",
+        "numbers": None,
+    }
+    assert {key: seen[key] for key in expected} == expected
+    for flag in ("plms", "dpm_solver"):
+        run("--prompt", "a dog", f"--{flag}")
+        assert seen["sampler"] == flag
+
+
 def test_stable_diffusions_names(run, folder) -> None:
     arguments = ["--config", folder / "config.yaml", "--prompt", "a dog", "--C", 4, "--f", 8]
     for number in range(2):
