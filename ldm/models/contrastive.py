@@ -22,6 +22,7 @@ class ContrastiveCLIP(pl.LightningModule):
     A batch is {"image": [B, H, W, 3] in [-1, 1], "caption": list[str]}. `text_encoder` and `image_tower` are those
     of `TwoTowers`. `attributes` maps names to numbers of values: batches then also carry "attributes" [B, A] in that
     order, and linear heads on the image tower, used in training only, learn them with weight `attribute_weight`.
+    A batch that carries "foil", list[str], makes each picture tell its caption from its foil too.
     When training ends the towers are saved in `export_to`, if it is given.
     """
 
@@ -57,18 +58,37 @@ class ContrastiveCLIP(pl.LightningModule):
         pictures = F.normalize(self.towers.image_projection(states), dim=-1)
         return pictures, self.towers.text_features(captions), states
 
-    def contrastive_loss(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """InfoNCE both ways of unit features [B, d], and the share of captions whose own picture is nearest."""
-        logits = self.towers.logit_scale.exp() * texts.float() @ images.float().t()
+    def contrastive_loss(
+        self, images: Tensor, texts: Tensor, wrong: Tensor | None = None, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """InfoNCE both ways of unit features [B, d], and the share of captions whose own picture is nearest.
+
+        `wrong` [B, d] are the features of each picture's foil: one more caption that it must not be taken for,
+        where `counts` [B] (bool) says so.
+        """
+        scale, images, texts = self.towers.logit_scale.exp(), images.float(), texts.float()
+        logits = scale * texts @ images.t()
         target = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+        of_image = logits.t()
+        if wrong is not None:
+            confusion = scale * (images * wrong.float()).sum(1)
+            of_image = torch.cat([of_image, confusion.masked_fill(~counts, -torch.inf)[:, None]], 1)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(of_image, target)) / 2
         return loss, (logits.argmax(1) == target).float().mean()
 
     def shared_step(self, batch: Mapping[str, Any], stage: str) -> Tensor:
         """The batch's loss, its parts logged under `stage`."""
-        images, texts, states = self(batch[self.image_key], list(batch[self.caption_key]))
-        loss, recall = self.contrastive_loss(images, texts)
-        log = {f"{stage}/contrastive": loss.detach(), f"{stage}/recall": recall}
+        captions, foils = list(batch[self.caption_key]), list(batch.get("foil", ()))
+        images, texts, states = self(batch[self.image_key], captions + foils)
+        texts, wrong = texts[: len(captions)], texts[len(captions) :]
+        log = {}
+        if foils:
+            counts = torch.tensor([one != other for one, other in zip(captions, foils, strict=True)])
+            loss, recall = self.contrastive_loss(images, texts, wrong, counts.to(images.device))
+            log[f"{stage}/foiled"] = ((images * (texts - wrong)).sum(1) < 0).float().mean()
+        else:
+            loss, recall = self.contrastive_loss(images, texts)
+        log |= {f"{stage}/contrastive": loss.detach(), f"{stage}/recall": recall}
         if self.heads:
             wanted = batch["attributes"].to(self.device).unbind(1)
             heads = zip(self.heads.values(), wanted, strict=True)

@@ -27,11 +27,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch():
-    data = Creatures(32, 16, split="validation", attributes=True)
+    data = Creatures(32, 16, split="validation", attributes=True, foils=True)
     items = [data[i] for i in range(16)]
     return {
         "image": torch.stack([item["image"] for item in items]),
         "caption": [item["caption"] for item in items],
+        "foil": [item["foil"] for item in items],
         "attributes": torch.stack([item["attributes"] for item in items]),
     }
 
@@ -82,6 +83,17 @@ def test_the_loss_is_the_symmetric_one(folder):
     loss, recall = model.contrastive_loss(features, features)
     logits = model.towers.logit_scale.exp() * features @ features.t()
     assert recall == 1 and torch.allclose(loss, torch.nn.functional.cross_entropy(logits, torch.arange(4)))
+
+
+def test_a_foil_counts_unless_it_is_the_caption(folder):
+    model = _model(folder)
+    images, texts = torch.eye(4), torch.eye(4)
+    plain, _ = model.contrastive_loss(images, texts)
+    assert torch.allclose(
+        model.contrastive_loss(images, texts, texts, torch.zeros(4, dtype=torch.bool))[0], plain
+    )
+    foiled, _ = model.contrastive_loss(images, texts, 0.99 * texts, torch.ones(4, dtype=torch.bool))
+    assert foiled > plain + 0.3  # half the pictures' own loss of about log 2
 
 
 def test_features_do_not_depend_on_the_padding(folder):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from dataclasses import dataclass
 
 from ldm.data.creatures.chance import pick
 from ldm.data.creatures.world import (
+    ATTRIBUTES,
     COLORS,
     CREATURE,
     EARS,
@@ -48,6 +50,16 @@ _PLACES = {
     "snow": ("in the snow", "in snow"),
 }
 
+_FOILED = {
+    "eyes": 4.0,
+    "ears": 4.0,
+    "pattern": 4.0,
+    "second": 3.0,
+    "kind": 1.0,
+    "color": 1.0,
+    "background": 0.5,
+}
+
 
 @dataclass(frozen=True)
 class Names:
@@ -80,6 +92,24 @@ def caption(names: Names, rng: random.Random) -> str:
     return _of_style(names, noun, rng)
 
 
+def foil(names: Names, seed: str) -> str:
+    """The caption of the stream `seed` with one attribute told wrongly, or the caption itself where nothing can be.
+
+    What is hard to see is made wrong more often: a contrastive loss over whole pictures learns it last.
+    """
+    truth = caption(names, random.Random(seed))
+    rng = random.Random(f"foil {seed}")
+    for key in sorted(_FOILED, key=lambda key: rng.random() / _FOILED[key]):
+        # To call a fox a creature, or not to mention its stripes, is not wrong.
+        options = [
+            value for value in ATTRIBUTES[key] if value not in (getattr(names, key), CREATURE, "plain")
+        ]
+        text = caption(dataclasses.replace(names, **{key: pick(rng, options)}), random.Random(seed))
+        if text != truth:
+            return text
+    return truth
+
+
 def full_caption(names: Names) -> str:
     """The sentence that names every attribute: the best that words can do."""
     traits = [_with_pattern(names), f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}", _with_ears(names)]
@@ -103,7 +133,7 @@ def _noun(names: Names, rng: random.Random) -> str:
     """The creature, what it has and where it is, without an article in front."""
     kind = names.kind if rng.random() < 0.9 else CREATURE
     before, traits = [], []
-    if rng.random() < 0.62:
+    if rng.random() < 0.7:
         spoken = rng.random()
         if names.pattern == "plain":
             before += ["plain"] if spoken < 0.6 else []
@@ -113,9 +143,9 @@ def _noun(names: Names, rng: random.Random) -> str:
             before.append({"stripes": "striped", "spots": "spotted"}[names.pattern])
     if rng.random() < 0.82:
         before.append(names.color)
-    if rng.random() < 0.42:
+    if rng.random() < 0.5:
         traits.append(f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}")
-    if rng.random() < 0.45:
+    if rng.random() < 0.5:
         traits.append(_with_ears(names))
     if rng.random() < 0.5:
         traits.reverse()

@@ -16,21 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.base import Draw
-from ldm.data.creatures.captions import Names, caption
+from ldm.data.creatures.captions import Names, caption, foil
 from ldm.data.creatures.renderer import render
-from ldm.data.creatures.world import (
-    BACKGROUNDS,
-    BODY_COLORS,
-    EARS,
-    EYES,
-    KINDS,
-    PATTERNS,
-    SECOND_COLORS,
-    SPLITS,
-    STYLES,
-    creature,
-    scene,
-)  # fmt: skip
+from ldm.data.creatures.world import ATTRIBUTES, SPLITS, creature, scene
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,16 +26,6 @@ logger = logging.getLogger(__name__)
 WORLD_VERSION = (
     1  # raise it when the same seed gives another picture: cached files of old versions are then ignored
 )
-ATTRIBUTES: dict[str, tuple] = {
-    "kind": KINDS,
-    "color": BODY_COLORS,
-    "second": SECOND_COLORS,
-    "pattern": PATTERNS,
-    "eyes": EYES,
-    "ears": EARS,
-    "background": BACKGROUNDS,
-    "style": STYLES,
-}
 _CHUNK = 512
 
 
@@ -57,7 +35,8 @@ class Creatures(Dataset):
     `cache` is a folder for the painted pictures (made once, shared by all smaller counts); None keeps them in memory.
     Indices run on beyond the length: sample `n * len + i` of the training split is picture i with its n-th caption,
     another true one each epoch; of any other split the caption is always the same.
-    `attributes=True` adds "attributes", int64 [8], indices into `ATTRIBUTES`.
+    `attributes=True` adds "attributes", int64 [8], indices into `ATTRIBUTES`; `foils=True` adds "foil", the caption
+    with one attribute told wrongly.
     """
 
     def __init__(
@@ -68,6 +47,7 @@ class Creatures(Dataset):
         cache: str | os.PathLike[str] | None = None,
         captions: bool = True,
         attributes: bool = False,
+        foils: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
@@ -76,7 +56,7 @@ class Creatures(Dataset):
         if not 0 < count <= len(SPLITS[split]):
             raise UserError(f"count {count} does not fit split {split!r}: choose 1 to {len(SPLITS[split])}")
         self.size, self.count, self.split = size, count, split
-        self._with_captions, self._with_attributes = captions, attributes
+        self._with_captions, self._with_attributes, self._with_foils = captions, attributes, foils
         self.pictures, self.labels = _painted(size, count, split, Path(cache) if cache is not None else None)
 
     def __len__(self) -> int:
@@ -87,12 +67,15 @@ class Creatures(Dataset):
 
     def draw(self, index: int) -> Draw:
         """What the sample at `index` shows and tells; `index` may run on for ever."""
+        picture, stream = self._telling(index)
+        return Draw(picture, False, caption(self.names(picture), random.Random(stream)))
+
+    def _telling(self, index: int) -> tuple[int, str]:
+        """The picture at `index` and the random stream by which it is told."""
         if index < 0:
             raise IndexError(f"sample {index}")
         picture, telling = index % self.count, index // self.count if self.split == "train" else 0
-        return Draw(
-            picture, False, caption(self.names(picture), random.Random(f"caption {picture} {telling}"))
-        )
+        return picture, f"caption {picture} {telling}"
 
     def image(self, picture: int, flipped: bool = False) -> Tensor:
         """A picture [H, W, 3] in [-1, 1]."""
@@ -108,6 +91,8 @@ class Creatures(Dataset):
         item: dict[str, object] = {"image": self.image(drawn.image)}
         if self._with_captions:
             item["caption"] = drawn.caption
+        if self._with_foils:
+            item["foil"] = foil(self.names(drawn.image), self._telling(index)[1])
         if self._with_attributes:
             item["attributes"] = torch.from_numpy(self.labels[drawn.image].astype(np.int64))
         return item

@@ -36,6 +36,18 @@ BACKGROUNDS = (*PLAIN_BACKGROUNDS, *SCENES)
 STYLES = ("photo", "sketch", "neon", "mosaic", "painting")
 HELD_OUT_STYLES = ("blueprint", "sunset")
 
+# What words can say of a picture, in the order in which labels are stored.
+ATTRIBUTES: dict[str, tuple] = {
+    "kind": KINDS,
+    "color": BODY_COLORS,
+    "second": SECOND_COLORS,
+    "pattern": PATTERNS,
+    "eyes": EYES,
+    "ears": EARS,
+    "background": BACKGROUNDS,
+    "style": STYLES,
+}
+
 FREE_SHARE = 0.35
 PHOTO_SHARE = 0.8
 

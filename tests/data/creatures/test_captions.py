@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ldm.data.creatures.captions import NUMBERS, Names, articled, caption, full_caption
+from ldm.data.creatures.captions import NUMBERS, Names, articled, caption, foil, full_caption
 from ldm.data.creatures.world import BODY_COLORS, KINDS, PLAIN_BACKGROUNDS, SCENES, SPECIES, creature, scene
 
 
@@ -61,3 +61,21 @@ def test_articles():
     assert (
         articled("a orange fox and a red one on an blue one") == "an orange fox and a red one on a blue one"
     )
+
+
+def test_a_foil_differs_in_one_attribute_and_is_false():
+    differing = 0
+    for seed in range(500):
+        c = creature(seed)
+        names = Names.of(c, scene(seed, c.color))
+        text, wrong = caption(names, random.Random(f"s {seed}")), foil(names, f"s {seed}")
+        assert wrong == foil(names, f"s {seed}")
+        differing += text != wrong
+        assert len(wrong) >= len(text) - 12 and ("creature" in text or "creature" not in wrong), (text, wrong)
+        if text != wrong and "style" not in text and "," not in text:
+            changed = set(text.split()) ^ set(wrong.split())
+            assert 1 <= len(changed - {"a", "an", "the", "on", "in", "at", "front", "of", "under"}) <= 5, (
+                text,
+                wrong,
+            )
+    assert differing > 450
