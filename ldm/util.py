@@ -93,7 +93,7 @@ def check_config(
 
 
 # Keywords that a class adds when it builds one of its own nodes, so that a YAML may leave them out.
-SUPPLIED_BY_OWNER = {"personalization_config": "embedder"}
+SUPPLIED_BY_OWNER = {"personalization_config": "embedder", "optimizer_config": "params"}
 
 
 def _problems(node: Any, where: str, supplied: Mapping[str, str], owner_key: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.training.foreign_flags import foreign_overrides
 from ldm.training.lightning_parts import DEFAULT_CALLBACKS, OPTIONAL_CALLBACKS, complete
-from ldm.util import SUPPLIED_BY_OWNER, ConfigError, UsageError, check_config, get_obj_from_str
+from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
 
 # What a YAML may hold at its top level beside model, data and lightning: flags of the same names, which win.
 RUN_KEYS = (
@@ -27,8 +27,6 @@ RUN_KEYS = (
     "seed",
     "scale_lr",
 )
-# Keywords that classes add when they build a node of their own.
-SUPPLIED = {**SUPPLIED_BY_OWNER, "optimizer_config": "params"}
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
 
@@ -167,7 +165,7 @@ def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
         }
         for where, node in nodes.items():
             try:
-                check_config(node, where, SUPPLIED)
+                check_config(node, where)
             except ConfigError as error:
                 problems.append(str(error))
     if problems:

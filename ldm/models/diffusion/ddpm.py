@@ -236,7 +236,13 @@ class DDPM(NoiseSchedule, pl.LightningModule):
                 {f"{key}_ema": value for key, value in averaged.items()}, on_epoch=True, batch_size=size
             )
 
-    def on_train_batch_end(self, *unused: Any) -> None:
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Step, and let what follows the weights follow before any callback can save them."""
+        super().optimizer_step(*arguments, **keywords)
+        self.after_optimizer_step(self.global_step + 1)  # Lightning counts when this returns
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Told after each optimizer step how many there were."""
         if self.use_ema:
             self.model_ema(self.model)
 
@@ -441,11 +447,12 @@ class LatentDiffusion(DDPM):
         distance = self.embedding_manager.embedding_to_coarse_loss().mean()
         return loss + self.embedding_reg_weight * distance, {"loss_emb_reg": distance}
 
-    def on_train_batch_end(self, *unused: Any) -> None:
-        if self.use_ema and (not self.personalised or self.unfreeze_model):
-            self.model_ema(self.model)
+    def after_optimizer_step(self, step: int) -> None:
+        """The averages follow a denoiser that moves, and the manager counts."""
+        if not self.personalised or self.unfreeze_model:
+            super().after_optimizer_step(step)
         if self.personalised:
-            self.embedding_manager.on_optimizer_step(self.global_step)
+            self.embedding_manager.on_optimizer_step(step)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The vectors, and with `unfreeze_model` the denoiser at `model_lr`; or what is trained from scratch."""

@@ -30,10 +30,6 @@ class LastCheckpoint(Checkpoint):
     def save_now(self, trainer: pl.Trainer) -> None:
         """Save unless this step is saved already; all processes of a run must call it."""
         if trainer.global_step != self._saved_step:
-            module = trainer.lightning_module
-            if is_personalization(module) and hasattr(module.embedding_manager, "on_optimizer_step"):
-                # Lightning tells the model of a finished step only after its callbacks.
-                module.embedding_manager.on_optimizer_step(trainer.global_step)
             trainer.save_checkpoint(self.path)
             self._saved_step = trainer.global_step
 

@@ -159,7 +159,7 @@ def test_average_follows_training_and_is_used_in_its_scope() -> None:
     weight = model.model.diffusion_model.out[2].bias
     with torch.no_grad():
         weight.fill_(1.0)
-    model.on_train_batch_end()
+    model.after_optimizer_step(1)
     with model.ema_scope():
         assert (weight < 1).all()
     assert (weight == 1).all()
