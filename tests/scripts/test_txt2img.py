@@ -78,6 +78,7 @@ def test_several_embedding_files(run, folder) -> None:
 
 def test_prompts_from_a_file_are_one_picture_each(run, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("a dog\n\na photo\n a sculpture \n")
+    assert txt2img.read_lines(tmp_path / "prompts.txt") == ["a dog", "a photo", "a sculpture"]
     arguments = ["--from-file", tmp_path / "prompts.txt", "--n_rows", 3]
     assert run(*arguments)[2] == ["grid-0000.png", *(f"samples/000{n}.png" for n in range(3))]
     assert Image.open(tmp_path / "out/grid-0000.png").size == (104, 36)
