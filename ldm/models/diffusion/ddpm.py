@@ -15,7 +15,7 @@ from ldm.checkpoint import load_state, read_state_dict
 from ldm.models.diffusion import weighting
 from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper
 from ldm.models.diffusion.previews import preview_images
-from ldm.models.diffusion.schedule import NoiseSchedule, at
+from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.optim import build_optimizer
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -157,14 +157,6 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """What the network predicts for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
         return self.model(x_noisy, t, **self.model.keywords(cond))
-
-    def predict_eps(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """The noise in x, whatever the network's parameterisation."""
-        output = self.apply_model(x, t, cond)
-        if self.parameterization == "eps":
-            return output
-        x0 = self.predict_start(x, t, output)
-        return (x - at(self.sqrt_alphas_cumprod, t, x) * x0) / at(self.sqrt_one_minus_alphas_cumprod, t, x)
 
     # -- the loss --------------------------------------------------------------------------------------------
 

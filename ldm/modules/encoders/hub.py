@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from ldm.util import UserError
 
@@ -37,9 +39,13 @@ def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
 
 @contextmanager
 def reading(what: str, source: str) -> Iterator[None]:
-    """Turn whatever the Hugging Face readers raise within into one UserError with a remedy."""
+    """Turn whatever the Hugging Face readers raise within into one UserError with a remedy.
+
+    They show a bar only where they download something.
+    """
     try:
-        yield
+        with _without_bars() if Path(source).is_dir() else nullcontext():
+            yield
     except UserError:
         raise
     except Exception as error:  # the readers raise many kinds, from OSError to SafetensorError
@@ -50,6 +56,17 @@ def reading(what: str, source: str) -> Iterator[None]:
             f"{what} is neither a folder here nor readable from the Hugging Face hub ({reason}); "
             f"go online for the first use, or name a local folder"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_tokenizer(kind: Any, what: str, source: str) -> Any:

@@ -39,17 +39,6 @@ def pictures(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_predict_eps_undoes_the_parameterisation(parameterization: str, monkeypatch) -> None:
-    model = latent(parameterization=parameterization)
-    x0, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([5, 200, 600, 990])
-    monkeypatch.setattr(model, "apply_model", lambda x, t, cond: model.training_target(x0, t, noise))
-    torch.testing.assert_close(
-        model.predict_eps(model.q_sample(x0, t, noise), t), noise, rtol=1e-3, atol=2e-3
-    )
-
-
 def test_loss_is_the_squared_error_of_the_target() -> None:
     model = latent(parameterization="v", loss_type="l1")
     x0, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
