@@ -78,16 +78,12 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     return factory(**params, **extra)
 
 
-def check_config(
-    config: Mapping[str, Any], where: str = "config", supplied: Mapping[str, str] | None = None
-) -> None:
+def check_config(config: Mapping[str, Any], where: str = "config") -> None:
     """Check every `target` node below `config` without building anything.
 
-    `supplied` names, for a params key (such as personalization_config), the keyword that its owner adds when
-    it builds that node. Raises one ConfigError that lists all problems: unknown targets, unknown and missing
-    keys.
+    Raises one ConfigError that lists all problems: unknown targets, unknown and missing keys.
     """
-    problems = list(_problems(config, where, supplied or SUPPLIED_BY_OWNER, owner_key=""))
+    problems = list(_problems(config, where, owner_key=""))
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -96,11 +92,11 @@ def check_config(
 SUPPLIED_BY_OWNER = {"personalization_config": "embedder", "optimizer_config": "params"}
 
 
-def _problems(node: Any, where: str, supplied: Mapping[str, str], owner_key: str) -> Iterator[str]:
+def _problems(node: Any, where: str, owner_key: str) -> Iterator[str]:
     if isinstance(node, Mapping):
         if "target" in node and isinstance(node["target"], str) and set(node) <= {"target", "params"}:
             params = _params_of(node)
-            owner_adds = {supplied[owner_key]: None} if owner_key in supplied else {}
+            owner_adds = {SUPPLIED_BY_OWNER[owner_key]: None} if owner_key in SUPPLIED_BY_OWNER else {}
             try:
                 problem = _binding_problem(get_obj_from_str(node["target"]), params | owner_adds)
             except ConfigError as error:
@@ -110,10 +106,10 @@ def _problems(node: Any, where: str, supplied: Mapping[str, str], owner_key: str
                 if problem:
                     yield f"{where}: {node['target']}: {problem}"
         for key, value in _items(node):
-            yield from _problems(value, f"{where}.{key}", supplied, owner_key=str(key))
+            yield from _problems(value, f"{where}.{key}", owner_key=str(key))
     elif isinstance(node, (list, tuple)) or type(node).__name__ == "ListConfig":
         for index, value in enumerate(node):
-            yield from _problems(value, f"{where}[{index}]", supplied, owner_key="")
+            yield from _problems(value, f"{where}[{index}]", owner_key="")
 
 
 def _items(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

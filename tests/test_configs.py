@@ -100,7 +100,7 @@ def test_every_target_takes_its_params(path: Path, at_home: None) -> None:
     assert set(content) <= {"model", "data", "lightning", *training_config.RUN_KEYS}
     node = content.get("model") or {}
     constructor = {key: node[key] for key in ("target", "params") if key in node}
-    check_config(constructor, "model", training_config.SUPPLIED)
+    check_config(constructor, "model")
 
 
 @pytest.mark.parametrize("path", TRAINABLE, ids=name)

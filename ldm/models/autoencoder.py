@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 class AutoencoderKL(FirstStageTraining):
     """First stage whose latent is a Gaussian held near the standard normal.
 
-    `ddconfig` holds the parameters of `Encoder` and `Decoder`, `embed_dim` the latent's channels, `lossconfig` the
-    loss's node. `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`.
-    `scheduler_config` and `optimizer_config` are nodes, see `ldm.models.optim`. A negative
+    `ddconfig` holds the parameters of `Encoder` and `Decoder`, `embed_dim` the latent's channels. A negative
     `initial_logvar` lets training begin with posteriors so narrow that the decoder sees more signal than noise.
+    `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`. Further keywords
+    are those of `FirstStageTraining`.
     """
 
     def __init__(
@@ -33,13 +33,10 @@ class AutoencoderKL(FirstStageTraining):
         embed_dim: int,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
-        image_key: str = "image",
-        monitor: str | None = None,
-        scheduler_config: Mapping[str, Any] | None = None,
-        optimizer_config: Mapping[str, Any] | None = None,
         initial_logvar: float | None = None,
+        **training: Any,
     ) -> None:
-        super().__init__(lossconfig, image_key, monitor, scheduler_config, optimizer_config)
+        super().__init__(lossconfig, **training)
         if not ddconfig.get("double_z", True):
             raise ConfigError(
                 "AutoencoderKL: ddconfig.double_z must be true, a posterior has mean and variance"
@@ -72,8 +69,7 @@ class AutoencoderKL(FirstStageTraining):
 class VQModel(FirstStageTraining):
     """First stage whose latent is quantised to `n_embed` vectors of `embed_dim` (van den Oord et al. 2017).
 
-    `lr_g_factor` multiplies the decoder's learning rate; `remap` and `sane_index_shape` go to the quantiser;
-    `use_ema` keeps a running average of the weights. The other parameters are those of `AutoencoderKL`.
+    `remap` and `sane_index_shape` go to the quantiser. The other parameters are those of `AutoencoderKL`.
     """
 
     def __init__(
@@ -84,15 +80,11 @@ class VQModel(FirstStageTraining):
         embed_dim: int,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
-        image_key: str = "image",
-        monitor: str | None = None,
-        scheduler_config: Mapping[str, Any] | None = None,
-        optimizer_config: Mapping[str, Any] | None = None,
-        lr_g_factor: float = 1.0,
         remap: str | None = None,
         sane_index_shape: bool = False,
+        **training: Any,
     ) -> None:
-        super().__init__(lossconfig, image_key, monitor, scheduler_config, optimizer_config, lr_g_factor)
+        super().__init__(lossconfig, **training)
         self.embed_dim = embed_dim
         self.n_embed = n_embed
         z_channels = ddconfig["z_channels"]
@@ -126,32 +118,6 @@ class VQModel(FirstStageTraining):
 
 class VQModelInterface(VQModel):
     """A VQ first stage as a diffusion model sees it: latents before quantisation, quantised when decoded."""
-
-    def __init__(
-        self,
-        ddconfig: Mapping[str, Any],
-        lossconfig: Mapping[str, Any],
-        n_embed: int,
-        embed_dim: int,
-        ckpt_path: str | None = None,
-        ignore_keys: Sequence[str] = (),
-        image_key: str = "image",
-        monitor: str | None = None,
-        remap: str | None = None,
-        sane_index_shape: bool = False,
-    ) -> None:
-        super().__init__(
-            ddconfig,
-            lossconfig,
-            n_embed,
-            embed_dim,
-            ckpt_path=ckpt_path,
-            ignore_keys=ignore_keys,
-            image_key=image_key,
-            monitor=monitor,
-            remap=remap,
-            sane_index_shape=sane_index_shape,
-        )
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encode_to_prequant(x)

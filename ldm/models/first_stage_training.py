@@ -21,20 +21,21 @@ ADAM = {"target": "torch.optim.Adam", "params": {"betas": [0.5, 0.9]}}
 
 
 class FirstStageTraining(pl.LightningModule):
-    """Training of an encoder and decoder by the loss that `lossconfig` describes.
+    """Training of an encoder and decoder by the loss that the node `lossconfig` describes.
 
     Sub-classes own `encoder`, `decoder` and a forward that returns the reconstruction and what the loss needs
     beside it. Optimisation is manual because two optimisers may alternate; only the generator's steps count as
-    `global_step`.
+    `global_step`. `scheduler_config` and `optimizer_config` are nodes, see `ldm.models.optim`; `lr_g_factor`
+    multiplies the decoder's learning rate.
     """
 
     def __init__(
         self,
         lossconfig: Mapping[str, Any],
-        image_key: str,
-        monitor: str | None,
-        scheduler_config: Mapping[str, Any] | None,
-        optimizer_config: Mapping[str, Any] | None,
+        image_key: str = "image",
+        monitor: str | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
         lr_g_factor: float = 1.0,
     ) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +16,24 @@ _DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
 
 class _AdversarialLoss(nn.Module):
-    """What KL and VQ losses share: the reconstruction term and the discriminator's two sides."""
+    """What KL and VQ losses share: the reconstruction term and the discriminator's two sides.
+
+    `perceptual_weight` > 0 needs `perceptual_ckpt`; `disc_weight` > 0 trains an adversary from step `disc_start`.
+    `mse_weight` adds squared error to the absolute one.
+    """
 
     def __init__(
         self,
-        disc_start: int,
-        pixelloss_weight: float,
-        mse_weight: float,
-        perceptual_weight: float,
-        perceptual_ckpt: str | None,
-        disc_num_layers: int,
-        disc_in_channels: int,
-        disc_factor: float,
-        disc_weight: float,
-        disc_loss: str,
+        disc_start: int = 0,
+        pixelloss_weight: float = 1.0,
+        mse_weight: float = 0.0,
+        perceptual_weight: float = 1.0,
+        perceptual_ckpt: str | None = None,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        disc_loss: str = "hinge",
     ) -> None:
         super().__init__()
         if disc_loss not in _DISCRIMINATOR_LOSSES:
@@ -74,37 +80,11 @@ class LPIPSWithDiscriminator(_AdversarialLoss):
     """Loss of a KL first stage: negative log likelihood + `kl_weight` * KL (+ perceptual and adversarial parts).
 
     Likelihood and KL are summed over a picture and averaged over the batch, as in LDM. `logvar` is a learned
-    output log variance. `perceptual_weight` > 0 needs `perceptual_ckpt`; `disc_weight` > 0 trains an adversary
-    from step `disc_start`. `mse_weight` adds squared error to the absolute one.
+    output log variance. Further keywords are those of both losses.
     """
 
-    def __init__(
-        self,
-        disc_start: int = 0,
-        logvar_init: float = 0.0,
-        kl_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        mse_weight: float = 0.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        perceptual_ckpt: str | None = None,
-        disc_loss: str = "hinge",
-    ) -> None:
-        super().__init__(
-            disc_start,
-            pixelloss_weight,
-            mse_weight,
-            perceptual_weight,
-            perceptual_ckpt,
-            disc_num_layers,
-            disc_in_channels,
-            disc_factor,
-            disc_weight,
-            disc_loss,
-        )
+    def __init__(self, logvar_init: float = 0.0, kl_weight: float = 1.0, **adversarial: Any) -> None:
+        super().__init__(**adversarial)
         self.kl_weight = kl_weight
         self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
 
@@ -135,35 +115,15 @@ class LPIPSWithDiscriminator(_AdversarialLoss):
 
 
 class VQLPIPSWithDiscriminator(_AdversarialLoss):
-    """Loss of a VQ first stage: mean reconstruction error + `codebook_weight` * commitment (+ the other parts)."""
+    """Loss of a VQ first stage: mean reconstruction error + `codebook_weight` * commitment (+ the other parts).
+
+    `n_classes` is taken from old YAMLs; it was only counted with. Further keywords are those of both losses.
+    """
 
     def __init__(
-        self,
-        disc_start: int = 0,
-        codebook_weight: float = 1.0,
-        pixelloss_weight: float = 1.0,
-        mse_weight: float = 0.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
-        perceptual_ckpt: str | None = None,
-        disc_loss: str = "hinge",
-        n_classes: int | None = None,
+        self, codebook_weight: float = 1.0, n_classes: int | None = None, **adversarial: Any
     ) -> None:
-        super().__init__(
-            disc_start,
-            pixelloss_weight,
-            mse_weight,
-            perceptual_weight,
-            perceptual_ckpt,
-            disc_num_layers,
-            disc_in_channels,
-            disc_factor,
-            disc_weight,
-            disc_loss,
-        )
+        super().__init__(**adversarial)
         self.codebook_weight = codebook_weight
 
     def forward(
