@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.training.foreign_flags import foreign_overrides
-from ldm.training.lightning_parts import DEFAULT_CALLBACKS, OPTIONAL_CALLBACKS, complete
+from ldm.training.lightning_parts import KNOWN_CALLBACKS, complete
 from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
 
 # What a YAML may hold at its top level beside model, data and lightning: flags of the same names, which win.
@@ -53,7 +53,12 @@ def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
     Mappings merge, lists and values replace. Where the overlay names another `target`, those inherited params
     that the new target does not take are dropped, so that a personalization can be swapped in by one file.
     """
-    return OmegaConf.merge(_without_misfits(base, overlay), overlay)
+    try:
+        return OmegaConf.merge(_without_misfits(base, overlay), overlay)
+    except TypeError as error:  # so OmegaConf calls a list where a mapping is, and the other way round
+        raise ConfigError(
+            f"what is laid over has a list where there is a mapping, or the other way round ({error})"
+        ) from error
 
 
 def yaml_value(text: str) -> Any:
@@ -78,7 +83,10 @@ def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     try:
         for override in options.overrides:
             key, _, value = override.partition("=")
-            config = merge(config, _nested(key, yaml_value(value)))
+            if "[" in key:  # one entry of a list, which merging would take for a mapping
+                OmegaConf.update(config, key, yaml_value(value))
+            else:
+                config = merge(config, _nested(key, yaml_value(value)))
         for key, value in foreign_overrides(options).items():
             # A dataset that the YAML does not have must not come into being through a flag about images.
             if not key.startswith("data.params.validation") or OmegaConf.select(
@@ -150,9 +158,9 @@ def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
         problems.append("no images are named; give --data_root FOLDER, or data_root: FOLDER in the YAML")
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
-        if node and not node.get("target") and name not in {**DEFAULT_CALLBACKS, **OPTIONAL_CALLBACKS}:
+        if node and not node.get("target") and name not in KNOWN_CALLBACKS:
             problems.append(
-                f"lightning.callbacks: '{name}' has no target; known are {', '.join(DEFAULT_CALLBACKS)}"
+                f"lightning.callbacks: '{name}' has no target; known are {', '.join(KNOWN_CALLBACKS)}"
             )
     if missing:
         problems.append(f"no value is given for {', '.join(missing)}")
@@ -161,7 +169,10 @@ def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
         nodes = {
             "model": _constructor(config.get("model") or {}),
             "data": config.get("data") or {},
-            "lightning": complete(lightning),
+            "lightning": complete(
+                lightning,
+                personalization=OmegaConf.select(config, "model.params.personalization_config") is not None,
+            ),
         }
         for where, node in nodes.items():
             try:

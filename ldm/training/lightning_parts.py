@@ -41,6 +41,10 @@ DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
         "params": {"logging_interval": "step"},
     },
 }
+# Those that a personalization has besides.
+PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
+    "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
+}
 # Added only where a YAML names them, or where they have something to do.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
     "cuda_callback": {"target": "ldm.training.callbacks.cuda.CUDACallback", "params": {}},
@@ -54,6 +58,7 @@ OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
         },
     },
 }
+KNOWN_CALLBACKS = DEFAULT_CALLBACKS | PERSONALIZATION_CALLBACKS | OPTIONAL_CALLBACKS
 # Loggers that Lightning has no more.
 _GONE_LOGGERS = ("TestTubeLogger",)
 # What of `modelcheckpoint` is about last.ckpt; anything else asks for Lightning's own callback beside it.
@@ -61,12 +66,14 @@ _LAST_CHECKPOINT_KEYS = ("every_n_train_steps", "save_last", "verbose", "dirpath
 _MODEL_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
 
 
-def complete(lightning: Mapping[str, Any] | None) -> DictConfig:
+def complete(lightning: Mapping[str, Any] | None, *, personalization: bool = False) -> DictConfig:
     """The `lightning` node with every callback's target filled in, so that it can be checked and built."""
     node = OmegaConf.create(lightning or {})
     named = node.get("callbacks") or {}
-    known = DEFAULT_CALLBACKS | {k: v for k, v in OPTIONAL_CALLBACKS.items() if k in named}
-    node["callbacks"] = OmegaConf.merge(known, named)
+    usual = DEFAULT_CALLBACKS | (PERSONALIZATION_CALLBACKS if personalization else {})
+    node["callbacks"] = OmegaConf.merge(
+        usual | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
+    )
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
     if "logger" in node:

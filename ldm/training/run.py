@@ -137,12 +137,13 @@ def make_trainer(
     plan: Plan, model: pl.LightningModule, where: devices.Devices, requests: Requests
 ) -> pl.Trainer:
     """Lightning's Trainer for this run."""
-    lightning = lightning_parts.complete(plan.config.get("lightning"))
+    personalization = is_personalization(model)
+    lightning = lightning_parts.complete(plan.config.get("lightning"), personalization=personalization)
     if where.accelerator == "cuda":
         lightning["callbacks"].setdefault(
             "cuda_callback", lightning_parts.OPTIONAL_CALLBACKS["cuda_callback"]
         )
-    kwargs = lightning_parts.trainer_kwargs(lightning, where, personalization=is_personalization(model))
+    kwargs = lightning_parts.trainer_kwargs(lightning, where, personalization=personalization)
     callbacks = lightning_parts.make_callbacks(
         lightning, plan.config, plan.run, model, requests, resume=str(plan.state or "")
     )

@@ -60,7 +60,9 @@ def batch(dataset, indices) -> dict:
 def test_a_cached_step_has_the_very_numbers_of_an_encoded_one(model) -> None:
     pictures = Pictures()
     cached = LatentCache(batch_size=4).cached(model, pictures, torch.device("cpu"))
-    assert len(cached) == 6 and cached.placeholders == ["*"] and pictures.read == 6
+    assert len(cached) == 6 and cached.placeholders == ["*"] and pictures.read == 6 + 1, (
+        "and one to see the size"
+    )
     indices = [0, 1, 5]
     drawn = [pictures.draw(i) for i in indices]
     shown = torch.stack([pictures.image(d.image, d.flipped) for d in drawn])
@@ -70,7 +72,7 @@ def test_a_cached_step_has_the_very_numbers_of_an_encoded_one(model) -> None:
     got, got_captions = model.get_input(batch(cached, indices), "image")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert got_captions == captions
-    assert pictures.read == 6 + 3
+    assert pictures.read == 7 + 3
 
 
 def test_draws_are_fresh_and_have_the_posteriors_moments() -> None:
@@ -117,3 +119,17 @@ def test_beyond_the_memory_it_lies_in_a_file(tmp_path: Path, monkeypatch) -> Non
 def test_bad_batch_size() -> None:
     with pytest.raises(UserError, match="batch_size is 0"):
         LatentCache(batch_size=0)
+
+
+def test_pictures_of_different_sizes_are_encoded_at_every_step() -> None:
+    pictures = Pictures()
+    pictures.image = lambda image, flipped=False: torch.zeros(32 + 8 * image, 32, 3)
+    model = Golden("clip_one_vector").model()
+    assert LatentCache(batch_size=4).cached(model, pictures, torch.device("cpu")) is pictures
+
+
+def test_previews_find_the_pictures_again() -> None:
+    cached = LatentCache().cached(Golden("clip_one_vector").model(), Pictures(), torch.device("cpu"))
+    shown = cached.with_pictures(batch(cached, [4, 1]), "image")
+    assert torch.equal(shown["image"][0], Pictures().image(1, False))
+    assert torch.equal(shown["image"][1], Pictures().image(1, True))

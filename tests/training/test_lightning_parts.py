@@ -106,3 +106,16 @@ def test_loggers(tmp_path):
     assert names({}) == ["CSVLogger", "TensorBoardLogger"]
     assert names({"logger": {"target": "pytorch_lightning.loggers.TestTubeLogger"}}) == names({})
     assert names({"logger": {"target": "pytorch_lightning.loggers.CSVLogger"}}) == ["CSVLogger", "CSVLogger"]
+
+
+def test_a_personalization_has_callbacks_of_its_own_and_null_removes_them():
+    assert "latent_cache" not in parts.complete({})["callbacks"]
+    assert parts.complete({}, personalization=True)["callbacks"]["latent_cache"]["target"]
+    assert (
+        parts.complete({"callbacks": {"latent_cache": None}}, personalization=True)["callbacks"][
+            "latent_cache"
+        ]
+        is None
+    )
+    named = parts.complete({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})["callbacks"]
+    assert named["latent_cache"]["target"].endswith("LatentCache")

@@ -108,7 +108,7 @@ class ImageLogger(Callback):
             rng.isolated(PREVIEW_SEED),
             torch.no_grad(),
         ):
-            pictures = pl_module.log_images(batch, **arguments)
+            pictures = pl_module.log_images(_with_pictures(trainer, pl_module, batch, split), **arguments)
         name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         for key, tensor in pictures.items():
             self._save(trainer, split, key, name, tensor[: self.max_images])
@@ -127,6 +127,15 @@ class ImageLogger(Callback):
                 log.experiment.add_image(
                     f"{split}/{key}", np.asarray(grid), global_step=trainer.global_step, dataformats="HWC"
                 )
+
+
+def _with_pictures(trainer: pl.Trainer, model: Any, batch: Any, split: str) -> Any:
+    """The batch; where a cache has taken its pictures' place, with the pictures."""
+    key = getattr(model, "first_stage_key", None)
+    if key is None or not isinstance(batch, Mapping) or key in batch:
+        return batch
+    dataset = getattr(trainer.datamodule, "datasets", {}).get("train" if split == "train" else "validation")
+    return dataset.with_pictures(batch, key) if hasattr(dataset, "with_pictures") else batch
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
+# Pixels that are encoded at once where nothing is said: one picture of 512 x 512, a step's worth of memory.
+PIXELS_AT_ONCE = 2**18
+
 
 class CachedLatents(Dataset):
     """A picture dataset whose items hold a posterior (or latent) in place of the picture.
@@ -27,13 +30,15 @@ class CachedLatents(Dataset):
     `dataset` offers `variants()`, all pictures that its items can show as (image, flipped), and `draw(index)` with
     the fields image, flipped and caption. `encoded` holds one row per variant, [V, C, h, w]; `key` says what the rows
     are. A posterior is sampled where the picture would have been encoded, so training sees the same distribution.
+    Items also hold their row, from which `with_pictures` finds the pictures again.
     """
 
     def __init__(self, dataset: Any, encoded: np.ndarray, key: str) -> None:
         self.data = dataset
         self.encoded = encoded
         self.key = key
-        self._row = {variant: row for row, variant in enumerate(map(tuple, dataset.variants()))}
+        self._variants = list(map(tuple, dataset.variants()))
+        self._row = {variant: row for row, variant in enumerate(self._variants)}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -41,7 +46,8 @@ class CachedLatents(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         drawn = self.draw(index)
         row = self._row[drawn.image, drawn.flipped]
-        return {self.key: torch.from_numpy(np.array(self.encoded[row])), "caption": drawn.caption}
+        moments = torch.from_numpy(np.array(self.encoded[row]))
+        return {self.key: moments, "caption": drawn.caption, "row": torch.tensor(row)}
 
     def __getattr__(self, name: str) -> Any:
         """What the picture dataset offers beside its items: placeholders, captions and so on."""
@@ -52,16 +58,22 @@ class CachedLatents(Dataset):
     def draw(self, index: int) -> Any:
         return self.data.draw(index)
 
+    def with_pictures(self, batch: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """A batch of this dataset's items that also holds their pictures [B, H, W, 3] under a key."""
+        pictures = [torch.as_tensor(self.data.image(*self._variants[row])) for row in batch["row"].tolist()]
+        return {**batch, key: torch.stack(pictures)}
+
 
 class LatentCache(Callback):
     """Replaces the pictures of the training split by their posteriors before training begins.
 
-    Up to `memory_mib` the cache is kept in memory, beyond that in a temporary file that goes with the run. Datasets
-    that cannot enumerate their pictures, and models that do not learn from captions, are left as they are.
+    `batch_size` pictures are encoded at once (None: as many as make up one large one). Up to `memory_mib` the cache
+    is kept in memory, beyond that in a temporary file that goes with the run. Datasets that cannot enumerate their
+    pictures or whose pictures differ in size, and models that do not learn from captions, are left as they are.
     """
 
-    def __init__(self, batch_size: int = 16, memory_mib: int = 4096) -> None:
-        if batch_size < 1:
+    def __init__(self, batch_size: int | None = None, memory_mib: int = 4096) -> None:
+        if batch_size is not None and batch_size < 1:
             raise UserError(f"latent_cache: batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.memory_bytes = memory_mib << 20
@@ -75,18 +87,26 @@ class LatentCache(Callback):
         datasets["train"] = self.cached(pl_module, dataset, trainer.strategy.root_device)
 
     @torch.no_grad()
-    def cached(self, model: Any, dataset: Any, device: torch.device) -> CachedLatents:
-        """`dataset` with its pictures encoded by the model's first stage on `device`."""
+    def cached(self, model: Any, dataset: Any, device: torch.device) -> Any:
+        """`dataset` with its pictures encoded by the model's first stage on `device`, or as it is."""
         variants = list(dataset.variants())
+        shape = dataset.image(*variants[0]).shape
+        at_once = self.batch_size or max(1, PIXELS_AT_ONCE // (shape[0] * shape[1]))
         first_stage = model.first_stage_model
         home = next((p.device for p in first_stage.parameters()), device)
         first_stage.to(device)
         rows: np.ndarray | None = None
         key = POSTERIOR
-        for start in range(0, len(variants), self.batch_size):
-            chunk = variants[start : start + self.batch_size]
-            pictures = torch.stack([torch.as_tensor(dataset.image(*variant)) for variant in chunk])
-            encoded = model.encode_first_stage(pictures.movedim(-1, 1).to(device))
+        for start in range(0, len(variants), at_once):
+            chunk = variants[start : start + at_once]
+            pictures = [torch.as_tensor(dataset.image(*variant)) for variant in chunk]
+            if any(picture.shape != shape for picture in pictures):
+                logger.info(
+                    "the pictures differ in size and are encoded at every step; data size makes them equal"
+                )
+                first_stage.to(home)
+                return dataset
+            encoded = model.encode_first_stage(torch.stack(pictures).movedim(-1, 1).to(device))
             if not isinstance(encoded, DiagonalGaussianDistribution):
                 key = LATENT
             moments = encoded.parameters if key == POSTERIOR else encoded
