@@ -69,9 +69,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint '{path}' is a folder; name the .ckpt or .safetensors file in it")
     if _is_safetensors(path):
         return _read_safetensors(path)
-    content = pickles.load(
-        path, classes=[*_LIGHTNING_CLASSES, *_numpy_classes()], mmap=True, what=f"checkpoint '{path}'"
-    )
+    # Embedding files are of the last class: they are read, to be told apart from what is damaged.
+    classes = [*_LIGHTNING_CLASSES, *_numpy_classes(), nn.ParameterDict]
+    content = pickles.load(path, classes=classes, mmap=True, what=f"checkpoint '{path}'")
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise CheckpointError(

@@ -101,8 +101,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="folder"):
         read_state_dict(tmp_path)
     with pytest.raises(CheckpointError, match="embedding file"):
-        torch.save({"string_to_token": {}, "string_to_param": {}}, tmp_path / "e.pt")
-        read_state_dict(tmp_path / "e.pt")
+        read_state_dict(CASE.embeddings)
     (tmp_path / "t.safetensors").write_bytes((100).to_bytes(8, "little") + b"{" + b"x" * 200)
     with pytest.raises(CheckpointError, match="damaged"):
         read_state_dict(tmp_path / "t.safetensors")

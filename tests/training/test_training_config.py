@@ -41,6 +41,13 @@ def test_later_yamls_and_overrides_win(tmp_path, base):
     assert merged.model.params.image_size == 8
 
 
+def test_an_override_may_name_one_entry_of_a_list(tmp_path, base):
+    words = (
+        "model.params.unet_config.params.channel_mult=[1,2] model.params.unet_config.params.channel_mult[1]=4"
+    )
+    assert at(load(tmp_path, words, base), "model.params.unet_config.params.channel_mult") == [1, 4]
+
+
 def test_flags_reach_their_places(tmp_path, base):
     words = (
         "--data_root pics --placeholder_string <cat> --init_word kitten --actual_resume m.ckpt --max_steps 7 "

@@ -1,0 +1,92 @@
+"""What users get wrong, through the real command line: one line, exit code 2 for usage and 1 for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import main
+from ldm.embeddings import Concept, LearnedEmbeddings, write
+
+
+@pytest.fixture
+def files(tiny_model: Path, tmp_path: Path) -> Path:
+    """A folder with everything that can be wrong with a file."""
+    weights = load_file(tiny_model)
+    torch.save({"state_dict": weights}, tmp_path / "whole.ckpt")
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(tiny_model.read_bytes()[:-100])
+    (tmp_path / "none.ckpt").write_bytes(b"")
+    (tmp_path / "page.ckpt").write_text("<!DOCTYPE html><html>404 Not Found</html>")
+    save_file({"x.y": torch.ones(1)}, tmp_path / "stranger.safetensors")
+    write(LearnedEmbeddings((Concept("*", torch.zeros(1, 768)),)), tmp_path / "wide.pt", "original")
+    for folder in ("empty", "text", "pixel", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no picture")
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel" / "dot.png")
+    (tmp_path / "broken" / "half.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 20)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--actual_resume gone.ckpt", 1, "checkpoint 'gone.ckpt' does not exist"),
+        ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt' is damaged"),
+        ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is damaged"),
+        ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
+        ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a text or HTML page"),
+        ("--actual_resume stranger.safetensors", 1, "use the config that belongs to it"),
+        ("--actual_resume wide.pt", 1, "is it an embedding file?"),
+        ("--actual_resume .", 1, "is a folder"),
+        ("model.params.unet_config.params.model_channels=64", 1, "does not fit the config"),
+        ("model.params.unet_config.params.chanel_mult=[1]", 1, "did you mean 'channel_mult'?"),
+        ("lightning.trainer.max_step=3", 1, "lightning.trainer: unknown key 'max_step'"),
+        ("data.params.train.target=ldm.data.personalised.PersonalizedBase", 1, "there is no module"),
+        (
+            "model.params.personalization_config.target=ldm.modules.embedding_manager.Manager",
+            1,
+            "no 'Manager'",
+        ),
+        ("--data_root empty", 1, "no images in empty: it is empty"),
+        ("--data_root text", 1, "no images in text: it holds notes.txt"),
+        ("--data_root pixel", 1, "dot.png is 1x1 pixels"),
+        ("--data_root broken", 1, "half.png"),
+        ("data.params.train.params.placeholder_token=@", 1, "none of the captions holds the placeholder '*'"),
+        ("--embedding_manager_ckpt wide.pt", 1, "width 768, the text encoder has width 32"),
+        ("--embedding_manager_ckpt page.ckpt", 1, "HTML page"),
+        ("--max_steps -5", 2, "max_steps is -5"),
+        ("--max_train_steps -5", 2, "'-5' is no positive whole number"),
+        ("lightning.trainer.max_steps=-5", 2, "max_steps is -5"),
+        ("--train_batch_size 0", 2, "'0' is no positive whole number"),
+        ("model.params.personalization_config.params.initializer_words[7]=cat", 1, "does not fit the YAML"),
+        ("data.params.train=[1]", 1, "a list where there is a mapping"),
+    ],
+)
+def test_one_line_and_an_exit_code(tiny_yaml, files, capsys, words: str, code: int, said: str) -> None:
+    assert main.main(["--base", str(tiny_yaml), "-t", *words.split()]) == code
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, shown.err
+    assert lines[0].startswith("error: ") and said in lines[0]
+    assert not Path("logs").exists()
+
+
+def test_a_text_among_the_images_is_skipped_in_one_line(tiny_yaml, tmp_path, capsys) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    pixels = np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "one.png")
+    (folder / "notes.md").write_text("where it was taken")
+    assert main.main(["--base", str(tiny_yaml), "-t", "--max_steps", "1", "--data_root", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert "learning '*' (1 vector) from 1 image" in shown.out
+    skipped = [line for line in shown.out.splitlines() if "notes.md" in line]
+    assert set(skipped) == {f"{folder}: skipped what is not an image: notes.md"}
+    assert "Traceback" not in shown.err
