@@ -22,11 +22,22 @@ LIBRARY = {
     "modules": {"base"},
     "models": {"base", "modules"},
 }
-USES = {"base", "data", "embeddings", "modules", "models", "generate", "evaluation", "training"}
+USES = {
+    "base",
+    "data",
+    "embeddings",
+    "modules",
+    "models",
+    "generate",
+    "evaluation",
+    "interop",
+    "training",
+}
 ROOMS = {
     **LIBRARY,
     "generate": USES,
     "evaluation": USES,
+    "interop": {"base", "embeddings", "modules", "models"},
     "training": USES,
     "scripts": USES | {"main"},
     "main": USES,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,17 @@ def learned(trigger: str = "<cat>", count: int = 2, width: int = WIDTH, seed: in
     )
     encoder = "bert" if width == 1280 else None
     return LearnedEmbeddings((Concept(trigger, vectors(count, width, seed), encoder),), metadata)
+
+
+def clip_folder(folder: Path) -> Path:
+    """The small text encoder's folder, its cut vocabulary filled up: diffusers adds words at the end of the table."""
+    for file in (GOLDEN / "clip_tiny").iterdir():
+        shutil.copy(file, folder)
+    ids = json.loads((folder / "vocab.json").read_text())
+    known = set(ids.values())
+    ids.update({f"unused{number}</w>": number for number in range(49408) if number not in known})
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    return folder
 
 
 def torch_saved(content: object) -> Callable[[Path], object]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 
@@ -12,7 +9,7 @@ from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import skip_pretrained
-from tests.embeddings.samples import GOLDEN, vectors
+from tests.embeddings.samples import GOLDEN, clip_folder, vectors
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -46,15 +43,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory):
-    """The small text encoder's folder, its cut vocabulary filled up: diffusers adds words at the end of the table."""
-    folder = tmp_path_factory.mktemp("clip")
-    for file in (GOLDEN / "clip_tiny").iterdir():
-        shutil.copy(file, folder)
-    ids = json.loads((folder / "vocab.json").read_text())
-    known = set(ids.values())
-    ids.update({f"unused{number}</w>": number for number in range(49408) if number not in known})
-    (folder / "vocab.json").write_text(json.dumps(ids))
-    return folder
+    return clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -1,0 +1,234 @@
+"""The pipeline that diffusers gets draws what we draw (dev extra)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.checkpoint import load_model_from_config
+from ldm.embeddings import Concept, LearnedEmbeddings, read, write
+from ldm.generate.embeddings import load_embeddings
+from ldm.generate.pictures import generate
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.util import UserError, instantiate_from_config, skip_pretrained
+from tests.embeddings.samples import clip_folder, vectors
+from tests.golden_record import Golden, fill
+
+pytest.importorskip("diffusers")
+
+from ldm.interop import diffusers_pipeline  # noqa: E402
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "ldm" / "creatures"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return str(clip_folder(tmp_path_factory.mktemp("clip")))
+
+
+def build(config):
+    with skip_pretrained():
+        model = fill(instantiate_from_config(config))
+    if model.scale_by_std:
+        model.scale_factor.fill_(0.7)
+    if model.use_ema:
+        fill(model.model, "averaged.")
+        model.model_ema.reset(model.model)
+        fill(model.model, "model.")
+    return model
+
+
+def as_stable_diffusion(config):
+    """Noise is predicted, the first stage has 32 normalisation groups, the scale is a number in the YAML."""
+
+
+def as_embedded(config):
+    """What the embedded model has and Stable Diffusion has not, and averaged weights besides."""
+    params = config.params
+    params.update(parameterization="v", scale_by_std=True, channels=8, use_ema=True)
+    del params.scale_factor
+    params.unet_config.params.update(in_channels=8, out_channels=8, attention_resolutions=[1, 2])
+    first = params.first_stage_config.params
+    first.embed_dim = 8
+    first.ddconfig.update(z_channels=8, ch=16, ch_mult=[1, 3, 6], num_groups=8)
+    params.cond_stage_config.params.max_length = 32
+
+
+def as_others(config):
+    """Heads counted by their channels, defaults left out, another schedule, data predicted."""
+    params = config.params
+    params.update(parameterization="x0", beta_schedule="cosine")
+    unet = params.unet_config.params
+    unet.num_head_channels = 16
+    for name in ("num_heads", "transformer_depth", "use_checkpoint"):
+        del unet[name]
+
+
+@pytest.fixture(scope="module", params=[as_stable_diffusion, as_embedded, as_others])
+def case(request, encoder):
+    """(model, its config)"""
+    config = Golden("clip_one_vector").config()
+    config.params.cond_stage_config.params.version = encoder
+    request.param(config)
+    return build(config), config
+
+
+@pytest.fixture(scope="module")
+def exported(case, tmp_path_factory):
+    """The folder of a model."""
+    pipeline = diffusers_pipeline.to_pipeline(*case)
+    return diffusers_pipeline.save(pipeline, tmp_path_factory.mktemp("exported") / "pipeline")
+
+
+def opened(folder):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def same_drawings(model, pipeline, ours: str, theirs: str, steps=10, scale=3.0) -> None:
+    """Latents to rounding and pictures to one of 255 levels, from the same noise."""
+    side = model.image_size
+    noise = torch.randn(1, model.channels, side, side, generator=torch.Generator().manual_seed(3))
+    with model.ema_scope():
+        latents, _ = DDIMSampler(model).sample(
+            steps,
+            1,
+            tuple(noise.shape[1:]),
+            conditioning=model.get_learned_conditioning([ours]),
+            x_T=noise,
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=model.get_learned_conditioning([""]),
+        )
+    options = {"num_inference_steps": steps, "guidance_scale": scale, "latents": noise}
+    theirs_latents = pipeline(theirs, **options, output_type="latent").images
+    assert (latents - theirs_latents).abs().max() <= 1e-3 * latents.abs().max()
+    (picture,) = generate(model, [ours], steps=steps, scale=scale, x_T=noise)
+    (their_picture,) = pipeline(theirs, **options).images
+    assert picture.size == their_picture.size
+    difference = np.abs(np.asarray(picture, dtype=int) - np.asarray(their_picture, dtype=int))
+    assert difference.max() <= 1
+    assert np.asarray(picture).std() > 2, "a picture of something"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_same_noise_gives_the_same_picture(case, exported, count, tmp_path) -> None:
+    model, _ = case
+    learned = LearnedEmbeddings((Concept("<my-cat>", vectors(count, 32, seed=count) * 20),))
+    load_embeddings(model, write(learned, tmp_path / "embeddings.pt", "original"))
+    path = write(learned, tmp_path / "learned_embeds.safetensors", "diffusers")
+    pipeline = opened(exported)
+    pipeline.load_textual_inversion(str(tmp_path), weight_name=path.name)
+    same_drawings(model, pipeline, "a photo of <my-cat>, small", "a photo of <my-cat>, small")
+
+
+def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
+    model, config = case
+    words = {"<my-cat>": vectors(3, 32, seed=1) * 20, "dusk-style": vectors(1, 32, seed=2) * 20}
+    learned = LearnedEmbeddings(tuple(Concept(word, value) for word, value in words.items()))
+    load_embeddings(model, write(learned, tmp_path / "embeddings.pt", "original"))
+    pipeline = diffusers_pipeline.to_pipeline(model, config)
+    diffusers_pipeline.add_words(pipeline, words)
+    again = opened(diffusers_pipeline.save(pipeline, tmp_path / "pipeline"))
+    found = diffusers_pipeline.check(model, again, {word: word for word in words})
+    assert sum(part.startswith("prompt") for part in found) == 3
+    with pytest.raises(UserError, match=r'its prompt "a photo of a cat, small" is off by'):
+        diffusers_pipeline.check(model, again, {"<my-cat>": "a cat"})
+
+
+def test_a_saved_pipeline_knows_its_sizes(case, exported) -> None:
+    model, _ = case
+    pipeline = opened(exported)
+    assert pipeline.tokenizer.model_max_length == model.cond_stage_model.max_length
+    assert pipeline.unet.config.sample_size == model.image_size
+    assert pipeline.vae.config.sample_size == 64
+    assert [path.name for path in exported.parent.iterdir()] == [exported.name]
+
+
+def test_the_names_of_schedules(case) -> None:
+    model, config = case
+    scheduler = diffusers_pipeline.to_pipeline(model, config).scheduler.config
+    cosine = config.params.get("beta_schedule") == "cosine"
+    assert (scheduler.trained_betas is not None) == cosine
+    if not cosine:
+        assert (scheduler.beta_schedule, scheduler.beta_start, scheduler.beta_end) == (
+            "scaled_linear",
+            0.00085,
+            0.012,
+        )
+
+
+def test_what_diffusers_cannot_represent_is_refused(encoder) -> None:
+    config = Golden("clip_one_vector").config()
+    config.params.cond_stage_config.params.version = encoder
+    config.params.first_stage_config.params.ddconfig.tanh_out = True
+    model = build(config)
+    pipeline = diffusers_pipeline.to_pipeline(model, config)
+    with pytest.raises(UserError, match="its first stage is off by"):
+        diffusers_pipeline.check(model, pipeline)
+    config.params.unet_config.params.use_scale_shift_norm = True
+    with pytest.raises(UserError, match="cannot represent the denoiser of this model") as error:
+        diffusers_pipeline.to_pipeline(build(config), config)
+    assert "\n" not in str(error.value)
+
+
+def test_other_kinds_of_models_are_refused() -> None:
+    bert = Golden("bert_one_vector")
+    with pytest.raises(UserError, match="cond_stage_model is BERTEmbedder; only .* FrozenCLIPEmbedder"):
+        diffusers_pipeline.to_pipeline(bert.model(load_embeddings=False), bert.config())
+    with pytest.raises(UserError, match="Linear is no latent diffusion model"):
+        diffusers_pipeline.to_pipeline(torch.nn.Linear(1, 1), {})
+
+
+def test_words_that_cannot_be_added(case, tmp_path) -> None:
+    pipeline = diffusers_pipeline.to_pipeline(*case)
+    with pytest.raises(UserError, match=r"'\*' is a word of the tokenizer.*--rename '\*=<my-cat>'"):
+        diffusers_pipeline.add_words(pipeline, {"*": vectors(1, 32)})
+    pipeline.text_encoder.resize_token_embeddings(50000)
+    with pytest.raises(UserError, match="the tokenizer has 49408 words and the text encoder 50000"):
+        diffusers_pipeline.add_words(pipeline, {"<my-cat>": vectors(1, 32)})
+
+
+def test_nothing_is_overwritten(case, tmp_path) -> None:
+    (tmp_path / "mine").write_text("")
+    pipeline = diffusers_pipeline.to_pipeline(*case)
+    with pytest.raises(UserError, match="exists already; name another folder with --out"):
+        diffusers_pipeline.save(pipeline, tmp_path)
+    with pytest.raises(UserError, match="cannot write"):
+        diffusers_pipeline.save(pipeline, tmp_path / "mine" / "below")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_diffusers_is_asked_for_in_one_line(case, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match="diffusers is needed for this .*; pip install diffusers"):
+        diffusers_pipeline.to_pipeline(*case)
+
+
+@pytest.mark.skipif(not (EMBEDDED / "model.safetensors").is_file(), reason="the embedded model is not there")
+def test_the_embedded_model(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(EMBEDDED.parents[2])  # the YAML's paths are the repository's
+    config = OmegaConf.load(EMBEDDED / "config.yaml")
+    model = load_model_from_config(config, EMBEDDED / "model.safetensors")
+    pipeline = diffusers_pipeline.to_pipeline(model, config)
+    diffusers_pipeline.check(model, pipeline)
+    width = model.cond_stage_model.width
+    # near a word of its own, as what is learned is
+    table = model.cond_stage_model.token_embedding.weight.detach()
+    rows = table[300:302] + 0.1 * table.std() * torch.randn(
+        2, width, generator=torch.Generator().manual_seed(1)
+    )
+    learned = LearnedEmbeddings((Concept("<thing>", rows, "clip"),))
+    load_embeddings(model, write(learned, tmp_path / "embeddings.pt", "original"))
+    path = write(read(tmp_path / "embeddings.pt"), tmp_path / "learned_embeds.safetensors", "diffusers")
+    again = opened(diffusers_pipeline.save(pipeline, tmp_path / "pipeline"))
+    again.load_textual_inversion(str(tmp_path), weight_name=path.name)
+    same_drawings(model, again, "a photo of <thing>", "a photo of <thing>", steps=20, scale=5.0)

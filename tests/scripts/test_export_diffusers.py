@@ -1,0 +1,98 @@
+"""The command line of scripts/export_diffusers.py, on the model of a golden record (dev extra)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.embeddings import Concept, LearnedEmbeddings, write
+from scripts import export_diffusers
+from tests.embeddings.samples import clip_folder, vectors
+from tests.golden_record import Golden
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with its config beside it, and two embedding files."""
+    folder = tmp_path_factory.mktemp("model")
+    golden = Golden("clip_one_vector")
+    state = golden.model(load_embeddings=False).state_dict()
+    own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
+    torch.save({"state_dict": own}, folder / "model.ckpt")
+    config = golden.config()
+    config.params.cond_stage_config.params.version = str(clip_folder(tmp_path_factory.mktemp("clip")))
+    OmegaConf.save({"model": config}, folder / "config.yaml")
+    for name, word, count in (("star", "*", 2), ("dog", "<dog>", 1)):
+        concept = Concept(word, vectors(count, 32, seed=count))
+        write(LearnedEmbeddings((concept,)), folder / f"{name}.pt", "original")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys):
+    """Run the script; returns its exit code and what it printed."""
+
+    def run(*arguments):
+        base = ["--ckpt_path", folder / "model.ckpt", "--out", tmp_path / "pipeline"]
+        code = export_diffusers.main([str(argument) for argument in (*base, *arguments)])
+        said = capsys.readouterr()
+        return code, said.out.splitlines(), said.err.strip()
+
+    return run
+
+
+def test_a_folder_with_words_in_it(run, folder, tmp_path) -> None:
+    files = ["--embedding_path", folder / "star.pt", folder / "dog.pt"]
+    code, said, _ = run(*files, "--rename", "*=<my-cat>")
+    assert code == 0
+    assert said == [
+        f"wrote {tmp_path / 'pipeline'}",
+        'in prompts: "a photo of <my-cat>"',
+        'in prompts: "a photo of <dog>"',
+    ]
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    table = pipeline.text_encoder.get_input_embeddings().weight.detach()
+    assert torch.equal(table[-3:], torch.cat([vectors(2, 32, seed=2), vectors(1, 32, seed=1)]))
+    assert pipeline.tokenizer.convert_tokens_to_ids(["<my-cat>", "<my-cat>_1", "<dog>"]) == [
+        49408,
+        49409,
+        49410,
+    ]
+
+
+def test_a_folder_without_words(run, tmp_path) -> None:
+    code, said, _ = run()
+    assert (code, said) == (0, [f"wrote {tmp_path / 'pipeline'}"])
+    code, said, error = run()
+    assert (code, said) == (1, []) and "exists already" in error
+
+
+def test_a_pipeline_that_would_draw_otherwise_is_not_written(run, folder, tmp_path) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.params.first_stage_config.params.ddconfig.tanh_out = True
+    OmegaConf.save(config, tmp_path / "other.yaml")
+    code, said, error = run("--config", tmp_path / "other.yaml")
+    assert (code, said) == (1, []) and "its first stage is off by" in error
+    assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--embedding_path", "star.pt"], "'*' is a word of the tokenizer"),
+        (["--embedding_path", "absent.pt"], "absent.pt' does not exist"),
+        (["--embedding_path", "dog.pt", "--rename", "<cat>=<dog>"], "there is '<dog>'"),
+        (["--embedding_path", "dog.pt", "--rename", "<dog>"], "write it as old=new"),
+        (["--embedding_path", "dog.pt", "star.pt", "--rename", "*=<dog>"], "two words one name"),
+        (["--config", "absent.yaml"], "absent.yaml' does not exist"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, folder, tmp_path, arguments, told) -> None:
+    placed = [folder / part if part.endswith((".pt", ".yaml")) else part for part in arguments]
+    code, said, error = run(*placed)
+    assert code in (1, 2) and said == []
+    assert told in error and "\n" not in error and error.startswith("error: ")
+    assert not (tmp_path / "pipeline").exists()
