@@ -10,9 +10,10 @@ from ldm.embeddings.merging import Rename, merge, plan_renames, renames_from, sp
 from ldm.embeddings.metadata import Metadata
 from ldm.embeddings.names import canonical_path, safe_name
 from ldm.embeddings.reader import read
-from ldm.embeddings.writer import FORMATS, paths_for, write, write_all
+from ldm.embeddings.writer import DEFAULT_FORMAT, FORMATS, paths_for, write, write_all
 
 __all__ = [
+    "DEFAULT_FORMAT",
     "FORMATS",
     "Concept",
     "EmbeddingError",

@@ -23,6 +23,7 @@ from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
 from ldm.training.callbacks.progress import total_steps
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
+from ldm.training.provenance import Provenance
 from ldm.training.rundir import RunDir
 from ldm.training.signals import Interrupted, Requests, listening
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
@@ -149,7 +150,7 @@ def make_trainer(
     )
     for callback in callbacks:
         if isinstance(callback, EmbeddingSaver):
-            callback.describe = lambda step: describe(plan.config, model, step)
+            callback.describe = Provenance(plan.config, model)
     try:
         return lightning_parts.make_trainer(
             kwargs, plan.run, callbacks, lightning_parts.make_loggers(lightning, plan.run)
@@ -236,22 +237,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
         words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
-
-
-def describe(merged: DictConfig, model: pl.LightningModule, step: int) -> dict[str, Any]:
-    """Where the vectors of a step come from, for the files that can say it."""
-    params = OmegaConf.select(merged, "model.params.personalization_config.params") or {}
-    words = [str(word) for word in params.get("initializer_words") or [] if word]
-    train = OmegaConf.select(merged, "data.params.train.params") or {}
-    return {
-        "base_model": Path(merged["actual_resume"]).name if merged.get("actual_resume") else None,
-        "steps": step,
-        "seed": merged["seed"],
-        "initializer": ", ".join(words) or None,
-        "learning_rate": getattr(model, "learning_rate", None),
-        "resolution": train.get("size"),
-        "tool": "textual_inversion",
-    }
 
 
 def report(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:

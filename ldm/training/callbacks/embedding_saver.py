@@ -18,19 +18,20 @@ from ldm.util import UserError
 class EmbeddingSaver(Callback):
     """Saves `embeddings.pt` and `embeddings_gs-<step>.pt` every `every_n_train_steps` and at the run's end.
 
-    Beside them each word's vectors go into files of further `formats` (see ldm.embeddings.FORMATS), such as
-    `my-cat.safetensors` and `my-cat_gs-500.safetensors`. `describe` gives the metadata that files can hold, for
-    a step. A model without an embedding manager is left alone.
+    Beside them each word's vectors go into files of their own, `my-cat.safetensors` and
+    `my-cat_gs-500.safetensors`, and those of further `formats` (see ldm.embeddings.FORMATS) into folders of that
+    name. `describe` gives the metadata that files can hold, for a step. A model without an embedding manager is
+    left alone.
     """
 
-    def __init__(self, every_n_train_steps: int = 500, formats: Sequence[str] = ("safetensors",)) -> None:
+    def __init__(self, every_n_train_steps: int = 500, formats: Sequence[str] = ()) -> None:
         super().__init__()
         unknown = [name for name in formats if name not in embeddings.FORMATS]
         if unknown:
             known = ", ".join(embeddings.FORMATS)
             raise UserError(f"embedding_saver: no format '{unknown[0]}'; there are {known}")
         self.every_n_train_steps = every_n_train_steps
-        self.formats = list(formats)
+        self.formats = list(dict.fromkeys([embeddings.DEFAULT_FORMAT, *formats]))
         self.describe: Callable[[int], dict[str, Any]] = lambda step: {"steps": step}
         self._saved_step = 0
 
@@ -44,7 +45,7 @@ class EmbeddingSaver(Callback):
         for name in (f"embeddings_gs-{step}.pt", "embeddings.pt"):
             manager.save(folder / name)
         self._saved_step = step
-        if self.formats and hasattr(manager, "export"):
+        if hasattr(manager, "export"):
             self._export(trainer.lightning_module, folder, step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,0 +1,73 @@
+"""What the embedding files of a run say about it, and in which formats they are."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import main
+from ldm import embeddings
+from ldm.embeddings.fingerprint import images_fingerprint
+from ldm.training.callbacks.embedding_saver import EmbeddingSaver
+
+
+def checkpoints(*words: object) -> Path:
+    """Run 2 steps; returns the folder of what was saved."""
+    assert main.main([str(word) for word in ("--max_steps", 2, "-t", "--base", *words)]) == 0
+    (run,) = Path("logs").iterdir()
+    return run / "checkpoints"
+
+
+def test_a_file_says_what_it_was_learned_with(tiny_yaml, tiny_model, pictures) -> None:
+    folder = checkpoints(tiny_yaml, "--init_word", "photo", "--scale_lr", "false")
+    for name in ("embedding.safetensors", "embedding_gs-2.safetensors"):
+        said = embeddings.read(folder / name).metadata
+        assert (said.base_model, said.steps, said.seed) == ("model.safetensors", 2, 23)
+        assert said.base_model_hash == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+        assert (said.images, said.resolution, said.initializer) == (3, 32, "photo")
+        assert said.images_fingerprint == images_fingerprint(sorted(pictures.iterdir()))
+        assert said.learning_rate == pytest.approx(5e-3)
+
+
+def test_other_formats_by_a_list_in_the_yaml(tiny_yaml) -> None:
+    config = OmegaConf.load(tiny_yaml)
+    config.lightning.callbacks.embedding_saver = {"params": {"formats": ["a1111", "a1111-png", "diffusers"]}}
+    OmegaConf.save(config, tiny_yaml)
+    folder = checkpoints(tiny_yaml, "--placeholder_string", "<my-cat>")
+    learned = embeddings.read(folder / "embeddings.pt").concepts[0].vectors
+    for suffix in ("", "_gs-2"):
+        for name in ("{}.safetensors", "a1111/{}.pt", "a1111-png/{}.png", "diffusers/{}.safetensors"):
+            (concept,) = embeddings.read(folder / name.format(f"my-cat{suffix}")).concepts
+            assert torch.equal(concept.vectors, learned), name
+            assert concept.trigger == "<my-cat>"
+
+
+def test_the_canonical_file_is_always_written() -> None:
+    assert EmbeddingSaver().formats == ["safetensors"]
+    assert EmbeddingSaver(formats=["onetrainer", "safetensors"]).formats == ["safetensors", "onetrainer"]
+
+
+def test_what_cannot_be_read_any_more_is_left_unsaid(
+    tiny_yaml, tiny_model, pictures, tmp_path, caplog
+) -> None:
+    mine = shutil.copy(tiny_model, tmp_path / "mine.safetensors")
+    shutil.copytree(pictures, tmp_path / "mine")
+    config = OmegaConf.load(tiny_yaml)
+    config.actual_resume, config.data_root = str(mine), str(tmp_path / "mine")
+    OmegaConf.save(config, tiny_yaml)
+
+    def gone(*args: object) -> None:
+        mine.unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "mine", ignore_errors=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingSaver, "on_train_start", lambda self, *rest: gone())
+        folder = checkpoints(tiny_yaml)
+    said = embeddings.read(folder / "embedding.safetensors").metadata
+    assert (said.base_model, said.steps, said.images) == ("mine.safetensors", 2, 3)
+    assert said.base_model_hash is None and said.images_fingerprint is None
