@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -180,19 +181,21 @@ def load_state(
 _IGNORED = ("model_ema.", "cond_stage_model.transformer.text_model.embeddings.position_ids")
 
 
+_filled: ContextVar[bool] = ContextVar("filled_by_a_checkpoint", default=True)
+
+
 class _SkipRandomFill(TorchFunctionMode):
     """Leaves tensors as they are where an initialiser would draw random numbers for them in place."""
 
-    _FILLS = {
-        Tensor.uniform_,
-        Tensor.normal_,
-        Tensor.trunc_normal_ if hasattr(Tensor, "trunc_normal_") else None,
-    }
+    # Of torch.nn.init those that a mode meets by themselves; the others are met as the methods they call.
+    _FILLS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self._FILLS and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if _filled.get() and function in self._FILLS and isinstance(tensor, nn.Parameter):
+            return tensor
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -200,6 +203,16 @@ def uninitialised() -> Iterator[None]:
     """Within this block layers skip their random initialisation, because a checkpoint fills them next."""
     with _SkipRandomFill():
         yield
+
+
+@contextlib.contextmanager
+def initialised() -> Iterator[None]:
+    """Within this block, inside `uninitialised` too, layers draw their random numbers."""
+    token = _filled.set(False)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> Path:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoint import CheckpointError, load_model_from_config, read_state_dict
+from ldm.checkpoint import (
+    CheckpointError,
+    initialised,
+    load_model_from_config,
+    read_state_dict,
+    uninitialised,
+)
 from ldm.util import ConfigError, UserError
 from tests.golden_record import GOLDEN, Golden
 
@@ -159,6 +165,37 @@ def test_vectors_begin_at_the_words_of_the_encoder_that_was_read(tmp_path: Path,
     table = weights["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
     (token,) = loaded.cond_stage_model.prompt_tokenizer.token_ids("photo")
     assert torch.equal(loaded.embedding_manager.string_to_param_dict["*"][0], table[token])
+
+
+def test_no_random_numbers_are_drawn_for_what_is_filled() -> None:
+    before = torch.get_rng_state()
+    with uninitialised():
+        layers = [torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 3), torch.nn.Embedding(4, 4)]
+        torch.nn.init.xavier_uniform_(layers[0].weight)
+        assert torch.equal(torch.get_rng_state(), before)
+        with initialised():
+            torch.nn.Linear(4, 4)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+class Mapper(torch.nn.Module):
+    """A personalization of the user's own, with weights that it draws itself."""
+
+    def __init__(self, embedder: object) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(16, 16)
+
+    def reset(self, embedder: object) -> None: ...
+
+
+def test_a_plugged_in_personalization_draws_its_own_weights(tmp_path: Path, weights) -> None:
+    torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
+    config = CASE.config()
+    config.params.personalization_config = {"target": f"{__name__}.Mapper"}
+    torch.manual_seed(0)
+    loaded = load_model_from_config(config, tmp_path / "m.ckpt")
+    drawn = loaded.embedding_manager.layer.weight
+    assert drawn.abs().max() <= 0.25 and drawn.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.2)
 
 
 def test_averages_that_the_checkpoint_lacks_begin_at_its_weights(tmp_path: Path, weights) -> None:

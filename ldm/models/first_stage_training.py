@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import read_state_dict
+from ldm.checkpoint import load_state, read_state_dict
 from ldm.models.optim import build_optimizer
 from ldm.util import instantiate_from_config, pretrained_wanted
-
-logger = logging.getLogger(__name__)
 
 # What first stages with an adversary are trained with (Esser et al. 2021).
 ADAM = {"target": "torch.optim.Adam", "params": {"betas": [0.5, 0.9]}}
@@ -56,15 +53,7 @@ class FirstStageTraining(pl.LightningModule):
             for key, value in read_state_dict(path).items()
             if not key.startswith(tuple(ignore_keys) + ("loss.",))
         }
-        result = self.load_state_dict(state, strict=False)
-        missing = [key for key in result.missing_keys if not key.startswith("loss.")]
-        if missing or result.unexpected_keys:
-            logger.warning(
-                "first stage '%s': %d keys missing, %d unexpected",
-                path,
-                len(missing),
-                len(result.unexpected_keys),
-            )
+        load_state(self, state, source=f"first stage '{path}'", filled=("loss.", *ignore_keys))
 
     def get_input(self, batch: Mapping[str, Any], key: str | None = None) -> Tensor:
         """Pictures [B, 3, H, W] of a batch that holds [B, H, W, 3]."""

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
-from ldm.util import ConfigError, skip_pretrained
+from ldm.util import ConfigError, UserError, skip_pretrained
 
 DDCONFIG = {
     "double_z": True,
@@ -97,6 +97,18 @@ def test_starts_from_an_earlier_checkpoint(tmp_path) -> None:
     assert torch.equal(second.decoder.conv_out.weight, first.decoder.conv_out.weight)
     with skip_pretrained():
         AutoencoderKL(DDCONFIG, node, 2, ckpt_path="absent.ckpt")
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path) -> None:
+    node = {"target": "torch.nn.Identity"}
+    path = str(tmp_path / "f.ckpt")
+    torch.save({"state_dict": kl_model().state_dict()}, path)
+    with pytest.raises(UserError, match=r"first stage '.*f\.ckpt' does not fit the config"):
+        AutoencoderKL(DDCONFIG | {"ch": 16}, node, 2, ckpt_path=path)
+    AutoencoderKL(DDCONFIG | {"ch": 16}, node, 2, ckpt_path=path, ignore_keys=["encoder", "decoder"])
+    torch.save({"state_dict": {"first_stage_model.encoder.conv_in.bias": torch.ones(8)}}, path)
+    with pytest.raises(UserError, match="holds no weight of AutoencoderKL"):
+        AutoencoderKL(DDCONFIG, node, 2, ckpt_path=path)
 
 
 def test_shapes_and_errors() -> None:

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_state, read_state_dict
+from ldm.checkpoint import initialised, load_state, read_state_dict
 from ldm.models.diffusion import weighting
 from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper
 from ldm.models.diffusion.previews import preview_images
@@ -131,10 +131,12 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         }
         if only_unet:
             prefix = "model."
+            ignore_keys = tuple(key.removeprefix(prefix) for key in ignore_keys)
             state = {
                 key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
             }
-        load_state(self.model if only_unet else self, state, source=f"ckpt_path '{path}'")
+        model = self.model if only_unet else self
+        load_state(model, state, source=f"ckpt_path '{path}'", filled=ignore_keys)
 
     def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
         """Averages that a checkpoint did not bring begin at the weights it brought."""
@@ -304,9 +306,10 @@ class LatentDiffusion(DDPM):
         self.cond_stage_trainable = cond_stage_trainable and personalization_config is None
         self.embedding_manager = None
         if personalization_config is not None:
-            self.embedding_manager = instantiate_from_config(
-                personalization_config, embedder=self.cond_stage_model
-            )
+            with initialised():  # a base checkpoint does not bring what is learned here
+                self.embedding_manager = instantiate_from_config(
+                    personalization_config, embedder=self.cond_stage_model
+                )
         self._freeze()
         self.init_from_ckpt()
 
@@ -316,8 +319,11 @@ class LatentDiffusion(DDPM):
         return None if config == "__is_unconditional__" else instantiate_from_config(config)
 
     def _freeze(self) -> None:
-        if self.cond_stage_model is not None and not self.cond_stage_trainable:
-            self.cond_stage_model.eval().requires_grad_(False)
+        encoder = self.cond_stage_model
+        if encoder is not None and not self.cond_stage_trainable:
+            encoder.eval().requires_grad_(False)
+        elif encoder not in (None, self.first_stage_model) and not any(_trained(encoder)):
+            encoder.requires_grad_(True)  # it froze itself, as CLIP's does, and is to be trained after all
         if self.personalised:
             self.model.requires_grad_(self.unfreeze_model)
             self.logvar.requires_grad_(False)
@@ -457,6 +463,10 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_trainable and self.cond_stage_model is not None:
             groups.append({"params": list(self.cond_stage_model.parameters())})
         return groups
+
+
+def _trained(module: nn.Module) -> Iterator[bool]:
+    return (parameter.requires_grad for parameter in module.parameters())
 
 
 def _size(batch: Mapping[str, Any]) -> int:

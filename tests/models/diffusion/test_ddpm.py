@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
-from ldm.util import ConfigError, instantiate_from_config, skip_pretrained
+from ldm.util import ConfigError, UserError, instantiate_from_config, skip_pretrained
 from tests.golden_record import Golden, fill
 
 UNET = {
@@ -167,6 +167,16 @@ def test_unsupported_settings_are_named() -> None:
     model.learning_rate = 1.0
     with pytest.raises(ConfigError, match="AdamW.*momentum"):
         model.configure_optimizers()
+
+
+def test_keys_to_ignore_keep_their_fresh_weights(tmp_path) -> None:
+    torch.save({"state_dict": latent().state_dict()}, tmp_path / "m.ckpt")
+    path, name = str(tmp_path / "m.ckpt"), "model.diffusion_model.out"
+    with pytest.raises(UserError, match="does not fit the config"):
+        latent({"out_channels": 6}, ckpt_path=path)
+    for only_unet in (False, True):
+        model = latent({"out_channels": 6}, ckpt_path=path, ignore_keys=[name], load_only_unet=only_unet)
+        assert model.model.diffusion_model.out[2].bias.shape == (6,)
 
 
 def test_builds_without_personalization_and_trains_the_denoiser_only() -> None:

@@ -1,0 +1,77 @@
+"""The stages of the embedded model through `main`, three steps each: the shipped YAMLs with small parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from ldm.checkpoint import read_state_dict, save_state_dict
+from ldm.models.two_towers import TwoTowers
+
+ROOT = Path(main.__file__).parent
+TEXT_ENCODER = ROOT / "models" / "ldm" / "creatures" / "text_encoder"
+TOWER = {"target": "ldm.models.two_towers.ResidualTower", "params": {"channels": [8], "width": 16}}
+SMALL_AUTOENCODER = ("ddconfig.ch=8", "ddconfig.ch_mult=[1,1,1]")
+
+
+def train(stage: str, *words: str) -> Path:
+    """Three steps of a stage in the working directory; returns its run folder."""
+    few = [f"data.params.{split}.params.count=8" for split in ("train", "validation")]
+    few += [
+        "data.params.batch_size=4",
+        "--max_steps",
+        "3",
+        "lightning.trainer.precision=32-true",
+        "-l",
+        stage,
+    ]
+    yaml = ROOT / "configs" / "creatures" / f"{stage}.yaml"
+    assert main.main(["-b", str(yaml), "-t", "--scale_lr", "false", *few, *words]) == 0
+    (run,) = Path(stage).iterdir()
+    return run
+
+
+def weights(run: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    state = read_state_dict(run / "checkpoints" / "last.ckpt")
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_first_stage_and_a_denoiser_with_its_text_encoder() -> None:
+    run = train("first-stage", *(f"model.params.{word}" for word in SMALL_AUTOENCODER))
+    first_stage = {key: value for key, value in weights(run).items() if not key.startswith("loss.")}
+    assert list((run / "images" / "train").glob("reconstruction_gs-000001*.jpg"))
+    save_state_dict(first_stage, "build/creatures/first-stage.safetensors")
+    TwoTowers(TEXT_ENCODER, TOWER).save("clip")
+    before = read_state_dict("clip/text_encoder/model.safetensors")
+
+    run = train(
+        "ldm",
+        *(f"model.params.first_stage_config.params.{word}" for word in SMALL_AUTOENCODER),
+        "model.params.unet_config.params.model_channels=32",
+        "model.params.cond_stage_config.params.version=clip/text_encoder",
+        "model.params.cond_stage_trainable=true",
+    )
+    kept, after = (
+        weights(run, "first_stage_model."),
+        weights(run, "cond_stage_model.transformer."),
+    )
+    assert all(torch.equal(kept[key], value) for key, value in first_stage.items())
+    assert any(not torch.equal(after[key], value) for key, value in before.items()), "the text encoder learns"
+    assert weights(run)["scale_factor"] != 1
+    assert weights(run)["model_ema.num_updates"] == 3
+    assert list((run / "images" / "train").glob("samples_scaled_gs-000001*.jpg"))
+
+
+def test_a_text_encoder() -> None:
+    words = [f"model.params.image_tower.params.{key}={value}" for key, value in TOWER["params"].items()]
+    train("clip", *words, f"model.params.text_encoder={TEXT_ENCODER}", "model.params.export_to=towers")
+    features = TwoTowers.load("towers").text_features(["a photo of a cat", "a dog"])
+    assert features.shape == (2, 128)
