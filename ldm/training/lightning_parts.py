@@ -44,6 +44,10 @@ DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
 # Those that a personalization has besides.
 PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
     "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
+    "deterministic_loss": {
+        "target": "ldm.training.callbacks.deterministic_loss.DeterministicLoss",
+        "params": {},
+    },
 }
 # Added only where a YAML names them, or where they have something to do.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -135,7 +139,7 @@ def make_loggers(lightning: Mapping[str, Any], run: RunDir) -> list[Logger]:
 def make_callbacks(
     lightning: DictConfig, config: DictConfig, run: RunDir, model: Any, requests: Requests, resume: str
 ) -> list[Callback]:
-    """All callbacks of a run, the one that meets signals first."""
+    """All callbacks of a run; those whose `before_saving` is true go before the one that meets signals."""
     nodes = {name: node for name, node in lightning["callbacks"].items() if node is not None}
     checkpoint = dict((lightning.get("modelcheckpoint") or {}).get("params") or {})
     every = checkpoint.get("every_n_train_steps") or 500
@@ -163,7 +167,10 @@ def make_callbacks(
     if further and not is_personalization(model):
         built.append(_model_checkpoint(checkpoint, run))
     savers = [callback.save_now for callback in built if isinstance(callback, EmbeddingSaver)]
-    return [setup, ValidationSeed(), Interruption(requests, [last.save_now, *savers]), *built, last]
+    early = [callback for callback in built if getattr(callback, "before_saving", False)]
+    later = [callback for callback in built if callback not in early]
+    interruption = Interruption(requests, [last.save_now, *savers])
+    return [setup, ValidationSeed(), *early, interruption, *later, last]
 
 
 def make_trainer(

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ldm import pickles
 from ldm.checkpoint import load_model_from_config
 from ldm.training import arguments, config, devices, lightning_parts, preflight, rundir
+from ldm.training.callbacks.deterministic_loss import DeterministicLoss
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
 from ldm.training.callbacks.progress import total_steps
@@ -256,3 +257,8 @@ def report(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finish
         logger.info("checkpoint: %s", plan.run.last)
     if not finished and plan.run.last.is_file():
         logger.info("go on with: %s", shlex.join(["python", "main.py", "-r", str(plan.run.path), "-t"]))
+    for callback in trainer.callbacks:
+        if isinstance(callback, DeterministicLoss) and (
+            verdict := callback.verdict(trainer, finished=finished)
+        ):
+            logger.info("%s", verdict)

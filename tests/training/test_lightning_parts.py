@@ -119,3 +119,9 @@ def test_a_personalization_has_callbacks_of_its_own_and_null_removes_them():
     )
     named = parts.complete({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})["callbacks"]
     assert named["latent_cache"]["target"].endswith("LatentCache")
+
+
+def test_what_belongs_to_a_steps_state_is_done_before_a_signal_can_save_it(tmp_path):
+    lightning = {"callbacks": {"deterministic_loss": {}}}
+    kinds = [type(callback).__name__ for callback in callbacks(tmp_path, lightning)]
+    assert kinds.index("DeterministicLoss") < kinds.index("Interruption")

@@ -41,12 +41,17 @@ class EmbeddingSaver(Callback):
         step = trainer.global_step
         if manager is None or step == self._saved_step or not trainer.is_global_zero:
             return
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        for name in (f"embeddings_gs-{step}.pt", "embeddings.pt"):
-            manager.save(folder / name)
+        self.save_as(trainer, f"_gs-{step}", step)
+        self.save_as(trainer, "", step)
         self._saved_step = step
-        if hasattr(manager, "export"):
-            self._export(trainer.lightning_module, folder, step)
+
+    def save_as(self, trainer: pl.Trainer, suffix: str, step: int) -> None:
+        """Save the present vectors, those of a step, in all formats with a suffix to the names."""
+        model: Any = trainer.lightning_module
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        model.embedding_manager.save(folder / f"embeddings{suffix}.pt")
+        if hasattr(model.embedding_manager, "export"):
+            self._export(model, folder, suffix, step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -66,7 +71,7 @@ class EmbeddingSaver(Callback):
         if trainer.global_step > 0:
             self.save_now(trainer)
 
-    def _export(self, model: Any, folder: Path, step: int) -> None:
+    def _export(self, model: Any, folder: Path, suffix: str, step: int) -> None:
         metadata = embeddings.Metadata.from_values(self.describe(step))
         family = "bert" if isinstance(model.cond_stage_model, BERTEmbedder) else "clip"
         # A picture's own word is of no use outside this run.
@@ -78,5 +83,4 @@ class EmbeddingSaver(Callback):
                     word, rows, encoder=embeddings.encoder_kind(family, rows.shape[1])
                 )
                 learned = embeddings.LearnedEmbeddings((concept,), metadata)
-                for target in (path.with_stem(f"{path.stem}_gs-{step}"), path):
-                    embeddings.write(learned, target, name)
+                embeddings.write(learned, path.with_stem(f"{path.stem}{suffix}"), name)

@@ -82,7 +82,7 @@ class RunProgress(ProgressBar):
         self._close(trainer)
 
     def figures(self, trainer: pl.Trainer) -> list[str]:
-        """Loss and learning rate in words."""
+        """Loss and learning rate in words, and what other callbacks have to say."""
         loss = None
         if self._losses:
             loss = torch.stack([value.float().mean() for value in self._losses]).mean().item()
@@ -91,7 +91,9 @@ class RunProgress(ProgressBar):
             loss = float(logged[0]) if logged else None
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         shown = [] if loss is None else [f"loss {loss:.4f}"]
-        return shown + ([f"lr {rates[0]:.2e}"] if rates else [])
+        shown += [f"lr {rates[0]:.2e}"] if rates else []
+        others = [c for c in trainer.callbacks if c is not self and hasattr(c, "figures")]
+        return shown + [figure for callback in others for figure in callback.figures(trainer)]
 
     def _pace(self, step: int, total: int | None) -> list[str]:
         done = step - self._first_step
