@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm.modules.embedding_pickle import EmbeddingFile, read_embeddings, write_embeddings
 from ldm.modules.initial_vectors import initial_vectors
 from ldm.modules.insertion import insert_vectors
-from ldm.modules.learned_vectors import LearnedVectors
+from ldm.modules.learned_vectors import LearnedVectors, stretched
 from ldm.modules.placeholders import as_list, check_placeholders, vector_counts
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError
@@ -91,20 +91,26 @@ class EmbeddingManager(LearnedVectors):
             for string, word in zip(strings, words, strict=False)
             if word
         }
+        self._loaded = False
         self.reset(embedder)
         if embedding_manager_ckpt:
             self.load(embedding_manager_ckpt, require=every)
 
     def reset(self, embedder: Any) -> None:
-        """Draw the vectors anew from the embedder's token embeddings as they are now; not those of a file."""
-        if not self._counts:
-            return
+        """Draw the vectors anew from the embedder's token embeddings as they are now.
+
+        Vectors of a file stay; what `embedding_to_coarse_loss` measures from is drawn for them too.
+        """
         table = embedder.token_embedding.weight
-        vectors = {
+        drawn = {
             string: initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
             for index, (string, count) in enumerate(self._counts.items())
         }
-        self._hold(vectors, {string: vectors[string] for string in self._initializers})
+        initial = {string: drawn[string] for string in self._initializers}
+        if self._loaded:
+            drawn = {string: self.vectors(string) for string in self.string_to_token_dict}
+            initial = stretched(initial, drawn)
+        self._hold(drawn, initial)
 
     def forward(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
         """Replace placeholders by their vectors: ids [B, L] and embeddings [B, L, d] -> a new [B, L, d]."""
@@ -151,7 +157,7 @@ class EmbeddingManager(LearnedVectors):
                 f"name another file or another placeholder"
             )
         self.take(file.vectors, f"embedding file '{path}'")
-        self._counts = {}  # there is nothing left to draw
+        self._loaded = True
         if file.progressive_step is not None:
             self.progressive_step, self.progressive_scale = file.progressive_step, file.progressive_scale
         elif self.progressive_step is not None:

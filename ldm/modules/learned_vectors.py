@@ -111,11 +111,9 @@ class LearnedVectors(nn.Module):
                     f"{source}: '{string}' has {len(value)} vectors, a prompt has room for {self.max_vectors}"
                 )
         device = next((p.device for p in self.embedding_parameters()), torch.device("cpu"))
-        initial = {string: self.initial(string) for string in vectors}
-        self._hold(
-            {string: value.detach().to(device) for string, value in vectors.items()},
-            {s: v[spread(len(v), len(vectors[s]))] for s, v in initial.items() if v is not None},
-        )
+        initial = {s: v for s in vectors if (v := self.initial(s)) is not None}
+        taken = {string: value.detach().to(device) for string, value in vectors.items()}
+        self._hold(taken, stretched(initial, taken))
 
     def _hold(self, vectors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> None:
         self.string_to_token_dict = {
@@ -149,3 +147,8 @@ class LearnedVectors(nn.Module):
             self.progressive_step = int(step)
             self._layouts.clear()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def stretched(initial: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The initial vectors of those placeholders that are held, as many as there are of each."""
+    return {s: v[spread(len(v), len(vectors[s]))] for s, v in initial.items() if s in vectors}

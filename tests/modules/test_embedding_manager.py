@@ -175,7 +175,8 @@ def test_draws_follow_the_seed_and_leave_the_global_generator_alone(clip):
 def test_reset_follows_weights_that_come_later_but_keeps_those_of_a_file():
     encoder = build_encoder("clip_one_vector")
     drawn = manager_of(encoder, "*", initializer_words=["dog"])
-    loaded = manager_of(encoder, "*", embedding_manager_ckpt=Golden("clip_one_vector").embeddings)
+    file = Golden("clip_one_vector").embeddings
+    loaded = manager_of(encoder, "*", initializer_words=["dog"], embedding_manager_ckpt=file)
     with torch.no_grad():
         encoder.token_embedding.weight.add_(1)
     drawn.reset(encoder)
@@ -183,6 +184,7 @@ def test_reset_follows_weights_that_come_later_but_keeps_those_of_a_file():
     assert torch.equal(drawn.vectors("*")[0], encoder.token_embedding.weight[1929])
     assert torch.equal(drawn.initial_embeddings.get_buffer("*"), drawn.vectors("*"))
     assert torch.equal(loaded.vectors("*"), Golden("clip_one_vector").io["param/*"])
+    assert torch.equal(loaded.initial("*")[0], encoder.token_embedding.weight[1929])
 
 
 def test_it_is_built_on_the_meta_device():
