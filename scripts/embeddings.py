@@ -1,6 +1,6 @@
 """Look into embedding files of any tool, convert them to what another tool expects, merge and split them.
 
-    python scripts/embeddings.py inspect cat.pt --ckpt_path model.ckpt --tokenizer clip-vit-large-patch14
+    python scripts/embeddings.py inspect cat.pt --ckpt_path model.ckpt
     python scripts/embeddings.py convert cat.pt --to a1111 --trigger "<my-cat>"
     python scripts/embeddings.py merge cat.pt dog.safetensors --rename "*=<dog>" -o both.pt
     python scripts/embeddings.py split both.pt -o words
@@ -14,9 +14,15 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from ldm.checkpoint import read_state_dict
@@ -32,9 +38,10 @@ from ldm.embeddings import (
     write_all,
 )
 from ldm.embeddings.inspect import ConceptReport, describe
-from ldm.embeddings.vocabulary import table_of, words_of
+from ldm.embeddings.vocabulary import known_folder, table_of, words_of
 from ldm.images import open_image
 from ldm.util import UsageError, UserError
+from scripts.txt2img import config_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Report on every file; one that cannot be read does not keep the others from it."""
-    words = words_of(options.tokenizer) if options.tokenizer else None
+    folder = options.tokenizer
+    if folder is None and options.ckpt_path:
+        folder = _tokenizer_of(options.ckpt_path)
+    words = words_of(folder) if folder else None
     state_dict = _vocabulary_weights(options)
     reports, failures = [], []
     for file in options.files:
@@ -141,6 +151,19 @@ def _vocabulary_weights(options: argparse.Namespace) -> dict[str, Tensor] | None
     return None
 
 
+def _tokenizer_of(ckpt: Path) -> Path | None:
+    """The folder of the tokenizer that the config of a checkpoint names, if it is known and here."""
+    try:
+        node = OmegaConf.select(OmegaConf.load(config_of(str(ckpt))), "model.params.cond_stage_config")
+    except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
+        return None  # ids do in place of words
+    if not isinstance(node, Mapping):
+        return None
+    params = node.get("params") or {}
+    usual = "bert-base-uncased" if "BERT" in str(node.get("target")) else "openai/clip-vit-large-patch14"
+    return known_folder(str(params.get("version") or params.get("tokenizer") or usual))
+
+
 def _table(
     state_dict: dict[str, Tensor] | None, options: argparse.Namespace, found: LearnedEmbeddings
 ) -> Tensor | None:
@@ -188,7 +211,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="say what files hold")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument("--ckpt_path", type=Path, help="checkpoint whose vocabulary to compare with")
-    command.add_argument("--tokenizer", type=Path, help="folder with the vocabulary's words (and weights)")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with the vocabulary's words (and weights); default: that of the checkpoint's config",
+    )
     command.add_argument("--words", type=int, default=5, help="nearest words to name (default: 5)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)

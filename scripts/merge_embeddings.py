@@ -13,6 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from ldm.embeddings import merge, plan_renames, read, renames_from, write
 from ldm.util import UserError
 

@@ -13,6 +13,7 @@ from ldm.embeddings.concept import EmbeddingError
 # CLIP in LDM checkpoints and in transformers, the BERT of LDM, a BERT of transformers.
 _TABLES = ("token_embedding.weight", "token_emb.weight", "word_embeddings.weight")
 _WORD_END = "</w>"
+_WORD_FILES = ("vocab.txt", "vocab.json", "tokenizer.json")
 
 
 def table_of(state_dict: Mapping[str, Tensor], name: str, width: int | None = None) -> Tensor:
@@ -57,3 +58,20 @@ def words_of(folder: str | Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise EmbeddingError(f"'{path}' is damaged or no vocabulary ({str(error)[:80]})") from error
     return words
+
+
+def known_folder(source: str) -> Path | None:
+    """The folder of a tokenizer that is named by a path, or on the hub and downloaded before; else None."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for name in _WORD_FILES:
+        try:
+            found = try_to_load_from_cache(source, name)
+        except HFValidationError:  # a path that is not there
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None

@@ -39,12 +39,8 @@ def load_embeddings(model: Any, paths: str | Path | Sequence[str | Path]) -> lis
         return list(manager.placeholders)
     parts = [_in_use(read(path), path, manager) for path in paths]
     together = merge(parts)
-    # a file may not say which of two encoders of the same width it is for; then the user knows
-    known = all(concept.encoder for concept in together.concepts)
     family = "bert" if isinstance(model.cond_stage_model, BERTEmbedder) else "clip"
-    manager.take(
-        together.vectors_for(manager.width, family if known else None), source=f"'{together.source}'"
-    )
+    manager.take(together.vectors_for(manager.width, family), source=f"'{together.source}'")
     # what a file holds is in use, also where the config adds vectors progressively
     manager.on_optimizer_step(sys.maxsize)
     return list(manager.placeholders)

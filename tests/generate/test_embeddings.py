@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.generate import check_mentions, check_prompts, load_embeddings
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import BERTEmbedder
@@ -88,7 +88,7 @@ def test_the_family_of_the_text_encoder_is_looked_at_where_a_file_says_it(tmp_pa
         load_embeddings(bert, path)
 
 
-def test_a_file_may_leave_open_which_encoder_of_its_width_it_is_for(tmp_path) -> None:
+def test_a_file_must_say_which_of_two_encoders_of_its_width_it_is_for(tmp_path) -> None:
     """1280 is LDM's BERT and one of SDXL's encoders, and most formats do not tell them apart."""
     taken = {}
     manager = SimpleNamespace(
@@ -99,7 +99,10 @@ def test_a_file_may_leave_open_which_encoder_of_its_width_it_is_for(tmp_path) ->
     )
     bert = SimpleNamespace(embedding_manager=manager, cond_stage_model=BERTEmbedder.__new__(BERTEmbedder))
     torch.save({"<cat>": torch.ones(1, 1280)}, tmp_path / "learned_embeds.bin")
-    assert load_embeddings(bert, tmp_path / "learned_embeds.bin") == ["<cat>"]
+    with pytest.raises(UserError, match="SDXL or .*BERT.* does not say which.*--encoder bert"):
+        load_embeddings(bert, tmp_path / "learned_embeds.bin")
+    told = write(read(tmp_path / "learned_embeds.bin").with_encoder("bert"), tmp_path / "told.safetensors")
+    assert load_embeddings(bert, told) == ["<cat>"]
 
 
 def test_only_vectors_in_use_come_from_a_progressive_file(model, tmp_path) -> None:

@@ -76,6 +76,24 @@ def test_a_tokenizer_folder_with_weights_is_enough(tmp_path, capsys):
     assert "nearest 1   b 1.00" in capsys.readouterr().out
 
 
+def test_the_words_are_those_of_the_checkpoints_tokenizer(tmp_path, checkpoint, capsys):
+    torch.save({"<x>": vectors(49408, 32, seed=3)[[320]]}, tmp_path / "x.bin")
+    command = ["inspect", str(tmp_path / "x.bin"), "--ckpt_path", str(checkpoint)]
+    encoder = "cond_stage_config: {target: x.FrozenCLIPEmbedder, params: {version: %s}}"
+    for version, word in (
+        (GOLDEN / "clip_tiny", "a"),
+        ("nobody/nothing", "#320"),
+        ("no/such/folder", "#320"),
+    ):
+        (tmp_path / "config.yaml").write_text("model: {params: {%s}}" % (encoder % version))  # noqa: UP031
+        main(command)
+        assert f"nearest 1   {word} 1.00" in capsys.readouterr().out
+    for damaged in ("[1", "[1]", "a: b", "model: {params: {cond_stage_config: __is_unconditional__}}"):
+        (tmp_path / "config.yaml").write_text(damaged)
+        main(command)
+        assert "nearest 1   #320 1.00" in capsys.readouterr().out
+
+
 def test_inspect_of_another_width_says_so(cat, checkpoint, capsys):
     main(["inspect", str(cat), "--ckpt_path", str(checkpoint)])
     assert "vocabulary is 32 wide" in capsys.readouterr().out
@@ -171,13 +189,17 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     assert "usage:" in fails(capsys, 2)
 
 
-def test_it_runs_as_a_command(cat):
+@pytest.mark.parametrize("script", ["embeddings.py", "merge_embeddings.py"])
+def test_it_runs_as_a_command_of_a_checkout(script, cat, tmp_path):
+    arguments = ["inspect", cat]
+    if script == "merge_embeddings.py":
+        arguments = ["--manager_ckpts", cat, "--output_path", tmp_path / "both.pt"]
     done = subprocess.run(
-        [sys.executable, "scripts/embeddings.py", "inspect", str(cat)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        [sys.executable, ROOT / "scripts" / script, *arguments],
+        cwd=tmp_path,
+        env={"PATH": ""},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and "trigger     cat" in done.stdout, done.stderr
+    assert done.returncode == 0 and "cat" in done.stdout, done.stderr
