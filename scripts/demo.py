@@ -60,11 +60,16 @@ def demo(options: argparse.Namespace) -> None:
 
     begun = time.monotonic()
     # options.outdir is relative to where the user stands, and so are the commands
-    invert = ["main.py", "--base", CONFIG, "-t", "-l", str(options.outdir / "logs"), "-n", concept.name]
+    runs = options.outdir / "logs"
+    earlier = set(runs.glob("*"))
+    invert = ["main.py", "--base", CONFIG, "-t", "-l", str(runs), "-n", concept.name]
     invert += ["--data_root", str(concept), "--init_word", word]
     _run(invert)
     seconds = time.monotonic() - begun
-    embeddings = max((options.outdir / "logs").iterdir()) / "checkpoints" / "embeddings.pt"
+    (run,) = (
+        set(runs.glob("*")) - earlier
+    )  # names begin with the concept's, so that the last one may be older
+    embeddings = run / "checkpoints" / "embeddings.pt"
     rows = [("learned from", inputs)]
     for index, prompt in enumerate(PROMPTS):
         rows.append((prompt, _generate(prompt, options.outdir / f"samples-{index}", embeddings)))

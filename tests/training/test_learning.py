@@ -27,7 +27,7 @@ def loss(model, picture: torch.Tensor) -> float:
 
 
 def test_a_loss_that_goes_down_and_vectors_that_move(tiny_yaml, tiny_model, pictures) -> None:
-    words = "--max_steps 40 --train_batch_size 8 data.params.train.params.flip_p=0".split()
+    words = ["--max_steps", "40", "--train_batch_size", "8", "data.params.train.params.flip_p=0"]
     assert main.main(["--base", str(tiny_yaml), "-t", *words, "lightning.trainer.limit_val_batches=0"]) == 0
     (run,) = Path("logs").iterdir()
     (learned,) = read(run / "checkpoints" / "embeddings.pt").concepts
