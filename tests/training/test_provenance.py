@@ -71,3 +71,13 @@ def test_what_cannot_be_read_any_more_is_left_unsaid(
     said = embeddings.read(folder / "embedding.safetensors").metadata
     assert (said.base_model, said.steps, said.images) == ("mine.safetensors", 2, 3)
     assert said.base_model_hash is None and said.images_fingerprint is None
+
+
+def test_the_canonical_file_becomes_the_originals_again(tiny_yaml, tmp_path) -> None:
+    """The original finds a placeholder by the tokenizer's id, which only the run knows."""
+    folder = checkpoints(tiny_yaml, "--placeholder_string", "sculpture", "--init_word", "photo")
+    (first,) = embeddings.read(folder / "embeddings.pt").concepts
+    canonical = embeddings.read(folder / "sculpture.safetensors")
+    (again,) = embeddings.read(embeddings.write(canonical, tmp_path / "again.pt", "original")).concepts
+    assert again.token == first.token is not None
+    assert torch.equal(again.vectors, first.vectors)

@@ -80,7 +80,10 @@ class EmbeddingSaver(Callback):
             paths = embeddings.paths_for(list(vectors), folder, name)
             for (word, rows), path in zip(vectors.items(), paths, strict=True):
                 concept = embeddings.Concept(
-                    word, rows, encoder=embeddings.encoder_kind(family, rows.shape[1])
+                    word,
+                    rows,
+                    encoder=embeddings.encoder_kind(family, rows.shape[1]),
+                    token=int(model.embedding_manager.string_to_token_dict[word]),
                 )
                 learned = embeddings.LearnedEmbeddings((concept,), metadata)
                 embeddings.write(learned, path.with_stem(f"{path.stem}{suffix}"), name)
