@@ -44,6 +44,7 @@ DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
 # Those that a personalization has besides.
 PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
     "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
+    "tripwires": {"target": "ldm.training.callbacks.tripwires.Tripwires", "params": {}},
     "deterministic_loss": {
         "target": "ldm.training.callbacks.deterministic_loss.DeterministicLoss",
         "params": {},

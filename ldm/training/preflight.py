@@ -47,6 +47,8 @@ def check_captions(model: Any, dataset: Any) -> None:
             len(captions),
             without[0],
         )
+    if len(captions) == 1:
+        logger.warning("all captions are '%s': the vectors will learn that sentence too", captions[0])
     if tokenizer is None:
         return
     for caption in captions:

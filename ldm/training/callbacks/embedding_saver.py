@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from ldm import embeddings
 from ldm.modules.encoders.modules import BERTEmbedder
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingSaver(Callback):
@@ -40,6 +43,9 @@ class EmbeddingSaver(Callback):
         manager = getattr(trainer.lightning_module, "embedding_manager", None)
         step = trainer.global_step
         if manager is None or step == self._saved_step or not trainer.is_global_zero:
+            return
+        if not all(vector.isfinite().all() for vector in manager.embedding_parameters()):
+            logger.warning("the vectors of step %d are not finite and are not saved", step)
             return
         self.save_as(trainer, f"_gs-{step}", step)
         self.save_as(trainer, "", step)
