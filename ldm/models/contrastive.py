@@ -109,7 +109,9 @@ class ContrastiveCLIP(pl.LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self.shared_step(batch, "val")
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Step, and hold the temperature in its bounds before any callback can save it."""
+        super().optimizer_step(*arguments, **keywords)
         with torch.no_grad():
             self.towers.logit_scale.clamp_(0.0, _LARGEST_SCALE)
 

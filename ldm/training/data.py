@@ -105,9 +105,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             self.datasets[split] = WrappedDataset(dataset) if needs_wrapping else dataset
 
     def state_dict(self) -> dict[str, int]:
-        if self.trainer is not None:
-            self._batches_done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return {"batches_done": self._batches_done}
+        if self.trainer is None:
+            return {"batches_done": self._batches_done}
+        return {"batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         self._batches_done = state_dict["batches_done"]
@@ -115,8 +115,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader | list:
         loader = self._loader("train", shuffle=True)
         sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, PositionSampler) and self._batches_done:
-            epoch, batch = divmod(self._batches_done, self._batches_per_epoch(loader))
+        # Once: a loader that the Trainer asks for later, for another epoch, begins at its beginning.
+        done, self._batches_done = self._batches_done, 0
+        if isinstance(sampler, PositionSampler) and done:
+            epoch, batch = divmod(done, self._batches_per_epoch(loader))
             sampler.set_epoch(epoch)
             sampler.start = batch * self.batch_size
         return loader

@@ -49,14 +49,25 @@ def _train(model, batch, steps):
     model.learning_rate = 3e-3
     optimizer = model.configure_optimizers()["optimizer"]
     losses = []
-    for k in range(steps):
-        loss = model.training_step(batch, k)
+
+    def closure():
+        loss = model.training_step(batch, len(losses))
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        model.on_train_batch_end(None, batch, k)
         losses.append(float(loss.detach()))
+        return loss
+
+    for k in range(steps):
+        model.optimizer_step(0, k, optimizer, closure)
     return losses
+
+
+def test_the_temperature_stays_in_its_bounds(folder, batch):
+    model = _model(folder)
+    for value, bound in ((9.0, 100.0), (-9.0, 1.0)):
+        torch.nn.init.constant_(model.towers.logit_scale, value)
+        _train(model, batch, 1)
+        assert model.towers.logit_scale.exp().item() == pytest.approx(bound)
 
 
 def test_captions_find_their_pictures(folder, batch):

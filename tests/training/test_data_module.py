@@ -104,6 +104,7 @@ def test_a_resumed_run_goes_on_with_the_next_batch(done):
     expected = batches[done : 4 if done < 4 else 8]
     assert len(rest) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
+    assert len(list(resumed.train_dataloader())) == 4, "the next epoch is a whole one"
 
 
 def test_validation_is_the_same_every_time():
