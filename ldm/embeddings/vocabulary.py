@@ -64,14 +64,13 @@ def known_folder(source: str) -> Path | None:
     """The folder of a tokenizer that is named by a path, or on the hub and downloaded before; else None."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from transformers.utils import cached_file
 
     for name in _WORD_FILES:
         try:
-            found = try_to_load_from_cache(source, name)
-        except HFValidationError:  # a path that is not there
-            return None
-        if isinstance(found, str):
+            found = cached_file(source, name, local_files_only=True)
+        except (OSError, ValueError):  # a path that is not there, or never downloaded
+            continue
+        if found is not None:
             return Path(found).parent
     return None
