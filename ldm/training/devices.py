@@ -41,9 +41,10 @@ def parse_gpus(gpus: Any) -> int | list[int] | None:
         return None
     try:
         if isinstance(gpus, str):
-            text = gpus.strip().strip("[]")
-            if "," not in text:
+            text = gpus.strip()
+            if "," not in text and not text.startswith("["):
                 return int(text)
+            text = text.removeprefix("[").removesuffix("]")
             return [int(part) for part in text.split(",") if part.strip()]
         if isinstance(gpus, bool):
             return int(gpus)

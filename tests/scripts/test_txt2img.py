@@ -224,7 +224,22 @@ def test_files_that_are_something_else_are_one_line(run, folder, tmp_path) -> No
     (tmp_path / "list.yaml").write_text("- a")
     (tmp_path / "out").write_text("in the way")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    whole, config = (folder / "model.ckpt").read_bytes(), OmegaConf.load(folder / "config.yaml")
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.pt").write_bytes((folder / "cat.pt").read_bytes()[:-200])
+    config.model.params.unet_config.params.model_channels = 64
+    OmegaConf.save(config, tmp_path / "wider.yaml")
+    config.model.params.unet_config.params.chanels = 64
+    OmegaConf.save(config, tmp_path / "misspelt.yaml")
+    config.model.target = "ldm.models.diffusion.ddpm.Diffusion"
+    OmegaConf.save(config, tmp_path / "nowhere.yaml")
+    beside = ["--config", folder / "config.yaml", "--outdir", tmp_path / "o"]
     for arguments, message in (
+        (["--ckpt_path", tmp_path / "cut.ckpt", *beside], "cut.ckpt' is damaged"),
+        (["--embedding_path", tmp_path / "cut.pt", *beside], "cut.pt"),
+        (["--config", tmp_path / "wider.yaml", "--outdir", tmp_path / "o"], "does not fit the config"),
+        (["--config", tmp_path / "misspelt.yaml", "--outdir", tmp_path / "o"], "unknown key 'chanels'"),
+        (["--config", tmp_path / "nowhere.yaml", "--outdir", tmp_path / "o"], "has no 'Diffusion'"),
         (["--embedding_path", tmp_path / "page.ckpt", "--outdir", tmp_path / "o"], "page.ckpt"),
         (["--embedding_path", folder / "wide.pt", "--outdir", tmp_path / "o"], "768"),
         (["--ckpt_path", tmp_path / "page.ckpt", "--outdir", tmp_path / "o"], "page.ckpt"),

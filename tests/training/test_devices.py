@@ -32,6 +32,8 @@ def no_gpu(monkeypatch):
         ([1], [1]),
         (None, None),
         ("1,", [1]),
+        ("[0]", [0]),
+        ("[0, 1]", [0, 1]),
     ],
 )
 def test_words(text, meaning):
