@@ -49,6 +49,7 @@ PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
         "target": "ldm.training.callbacks.deterministic_loss.DeterministicLoss",
         "params": {},
     },
+    "health": {"target": "ldm.training.callbacks.health.Health", "params": {}},
 }
 # Added only where a YAML names them, or where they have something to do.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
