@@ -24,13 +24,6 @@ class Devices:
     def count(self) -> int:
         return self.devices if isinstance(self.devices, int) else len(self.devices)
 
-    @property
-    def name(self) -> str:
-        if self.accelerator == "cpu":
-            return "the CPU"
-        numbers = list(range(self.count)) if isinstance(self.devices, int) else self.devices
-        return "GPU " + ", ".join(str(number) for number in numbers)
-
 
 def parse_gpus(gpus: Any) -> int | list[int] | None:
     """The meaning of Lightning 1.x: "0," and "0,1" and lists name devices, "2" is a count, -1 is all.
