@@ -14,6 +14,7 @@ same noise the picture that scripts/txt2img.py draws. Every part is compared wit
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,10 @@ def export(options: argparse.Namespace) -> None:
     for path in filter(None, [options.ckpt_path, options.config, *options.embedding_path]):
         if not Path(path).is_file():
             raise UserError(f"'{path}' does not exist; check the path")
+
+    # what the two libraries say about image processors and new rows means nothing here
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
     from ldm.checkpoint import load_model_from_config
     from ldm.embeddings import renames_from
