@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("first-stage", "clip", "ldm")
 BUILD = Path("build/creatures")
 MODEL = Path("models/ldm/creatures")
+FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,17 +90,23 @@ def _export(stage: str, run: Path) -> None:
 def assemble_model(out: Path) -> None:
     """The averaged denoiser with its first stage and text encoder, as one file."""
     import torch
+    from omegaconf import OmegaConf
 
     from ldm.checkpoint import load_model_from_config, save_state_dict
+    from ldm.files import write_text
 
     run = _finished(BUILD / "runs" / "ldm")
     if run is None:
         raise UserError("the denoiser is not trained yet; run: python scripts/embedded_model.py train")
-    model = load_model_from_config("configs/creatures/ldm.yaml", run / "checkpoints" / "last.ckpt")
+    model = load_model_from_config(ROOT / "configs/creatures/ldm.yaml", run / "checkpoints" / "last.ckpt")
     with model.ema_scope():
         state = {key: value for key, value in model.state_dict().items() if not key.startswith("model_ema.")}
         path = save_state_dict(state, out / "model.safetensors", torch.float16)
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    node = OmegaConf.load(ROOT / FINETUNE).model
+    node.pop("base_learning_rate")
+    text = "# The embedded model, as it is trained on and generated with; written beside its weights.\n"
+    write_text(out / "config.yaml", text + OmegaConf.to_yaml(OmegaConf.create({"model": node})))
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB) and config.yaml")
 
 
 if __name__ == "__main__":
