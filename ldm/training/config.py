@@ -79,7 +79,11 @@ def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     """The configuration of a run: YAMLs from left to right, overrides, then flags. Not yet checked."""
     config = OmegaConf.create({})
     for path in base:
-        config = merge(config, read_yaml(path))
+        overlay = read_yaml(path)
+        if overlay.get("data_root"):  # it is meant for datasets of earlier YAMLs too, whatever those say
+            for dataset in _datasets(config):
+                _params(dataset).pop("data_root", None)
+        config = merge(config, overlay)
     try:
         for override in options.overrides:
             key, _, value = override.partition("=")
@@ -96,16 +100,20 @@ def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    fill(config)
+    fill(config, other_images=options.data_root is not None)
     return config
 
 
-def fill(config: DictConfig) -> None:
-    """Carry the run's own keys to the places they are for, in this configuration."""
+def fill(config: DictConfig, *, other_images: bool = False) -> None:
+    """Carry the run's own keys to the places they are for, in this configuration.
+
+    What a dataset says itself stays, but for its data_root if there are `other_images`, and its placeholder if the
+    run has a placeholder_string.
+    """
     datasets = _datasets(config)
     if root := config.get("data_root"):
         for dataset in datasets:
-            if _takes(dataset, "data_root"):
+            if _takes(dataset, "data_root") and (other_images or not _params(dataset).get("data_root")):
                 _params(dataset)["data_root"] = root
     manager = OmegaConf.select(config, "model.params.personalization_config")
     if manager is None:

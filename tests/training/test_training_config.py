@@ -65,6 +65,17 @@ def test_flags_reach_their_places(tmp_path, base):
     assert (merged.lightning.trainer.max_steps, merged.lightning.trainer.gpus) == (7, "0,")
 
 
+def test_an_override_of_a_datasets_root_outranks_the_yamls_own(tmp_path, base):
+    merged = load(tmp_path, "data.params.train.params.data_root=others", base)
+    again = load(tmp_path, "", OmegaConf.to_yaml(merged))  # as a resumed run reads it
+    for found in (merged, again):
+        assert found.data.params.train.params.data_root == "others"
+        assert found.data.params.validation.params.data_root == found.data_root != "others"
+    for words, *yamls in (("--data_root third", merged), ("", merged, {"data_root": "third"})):
+        found = load(tmp_path, words, *yamls)
+        assert {found.data.params[split].params.data_root for split in ("train", "validation")} == {"third"}
+
+
 def test_the_init_word_leaves_further_words_alone(tmp_path, base):
     more = {"model": {"params": {"personalization_config": {"params": {"initializer_words": ["a", "b"]}}}}}
     merged = load(tmp_path, "--init_word kitten", base, more)
