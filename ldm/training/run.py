@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm import pickles
 from ldm.checkpoint import load_model_from_config
-from ldm.training import arguments, config, devices, lightning_parts, preflight, rundir
+from ldm.training import arguments, config, devices, lightning_parts, preflight, run_lock, rundir
 from ldm.training.callbacks.deterministic_loss import DeterministicLoss
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
@@ -205,7 +205,8 @@ def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.Lig
         check_state(plan.state, model)
         logger.info("going on from %s", plan.state)
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
+        with run_lock.locked(plan.run.path):
+            trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
     except MisconfigurationException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     except (MemoryError, RuntimeError) as error:
