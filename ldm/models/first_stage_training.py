@@ -23,7 +23,7 @@ class FirstStageTraining(pl.LightningModule):
     Sub-classes own `encoder`, `decoder` and a forward that returns the reconstruction and what the loss needs
     beside it. Optimisation is manual because two optimisers may alternate; only the generator's steps count as
     `global_step`. `scheduler_config` and `optimizer_config` are nodes, see `ldm.models.optim`; `lr_g_factor`
-    multiplies the decoder's learning rate.
+    multiplies the learning rate of all but the discriminator.
     """
 
     def __init__(
@@ -91,16 +91,14 @@ class FirstStageTraining(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in parts.items()}, batch_size=x.shape[0])
 
     def configure_optimizers(self) -> Any:
-        decoder = list(self.decoder.parameters()) + list(self.post_quant_conv.parameters())
-        in_decoder = {id(parameter) for parameter in decoder}
         adversary = list(self.loss.discriminator.parameters()) if hasattr(self.loss, "discriminator") else []
-        excluded = in_decoder | {id(parameter) for parameter in adversary}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in excluded]
-        groups = [{"params": rest}, {"params": decoder, "lr": self.learning_rate * self.lr_g_factor}]
-        parts = [groups, [{"params": adversary}]] if adversary else [groups]
+        others = {id(parameter) for parameter in adversary}
+        generator = [p for p in self.parameters() if p.requires_grad and id(p) not in others]
+        parts = [(generator, self.learning_rate * self.lr_g_factor), (adversary, self.learning_rate)]
         built = [
-            build_optimizer(part, self.learning_rate, self.optimizer_config, self.scheduler_config)
-            for part in parts
+            build_optimizer([{"params": params}], rate, self.optimizer_config, self.scheduler_config)
+            for params, rate in parts
+            if params
         ]
         if self.scheduler_config is None:
             return built

@@ -88,6 +88,17 @@ def test_with_an_adversary_a_batch_is_still_one_step() -> None:
     assert trainer.callback_metrics["train/disc_loss"] > 0
 
 
+def test_the_factor_is_for_the_rate_of_all_but_the_discriminator() -> None:
+    model = kl_model(disc_weight=0.5)
+    model.lr_g_factor = 0.1
+    generator, adversary = model.configure_optimizers()
+    assert [len(o.param_groups) for o in (generator, adversary)] == [1, 1]
+    assert generator.param_groups[0]["lr"] == pytest.approx(2e-4)
+    assert adversary.param_groups[0]["lr"] == pytest.approx(2e-3)
+    both = [p for o in (generator, adversary) for p in o.param_groups[0]["params"]]
+    assert len(both) == len(list(model.parameters()))
+
+
 def test_starts_from_an_earlier_checkpoint(tmp_path) -> None:
     torch.manual_seed(0)
     first = kl_model()
