@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(argv)
     if options.command == "train":
         return guarded(lambda: train_stages(options.stage or STAGES, options.from_scratch, overrides))
+    if overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     return guarded(lambda: assemble_model(options.out))
 
 
