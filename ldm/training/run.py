@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm import pickles
@@ -209,6 +210,9 @@ def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.Lig
             trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
     except MisconfigurationException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+    except SIGTERMException as error:
+        # Lightning's own way out, where a signal came after a step and before what follows an epoch.
+        raise Interrupted(signal.SIGTERM) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

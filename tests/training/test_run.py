@@ -215,6 +215,15 @@ def test_a_stop_waits_for_the_step_and_saves_everything(tiny_yaml, capsys, name,
     assert "Traceback" not in shown.err
 
 
+def test_a_stop_between_a_step_and_the_validation(tiny_yaml, capsys):
+    Path("late_sender.py").write_text(SENDER.replace("on_before_backward", "on_train_batch_end"))
+    words = [word.replace("sender.Sender", "late_sender.Sender") for word in sending("SIGTERM", 3)]
+    assert start("--base", tiny_yaml, "-t", *words) == 143
+    assert state_of(only_run())["global_step"] == 3
+    assert (only_run() / "checkpoints" / "embeddings_gs-3.pt").is_file()
+    assert "go on with" in capsys.readouterr().out
+
+
 def test_a_preview_is_broken_off_at_once(tiny_yaml, monkeypatch):
     monkeypatch.setattr(
         "ldm.models.diffusion.ddpm.LatentDiffusion.log_images",
