@@ -95,3 +95,41 @@ class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
         super().__init__(
             [warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval
         )
+
+
+class LambdaStepScheduler:
+    """Rates by steps, in the syntax of AUTOMATIC1111's web UI: "0.005:100, 1e-3:1000, 1e-4".
+
+    A rate holds until the number of optimizer steps after its colon, the last one to the end of the run. Factors
+    are those of the `first` rate, which is the base learning rate. Raises ConfigError for what is no such text.
+    """
+
+    def __init__(self, rates: str) -> None:
+        self.rates: list[float] = []
+        self.until: list[int] = []
+        for part in str(rates).strip().rstrip(",").split(","):
+            rate, colon, until = (piece.strip() for piece in part.partition(":"))
+            try:
+                self.rates.append(float(rate))
+                self.until.append(int(until) if colon else -1)
+            except ValueError as error:
+                raise ConfigError(
+                    f"learning rate '{rates}': '{part.strip()}' is no RATE:STEPS; write 0.005:100, 1e-3:1000"
+                ) from error
+        ends = self.until[:-1]
+        if any(end < 1 for end in ends) or sorted(set(ends)) != ends:
+            raise ConfigError(f"learning rate '{rates}': the steps must rise, as in 0.005:100, 1e-3:1000")
+        if self.rates[0] <= 0 or min(self.rates) < 0:
+            raise ConfigError(f"learning rate '{rates}': rates must be above 0")
+
+    @property
+    def first(self) -> float:
+        return self.rates[0]
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        index = next((i for i, end in enumerate(self.until[:-1]) if n < end), len(self.rates) - 1)
+        return self.rates[index] / self.first
+
+    def __call__(self, n: int) -> float:
+        return self.schedule(n)

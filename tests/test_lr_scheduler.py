@@ -6,6 +6,7 @@ import pytest
 
 from ldm.lr_scheduler import (
     LambdaLinearScheduler,
+    LambdaStepScheduler,
     LambdaWarmUpCosineScheduler,
     LambdaWarmUpCosineScheduler2,
 )
@@ -61,3 +62,27 @@ def test_the_schedule_of_the_published_stable_diffusion_yaml():
 def test_lists_of_different_lengths_are_refused():
     with pytest.raises(ConfigError, match="one entry per cycle"):
         LambdaLinearScheduler(**(TWO_CYCLES | {"f_max": [1.0]}))
+
+
+def test_rates_by_steps():
+    schedule = LambdaStepScheduler("0.005:100, 1e-3:1000,")
+    assert schedule.first == 0.005
+    assert [schedule(n) for n in (0, 99)] == [1, 1]
+    assert [schedule(n) for n in (100, 999, 5000)] == pytest.approx([0.2] * 3)
+    three = LambdaStepScheduler("1e-2:10,5e-3:20,1e-3")
+    assert [three(n) for n in (9, 10, 19, 20)] == pytest.approx([1, 0.5, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fast", "'fast' is no RATE:STEPS"),
+        ("1e-3:x", "'1e-3:x' is no"),
+        ("1e-3:100, 1e-4:50, 1e-5", "must rise"),
+        ("1e-3, 1e-4:50", "must rise"),
+        ("0:10, 1e-3", "above 0"),
+    ],
+)
+def test_rates_that_make_no_sense(text, message):
+    with pytest.raises(ConfigError, match=message):
+        LambdaStepScheduler(text)

@@ -24,6 +24,7 @@ from ldm.training.callbacks.deterministic_loss import DeterministicLoss
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
 from ldm.training.callbacks.progress import total_steps
+from ldm.training.learning_rate import set_learning_rate
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
 from ldm.training.provenance import Provenance
 from ldm.training.rundir import RunDir
@@ -161,25 +162,6 @@ def make_trainer(
         if isinstance(error, UserError):
             raise
         raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
-
-
-def set_learning_rate(merged: DictConfig, model: pl.LightningModule, trainer: pl.Trainer) -> str:
-    """Set `model.learning_rate`: base x accumulation x GPUs x batch, or the base alone; returns it in words."""
-    base = merged["model"].get("base_learning_rate")
-    if not isinstance(base, (int, float)) or base <= 0:
-        raise ConfigError(f"model.base_learning_rate is {base!r}; give a number above 0")
-    if not merged["scale_lr"]:
-        model.learning_rate = float(base)
-        return f"learning rate {base:.2e}"
-    accumulate, batch = (
-        trainer.accumulate_grad_batches,
-        OmegaConf.select(merged, "data.params.batch_size") or 1,
-    )
-    model.learning_rate = float(base * accumulate * trainer.world_size * batch)
-    return (
-        f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {trainer.world_size} (processes) "
-        f"x {accumulate} (accumulation); --scale_lr false takes it as it is"
-    )
 
 
 def tell(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, rate: str) -> None:
