@@ -47,7 +47,7 @@ def list_images(folder: str | Path) -> list[Path]:
     """The image files directly in `folder`, sorted by name.
 
     Files are told by their suffix, those without one by their content. Hidden files are passed over; anything
-    else is named in one log line, except the `.txt` that describes an image.
+    else is named in one log line, except the `.txt` that describes an image and `concept.json`.
     Raises ImageError when there is no such folder, or no image in it.
     """
     folder = Path(folder)
@@ -60,7 +60,8 @@ def list_images(folder: str | Path) -> list[Path]:
     except OSError as error:
         raise ImageError(f"cannot read image folder {folder}: {error.strerror}") from None
     images = [entry for entry in entries if entry.is_file() and _looks_like_image(entry)]
-    known = {*images, *(image.with_suffix(".txt") for image in images)}
+    # A sample concept's truth lies beside its pictures, and captions may.
+    known = {*images, folder / "concept.json", *(image.with_suffix(".txt") for image in images)}
     others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in known]
     shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not images:

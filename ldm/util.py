@@ -27,14 +27,6 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def exists(value: Any) -> bool:
-    return value is not None
-
-
-def default(value: Any, fallback: Any) -> Any:
-    return fallback if value is None else value
-
-
 def get_obj_from_str(path: str) -> Any:
     """Import the object that a dotted path names.
 

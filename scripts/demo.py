@@ -9,17 +9,23 @@ the word was learned from, above generations with it.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.util import UserError
-from scripts.common import guarded
+from scripts.common import Parser, guarded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/latent-diffusion/txt2img-finetune.yaml"
@@ -36,9 +42,7 @@ STEPS, GUIDANCE, SAMPLES = 25, 3.0, 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, after one line on stderr if it failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", type=Path, help="folder of images (default: the YAML's)")
     parser.add_argument("--init_word", help="the word to begin at (default: the YAML's)")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/demo"), help="default: %(default)s")
@@ -52,60 +56,71 @@ def demo(options: argparse.Namespace) -> None:
     from ldm.evaluation.palette import palette_overlap
     from ldm.images import list_images, open_image
 
-    config = OmegaConf.load(ROOT / CONFIG)
-    concept = options.concept or Path(config.data_root)
-    manager = config.model.params.personalization_config.params
-    word = options.init_word or manager.initializer_words[0]
+    outdir = options.outdir.absolute()
+    concept = options.concept and options.concept.absolute()
+    os.chdir(ROOT)  # where the YAML's paths and the commands as people type them begin
+    config = OmegaConf.load(CONFIG)
+    concept = concept or Path(config.data_root)
+    word = options.init_word or config.model.params.personalization_config.params.initializer_words[0]
     inputs = [open_image(path) for path in list_images(concept)]
 
     begun = time.monotonic()
-    # options.outdir is relative to where the user stands, and so are the commands
-    runs = options.outdir / "logs"
+    runs = outdir / "logs"
     earlier = set(runs.glob("*"))
-    invert = ["main.py", "--base", CONFIG, "-t", "-l", str(runs), "-n", concept.name]
-    invert += ["--data_root", str(concept), "--init_word", word]
+    invert = ["main.py", "--base", CONFIG, "-t", "--gpus", "0,", "-l", str(runs), "-n", concept.name]
+    if options.concept:
+        invert += ["--data_root", str(concept)]
+    if options.init_word:
+        invert += ["--init_word", word]
     _run(invert)
     seconds = time.monotonic() - begun
-    (run,) = (
-        set(runs.glob("*")) - earlier
-    )  # names begin with the concept's, so that the last one may be older
+    (run,) = set(runs.glob("*")) - earlier
     embeddings = run / "checkpoints" / "embeddings.pt"
-    rows = [("learned from", inputs)]
-    for index, prompt in enumerate(PROMPTS):
-        rows.append((prompt, _generate(prompt, options.outdir / f"samples-{index}", embeddings)))
-    plain = _generate(f"a photo of a {word}", options.outdir / "samples-word", None)
-    rows.append((f"without: a photo of a {word}", plain))
-    sheet = _sheet(rows)
-    picture = options.outdir / "demo.png"
-    sheet.save(picture)
-    size = max(image.width for image in rows[1][1])
-    small = [image.resize((size, size)) for image in inputs]
-    print(f"picture:    {picture}")
-    print(f"embeddings: {embeddings}")
+
+    with_word = _generate(PROMPTS, outdir / "with-word", embeddings)
+    without = _generate([f"a photo of a {word}"], outdir / "without-word", None)
+    rows = [("learned from", inputs), *zip(PROMPTS, with_word, strict=True)]
+    rows.append((f"without the word: a photo of a {word}", without[0]))
+    picture = outdir / "demo.png"
+    _sheet(rows).save(picture)
+    size = with_word[0][0].size
+    small = [image.resize(size) for image in inputs]
+    print(f"picture:    {_shown(picture)}")
+    print(f"embeddings: {_shown(embeddings)}")
     print(
-        f"inverted in {seconds:.0f} s, start-up included; colours shared with the images: "
-        f"'*' {palette_overlap(rows[1][1], small):.2f}, '{word}' {palette_overlap(plain, small):.2f}"
+        f"inverted in {seconds:.0f} s, start-up included; colours shared with the images (0 to 1): "
+        f"'*' {palette_overlap(with_word[0], small):.2f}, '{word}' {palette_overlap(without[0], small):.2f}"
     )
 
 
-def _generate(prompt: str, outdir: Path, embeddings: Path | None) -> list:
+def _generate(prompts: Sequence[str], outdir: Path, embeddings: Path | None) -> list[list[Image]]:
+    """SAMPLES pictures of each prompt."""
     from ldm.images import list_images, open_image
 
-    command = ["scripts/txt2img.py", "--prompt", prompt, "--outdir", str(outdir), "--skip_grid"]
+    shutil.rmtree(outdir, ignore_errors=True)
+    outdir.mkdir(parents=True)
+    lines = outdir / "prompts.txt"
+    lines.write_text("\n".join(prompts) + "\n")
+    command = ["scripts/txt2img.py", "--from-file", str(lines), "--outdir", str(outdir), "--skip_grid"]
     command += [
         "--n_samples",
-        str(SAMPLES),
-        "--ddim_steps",
-        str(STEPS),
-        "--scale",
-        str(GUIDANCE),
+        f"{SAMPLES}",
         "--dpm_solver",
+        "--ddim_steps",
+        f"{STEPS}",
+        "--scale",
+        f"{GUIDANCE}",
     ]
     if embeddings is not None:
         command += ["--embedding_path", str(embeddings)]
-    before = set(list_images(outdir / "samples")) if (outdir / "samples").is_dir() else set()
     _run(command)
-    return [open_image(path) for path in list_images(outdir / "samples") if path not in before]
+    pictures = [open_image(path) for path in list_images(outdir / "samples")]
+    return [pictures[start : start + SAMPLES] for start in range(0, len(pictures), SAMPLES)]
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the checkout, if it lies there."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -115,13 +130,13 @@ def _run(arguments: Sequence[str]) -> None:
         raise UserError(f"{arguments[0]} did not end well, see above")
 
 
-def _sheet(rows: Sequence[tuple[str, list]]) -> object:
-    from PIL import Image
+def _sheet(rows: Sequence[tuple[str, list[Image]]]) -> Image:
+    from PIL import Image as pictures
 
     from ldm.images import image_grid, labelled
 
     strips = [labelled(image_grid(images, len(images), scale=SCALE), title) for title, images in rows]
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    sheet = pictures.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
     top = 0
     for strip in strips:
         sheet.paste(strip, (0, top))

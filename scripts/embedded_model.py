@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.util import UserError
-from scripts.common import guarded
+from scripts.common import Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("first-stage", "clip", "ldm")
@@ -31,9 +31,7 @@ FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, after one line on stderr if it failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the stages that are not done")
     train.add_argument("--stage", choices=STAGES, action="append", help="this stage alone (may be repeated)")
@@ -42,12 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     assemble.add_argument(
         "--out", type=Path, default=MODEL, help="folder of the model (default: %(default)s)"
     )
+    return guarded(lambda: run(parser, argv))
+
+
+def run(parser: Parser, argv: Sequence[str] | None) -> None:
+    """Do what a command line says; what it does not know is handed on to main.py."""
     options, overrides = parser.parse_known_args(argv)
     if options.command == "train":
-        return guarded(lambda: train_stages(options.stage or STAGES, options.from_scratch, overrides))
-    if overrides:
+        train_stages(options.stage or STAGES, options.from_scratch, overrides)
+    elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    return guarded(lambda: assemble_model(options.out))
+    else:
+        assemble_model(options.out)
 
 
 def train_stages(stages: Sequence[str], from_scratch: bool, overrides: Sequence[str]) -> None:

@@ -41,12 +41,13 @@ from ldm.embeddings.inspect import ConceptReport, describe
 from ldm.embeddings.vocabulary import known_folder, table_of, words_of
 from ldm.images import open_image
 from ldm.util import UsageError, UserError
+from scripts.common import Parser
 from scripts.txt2img import config_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -202,10 +203,8 @@ def _report(paths: Sequence[Path]) -> None:
         print(f"wrote {path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("inspect", help="say what files hold")

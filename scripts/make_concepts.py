@@ -30,7 +30,7 @@ from ldm.data.creatures.world import (  # noqa: E402
     scene,
 )
 from ldm.files import write_text, write_whole  # noqa: E402
-from ldm.util import UserError  # noqa: E402
+from scripts.common import Parser, guarded  # noqa: E402
 
 PICTURES = 5
 # Chosen by eye from the first hundred held-out creatures, so that kinds, colours and patterns all occur.
@@ -123,22 +123,21 @@ def _short(value: Any) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Draws every sample concept; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Draw the sample concepts.")
+    parser = Parser(description="Draw the sample concepts.")
     parser.add_argument("--out", default="data/concepts", help="folder to write to (default: %(default)s)")
     parser.add_argument(
         "--size", type=int, default=32, choices=(32, 64, 128), help="pixels (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    return guarded(lambda: draw(parser.parse_args(arguments)))
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Write the folders of all concepts."""
     concepts = {name: creature_concept(index) for name, index in CREATURES.items()}
     concepts |= {name: style_concept(number, style) for number, (name, style) in enumerate(STYLES.items())}
-    try:
-        for name, (creatures, scenes) in concepts.items():
-            write_concept(Path(options.out) / name, creatures, scenes, options.size)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    for name, (creatures, scenes) in concepts.items():
+        write_concept(Path(options.out) / name, creatures, scenes, options.size)
     print(f"{len(concepts)} concepts of {PICTURES} pictures written to {options.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.embeddings import merge, plan_renames, read, renames_from, write
 from ldm.util import UserError
+from scripts.common import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         renames = renames_from(options.rename)
         parts = [read(path) for path in options.manager_ckpts]
         if options.use_bert:
@@ -40,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {options.output_path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manager_ckpts", nargs="+", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output_path", type=Path, required=True, metavar="FILE")
     parser.add_argument(

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in SHIPPED if path.parent.name == "personalization"]
-TRAINABLE = [path for path in SHIPPED if path not in OVERLAYS and "data" in OmegaConf.load(path)]
+# What is laid over another YAML; recipes are checked in tests/training/test_recipes.py.
+FRAGMENTS = ("personalization", "recipes")
+TRAINABLE = [p for p in SHIPPED if p.parent.name not in FRAGMENTS and "data" in OmegaConf.load(p)]
 MODELS = [path for path in SHIPPED if "target" in (OmegaConf.load(path).get("model") or {})]
 OLD = sorted((ROOT / "tests" / "old_yamls").glob("*.yaml"))
 ORIGINAL_NAMES = {

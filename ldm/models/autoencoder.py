@@ -107,10 +107,6 @@ class VQModel(FirstStageTraining):
     def decode(self, quantized: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(quantized))
 
-    def decode_code(self, codes: Tensor) -> Tensor:
-        """Pictures of codebook indices [B, h, w]."""
-        return self.decode(self.quantize.embedding(codes).movedim(-1, 1))
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         quantized, codebook_loss, _ = self.encode(x)
         return self.decode(quantized), codebook_loss

@@ -74,7 +74,9 @@ class FirstStageTraining(pl.LightningModule):
             disc_loss = self.loss.discriminate(x, reconstruction)
             adversary[0].zero_grad()
             self.manual_backward(disc_loss)
-            adversary[0].optimizer.step()  # the bare optimiser, so that a batch counts as one step
+            # Not through `adversary[0].step()`, which would count the batch as two steps.
+            precision = self.trainer.precision_plugin
+            precision.optimizer_step(adversary[0].optimizer, model=self, closure=lambda: None)
             parts["disc_loss"] = disc_loss.detach()
         for scheduler in self._schedulers():
             scheduler.step()

@@ -50,6 +50,10 @@ PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
         "params": {},
     },
     "health": {"target": "ldm.training.callbacks.health.Health", "params": {}},
+    "summary_pictures": {
+        "target": "ldm.training.callbacks.summary_pictures.SummaryPictures",
+        "params": {},
+    },
 }
 # Added only where a YAML names them, or where they have something to do.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {

@@ -96,7 +96,8 @@ def test_the_factor_is_for_the_rate_of_all_but_the_discriminator() -> None:
     assert generator.param_groups[0]["lr"] == pytest.approx(2e-4)
     assert adversary.param_groups[0]["lr"] == pytest.approx(2e-3)
     both = [p for o in (generator, adversary) for p in o.param_groups[0]["params"]]
-    assert len(both) == len(list(model.parameters()))
+    assert len(both) == sum(p.requires_grad for p in model.parameters())
+    assert not any(p is model.loss.logvar for p in both)  # held, as the original held it
 
 
 def test_starts_from_an_earlier_checkpoint(tmp_path) -> None:

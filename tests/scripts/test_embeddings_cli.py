@@ -185,8 +185,8 @@ def test_merge_and_split(cat, tmp_path, capsys):
 def test_mistakes_end_in_one_line(tmp_path, capsys):
     assert fails(capsys, 1, "inspect", tmp_path / "absent.pt").count("\n") == 1
     assert "old=new" in fails(capsys, 2, "merge", tmp_path / "a", "-o", tmp_path / "b", "--rename", "x")
-    assert "usage:" in fails(capsys, 2, "convert", tmp_path / "a", "--to", "pickle")
-    assert "usage:" in fails(capsys, 2)
+    assert "error: " in fails(capsys, 2, "convert", tmp_path / "a", "--to", "pickle")
+    assert "error: " in fails(capsys, 2)
 
 
 @pytest.mark.parametrize("script", ["embeddings.py", "merge_embeddings.py"])

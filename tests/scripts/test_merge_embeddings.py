@@ -54,4 +54,4 @@ def test_bert_where_the_file_does_not_say(tmp_path):
 def test_missing_arguments_are_a_usage_message(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--output_path", "x"])
-    assert caught.value.code == 2 and "usage:" in capsys.readouterr().err
+    assert caught.value.code == 2 and "error: " in capsys.readouterr().err

@@ -122,23 +122,6 @@ class NoiseSchedule(nn.Module):
             + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
         )
 
-    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of x_t given x_0."""
-        return (
-            at(self.sqrt_alphas_cumprod, t, x_start) * x_start,
-            at(1.0 - self.alphas_cumprod, t, x_start),
-            at(self.log_one_minus_alphas_cumprod, t, x_start),
-        )
-
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log variance of x_{t-1} given x_t and x_0 (Ho et al. 2020, equation 7)."""
-        mean = at(self.posterior_mean_coef1, t, x_t) * x_start + at(self.posterior_mean_coef2, t, x_t) * x_t
-        return (
-            mean,
-            at(self.posterior_variance, t, x_t),
-            at(self.posterior_log_variance_clipped, t, x_t),
-        )
-
     def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity (Salimans and Ho 2022, section 4)."""
         return (

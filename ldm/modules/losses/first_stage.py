@@ -79,14 +79,20 @@ class _AdversarialLoss(nn.Module):
 class LPIPSWithDiscriminator(_AdversarialLoss):
     """Loss of a KL first stage: negative log likelihood + `kl_weight` * KL (+ perceptual and adversarial parts).
 
-    Likelihood and KL are summed over a picture and averaged over the batch, as in LDM. `logvar` is a learned
-    output log variance. Further keywords are those of both losses.
+    Likelihood and KL are summed over a picture and averaged over the batch, as in LDM. `logvar` is the
+    output's log variance, learned if `learn_logvar` (the original held it). Further keywords are those of both losses.
     """
 
-    def __init__(self, logvar_init: float = 0.0, kl_weight: float = 1.0, **adversarial: Any) -> None:
+    def __init__(
+        self,
+        logvar_init: float = 0.0,
+        kl_weight: float = 1.0,
+        learn_logvar: bool = False,
+        **adversarial: Any,
+    ) -> None:
         super().__init__(**adversarial)
         self.kl_weight = kl_weight
-        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
+        self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
 
     def forward(
         self,
