@@ -88,6 +88,15 @@ def test_a_resumed_run_has_measured_the_same(tiny_yaml):
     assert all(torch.equal(resumed["best"][key], value) for key, value in straight["best"].items())
 
 
+def test_what_is_said_where_no_step_is_best(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml, "-t", "-l", "short", "--max_steps", 1) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ended at step 1 because that is its limit"
+    folder = only_run("short") / "checkpoints"
+    assert not (folder / "embeddings_best.pt").exists()
+    assert start("--base", tiny_yaml, "-t", "-l", "worse", *OFTEN, "--max_steps", 2) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; no step was better than the first vectors")
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

@@ -135,7 +135,8 @@ class DeterministicLoss(Callback):
         else:
             reason = "that is its limit" if finished else "it was interrupted"
         if not self.best_step:
-            return f"ended at step {step} because {reason}; no step was better than the first vectors"
+            found = "; no step was better than the first vectors" if len(self.losses) > 1 else ""
+            return f"ended at step {step} because {reason}{found}"
         path = Path(trainer.default_root_dir) / "checkpoints" / "embeddings_best.pt"
         first, best = self.losses[0], self._best_loss
         where = f": {path}" if path.is_file() else ""
