@@ -14,7 +14,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import DDPM
+    from ldm.models.diffusion.pixel import DDPM
 
 GUIDANCE_SCALE = 5.0
 
