@@ -200,8 +200,9 @@ def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.Lig
             raise
         raise UserError(
             f"out of memory at step {trainer.global_step}; what was learned is in {plan.run.checkpoints}. Try "
-            "data.params.batch_size=1, lightning.trainer.precision=bf16-mixed, "
-            "model.params.unet_config.params.use_checkpoint=true or smaller images"
+            "configs/recipes/low-memory.yaml as one more --base, that is data.params.batch_size=1, "
+            "lightning.trainer.precision=bf16-mixed, model.params.unet_config.params.use_checkpoint=true or smaller "
+            "images"
         ) from error
 
 

@@ -298,6 +298,7 @@ def test_out_of_memory_keeps_what_was_learned(tiny_yaml, monkeypatch, capsys):
     assert start("--base", tiny_yaml, "-t") == 1
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(err) == 1 and "out of memory at step 2" in err[0] and "batch_size=1" in err[0]
+    assert "configs/recipes/low-memory.yaml" in err[0]
     assert (only_run() / "checkpoints" / "embeddings_gs-2.pt").is_file()
     assert state_of(only_run())["global_step"] == 2
 
