@@ -28,7 +28,7 @@ RUN_KEYS = (
     "scale_lr",
 )
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
-_MODEL_KEYS = ("target", "params", "base_learning_rate", "ckpt_path")
+_MODEL_KEYS = ("target", "params", "base_learning_rate")
 
 
 def read_yaml(path: str | Path) -> DictConfig:

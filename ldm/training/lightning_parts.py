@@ -98,19 +98,12 @@ def complete(lightning: Mapping[str, Any] | None, *, personalization: bool = Fal
 def trainer_kwargs(
     lightning: Mapping[str, Any], devices: Devices, *, personalization: bool
 ) -> dict[str, Any]:
-    """Options for Lightning's Trainer: what is usual here, then what the YAML and the flags say.
-
-    Raises UsageError for numbers of steps that make no sense.
-    """
+    """Options for Lightning's Trainer: what is usual here, then what the YAML and the flags say."""
     said = translate(OmegaConf.to_container(OmegaConf.create(lightning.get("trainer") or {}), resolve=True))
     said.pop("gpus", None)
     said = {
         key: value for key, value in said.items() if value is not None or key == "check_val_every_n_epoch"
     }
-    for key in ("max_steps", "max_epochs"):
-        number = said.get(key, -1)
-        if not isinstance(number, int) or (number < 1 and number != -1):
-            raise UsageError(f"{key} is {number!r}; it must be a whole number from 1 on (-1: no limit)")
     if personalization and not {"max_steps", "max_epochs", "max_time"} & said.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
         said["max_steps"] = 6100
@@ -128,6 +121,14 @@ def trainer_kwargs(
     if "max_steps" not in said and "max_epochs" not in said:
         usual["max_epochs"] = -1
     return usual | said
+
+
+def check_lengths(lightning: Mapping[str, Any]) -> None:
+    """Raise UsageError for numbers of steps or epochs that make no sense."""
+    for key in ("max_steps", "max_epochs"):
+        number = (lightning.get("trainer") or {}).get(key)
+        if number is not None and (not isinstance(number, int) or (number < 1 and number != -1)):
+            raise UsageError(f"{key} is {number!r}; it must be a whole number from 1 on (-1: no limit)")
 
 
 def make_loggers(lightning: Mapping[str, Any], run: RunDir) -> list[Logger]:

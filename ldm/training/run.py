@@ -99,6 +99,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         folder, state = None, None
         merged = config.load(options, options.base)
     config.check(merged, known)
+    lightning_parts.check_lengths(merged.get("lightning") or {})
     merged["seed"] = merged.get("seed", SEED)
     merged["scale_lr"] = merged.get("scale_lr", True)
     if folder is None:

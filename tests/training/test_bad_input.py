@@ -62,6 +62,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--embedding_manager_ckpt wide.pt", 1, "width 768, the text encoder has width 32"),
         ("--embedding_manager_ckpt page.ckpt", 1, "HTML page"),
         ("--max_steps -5", 2, "max_steps is -5"),
+        ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
         ("--max_train_steps -5", 2, "'-5' is no positive whole number"),
         ("lightning.trainer.max_steps=-5", 2, "max_steps is -5"),
         ("--train_batch_size 0", 2, "'0' is no positive whole number"),

@@ -59,7 +59,7 @@ def test_several_gpus_use_ddp():
 @pytest.mark.parametrize("steps", [0, -5, 2.5, "many"])
 def test_steps_that_make_no_sense(steps):
     with pytest.raises(UsageError, match="max_steps is"):
-        kwargs(max_steps=steps)
+        parts.check_lengths({"trainer": {"max_steps": steps}})
 
 
 def test_null_stays_where_it_means_something():
