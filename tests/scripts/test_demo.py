@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from PIL import Image
 
 from scripts import demo
@@ -17,16 +18,19 @@ def test_the_picture_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch
         folder = Path(arguments[arguments.index("-l") + 1])
         (folder / "bobo_now").mkdir()
 
-    def generate(prompt: str, outdir: Path, embeddings: Path | None) -> list[Image.Image]:
-        used.append((prompt, embeddings))
-        return [Image.new("RGB", (32, 32), "red")] * 2
+    def generate(prompts: list[str], outdir: Path, embeddings: Path | None) -> list[list[Image.Image]]:
+        used.append((prompts[0], embeddings))
+        return [[Image.new("RGB", (32, 32), "red")] * 2 for _ in prompts]
 
     monkeypatch.setattr(demo, "_run", run)
     monkeypatch.setattr(demo, "_generate", generate)
     monkeypatch.chdir(demo.ROOT)
     assert demo.main(["--outdir", str(tmp_path / "out")]) == 0
+    word = OmegaConf.load(
+        demo.ROOT / demo.CONFIG
+    ).model.params.personalization_config.params.initializer_words[0]
     now = tmp_path / "out" / "logs" / "bobo_now" / "checkpoints" / "embeddings.pt"
-    assert used[0] == ("a photo of *", now) and used[-1] == ("a photo of a bear", None)
+    assert used[0] == ("a photo of *", now) and used[-1] == (f"a photo of a {word}", None)
     assert Image.open(tmp_path / "out" / "demo.png").width > 5 * 32
     said = capsys.readouterr().out
     assert f"embeddings: {now}" in said and "colours shared with the images" in said
