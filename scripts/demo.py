@@ -100,7 +100,7 @@ def _generate(prompts: Sequence[str], outdir: Path, embeddings: Path | None) -> 
     shutil.rmtree(outdir, ignore_errors=True)
     outdir.mkdir(parents=True)
     lines = outdir / "prompts.txt"
-    lines.write_text("\n".join(prompts) + "\n")
+    lines.write_text("".join(f"{prompt}\n" * SAMPLES for prompt in prompts))
     command = ["scripts/txt2img.py", "--from-file", str(lines), "--outdir", str(outdir), "--skip_grid"]
     command += [
         "--n_samples",
@@ -126,7 +126,9 @@ def _shown(path: Path) -> Path:
 def _run(arguments: Sequence[str]) -> None:
     command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
     print(f"$ python {' '.join(repr(part) if ' ' in part else part for part in arguments)}", flush=True)
-    if subprocess.run(command).returncode:
+    # the paths of single pictures say nothing here: the sheet shows them
+    shown = None if arguments[0] == "main.py" else subprocess.DEVNULL
+    if subprocess.run(command, stdout=shown).returncode:
         raise UserError(f"{arguments[0]} did not end well, see above")
 
 

@@ -1,0 +1,88 @@
+"""The shipped model: prompts obeyed, a concept inverted by the commands as people type them."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from ldm.checkpoint import load_model_from_config
+from ldm.evaluation.palette import palette_overlap
+from ldm.generate import generate
+from ldm.images import list_images, open_image
+from scripts import txt2img
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models/ldm/creatures"
+FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
+
+pytestmark = pytest.mark.skipif(
+    not (MODEL / "model.safetensors").is_file(), reason="the embedded model is not in this checkout"
+)
+
+
+def corner_hues(picture: Image.Image) -> list[float]:
+    pixels = np.asarray(picture, dtype=float) / 255
+    size = len(pixels)
+    corners = [pixels[y, x] for y in (1, size - 2) for x in (1, size - 2)]
+    return [colorsys.rgb_to_hsv(*corner)[0] for corner in corners]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
+
+
+@pytest.mark.parametrize(("color", "hue"), [("blue", 0.62), ("green", 0.35), ("pink", 0.93)])
+def test_backgrounds_are_obeyed(model, color: str, hue: float) -> None:
+    prompts = [f"a photo of a yellow fish on a {color} background"] * 6
+    pictures = generate(model, prompts, steps=12, scale=3.0, sampler="dpm_solver", seed=0)
+    away = [abs((h - hue + 0.5) % 1 - 0.5) for picture in pictures for h in corner_hues(picture)]
+    assert np.mean(np.array(away) < 0.1) > 0.8
+
+
+def test_the_used_by_commands_invert_and_generate(tmp_path: Path, monkeypatch) -> None:
+    """Fewer steps than people take; the pictures must share more colours with the concept than the plain word's."""
+    monkeypatch.chdir(ROOT)
+    _invert(tmp_path, "--gpus", "0,")
+    (embeddings,) = tmp_path.glob("logs/*/checkpoints/embeddings.pt")
+    learned = _pictures(tmp_path / "learned", "a photo of *", "--embedding_path", str(embeddings))
+    plain = _pictures(tmp_path / "plain", "a photo of a creature")
+    concept = [open_image(path) for path in list_images("data/concepts/zuzu")]
+    assert palette_overlap(learned, concept) > palette_overlap(plain, concept) + 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_draws_what_the_processor_draws(tmp_path: Path, model) -> None:
+    prompt = ["a photo of a red bear on a blue background"] * 2
+    (ours, _), (theirs, _) = (
+        generate(model.to(device), prompt, steps=10, scale=3.0, seed=3) for device in ("cpu", "cuda")
+    )
+    model.to("cpu")
+    assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean() < 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_inverts_on_a_gpu(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _invert(tmp_path, "--gpus", "0,")
+    assert list(tmp_path.glob("logs/*/checkpoints/embeddings.pt"))
+
+
+def _invert(folder: Path, *flags: str) -> None:
+    command = ["--base", FINETUNE, "-t", "-l", str(folder / "logs"), "--data_root", "data/concepts/zuzu"]
+    limits = ["--init_word", "creature", "--max_steps", "80", "lightning.callbacks.image_logger=null"]
+    assert main.main([*command, *limits, *flags]) == 0
+
+
+def _pictures(folder: Path, prompt: str, *flags: str) -> list[Image.Image]:
+    command = ["--prompt", prompt, "--outdir", str(folder), "--n_samples", "8", "--dpm_solver", "--seed", "1"]
+    assert txt2img.main([*command, "--ddim_steps", "12", "--scale", "3", "--skip_grid", *flags]) == 0
+    return [open_image(path) for path in list_images(folder / "samples")]
