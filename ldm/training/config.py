@@ -104,6 +104,15 @@ def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     return config
 
 
+def seed_vectors(config: DictConfig) -> None:
+    """Let the run's seed decide the initial vectors too, where their class takes one and the YAML names none."""
+    node = OmegaConf.select(config, "model.params.personalization_config")
+    if node is None or "seed" in (node.get("params") or {}):
+        return
+    if _takes(node, "seed"):
+        OmegaConf.update(node, "params.seed", config["seed"])
+
+
 def fill(config: DictConfig, *, other_images: bool = False) -> None:
     """Carry the run's own keys to the places they are for, in this configuration.
 

@@ -42,4 +42,6 @@ def set_up(debug: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Advice on worker counts, log intervals and frozen modules, all of which are meant as they are.
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    # A run without validation pictures is no mistake.
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")

@@ -60,6 +60,19 @@ def check_captions(model: Any, dataset: Any) -> None:
             )
 
 
+def check_progress(model: Any, max_steps: int | None) -> None:
+    """Say so if a run ends before its second progressive vector joins."""
+    manager = getattr(model, "embedding_manager", None)
+    scale = getattr(manager, "progressive_scale", 0)
+    if getattr(manager, "progressive_step", None) is not None and 0 < (max_steps or 0) <= scale:
+        logger.warning(
+            "progressive_words adds a vector every %d steps and the run ends after %d: only the first is learned; "
+            "set personalization_config.params.progressive_scale lower or max_steps higher",
+            scale,
+            max_steps,
+        )
+
+
 def captions_of(dataset: Any) -> list[str]:
     """All captions of a dataset, or those of some samples where it cannot list them."""
     if hasattr(dataset, "captions"):

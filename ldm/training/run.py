@@ -59,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
     where = devices.choose(OmegaConf.select(plan.config, "lightning.trainer.gpus"))
     model = make_model(plan.config)
     preflight.check_captions(model, getattr(data, "datasets", {}).get("train"))
+    preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
     requests = Requests()
     with listening(requests):
         trainer = make_trainer(plan, model, where, requests)
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     if (
         not plan.options.no_test
         and is_overridden("test_step", model, pl.LightningModule)
-        and data.datasets.get("test")
+        and getattr(data, "datasets", {}).get("test")
     ):
         trainer.test(model, datamodule=data)
     return 0
@@ -101,6 +102,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     config.check(merged, known)
     lightning_parts.check_lengths(merged.get("lightning") or {})
     merged["seed"] = merged.get("seed", SEED)
+    config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)
     if folder is None:
         gpus = devices.parse_gpus(OmegaConf.select(merged, "lightning.trainer.gpus"))
