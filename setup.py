@@ -15,7 +15,7 @@ setup(
     packages=find_namespace_packages(include=["ldm", "ldm.*"]),
     install_requires=[
         "torch>=2.6",
-        "pytorch-lightning>=2.2,<3",  # before 2.4 it needs setuptools<82 beside it, for pkg_resources
+        "pytorch-lightning>=2.5,<3",  # with 2.4 a resumed run is not bit for bit the one that was never stopped
         "transformers>=4.46",
         "omegaconf>=2.3",
         "einops>=0.6",
