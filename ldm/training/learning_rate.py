@@ -19,8 +19,6 @@ def set_learning_rate(merged: DictConfig, model: Any, trainer: pl.Trainer) -> st
     said = base = merged["model"].get("base_learning_rate")
     if isinstance(said, str):
         base = _by_steps(said, model)
-    if not isinstance(base, (int, float)) or base <= 0:
-        raise ConfigError(f"model.base_learning_rate is {base!r}; give a number above 0")
     steps = f"; by steps: {said}" if isinstance(said, str) else ""
     if not merged["scale_lr"]:
         model.learning_rate = float(base)
@@ -34,6 +32,13 @@ def set_learning_rate(merged: DictConfig, model: Any, trainer: pl.Trainer) -> st
         f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {trainer.world_size} (processes) "
         f"x {accumulate} (accumulation); --scale_lr false takes it as it is{steps}"
     )
+
+
+def check_base_rate(merged: DictConfig) -> None:
+    """Raise ConfigError for a base that is no rate; what a schedule says is checked when it is built."""
+    base = merged["model"].get("base_learning_rate")
+    if not isinstance(base, str) and (not isinstance(base, (int, float)) or base <= 0):
+        raise ConfigError(f"model.base_learning_rate is {base!r}; give a number above 0")
 
 
 def _by_steps(text: str, model: Any) -> float:

@@ -24,7 +24,7 @@ from ldm.training.callbacks.deterministic_loss import DeterministicLoss
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
 from ldm.training.callbacks.progress import total_steps
-from ldm.training.learning_rate import set_learning_rate
+from ldm.training.learning_rate import check_base_rate, set_learning_rate
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
 from ldm.training.provenance import Provenance
 from ldm.training.rundir import RunDir
@@ -101,6 +101,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         merged = config.load(options, options.base)
     config.check(merged, known)
     lightning_parts.check_lengths(merged.get("lightning") or {})
+    check_base_rate(merged)
     merged["seed"] = merged.get("seed", SEED)
     config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)
@@ -195,6 +196,14 @@ def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.Lig
             trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
     except MisconfigurationException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+    except ValueError as error:
+        if isinstance(error, UserError) or "val_check_interval" not in str(error):
+            raise
+        batches = trainer.num_training_batches
+        raise ConfigError(
+            f"lightning.trainer.val_check_interval is {trainer.val_check_interval}, more than the {batches} batches of "
+            "an epoch; lower it, or set check_val_every_n_epoch: null to count over all epochs"
+        ) from error
     except SIGTERMException as error:
         # Lightning's own way out, where a signal came after a step and before what follows an epoch.
         raise Interrupted(signal.SIGTERM) from error

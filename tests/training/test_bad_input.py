@@ -63,6 +63,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--embedding_manager_ckpt page.ckpt", 1, "HTML page"),
         ("--max_steps -5", 2, "max_steps is -5"),
         ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
+        ("model.base_learning_rate=0 --actual_resume gone.ckpt", 1, "base_learning_rate is 0"),
         ("--max_train_steps -5", 2, "'-5' is no positive whole number"),
         ("lightning.trainer.max_steps=-5", 2, "max_steps is -5"),
         ("--train_batch_size 0", 2, "'0' is no positive whole number"),
@@ -91,3 +92,12 @@ def test_a_text_among_the_images_is_skipped_in_one_line(tiny_yaml, tmp_path, cap
     skipped = [line for line in shown.out.splitlines() if "notes.md" in line]
     assert set(skipped) == {f"{folder}: skipped what is not an image: notes.md"}
     assert "Traceback" not in shown.err
+
+
+def test_a_validation_interval_beyond_an_epoch_is_one_line(tiny_yaml, files, capsys) -> None:
+    words = ["lightning.trainer.val_check_interval=5000", "lightning.trainer.limit_val_batches=1"]
+    code = main.main(["--base", str(tiny_yaml), "-t", "--max_steps", "2", *words])
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
+    assert code == 1 and len(lines) == 1, shown.err
+    assert "val_check_interval is 5000, more than the" in lines[0]
