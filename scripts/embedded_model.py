@@ -1,6 +1,6 @@
 """Train the embedded model, from drawings to a checkpoint.
 
-    python scripts/embedded_model.py train       # first stage, text encoder, denoiser: 90 minutes on two cores
+    python scripts/embedded_model.py train       # first stage, text encoder, denoiser
     python scripts/embedded_model.py assemble    # their weights as models/ldm/creatures, in half precision
 
 Each stage is a YAML in configs/creatures and runs through main.py. A stage that is done is not run again, one that

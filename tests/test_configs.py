@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import CLIPTextConfig
 
 from ldm.training import config as training_config
 from ldm.training import lightning_parts
@@ -56,23 +55,6 @@ def command(*paths: Path, words: str = "--data_root data/concepts/bobo") -> Dict
 def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths in YAMLs are meant from the checkout."""
     monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="session")
-def clip_vit_l(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text encoder of Stable Diffusion v1 without its weights, in place of a download."""
-    folder = tmp_path_factory.mktemp("clip-vit-large-patch14")
-    CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-    ).save_pretrained(folder)
-    for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        (folder / file).write_bytes((GOLDEN / "clip_tiny" / file).read_bytes())
-    return folder
 
 
 def build(node: DictConfig, clip_vit_l: Path) -> torch.nn.Module:
