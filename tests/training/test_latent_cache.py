@@ -133,3 +133,37 @@ def test_previews_find_the_pictures_again() -> None:
     shown = cached.with_pictures(batch(cached, [4, 1]), "image")
     assert torch.equal(shown["image"][0], Pictures().image(1, False))
     assert torch.equal(shown["image"][1], Pictures().image(1, True))
+
+
+def test_the_first_stage_rests_on_the_cpu_and_comes_back_for_what_needs_it() -> None:
+    """The device called meta stands in for an accelerator: what is moved there has no numbers any more."""
+    accelerator = torch.device("meta")
+    model = Golden("clip_one_vector").model()
+    before = {key: value.clone() for key, value in model.first_stage_model.state_dict().items()}
+    fit = trainer(Pictures())
+    cache = LatentCache()
+    cache.on_fit_start(fit, model)
+    moved: list[object] = []
+    model.first_stage_model.to = lambda place: moved.append(place)
+    cache.on_train_start(fit, model)
+    assert moved == ["cpu"]
+    del model.first_stage_model.to
+
+    resting = model.first_stage_model
+    pictures = torch.zeros(2, 3, 32, 32, device=accelerator)
+    assert model.encode_first_stage(pictures).parameters.device == accelerator
+    latents = torch.zeros(2, *model.encode_first_stage(pictures).mean.shape[1:], device=accelerator)
+    assert model.decode_first_stage(latents).device == accelerator
+    assert model.first_stage_model is resting
+    after = resting.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    with pytest.raises(KeyError), model.first_stage_on(accelerator) as there:
+        assert next(there.parameters()).device == accelerator and model.first_stage_model is there
+        raise KeyError
+    assert model.first_stage_model is resting
+
+
+def test_a_first_stage_that_is_still_needed_stays() -> None:
+    model = Golden("clip_one_vector").model()
+    model.first_stage_model.to = lambda place: pytest.fail(f"moved to {place}")
+    LatentCache().on_train_start(trainer([1, 2]), model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,10 +130,27 @@ class LatentDiffusion(DDPM):
 
     # -- first stage -----------------------------------------------------------------------------------------
 
+    @contextmanager
+    def first_stage_on(self, device: torch.device) -> Iterator[nn.Module]:
+        """The first stage on a device for this block; where it rests elsewhere, a copy that goes with the block.
+
+        A cache of latents lets it rest on the CPU (see `LatentCache`), and few things need it from then on.
+        """
+        resting = self.first_stage_model
+        if all(parameter.device == device for parameter in resting.parameters()):
+            yield resting
+            return
+        self.first_stage_model = copy.deepcopy(resting).to(device)
+        try:
+            yield self.first_stage_model
+        finally:
+            self.first_stage_model = resting
+
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """Posterior (KL) or latent (VQ) of pictures [B, 3, H, W] in [-1, 1]."""
-        return self.first_stage_model.encode(x)
+        with self.first_stage_on(x.device) as first_stage:
+            return first_stage.encode(x)
 
     def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """A latent [B, C, h, w] at the scale that the denoiser sees; a posterior is sampled."""
@@ -142,7 +161,8 @@ class LatentDiffusion(DDPM):
     def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Pictures [B, 3, H, W], about [-1, 1], of latents at the denoiser's scale."""
         options = {"force_not_quantize": True} if force_not_quantize else {}
-        return self.first_stage_model.decode(z / self.scale_factor, **options)
+        with self.first_stage_on(z.device) as first_stage:
+            return first_stage.decode(z / self.scale_factor, **options)
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -159,9 +179,20 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
         if self.personalised:
-            return encoder.encode(c, embedding_manager=self.embedding_manager)
+            return self._encode_captions(c)
         encoded = encoder.encode(c) if callable(getattr(encoder, "encode", None)) else encoder(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def _encode_captions(self, captions: Any) -> Tensor:
+        """Equal captions of a batch go through the text encoder once; their rows [M, d] are then shared."""
+        encoder, manager = self.cond_stage_model, self.embedding_manager
+        different = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
+        encoded = encoder.encode(different, embedding_manager=manager)
+        if len(different) == len(captions):
+            return encoded
+        places = torch.tensor([different.index(caption) for caption in captions])
+        # Without waiting for the device: the steps before are still at work there.
+        return encoded.index_select(0, places.to(encoded.device, non_blocking=True))
 
     # -- training --------------------------------------------------------------------------------------------
 

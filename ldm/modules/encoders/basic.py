@@ -51,7 +51,9 @@ class TextEncoder(nn.Module):
             string: int(token)
             for string, token in getattr(embedding_manager, "string_to_token_dict", {}).items()
         }
-        return self.prompt_tokenizer.encode(text, placeholders).to(self.token_embedding.weight.device)
+        ids = self.prompt_tokenizer.encode(text, placeholders)
+        # Without waiting for the device: the steps before are still at work there.
+        return ids.to(self.token_embedding.weight.device, non_blocking=True)
 
     def forward(self, text: str | Sequence[str], embedding_manager: Any = None) -> Tensor:
         """Encode prompts as [B, max_length, d].

@@ -70,6 +70,8 @@ class LatentCache(Callback):
     `batch_size` pictures are encoded at once (None: as many as make up one large one). Up to `memory_mib` the cache
     is kept in memory, beyond that in a temporary file that goes with the run. Datasets that cannot enumerate their
     pictures or whose pictures differ in size, and models that do not learn from captions, are left as they are.
+    With everything encoded the first stage rests on the CPU, and leaves its memory on the accelerator to the
+    training; previews and validation have it there for as long as they need it (`first_stage_on`).
     """
 
     def __init__(self, batch_size: int | None = None, memory_mib: int = 4096) -> None:
@@ -85,6 +87,12 @@ class LatentCache(Callback):
         if getattr(pl_module, "cond_stage_key", None) != "caption" or not _can_enumerate(dataset):
             return
         datasets["train"] = self.cached(pl_module, dataset, trainer.strategy.root_device)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only now: Lightning moves the whole model to its device after on_fit_start.
+        dataset = getattr(trainer.datamodule, "datasets", {}).get("train")
+        if isinstance(dataset, CachedLatents) and hasattr(pl_module, "first_stage_on"):
+            pl_module.first_stage_model.to("cpu")
 
     @torch.no_grad()
     def cached(self, model: Any, dataset: Any, device: torch.device) -> Any:
