@@ -1,0 +1,103 @@
+"""Muon for the matrices and kernels of a network, AdamW for the rest: one optimiser, as a YAML can name it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Quintic Newton-Schulz iteration of Jordan's Muon: the slope at zero is largest that keeps singular values near 1.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+# Below this many rows or columns nothing is gained by making a matrix orthogonal.
+_LEAST = 5
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Matrices move along their orthogonalised momentum, kernels too, flattened to [out, in * kh * kw].
+
+    `lr` is the rate of AdamW for vectors, biases and thin matrices; that of the others is `lr * matrix_factor`, so
+    that one schedule drives both. Where a gradient is missing nothing moves. Weight decay is decoupled in both.
+    torch.optim.Muon takes matrices alone, and a model would need two optimisers.
+    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-3,
+        matrix_factor: float = 10.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "matrix_factor": matrix_factor,
+            "momentum": momentum,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; returns what `closure` gives."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if _is_matrix(parameter):
+                    _muon(parameter, self.state[parameter], group)
+                else:
+                    _adamw(parameter, self.state[parameter], group)
+        return loss
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """`matrix` [m, n] with its singular values brought near 1 (0.7 to 1.2), in bfloat16."""
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = (x.t() if tall else x) / (x.norm() + 1e-7)
+    for _ in range(_STEPS):
+        square = x @ x.t()
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.t() if tall else x
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= _LEAST
+
+
+def _muon(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    if not state:
+        state["momentum"] = torch.zeros_like(parameter)
+    rate, momentum, gradient = group["lr"] * group["matrix_factor"], state["momentum"], parameter.grad
+    momentum.mul_(group["momentum"]).add_(gradient)
+    direction = orthogonalised(gradient.add(momentum, alpha=group["momentum"]).flatten(1))
+    # A tall matrix needs longer steps for the same change of what it puts out.
+    stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+    parameter.mul_(1 - rate * group["weight_decay"])
+    parameter.add_(direction.view_as(parameter).to(parameter.dtype), alpha=-rate * stretch)
+
+
+def _adamw(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    if not state:
+        state["step"] = 0
+        state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["step"] += 1
+    first, second = group["betas"]
+    state["mean"].lerp_(parameter.grad, 1 - first)
+    state["square"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
+    corrected = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.addcdiv_(state["mean"], corrected, value=-group["lr"] / (1 - first ** state["step"]))
