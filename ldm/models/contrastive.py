@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.optim import build_optimizer
 from ldm.models.two_towers import TwoTowers
 
 _LARGEST_SCALE = math.log(100.0)
@@ -32,9 +33,8 @@ class ContrastiveCLIP(pl.LightningModule):
         image_tower: Mapping[str, Any],
         attributes: Mapping[str, int] | None = None,
         attribute_weight: float = 1.0,
-        total_steps: int = 1000,
-        warmup_steps: int = 50,
-        weight_decay: float = 0.05,
+        optimizer_config: Mapping[str, Any] | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
         image_key: str = "image",
         caption_key: str = "caption",
         export_to: str | None = None,
@@ -43,8 +43,8 @@ class ContrastiveCLIP(pl.LightningModule):
         super().__init__()
         self.export_to, self.monitor = export_to, monitor
         self.image_key, self.caption_key = image_key, caption_key
-        self.attribute_weight, self.weight_decay = attribute_weight, weight_decay
-        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.attribute_weight = attribute_weight
+        self.optimizer_config, self.scheduler_config = optimizer_config, scheduler_config
         self.learning_rate = 1e-3
         self.towers = TwoTowers(text_encoder, image_tower)
         width = self.towers.image_tower.width
@@ -115,21 +115,12 @@ class ContrastiveCLIP(pl.LightningModule):
         with torch.no_grad():
             self.towers.logit_scale.clamp_(0.0, _LARGEST_SCALE)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW at `learning_rate`, warmed up, then along a cosine to zero after `total_steps`."""
+    def configure_optimizers(self) -> Any:
+        """The YAML's optimiser and schedule; biases, norms and the temperature are never decayed."""
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _rate(self, step: int) -> float:
-        progress = min(1.0, step / max(1, self.total_steps))
-        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * progress))
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        return build_optimizer(groups, self.learning_rate, self.optimizer_config, self.scheduler_config)
 
     def on_fit_end(self) -> None:
         if self.export_to is not None and self.trainer.is_global_zero:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -54,17 +55,6 @@ class ResidualTower(nn.Module):
         return self.layers(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def _plain(node: Any) -> Any:
-    """A configuration node, OmegaConf's too, as what JSON holds."""
-    if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
-    return (
-        [_plain(value) for value in node]
-        if isinstance(node, Sequence) and not isinstance(node, str)
-        else node
-    )
-
-
 class _Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -86,7 +76,8 @@ class TwoTowers(nn.Module):
 
     def __init__(self, text_encoder: str | Path, image_tower: Mapping[str, Any]) -> None:
         super().__init__()
-        self.text_folder, self.image_node = Path(text_encoder), _plain(image_tower)
+        self.text_folder = Path(text_encoder)
+        self.image_node = OmegaConf.to_container(OmegaConf.create(image_tower), resolve=True)
         for name in TEXT_FILES:
             if not (self.text_folder / name).is_file():
                 raise UserError(f"text encoder folder '{text_encoder}' lacks {name}")

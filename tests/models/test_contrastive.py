@@ -47,7 +47,7 @@ def _model(folder, **params):
 
 def _train(model, batch, steps):
     model.learning_rate = 3e-3
-    optimizer = model.configure_optimizers()["optimizer"]
+    optimizer = model.configure_optimizers()
     losses = []
 
     def closure():
@@ -71,7 +71,7 @@ def test_the_temperature_stays_in_its_bounds(folder, batch):
 
 
 def test_captions_find_their_pictures(folder, batch):
-    model = _model(folder, warmup_steps=1)
+    model = _model(folder)
     losses = _train(model, batch, 60)
     assert losses[0] > 2  # of log 16 = 2.77: next to nothing known yet
     assert losses[-1] < 0.5 * losses[0]
@@ -79,9 +79,7 @@ def test_captions_find_their_pictures(folder, batch):
 
 
 def test_attribute_heads_learn_from_the_labels(folder, batch):
-    model = _model(
-        folder, warmup_steps=1, attributes={name: len(values) for name, values in ATTRIBUTES.items()}
-    )
+    model = _model(folder, attributes={name: len(values) for name, values in ATTRIBUTES.items()})
     _train(model, batch, 1)
     first = float(model.logged["train/attributes"])
     _train(model, batch, 40)
@@ -115,12 +113,15 @@ def test_features_do_not_depend_on_the_padding(folder):
     assert torch.allclose(alone[0], beside[0], atol=1e-6)
 
 
-def test_the_rate_warms_up_and_falls_to_zero(folder):
-    model = _model(folder, warmup_steps=10, total_steps=100)
-    rates = [model._rate(step) for step in range(101)]
-    assert (
-        rates[0] == pytest.approx(0.1)
-        and max(rates) == rates[9]
-        or rates[10]
-        and rates[100] == pytest.approx(0)
+def test_the_yaml_names_optimizer_and_schedule_and_only_matrices_decay(folder):
+    schedule = {"warm_up_steps": 10, "lr_start": 0.1, "lr_max": 1.0, "lr_min": 0.0, "max_decay_steps": 100}
+    model = _model(
+        folder,
+        optimizer_config={"target": "torch.optim.AdamW", "params": {"weight_decay": 0.05}},
+        scheduler_config={"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": schedule},
     )
+    made = model.configure_optimizers()
+    matrices, others = made["optimizer"].param_groups
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+    assert any(p is model.towers.logit_scale for p in others["params"])
+    assert matrices["lr"] == pytest.approx(0.1 * model.learning_rate)
