@@ -35,8 +35,6 @@ PROMPTS = (
     "a photo of * on the beach",
     "a sketch of *",
 )
-# Enlargement of the pictures, which are small.
-SCALE = 3
 STEPS, GUIDANCE, SAMPLES = 25, 3.0, 5
 
 
@@ -54,6 +52,7 @@ def demo(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from ldm.evaluation.palette import palette_overlap
+    from ldm.evaluation.sheet import sheet
     from ldm.images import list_images, open_image
 
     outdir = options.outdir.absolute()
@@ -82,7 +81,7 @@ def demo(options: argparse.Namespace) -> None:
     rows = [("learned from", inputs), *zip(PROMPTS, with_word, strict=True)]
     rows.append((f"without the word: a photo of a {word}", without[0]))
     picture = outdir / "demo.png"
-    _sheet(rows).save(picture)
+    sheet(rows).save(picture)
     size = with_word[0][0].size
     small = [image.resize(size) for image in inputs]
     print(f"picture:    {_shown(picture)}")
@@ -130,20 +129,6 @@ def _run(arguments: Sequence[str]) -> None:
     shown = None if arguments[0] == "main.py" else subprocess.DEVNULL
     if subprocess.run(command, stdout=shown).returncode:
         raise UserError(f"{arguments[0]} did not end well, see above")
-
-
-def _sheet(rows: Sequence[tuple[str, list[Image]]]) -> Image:
-    from PIL import Image as pictures
-
-    from ldm.images import image_grid, labelled
-
-    strips = [labelled(image_grid(images, len(images), scale=SCALE), title) for title, images in rows]
-    sheet = pictures.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
     A placeholder is what looks like one ("<my-cat>", a lone "*") and every word of `configured`. No model is needed.
     """
     learned = sorted(learned, key=len, reverse=True)
-    unlearned = [_whole(name) for name in configured if name not in learned]
+    unlearned = [whole_word(name) for name in configured if name not in learned]
     suspects = re.compile("|".join([*unlearned, _LIKE_A_PLACEHOLDER.pattern]), re.IGNORECASE)
-    known = re.compile("|".join(map(_whole, learned)) or r"(?!)", re.IGNORECASE)
+    known = re.compile("|".join(map(whole_word, learned)) or r"(?!)", re.IGNORECASE)
     for prompt in prompts:
         found = suspects.search(known.sub(" ", prompt))
         if found is not None:
@@ -75,7 +75,7 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
             )
 
 
-def _whole(name: str) -> str:
+def whole_word(name: str) -> str:
     """A pattern for the name by itself, not as a part of a longer word."""
     before = r"(?<!\w)" if name[0].isalnum() else ""
     after = r"(?!\w)" if name[-1].isalnum() else ""

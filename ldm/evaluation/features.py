@@ -1,0 +1,122 @@
+"""Features of pictures and prompts by which the paper's protocol compares them: CLIP, DINO, or the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.images import to_tensor
+from ldm.models.two_towers import TwoTowers
+from ldm.modules.encoders.hub import reading, require_files
+from ldm.util import UserError
+
+_BATCH = 32
+_TOWERS = "towers.json"
+# Model types of transformers by what they can do.
+_CLIP, _IMAGE_ONLY = ("clip",), ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
+class Features(Protocol):
+    """Unit features, [N, d] float32 on the CPU; `text` gives None where the network knows no words."""
+
+    name: str
+
+    def image(self, pictures: Sequence[Image.Image]) -> Tensor: ...
+
+    def text(self, prompts: Sequence[str]) -> Tensor | None: ...
+
+
+class OwnFeatures:
+    """The two towers with which the embedded model's text encoder was trained."""
+
+    def __init__(self, towers: TwoTowers, name: str) -> None:
+        self.towers, self.name = towers, name
+
+    @torch.no_grad()
+    def image(self, pictures: Sequence[Image.Image]) -> Tensor:
+        weights = self.towers.logit_scale
+        batches = [torch.stack([to_tensor(one) for one in batch]) for batch in _batches(pictures)]
+        return torch.cat([self.towers.image_features(b.to(weights)).float().cpu() for b in batches])
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        return torch.cat([self.towers.text_features(b).float().cpu() for b in _batches(prompts)])
+
+
+class PublishedFeatures:
+    """A model of transformers: CLIP's projected features, or the first token of a vision transformer as DINO."""
+
+    def __init__(self, source: str, device: torch.device | str) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+        what = f"--features '{source}'"
+        require_files(what, source, ("config.json",), ("preprocessor_config.json",))
+        with reading(what, source):
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind not in (*_CLIP, *_IMAGE_ONLY):
+                raise UserError(
+                    f"{what} is a '{kind}' model; name one of {', '.join((*_CLIP, *_IMAGE_ONLY))}"
+                )
+            self.processor = AutoImageProcessor.from_pretrained(source)
+            self.tokenizer = AutoTokenizer.from_pretrained(source) if kind in _CLIP else None
+            self.model: Any = AutoModel.from_pretrained(source).to(device).eval()
+        self.name, self.device = source, device
+
+    @torch.no_grad()
+    def image(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return torch.cat([self._image(batch) for batch in _batches(pictures)])
+
+    def _image(self, pictures: Sequence[Image.Image]) -> Tensor:
+        pixels = self.processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")
+        pixels = pixels["pixel_values"].to(self.device)
+        if self.tokenizer is None:
+            return _unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
+        return _unit(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> Tensor | None:
+        if self.tokenizer is None:
+            return None
+        # CLIP's text tower attends to what comes before only, so that padding changes nothing.
+        length = self.model.config.text_config.max_position_embeddings
+        found = []
+        for batch in _batches(prompts):
+            ids = self.tokenizer(
+                list(batch), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            ).input_ids
+            found.append(_unit(self.model.get_text_features(input_ids=ids.to(self.device))))
+        return torch.cat(found)
+
+
+def load_features(source: str | Path, device: torch.device | str) -> Features:
+    """The feature extractor in a folder (TwoTowers or transformers') or of a hub name.
+
+    Raises UserError for a folder that holds neither, and a model that is neither CLIP nor a vision transformer.
+    """
+    if (Path(source) / _TOWERS).is_file():
+        return OwnFeatures(TwoTowers.load(source).to(device), str(source))
+    return PublishedFeatures(str(source), device)
+
+
+def check_features(source: str | Path) -> None:
+    """Raise UserError for a folder from which no features can come, before anything is loaded."""
+    if not (Path(source) / _TOWERS).is_file():
+        require_files(
+            f"--features '{source}'", str(source), ("config.json", _TOWERS), ("preprocessor_config.json",)
+        )
+
+
+def _unit(features: Any) -> Tensor:
+    # transformers 5 gives what the tower gives, with the projected features as the pooled ones
+    tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return F.normalize(tensor.float(), dim=-1).cpu()
+
+
+def _batches(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]

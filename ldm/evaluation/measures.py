@@ -1,0 +1,107 @@
+"""Figures for a set of pictures of one prompt: plain dicts of numbers, as they are written to JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ldm.evaluation.edits import Edit, obeyed
+from ldm.evaluation.features import Features
+from ldm.evaluation.identity import ITSELF, Readings, Subject, agreement, likeness, read, traits
+from ldm.evaluation.looks import Looks
+from ldm.evaluation.protocol import similarity
+from ldm.evaluation.retrieval import Gallery
+
+Figures = dict[str, Any]
+
+
+def identity_figures(
+    pictures: Sequence[Image.Image], subject: Subject, gallery: Gallery | None = None
+) -> Figures:
+    """Likeness to a creature: its parts, the raw and the calibrated score, and retrieval where there is a gallery.
+
+    `attributes` and `attribute` (each by itself) are there where the subject has a judge.
+    """
+    looks, readings = Looks.of(pictures), read(subject.judge, pictures)
+    raw = likeness(looks, readings, subject.truth, subject.creature)
+    calibrated = subject.calibrated(raw)
+    figures: Figures = {
+        "palette_overlap": _mean(looks.palette_overlap(subject.truth)),
+        "silhouette": _mean(looks.shape_overlap(subject.truth)),
+        "color_distance": _mean(looks.color_distance(subject.truth)),
+        "likeness": _mean(raw),
+        "identity": _mean(calibrated),
+        "itself": _mean(calibrated > ITSELF),
+    }
+    if readings is not None:
+        figures["attributes"] = _mean(agreement(readings, subject.creature))
+        figures["attribute"] = _each_attribute(readings, subject)
+    if gallery is not None:
+        ranks = gallery.ranks(looks, readings, subject)
+        figures |= {"retrieved": _mean(ranks == 1), "rank": _mean(ranks), "among": len(gallery.creatures)}
+    return figures
+
+
+def edit_figures(edit: Edit, pictures: Sequence[Image.Image], subject: Subject) -> Figures:
+    """Whether pictures have what an edit asks for, and still show the creature, as it looks there.
+
+    `subject` is the creature in the edit's background and style. Without a judge `obeyed` and `both` are known of
+    plain backgrounds only, else None.
+    """
+    readings = read(subject.judge, pictures)
+    calibrated = subject.calibrated(likeness(Looks.of(pictures), readings, subject.truth, subject.creature))
+    does, itself = obeyed(edit, pictures, readings), calibrated > ITSELF
+    return {
+        "asks_for": f"{edit.attribute}: {edit.value}",
+        "group": edit.group,
+        "obeyed": None if does is None else _mean(does),
+        "itself": _mean(itself),
+        "both": None if does is None else _mean(does & itself),
+        "identity": _mean(calibrated),
+    }
+
+
+def protocol_figures(
+    extractors: Sequence[Features],
+    pictures: Sequence[Image.Image],
+    inputs: Sequence[Tensor],
+    text: str,
+) -> Figures:
+    """CLIP-I against the concept's pictures and CLIP-T against `text`, by the name of each extractor.
+
+    `inputs` are the features of the concept's pictures, [M, d] by each extractor; one without words has no CLIP-T.
+    """
+    figures: Figures = {}
+    for features, theirs in zip(extractors, inputs, strict=True):
+        ours, words = features.image(pictures), features.text([text])
+        figures[features.name] = {"clip_i": similarity(ours, theirs)}
+        if words is not None:
+            figures[features.name]["clip_t"] = similarity(ours, words)
+    return figures
+
+
+def mean_figures(several: Sequence[Figures]) -> Figures:
+    """The mean of each number over those dicts that have it, nested ones likewise; words stay if they all agree."""
+    merged: Figures = {}
+    for key in dict.fromkeys(key for figures in several for key in figures):
+        values = [figures[key] for figures in several if figures.get(key) is not None]
+        if values and all(isinstance(value, dict) for value in values):
+            merged[key] = mean_figures(values)
+        elif values and all(isinstance(value, int | float) for value in values):
+            merged[key] = _mean(values)
+        else:
+            merged[key] = values[0] if values and all(value == values[0] for value in values) else None
+    return merged
+
+
+def _each_attribute(readings: Readings, subject: Subject) -> Figures:
+    wanted = traits(subject.creature)
+    return {key: _mean([seen[key] == value for seen in readings]) for key, value in wanted.items()}
+
+
+def _mean(values: Any) -> float:
+    return round(float(np.mean(values)), 5)

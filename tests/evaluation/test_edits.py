@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from ldm.data.creatures.captions import words
+from ldm.data.creatures.world import COLORS, PLAIN_BACKGROUNDS, STYLES, clash, creature
+from ldm.evaluation.drawings import SEEDS, others, redrawn
+from ldm.evaluation.edits import Edit, edits_of, obeyed, shows
+
+
+def test_each_creature_gets_four_colours_two_scenes_and_every_style() -> None:
+    several = [creature(SEEDS[k]) for k in range(12)]
+    for one in several:
+        edits = edits_of(one)
+        assert [edit.group for edit in edits] == ["plain"] * 4 + ["scene"] * 2 + ["style"] * (len(STYLES) - 1)
+        assert len({edit.prompt for edit in edits}) == len(edits)
+        assert not any(edit.background and clash(one.color, edit.background) for edit in edits)
+        assert {edit.value for edit in edits if edit.group == "style"} == set(STYLES) - {"photo"}
+    asked = {edit.value for one in several for edit in edits_of(one)}
+    assert asked >= set(PLAIN_BACKGROUNDS)
+
+
+def test_prompts_hold_only_words_that_captions_have() -> None:
+    for edit in (edit for k in range(8) for edit in edits_of(creature(SEEDS[k]))):
+        assert set(edit.prompt.replace("{}", "").split()) <= set(words()), edit.prompt
+
+
+@pytest.mark.parametrize("color", PLAIN_BACKGROUNDS)
+def test_the_corners_of_true_pictures_show_their_background(color) -> None:
+    pictures = redrawn(others(6, background=color), 32, take=0, background=color)
+    assert all(shows(picture, color) for picture in pictures)
+    assert not any(
+        shows(picture, other) for picture in pictures for other in PLAIN_BACKGROUNDS if other != color
+    )
+
+
+def test_one_corner_may_be_covered_and_two_may_not() -> None:
+    picture = Image.new("RGB", (64, 64), COLORS["blue"])
+    picture.paste(COLORS["red"], (0, 0, 16, 16))
+    assert shows(picture, "blue")
+    picture.paste(COLORS["red"], (48, 48, 64, 64))
+    assert not shows(picture, "blue")
+
+
+def test_a_plain_background_takes_corners_and_judge_and_a_style_the_judge() -> None:
+    blue, edit = (
+        Image.new("RGB", (32, 32), COLORS["blue"]),
+        Edit("{} on a blue background", "background", "blue"),
+    )
+    yes, no = {"background": "blue", "style": "photo"}, {"background": "red", "style": "sketch"}
+    assert obeyed(edit, [blue, blue], [yes, no]).tolist() == [True, False]
+    assert obeyed(edit, [Image.new("RGB", (32, 32), COLORS["red"])], [yes]).tolist() == [False]
+    assert obeyed(edit, [blue], None).tolist() == [True]
+    sketch = Edit("a sketch of {}", "style", "sketch")
+    assert obeyed(sketch, [blue, blue], [yes, no]).tolist() == [False, True]
+    assert obeyed(sketch, [blue], None) is None
+    assert sketch.background is None and sketch.style == "sketch" and edit.style == "photo"

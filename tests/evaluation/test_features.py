@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from ldm.data.creatures.tokenizer import write_tokenizer
+from ldm.evaluation import features
+from ldm.evaluation.features import check_features, load_features
+from ldm.models.two_towers import TwoTowers
+from ldm.util import UserError
+from tests.golden_record import GOLDEN
+
+PICTURES = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue", "white", "black")]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CPU = torch.device("cpu")
+
+
+def processor(size: int = 16):
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A CLIP of transformers, with words and pictures."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = SMALL | {"intermediate_size": 16, "vocab_size": 49408, "max_position_embeddings": 20}
+    vision = SMALL | {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).write_bytes((GOLDEN / "clip_tiny" / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dino")
+    Dinov2Model(Dinov2Config(**SMALL, image_size=14, patch_size=7)).save_pretrained(folder)
+    processor(14).save_pretrained(folder)
+    return folder
+
+
+def check_unit(found: torch.Tensor, count: int) -> None:
+    assert len(found) == count and found.dtype == torch.float32
+    assert torch.allclose(found.norm(dim=1), torch.ones(count))
+
+
+def test_clip_has_pictures_and_words_in_one_space(clip, monkeypatch) -> None:
+    own = load_features(clip, CPU)
+    pictures, texts = own.image(PICTURES), own.text(["a cat", "a photo of on the moon " * 9])
+    check_unit(pictures, 5)
+    check_unit(texts, 2)
+    assert pictures.shape[1] == texts.shape[1] == 8
+    model = own.model
+    assert torch.allclose(
+        pictures[:1],
+        features._unit(model.get_image_features(**own.processor(PICTURES[:1], return_tensors="pt"))),
+    )
+    monkeypatch.setattr(features, "_BATCH", 2)
+    assert torch.allclose(own.image(PICTURES), pictures, atol=1e-6)
+
+
+def test_dino_knows_no_words(dino) -> None:
+    own = load_features(dino, CPU)
+    check_unit(own.image(PICTURES), 5)
+    assert own.image(PICTURES).shape[1] == 16
+    assert own.text(["a cat"]) is None
+
+
+def test_the_models_own_towers(tmp_path) -> None:
+    write_tokenizer(tmp_path / "text")
+    node = {
+        "target": "ldm.models.two_towers.ResidualTower",
+        "params": {"size": 16, "channels": [8], "width": 8},
+    }
+    TwoTowers(tmp_path / "text", node).save(tmp_path / "towers")
+    own = load_features(tmp_path / "towers", CPU)
+    check_unit(own.image(PICTURES), 5)
+    check_unit(own.text(["a red fox"]), 1)
+    check_features(tmp_path / "towers")
+
+
+def test_what_cannot_give_features_is_told_in_a_line(tmp_path, clip) -> None:
+    check_features(clip)
+    with pytest.raises(UserError, match="no such folder"):
+        check_features(tmp_path / "absent")
+    with pytest.raises(UserError, match="no config.json or towers.json"):
+        check_features(tmp_path)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="preprocessor_config.json"):
+        check_features(tmp_path)
+    processor().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'bert' model; name one of clip, vit"):
+        load_features(tmp_path, CPU)

@@ -1,0 +1,107 @@
+"""The judge of a picture's attributes, and its training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.data.creatures.dataset import Creatures
+from ldm.data.creatures.world import ATTRIBUTES
+from ldm.evaluation.judge import AttributeJudge
+from ldm.evaluation.judge_training import JudgeTraining, shows
+from ldm.util import UserError, check_config
+
+TOWER = {
+    "target": "ldm.models.two_towers.ResidualTower",
+    "params": {"size": 32, "channels": [16, 16], "width": 24},
+}
+
+
+@pytest.fixture
+def judge():
+    torch.manual_seed(0)
+    return AttributeJudge(TOWER).eval()
+
+
+@pytest.fixture
+def folder(judge, tmp_path):
+    judge.save(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+def test_it_names_the_likeliest_value_of_every_attribute(judge) -> None:
+    pixels = torch.rand(3, 3, 32, 32) * 2 - 1
+    logits, readings = judge.logits(pixels), judge.read(pixels)
+    assert list(logits) == list(ATTRIBUTES) and len(readings) == 3
+    for name, values in ATTRIBUTES.items():
+        assert logits[name].shape == (3, len(values))
+        assert [one[name] for one in readings] == [values[k] for k in logits[name].argmax(1)]
+
+
+def test_pictures_of_another_size_are_resized(judge) -> None:
+    pixels = torch.full((1, 3, 32, 32), 0.3)
+    larger = torch.full((1, 3, 80, 80), 0.3)
+    torch.testing.assert_close(judge.logits(larger)["kind"], judge.logits(pixels)["kind"], atol=1e-4, rtol=0)
+
+
+def test_what_is_saved_reads_the_same(judge, folder) -> None:
+    pixels = torch.rand(4, 3, 32, 32) * 2 - 1
+    again = AttributeJudge.load(folder)
+    assert not again.training and next(again.parameters()).dtype == torch.float32
+    for name, logits in judge.logits(pixels).items():
+        torch.testing.assert_close(again.logits(pixels)[name], logits, atol=2e-2, rtol=0)
+
+
+def test_a_judge_that_cannot_be_is_one_line(folder, tmp_path) -> None:
+    with pytest.raises(UserError, match="no judge in .*nowhere"):
+        AttributeJudge.load(tmp_path / "nowhere")
+    described = json.loads((folder / "judge.json").read_text())
+    described["attributes"]["eyes"] = [1, 2]
+    (folder / "judge.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="other values of 'eyes'; train it again"):
+        AttributeJudge.load(folder)
+    (folder / "judge.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        AttributeJudge.load(folder)
+
+
+def test_training_learns_and_exports(tmp_path) -> None:
+    data = Creatures(32, 32, split="classifier", attributes=True, captions=False)
+    items = [data[k] for k in range(32)]
+    batch = {name: torch.stack([item[name] for item in items]) for name in ("image", "attributes")}
+    torch.manual_seed(0)
+    model = JudgeTraining(TOWER, roughen=0.5, export_to=str(tmp_path / "judge"))
+    logged = {}
+    model.log_dict = lambda values, **_: logged.update(values)
+    model.learning_rate = 3e-3
+    optimizer = model.configure_optimizers()
+    losses = []
+    for _ in range(30):
+        loss = model.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    model.validation_step(batch, 0)
+    assert logged["val/background"] > 0.6
+    model._trainer = type("Trainer", (), {"is_global_zero": True})()
+    model.on_fit_end()
+    AttributeJudge.load(tmp_path / "judge")
+
+
+def test_what_a_picture_cannot_show_does_not_count() -> None:
+    columns = {name: k for k, name in enumerate(ATTRIBUTES)}
+    attributes = torch.zeros(4, len(ATTRIBUTES), dtype=torch.int64)
+    attributes[:, columns["pattern"]] = torch.tensor([0, 1, 2, 3])
+    attributes[1, columns["style"]] = ATTRIBUTES["style"].index("neon")
+    assert shows("second", attributes).tolist() == [False, True, True, True]
+    assert shows("background", attributes).tolist() == [True, False, True, True]
+    assert shows("kind", attributes).all()
+
+
+def test_the_yaml_is_whole() -> None:
+    check_config(OmegaConf.load("configs/creatures/judge.yaml").model)
