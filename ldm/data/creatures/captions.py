@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ldm.data.creatures.chance import pick
@@ -110,11 +111,26 @@ def foil(names: Names, seed: str) -> str:
     return truth
 
 
+def naming(names: Names, told: Collection[str] = tuple(ATTRIBUTES)) -> str:
+    """The sentence that names these attributes and no others; a pattern brings its second colour along."""
+    before = [names.color] if "color" in told else []
+    traits = []
+    if "pattern" in told and names.pattern == "plain":
+        before.insert(0, "plain")
+    elif "pattern" in told:
+        traits.append(_with_pattern(names))
+    if "eyes" in told:
+        traits.append(_with_eyes(names))
+    if "ears" in told:
+        traits.append(_with_ears(names))
+    kind = names.kind if "kind" in told else CREATURE
+    text = _told(" ".join(before), kind, traits, place(names.background) if "background" in told else "")
+    return articled(_MEDIA[names.style if "style" in told else "photo"][0].replace("{}", f"a {text}"))
+
+
 def full_caption(names: Names) -> str:
     """The sentence that names every attribute: the best that words can do."""
-    traits = [_with_pattern(names), f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}", _with_ears(names)]
-    text = _told(names.color, names.kind, [t for t in traits if t], place(names.background))
-    return articled(_MEDIA[names.style][0].replace("{}", f"a {text}"))
+    return naming(names)
 
 
 def place(background: str, choice: int = 0) -> str:
@@ -144,7 +160,7 @@ def _noun(names: Names, rng: random.Random) -> str:
     if rng.random() < 0.82:
         before.append(names.color)
     if rng.random() < 0.5:
-        traits.append(f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}")
+        traits.append(_with_eyes(names))
     if rng.random() < 0.5:
         traits.append(_with_ears(names))
     if rng.random() < 0.5:
@@ -170,6 +186,10 @@ def _with_pattern(names: Names) -> str:
     if names.pattern == "plain":
         return ""
     return f"a {names.second} belly" if names.pattern == "belly" else f"{names.second} {names.pattern}"
+
+
+def _with_eyes(names: Names) -> str:
+    return f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}"
 
 
 def _with_ears(names: Names) -> str:
