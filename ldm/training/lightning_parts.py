@@ -23,7 +23,7 @@ from ldm.training.old_trainer_keys import translate
 from ldm.training.rundir import RunDir
 from ldm.training.signals import Requests
 from ldm.training.state_file import StateFile
-from ldm.util import UsageError, instantiate_from_config
+from ldm.util import ConfigError, UsageError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,13 @@ def make_loggers(lightning: Mapping[str, Any], run: RunDir) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(run.path, name="csv", version=run.now)]
     if node := lightning.get("logger"):
         params = {"save_dir": str(run.path)} | dict(node.get("params") or {})
-        loggers.append(instantiate_from_config({"target": node["target"], "params": params}))
+        try:
+            loggers.append(instantiate_from_config({"target": node["target"], "params": params}))
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"lightning.logger {node['target']} needs a package that is not installed: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     elif importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
     return loggers

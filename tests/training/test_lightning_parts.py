@@ -1,6 +1,7 @@
 """Trainer options, callbacks and loggers out of the YAML's lightning node."""
 
 import logging
+import sys
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +12,7 @@ from ldm.training.callbacks.last_checkpoint import LastCheckpoint
 from ldm.training.devices import Devices
 from ldm.training.rundir import RunDir
 from ldm.training.signals import Requests
-from ldm.util import UsageError
+from ldm.util import ConfigError, UsageError
 
 CPU = Devices("cpu", 1)
 
@@ -106,6 +107,14 @@ def test_loggers(tmp_path):
     assert names({}) == ["CSVLogger", "TensorBoardLogger"]
     assert names({"logger": {"target": "pytorch_lightning.loggers.TestTubeLogger"}}) == names({})
     assert names({"logger": {"target": "pytorch_lightning.loggers.CSVLogger"}}) == ["CSVLogger", "CSVLogger"]
+
+
+def test_a_logger_whose_package_is_absent_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
+    node = parts.complete({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
+    with pytest.raises(ConfigError, match="WandbLogger needs a package that is not installed"):
+        parts.make_loggers(node, RunDir(tmp_path, "n"))
 
 
 def test_a_personalization_has_callbacks_of_its_own_and_null_removes_them():

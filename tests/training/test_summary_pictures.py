@@ -43,6 +43,16 @@ def test_many_previews_are_thinned_and_none_is_no_sheet(tmp_path):
     assert abs(first - 5) < 8 and abs(last - 90) < 8
 
 
+def test_sheets_of_fixed_prompts_stand_for_themselves(tmp_path):
+    previews(tmp_path, (50,))
+    for step in (100, 200):
+        Image.new("RGB", (60, 40), (0, 0, step)).save(
+            tmp_path / f"prompts_gs-{step:06}_e-000000_b-000001.jpg"
+        )
+    sheet = progress_sheet(tmp_path, rows=12)
+    assert [round(sheet.getpixel((x, 30))[2], -1) for x in (30, 100)] == [100, 200]
+
+
 def test_a_run_ends_with_both(tiny_yaml):
     images = "lightning.callbacks.image_logger.params"
     often = [f"{images}.batch_frequency=3", f"{images}.log_images_kwargs.ddim_steps=1"]

@@ -25,7 +25,7 @@ def preview_images(
     batch: Mapping[str, Any],
     N: int = 8,
     n_row: int = 4,
-    sample: bool = True,
+    sample: bool | None = None,
     ddim_steps: int | None = None,
     ddim_eta: float = 0.0,
     return_keys: Sequence[str] | None = None,
@@ -34,52 +34,82 @@ def preview_images(
     plot_diffusion_rows: bool = False,
     guidance_scale: float = GUIDANCE_SCALE,
     seed: int = 0,
+    prompts: Sequence[str] = (),
+    images_per_prompt: int = 1,
 ) -> dict[str, Tensor]:
     """inputs, reconstruction, conditioning, samples and samples_scaled (guided), [n, 3, H, W] in [-1, 1] each.
 
     The same `seed` gives the same noise at every call, so that pictures of a run can be compared. The sampler is
-    DPM-Solver++ with 20 steps, or DDIM with `ddim_steps` if that is given. `n_row`, `inpaint` and the `plot_...`
-    switches are taken from old YAMLs: the grid is the logger's business, and the latter drew what nobody trains on.
+    DPM-Solver++ (2M) with 20 steps, or DDIM with `ddim_steps` if that is given. With `prompts` there are, under
+    that name and guided, `images_per_prompt` pictures of each, one after the other; every prompt begins from the
+    same noises. They take the place of the samples under the batch's captions, unless `sample` is true.
+    `n_row`, `inpaint` and the `plot_...` switches are taken from old YAMLs: the grid is the logger's business, and
+    the latter drew what nobody trains on.
     """
     images = model.first_stage_key
     x = torch.as_tensor(batch[images])[:N].movedim(-1, 1).to(model.device, torch.float32)
     shown: dict[str, Tensor] = {"inputs": x}
     few = {key: value[: len(x)] for key, value in batch.items()}
-    with _own_random_state(seed, model.device):
-        if not hasattr(model, "first_stage_model"):
-            return shown
+    if not hasattr(model, "first_stage_model"):
+        return shown
+    with _own_random_state(seed, model.device), model.first_stage_on(model.device):
         z, raw = model.get_input(few, images)
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):
             size = x.shape[-1]
             shown["conditioning"] = torch.stack([to_tensor(text_picture(text, size, size)) for text in raw])
-        if sample and raw is not None:
-            shown |= _samples(model, z, raw, ddim_steps, ddim_eta, guidance_scale)
+        if raw is not None and (not prompts if sample is None else sample):
+            noise = torch.randn(z.shape)
+            shown["samples"] = _samples(model, raw, noise, ddim_steps, ddim_eta)
+            if isinstance(raw, list):
+                shown["samples_scaled"] = _samples(model, raw, noise, ddim_steps, ddim_eta, guidance_scale)
+        if prompts:
+            # Drawn picture by picture: those of a prompt stay the same when there are more of them.
+            noise = torch.stack([_noise(z.shape[1:], seed + place) for place in range(images_per_prompt)])
+            texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+            noise = noise.repeat(len(prompts), 1, 1, 1)
+            shown["prompts"] = torch.cat(
+                [
+                    _samples(
+                        model,
+                        texts[start : start + N],
+                        noise[start : start + N],
+                        ddim_steps,
+                        ddim_eta,
+                        guidance_scale,
+                    )
+                    for start in range(0, len(texts), N)
+                ]
+            )
     return {key: value for key, value in shown.items() if not return_keys or key in return_keys}
 
 
 def _samples(
-    model: DDPM, z: Tensor, raw: Any, ddim_steps: int | None, ddim_eta: float, scale: float
-) -> dict[str, Tensor]:
+    model: DDPM, raw: Any, noise: Tensor, ddim_steps: int | None, ddim_eta: float, scale: float = 1.0
+) -> Tensor:
+    """Pictures of conditions, from noise [B, C, h, w] on the CPU; guided away from the empty caption by `scale`."""
     sampler = DPMSolverSampler(model) if ddim_steps is None else DDIMSampler(model)
-    common = {
-        "S": ddim_steps or 20,
-        "batch_size": len(z),
-        "shape": tuple(z.shape[1:]),
-        "conditioning": model.get_learned_conditioning(raw),
-        "x_T": torch.randn(z.shape).to(z.device),
-        "eta": 0.0 if ddim_steps is None else ddim_eta,
-        "verbose": False,
-    }
-    guided = isinstance(raw, list)
+    guidance: dict[str, Any] = {}
+    if scale != 1.0:
+        empty = model.get_learned_conditioning([""] * len(noise))
+        guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": empty}
     with model.ema_scope("previews"):
-        pictures = {"samples": sampler.sample(**common)[0]}
-        if guided:
-            empty = model.get_learned_conditioning([""] * len(z))
-            pictures["samples_scaled"] = sampler.sample(
-                **common, unconditional_guidance_scale=scale, unconditional_conditioning=empty
-            )[0]
-    return {name: model.decode_first_stage(latents) for name, latents in pictures.items()}
+        latents, _ = sampler.sample(
+            S=ddim_steps or 20,
+            batch_size=len(noise),
+            shape=tuple(noise.shape[1:]),
+            conditioning=model.get_learned_conditioning(raw),
+            x_T=noise.to(model.device),
+            eta=0.0 if ddim_steps is None else ddim_eta,
+            verbose=False,
+            **guidance,
+        )
+    return model.decode_first_stage(latents)
+
+
+def _noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Noise of one picture, the same on every device."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from ldm import files
 from ldm.images import image_grid, to_pil
 from ldm.training import rng
+from ldm.training.prompt_sheet import filled, prompt_sheet
 from ldm.training.signals import Requests
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,10 @@ class ImageLogger(Callback):
     `rescale` takes pictures as [-1, 1] (otherwise [0, 1]); `clamp` cuts values outside [-1, 1].
     `log_images_kwargs` go to `log_images`. Previews use random numbers of their own: they neither change the
     training nor differ from one another by chance.
+
+    With `prompts` each preview of a training batch is `images_per_prompt` pictures of every prompt, the same noises
+    each time, on one sheet beside the inputs: `prompts_gs-...jpg`. `{}` in a prompt is the placeholder; of several
+    placeholders each has the prompt in turn.
     """
 
     def __init__(
@@ -48,8 +55,18 @@ class ImageLogger(Callback):
         log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
+        prompts: Sequence[str] = (),
+        images_per_prompt: int = 1,
     ) -> None:
         super().__init__()
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"image_logger: prompts is {prompts!r}; give a list of texts")
+        if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+            raise UserError(
+                f"image_logger: images_per_prompt is {images_per_prompt!r}; it must be a whole number from 1 on"
+            )
+        self.prompts = list(prompts)
+        self.images_per_prompt = images_per_prompt
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -102,28 +119,40 @@ class ImageLogger(Callback):
         arguments = {"N": self.max_images, **self.log_images_kwargs}
         if "split" in inspect.signature(pl_module.log_images).parameters:
             arguments["split"] = split
+        texts = filled(self.prompts, pl_module) if split == "train" else []
+        if texts:
+            arguments |= {"prompts": texts, "images_per_prompt": self.images_per_prompt}
         with (
             self.requests.interruptible(),
             evaluating(pl_module),
             rng.isolated(PREVIEW_SEED),
             torch.no_grad(),
+            trainer.precision_plugin.val_step_context(),
         ):
             pictures = pl_module.log_images(_with_pictures(trainer, pl_module, batch, split), **arguments)
         name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
-        for key, tensor in pictures.items():
-            self._save(trainer, split, key, name, tensor[: self.max_images])
+        shown = {key: self._as_pil(tensor) for key, tensor in pictures.items()}
+        if made := shown.pop("prompts", None):
+            sheet = prompt_sheet(shown.get("inputs", []), texts, made)
+            self._save(trainer, split, "prompts", name, sheet)
+        for key, found in shown.items():
+            self._save(trainer, split, key, name, image_grid(found[: self.max_images], columns=COLUMNS))
 
-    def _save(self, trainer: pl.Trainer, split: str, key: str, name: str, pictures: Tensor) -> None:
+    def _as_pil(self, pictures: Tensor) -> list[Image.Image]:
         pictures = pictures.detach().float().cpu()
         if not self.rescale:
             pictures = pictures * 2 - 1
         if self.clamp:
             pictures = pictures.clamp(-1, 1)
-        grid = image_grid([to_pil(picture) for picture in pictures], columns=COLUMNS)
+        return [to_pil(picture) for picture in pictures]
+
+    def _save(self, trainer: pl.Trainer, split: str, key: str, name: str, grid: Image.Image) -> None:
         path = Path(trainer.default_root_dir) / "images" / split / f"{key}_{name}.jpg"
         files.write_whole(path, lambda file: grid.save(file, "JPEG", quality=95))
         for log in trainer.loggers:
-            if hasattr(log.experiment, "add_image"):
+            if hasattr(log, "log_image"):  # Weights & Biases, Comet, MLflow
+                log.log_image(f"{split}/{key}", [grid], step=trainer.global_step)
+            elif hasattr(log.experiment, "add_image"):
                 log.experiment.add_image(
                     f"{split}/{key}", np.asarray(grid), global_step=trainer.global_step, dataformats="HWC"
                 )

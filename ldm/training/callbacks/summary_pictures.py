@@ -25,8 +25,8 @@ class SummaryPictures(Callback):
     """Writes `learning_curve.png` and `progress.png` into the run folder at its end, and when it breaks off.
 
     The first shows the deterministic loss with the best step, the vectors' norm and the rate, as far as they were
-    measured. The second has a row for each preview: the inputs, and what the model made of the same captions; of
-    more than `rows` previews that many are taken, evenly.
+    measured. The second has a row for each preview: the inputs, and what the model made of the same captions, or of
+    the fixed prompts where the run has such; of more than `rows` previews that many are taken, evenly.
     """
 
     def __init__(self, rows: int = 12) -> None:
@@ -70,23 +70,28 @@ def learning_curve(trainer: pl.Trainer) -> Image.Image | None:
 
 
 def progress_sheet(folder: Path, rows: int) -> Image.Image | None:
-    """Inputs and guided samples of the previews in a folder, a row for each step, or None without any."""
-    found = {}
-    for path in folder.glob("samples_scaled_gs-*.jpg"):
+    """Inputs and guided samples of the previews in a folder, a row for each step, or None without any.
+
+    Sheets of fixed prompts show their inputs themselves.
+    """
+    sheets = sorted(folder.glob("prompts_gs-*.jpg"))
+    found: dict[int, dict[str, Path]] = {}
+    for path in sheets or folder.glob("samples_scaled_gs-*.jpg"):
         inputs = path.with_name(path.name.replace("samples_scaled", "inputs"))
         step = re.search(r"_gs-(\d+)", path.name)
         if step and inputs.is_file():
-            found[int(step[1])] = (inputs, path)
+            beside = {} if sheets else {"inputs": inputs}
+            found[int(step[1])] = {**beside, f"step {int(step[1])}": path}
     steps = sorted(found)
     if len(steps) > rows:
         steps = [steps[i * (len(steps) - 1) // (rows - 1)] for i in range(rows)]
     cells = []
     for step in steps:
-        for path, text in zip(found[step], ("inputs", f"step {step}"), strict=True):
+        for text, path in found[step].items():
             with Image.open(path) as picture:
                 picture.thumbnail((LARGEST, LARGEST))
                 cells.append(labelled(picture.convert("RGB"), text))
-    return image_grid(cells, columns=2, padding=8) if cells else None
+    return image_grid(cells, columns=3 if sheets else 2, padding=8) if cells else None
 
 
 def _save(picture: Image.Image, path: Path) -> None:
