@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import kornia
 import torch
 from PIL import Image
 
@@ -25,3 +26,14 @@ def reconstructed(model: Any, pictures: Sequence[Image.Image]) -> list[Image.Ima
             encoded = encoded.mode()
         found += [to_pil(one) for one in model.decode_first_stage(model.get_first_stage_encoding(encoded))]
     return found
+
+
+def psnr(pictures: Sequence[Image.Image], found: Sequence[Image.Image]) -> tuple[float, float]:
+    """Mean and standard deviation over pictures of the peak signal-to-noise ratio in dB."""
+    values = torch.stack(
+        [
+            kornia.metrics.psnr(to_tensor(theirs), to_tensor(ours), max_val=2.0)
+            for ours, theirs in zip(pictures, found, strict=True)
+        ]
+    )
+    return values.mean().item(), values.std(correction=0).item()

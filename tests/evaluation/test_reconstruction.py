@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from ldm.evaluation import reconstruction
-from ldm.evaluation.reconstruction import reconstructed
+from ldm.evaluation.reconstruction import psnr, reconstructed
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
@@ -30,3 +33,12 @@ def test_pictures_come_back_through_the_posteriors_mode(monkeypatch) -> None:
     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "navy")]
     found = reconstructed(Halving(), pictures)
     assert [np.asarray(one).tolist() for one in found] == [np.asarray(one).tolist() for one in pictures]
+
+
+def test_psnr_is_of_the_squared_error_of_each_picture() -> None:
+    black = Image.new("RGB", (8, 8), (100, 100, 100))
+    near, far = Image.new("RGB", (8, 8), (110, 100, 100)), Image.new("RGB", (8, 8), (125, 125, 125))
+    wanted = [10 * math.log10(255**2 / (100 / 3)), 10 * math.log10(255**2 / 625)]
+    mean, spread = psnr([black, black], [near, far])
+    assert mean == pytest.approx(sum(wanted) / 2, abs=0.01)
+    assert spread == pytest.approx((wanted[0] - wanted[1]) / 2, abs=0.01)

@@ -1,0 +1,197 @@
+"""Measure the embedded model: its first stage, how it obeys prompts, and the judge that reads the pictures.
+
+    python scripts/measure_model.py first-stage    # PSNR over validation pictures
+    python scripts/measure_model.py judge          # right answers over drawings that nothing was trained on
+    python scripts/measure_model.py prompts        # prompts obeyed, and a contact sheet
+
+Each prints a Markdown table and writes it with a JSON file into --outdir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.util import UserError
+from scripts.common import Parser, guarded, positive
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
+SHEET_ROWS, SHEET_COLUMNS = 8, 12
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code, after one line on stderr if it failed."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("first-stage", "judge", "prompts"))
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, help="folder of the model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--judge", type=Path, default=JUDGE, help="folder of the judge (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--count",
+        type=positive,
+        help="pictures (default: 1024 of the first stage, 4096 for the judge, 1200 prompts)",
+    )
+    parser.add_argument("--steps", type=positive, default=25, help="of DPM-Solver++ (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch_size", type=positive, default=48, help="default: %(default)s")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/measures"), help="default: %(default)s")
+    return guarded(lambda: measure(parser.parse_args(argv)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    if options.what == "first-stage":
+        rows, facts = first_stage(options)
+    elif options.what == "judge":
+        rows, facts = judge(options)
+    else:
+        rows, facts = prompts(options)
+    from ldm.files import write_text
+
+    width = len(next(iter(rows.values())))
+    heads = {2: ("value", ""), 3: ("share", "95 % interval", "of")}[width]
+    lines = [f"| {options.what} | " + " | ".join(heads) + " |", "|---" * (width + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
+    table = "\n".join(lines) + "\n"
+    stem = options.outdir / options.what
+    write_text(stem.with_suffix(".md"), table)
+    write_text(stem.with_suffix(".json"), json.dumps(facts | _circumstances(options), indent=1) + "\n")
+    print(table, end="")
+    print(f"wrote {stem}.md and {stem}.json")
+
+
+def first_stage(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
+    """PSNR in dB of pictures encoded and decoded: the mean over pictures, and that of the mean error."""
+    from ldm.data.creatures.dataset import Creatures
+    from ldm.evaluation.reconstruction import psnr, reconstructed
+    from ldm.generate.pictures import downsampling_factor
+    from ldm.images import to_pil
+
+    model = _model(options.model)
+    size = model.image_size * downsampling_factor(model)
+    data = Creatures(size, options.count or 1024, split="validation", captions=False)
+    pictures = [to_pil(data.image(k).movedim(-1, 0)) for k in range(len(data))]
+    mean, spread = psnr(pictures, reconstructed(model, pictures))
+    rows = {"PSNR": (f"{mean:.2f} dB", f"± {spread:.2f} over {len(pictures)} validation pictures")}
+    return rows, {"psnr_db": mean, "spread_db": spread, "pictures": len(pictures)}
+
+
+def judge(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
+    """Right answers of the judge on drawings of the split that only evaluations use."""
+    import torch
+
+    from ldm.data.creatures.dataset import Creatures
+    from ldm.data.creatures.world import ATTRIBUTES
+    from ldm.evaluation.judge import AttributeJudge
+    from ldm.evaluation.judge_training import shows
+    from ldm.evaluation.obedience import TOLD
+
+    reader = AttributeJudge.load(options.judge)
+    data = Creatures(reader.size, options.count or 4096, split="evaluation", captions=False)
+    pixels = torch.from_numpy(data.pictures).movedim(-1, 1).float() / 127.5 - 1
+    labels = torch.from_numpy(data.labels).long()
+    photo = labels[:, list(ATTRIBUTES).index("style")] == ATTRIBUTES["style"].index("photo")
+    with torch.no_grad():
+        chunks = [reader.logits(chunk) for chunk in pixels.split(256)]
+    counts = {}
+    for column, name in enumerate(ATTRIBUTES):
+        right = torch.cat([chunk[name] for chunk in chunks]).argmax(1) == labels[:, column]
+        counts[TOLD[name]] = _share(right[shows(name, labels)])
+        if name != "style":
+            counts[f"{TOLD[name]}, in photos"] = _share(right[shows(name, labels) & photo])
+    return _shares(counts), {"right": counts}
+
+
+def prompts(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
+    """Prompts obeyed, over generations that the judge reads."""
+    import torch
+    from tqdm import tqdm
+
+    from ldm.evaluation.judge import AttributeJudge
+    from ldm.evaluation.obedience import TOLD, counted, orders
+    from ldm.files import write_whole
+    from ldm.generate import generate
+    from ldm.images import image_grid, labelled, to_tensor
+
+    reader, model = AttributeJudge.load(options.judge), _model(options.model)
+    asked = orders(options.count or 1200, options.seed)
+    begun = time.monotonic()
+    with tqdm(total=len(asked), desc="pictures", unit="") as bar:
+        pictures = generate(
+            model,
+            [order.prompt for order in asked],
+            steps=options.steps,
+            scale=options.scale,
+            sampler="dpm_solver",
+            seed=options.seed,
+            batch_size=options.batch_size,
+            on_image=lambda *_: bar.update(),
+        )
+    seconds = time.monotonic() - begun
+    readings = reader.read(torch.stack([to_tensor(picture) for picture in pictures]))
+    counts = {TOLD[name]: count for name, count in counted(asked, pictures, readings).items()}
+    shown = pictures[: SHEET_ROWS * SHEET_COLUMNS]
+    captions = "\n".join(
+        f"{row + 1}: " + " | ".join(order.prompt for order in asked[row * SHEET_COLUMNS :][:SHEET_COLUMNS])
+        for row in range(SHEET_ROWS)
+    )
+    sheet = labelled(image_grid(shown, SHEET_COLUMNS, scale=3), "the prompts row by row are in prompts.txt")
+    write_whole(options.outdir / "prompts.png", lambda file: sheet.save(file, format="PNG"))
+    write_whole(options.outdir / "prompts.txt", lambda file: file.write(captions.encode()))
+    facts = {"obeyed": counts, "steps": options.steps, "scale": options.scale, "seconds": round(seconds, 1)}
+    return _shares(counts), facts
+
+
+def _model(folder: Path) -> Any:
+    from ldm.checkpoint import load_model_from_config
+
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"no model in '{folder}': {weights.name} is missing")
+    return load_model_from_config(folder / "config.yaml", weights)
+
+
+def _share(right: Any) -> tuple[int, int]:
+    return int(right.sum()), len(right)
+
+
+def _shares(counts: dict[str, tuple[int, int]]) -> dict[str, tuple[str, ...]]:
+    from ldm.evaluation.obedience import interval
+
+    return {
+        name: (f"{right / of:.3f}", "{:.3f} to {:.3f}".format(*interval(right, of)), f"{of}")
+        for name, (right, of) in counts.items()
+        if of
+    }
+
+
+def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures were measured with."""
+    import torch
+
+    return {
+        "model": str(options.model),
+        "judge": str(options.judge),
+        "seed": options.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
