@@ -74,7 +74,8 @@ def test_clip_has_pictures_and_words_in_one_space(clip, monkeypatch) -> None:
 def test_dino_knows_no_words(dino) -> None:
     own = load_features(dino, CPU)
     check_unit(own.image(PICTURES), 5)
-    assert own.image(PICTURES).shape[1] == 16
+    states = own.model(**own.processor(PICTURES, return_tensors="pt")).last_hidden_state
+    assert torch.allclose(own.image(PICTURES), features._unit(states[:, 0]))
     assert own.text(["a cat"]) is None
 
 
