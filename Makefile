@@ -14,7 +14,7 @@ endif
 PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint format clean packages
+.PHONY: help install demo test test-slow test-gpu bench bench-gpu lint format clean packages
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' Makefile
@@ -49,6 +49,15 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
+
+bench: $(READY)  ## step time, overhead and time to concept on the CPU, into benchmarks/results (hours)
+	$(PY) benchmarks/step_time.py embedded
+	$(PY) benchmarks/step_time.py sd-v1
+	$(PY) benchmarks/overhead.py
+	$(PY) benchmarks/time_to_concept.py
+
+bench-gpu: $(READY)  ## step time and memory on a CUDA device, at 512 x 512
+	$(PY) benchmarks/step_time.py sd-v1 --device cuda --size 512 --rounds 50 --warm_up 10
 
 lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .

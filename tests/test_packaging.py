@@ -73,7 +73,7 @@ def third_party(paths: Iterable[Path]) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"ldm", "main", "scripts", "tests"}
+    return names - set(sys.stdlib_module_names) - {"ldm", "main", "scripts", "benchmarks", "tests"}
 
 
 def imported_as(packages: Iterable[str]) -> set[str]:

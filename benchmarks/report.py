@@ -1,0 +1,73 @@
+"""Results of a benchmark as a JSON for programs and a Markdown table for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.machine import ROOT
+from ldm.files import write_text
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass
+class Report:
+    """What was measured, how, and a table of it; `data` holds what the table was made from."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    settings: dict[str, Any]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=machine.describe)
+
+    def markdown(self) -> str:
+        """Title, table, notes, then the machine and the settings."""
+        facts = self.machine
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        gpu = f", {facts['gpu']}" if facts["gpu"] else ""
+        lines = [f"# {self.title}", "", *table(self.columns, self.rows), ""]
+        lines += [f"- {note}" for note in self.notes]
+        lines += [
+            f"- {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads{gpu}, {facts['system']}",
+            f"- Python {facts['python']}, {versions}",
+            f"- {facts['date']}, commit {facts['commit']}, load when it began {facts['load']}",
+            "- " + ", ".join(f"{key} {value}" for key, value in self.settings.items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """Write `<name>.json` and `<name>.md`, each whole or not at all; returns the latter's path."""
+        kept = ("title", "machine", "settings", "columns", "rows", "notes", "data")
+        content = {key: getattr(self, key) for key in kept}
+        write_text(folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        path = folder / f"{self.name}.md"
+        write_text(path, self.markdown())
+        return path
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, its columns aligned; raises ValueError for a row of another length."""
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row of {len(row)} cells under {len(columns)} columns")
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return [line(columns), line(["-" * width for width in widths]), *map(line, rows)]
+
+
+def verdict(value: float, bar: float, *, at_most: bool = False) -> str:
+    """Whether a bar is met, and if not by how much it is missed."""
+    met = value <= bar if at_most else value >= bar
+    sign = "<=" if at_most else ">="
+    return f"{sign} {bar:g}: met" if met else f"{sign} {bar:g}: missed by {abs(value - bar) / bar:.0%}"

@@ -1,0 +1,58 @@
+"""Runs of main.py inside a benchmark: the same parts in the same order, with a callback more."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
+
+from ldm.training import arguments, console, devices, run
+from ldm.training.learning_rate import set_learning_rate
+from ldm.training.signals import Requests
+
+
+@dataclass
+class Run:
+    """A run that is ready to begin."""
+
+    plan: run.Plan
+    model: pl.LightningModule
+    data: Any
+    trainer: pl.Trainer
+
+    def fit(self) -> None:
+        run.fit(self.plan, self.trainer, self.model, self.data)
+
+
+def prepare(
+    argv: Sequence[str],
+    make_model: Callable[[DictConfig], pl.LightningModule] = run.make_model,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """What main.py makes of a command line; `callbacks` come after all others.
+
+    `make_model` makes the model out of the merged configuration.
+    """
+    plan = run.make_plan(arguments.parse(argv))
+    pl.seed_everything(plan.config["seed"], verbose=False)
+    data = run.make_data(plan.config)
+    where = devices.choose(OmegaConf.select(plan.config, "lightning.trainer.gpus"))
+    model = make_model(plan.config).train()
+    trainer = run.make_trainer(plan, model, where, Requests())
+    trainer.callbacks.extend(callbacks)
+    set_learning_rate(plan.config, model, trainer)
+    return Run(plan, model, data, trainer)
+
+
+def quiet() -> None:
+    """Of all that runs say, show only warnings, and of diffusers only errors: it warns of casts that are meant."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    console.set_up()
+    logging.getLogger("ldm").setLevel(logging.WARNING)

@@ -1,0 +1,202 @@
+"""Seconds of training until a word looks like the concept: the recipe `fast` against `paper`, on the embedded model.
+
+    python benchmarks/time_to_concept.py            # goes on where it was stopped
+    python benchmarks/time_to_concept.py --quick    # a check that it works; its figures mean nothing
+
+The aim for a concept is 90 percent of the identity that `paper` has at its end. A recipe is there at the first
+waypoint that reaches the aim together with the one after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from benchmarks import runs, waypoints  # noqa: E402
+from benchmarks.machine import ROOT  # noqa: E402
+from benchmarks.report import Report, verdict  # noqa: E402
+from benchmarks.scores import Scorer, creatures, find_judge  # noqa: E402
+from ldm.checkpoint import load_model_from_config  # noqa: E402
+from ldm.evaluation.concept import read_concept  # noqa: E402
+from ldm.files import write_text  # noqa: E402
+from scripts.common import Parser, guarded  # noqa: E402
+
+MODEL = ROOT / "models" / "ldm" / "creatures"
+BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
+RECIPES = ("paper", "fast")
+SHARE, BAR, LEAST_CONCEPTS = 0.9, 10.0, 6
+# Neither is charged for previews, and `paper` not for a measurement that the original did not make.
+OVERRIDES = {
+    "paper": ("lightning.callbacks.deterministic_loss=null",),
+    "fast": (),
+}
+QUIET = ("lightning.callbacks.image_logger.params.batch_frequency=0", "lightning.trainer.limit_val_batches=0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", nargs="*", type=Path, help="folders (default: the sample creatures)")
+    parser.add_argument("--paper_steps", type=int, default=5000, help="a cap on `paper` (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=16, help="for each identity (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 pictures")
+    parser.add_argument("--threads", type=int, help="of torch (default: torch's)")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "time_to_concept")
+    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
+    return guarded(lambda: time_to_concept(parser.parse_args(argv)))
+
+
+def time_to_concept(options: argparse.Namespace) -> None:
+    runs.quiet()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    concepts = options.concepts or creatures(ROOT / "data" / "concepts")
+    steps, pictures = options.paper_steps, options.pictures
+    if options.quick:
+        concepts, steps, pictures = concepts[:1], 30, 4
+    # What the results follow from: with other vectors or another model nothing is taken from earlier.
+    settings = {"model": fingerprint(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
+    settings |= {"paper steps": steps, "pictures": pictures}
+    work = options.work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
+    scorer = Scorer(model, find_judge(), pictures, max(2, pictures // 4))
+    report = Report(
+        "time_to_concept_quick" if options.quick else "time_to_concept",
+        "Seconds of training until a word looks like the concept",
+        ("concept", "aim", "paper, s", "fast, s", "times as fast", "paper's end, s", "identity", "edits"),
+        settings,
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for concept in concepts:
+        results = {}
+        for recipe in RECIPES:
+            folder = work / f"{concept.name}-{recipe}"
+            train(concept, recipe, steps, folder)
+            results[recipe] = scored(scorer, concept, folder)
+        found[concept.name] = compared(results["paper"], results["fast"])
+        fill(report, found, judged=scorer.judge is not None)
+        report.write(**({"folder": options.out} if options.out else {}))
+    print(report.markdown())
+
+
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
+    """A run with waypoints in `folder`, unless a finished one is there; one that was cut off is begun anew."""
+    if waypoints.read(folder) is not None:
+        return
+    print(f"{concept.name}: training with {recipe}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    truth = read_concept(concept)
+    words = ["--base", str(BASE), str(ROOT / "configs" / "recipes" / f"{recipe}.yaml"), "-t"]
+    words += [
+        "-l",
+        str(folder / "logs"),
+        "--data_root",
+        str(concept),
+        "--init_word",
+        truth.init_word or "creature",
+    ]
+    words += [*QUIET, *OVERRIDES[recipe], "--actual_resume", str(MODEL / "model.safetensors")]
+    if recipe == "paper":
+        words += ["--max_steps", str(paper_steps)]
+    run = runs.prepare(words)
+    run.trainer.callbacks.insert(0, waypoints.Waypoints(folder))
+    run.fit()
+    best = run.plan.run.checkpoints / "embeddings_best.pt"
+    # What the recipe hands over: its best vectors where it looks for them, else the last.
+    last = folder / f"{run.trainer.global_step}.pt"
+    shutil.copyfile(best if best.is_file() else last, folder / "result.pt")
+
+
+def scored(scorer: Scorer, concept: Path, folder: Path) -> dict[str, Any]:
+    """Identity at every waypoint, and identity and edits of the result; kept in `scores.json` as they are made."""
+    passed, path = waypoints.read(folder), folder / "scores.json"
+    kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    truth = read_concept(concept)
+
+    def once(key: str, score: Any, vectors: Path) -> float:
+        if key not in kept:
+            kept[key] = score(vectors, truth)
+            write_text(path, json.dumps(kept, indent=1))
+        return kept[key]
+
+    curve = [
+        (step, seconds, once(str(step), scorer.identity, folder / f"{step}.pt"))
+        for step, seconds in passed.items()
+    ]
+    result = folder / "result.pt"
+    return {
+        "curve": curve,
+        "seconds": curve[-1][1],
+        "identity": once("identity", scorer.identity, result),
+        "edits": once("edits", scorer.editability, result),
+    }
+
+
+def reached(curve: Sequence[tuple[int, float, float]], aim: float) -> float:
+    """Seconds at the first waypoint (step, seconds, score) that reaches the aim as the next does too; inf if none."""
+    for here, there in zip(curve, [*curve[1:], curve[-1]], strict=True):
+        if min(here[2], there[2]) >= aim:
+            return here[1]
+    return math.inf
+
+
+def compared(paper: Mapping[str, Any], fast: Mapping[str, Any]) -> dict[str, Any]:
+    """The aim that `paper` sets at its end, and when each is there."""
+    aim = SHARE * paper["identity"]
+    seconds = {"paper": reached(paper["curve"], aim), "fast": reached(fast["curve"], aim)}
+    return {"aim": aim, "seconds": seconds, "paper": paper, "fast": fast}
+
+
+def fill(report: Report, found: Mapping[str, Mapping[str, Any]], judged: bool) -> None:
+    """The table and the verdicts of the concepts there are by now."""
+    factors = {name: factor(one["seconds"]) for name, one in found.items()}
+    report.rows = [
+        (
+            name,
+            f"{one['aim']:.2f}",
+            f"{one['seconds']['paper']:.1f}",
+            f"{one['seconds']['fast']:.1f}",
+            f"{factors[name]:.1f}",
+            f"{one['paper']['seconds']:.1f}",
+            *(f"{one['paper'][key]:.2f} / {one['fast'][key]:.2f}" for key in ("identity", "edits")),
+        )
+        for name, one in found.items()
+    ]
+    overall = median(factors.values())
+    whole = median(one["paper"]["seconds"] / one["seconds"]["fast"] for one in found.values())
+    edits = {recipe: mean(one[recipe]["edits"] for one in found.values()) for recipe in RECIPES}
+    report.notes = [
+        f"Median: `fast` is there {overall:.1f} times as fast as `paper`; {verdict(overall, BAR)}. "
+        f"`paper`'s whole length takes {whole:.1f} times as long.",
+        f"Edits obeyed by what is still the creature: `paper` {edits['paper']:.2f}, `fast` {edits['fast']:.2f} "
+        "(means of the results).",
+        "The last two columns are `paper` / `fast`. Training time alone, without previews and evaluation.",
+        f"{len(found)} concepts" + (f", fewer than {LEAST_CONCEPTS}" if len(found) < LEAST_CONCEPTS else ""),
+    ]
+    if not judged:
+        report.notes.append("No judge is shipped yet: identity is of colours and shape alone.")
+    report.data = {"concepts": found}
+
+
+def factor(seconds: Mapping[str, float]) -> float:
+    """How many times as fast `fast` is; 0 where it never gets there."""
+    return 0.0 if math.isinf(seconds["fast"]) else seconds["paper"] / seconds["fast"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

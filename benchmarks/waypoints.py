@@ -1,0 +1,62 @@
+"""Vectors of a run at chosen steps, with the seconds it had trained until then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from benchmarks.turns import now
+from ldm.files import write_text
+
+LIST = "waypoints.json"
+# Close together at first, where something changes between them; then each about a quarter further.
+STEPS = (5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 125, 150, 175, 200, 250, 300, 350, 400, 450, 500)
+STEPS += (600, 700, 850, 1000, 1250, 1500, 2000, 2500, 3000, 4000, 5000)
+
+
+class Waypoints(Callback):
+    """Saves `<step>.pt` in a folder at each of `steps` and at the end, and when all is done the list of them.
+
+    The clock starts when the run begins to fit, so what is prepared once counts, and it stands still while this
+    callback saves. It must be the first callback.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[int] = STEPS) -> None:
+        super().__init__()
+        self.folder = folder
+        self.steps = set(steps)
+        self.passed: dict[int, float] = {}
+        self._begun = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun = now()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step in self.steps:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module)
+        write_text(self.folder / LIST, json.dumps(self.passed, indent=1))
+
+    def _save(self, trainer: pl.Trainer, model: Any) -> None:
+        step, stopped = trainer.global_step, now()
+        if step not in self.passed:
+            self.passed[step] = stopped - self._begun
+            model.embedding_manager.save(self.folder / f"{step}.pt")
+            self._begun += now() - stopped
+
+
+def read(folder: Path) -> dict[int, float] | None:
+    """Seconds by step of a run that was finished there, or None."""
+    path = folder / LIST
+    if not path.is_file():
+        return None
+    return {int(step): seconds for step, seconds in json.loads(path.read_text(encoding="utf-8")).items()}

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks import runs, scores, waypoints
+from benchmarks.report import Report
+from benchmarks.scores import Scorer, creatures
+from benchmarks.subjects import CONCEPT
+from benchmarks.time_to_concept import compared, factor, fill, reached, scored
+from ldm.evaluation.concept import read_concept
+from ldm.evaluation.edits import edits_of
+from ldm.generate.embeddings import load_embeddings
+
+
+def test_the_aim_must_be_held():
+    curve = [(10, 1.0, 0.2), (20, 2.0, 0.6), (30, 3.0, 0.4), (40, 4.0, 0.5), (50, 5.0, 0.7)]
+    assert reached(curve, 0.5) == 4.0  # at 2 seconds it was luck
+    assert reached(curve, 0.6) == 5.0
+    assert reached(curve, 0.1) == 1.0
+    assert reached(curve, 0.8) == math.inf
+
+
+def result(identity: float, seconds: float, edits: float = 0.5) -> dict:
+    curve = [(1, seconds / 2, 0.5 * identity), (2, seconds, identity)]
+    return {"curve": curve, "seconds": seconds, "identity": identity, "edits": edits}
+
+
+def test_both_have_the_aim_that_paper_sets():
+    one = compared(result(0.8, 100.0), result(0.75, 8.0))
+    assert one["aim"] == pytest.approx(0.72)
+    assert one["seconds"] == {"paper": 100.0, "fast": 8.0}
+    assert factor(one["seconds"]) == pytest.approx(12.5)
+    assert factor(compared(result(0.8, 100.0), result(0.5, 8.0))["seconds"]) == 0.0
+
+
+def test_the_table_says_what_is_missed(tmp_path):
+    report = Report("t", "T", ("concept", "aim", "p", "f", "x", "end", "identity", "edits"), {})
+    fill(report, {"bobo": compared(result(0.8, 100.0), result(0.5, 8.0))}, judged=False)
+    text = report.markdown()
+    assert "| bobo" in text and "inf" in text and "missed by 100%" in text
+    assert "fewer than 6" in text and "No judge" in text
+
+
+def saved(model: Any, path: Path) -> Tensor:
+    load_embeddings(model, path)
+    return model.embedding_manager.export()["*"]
+
+
+def test_a_run_leaves_its_waypoints(subject, tmp_path):
+    run = runs.prepare(
+        subject.argv(
+            tmp_path, "--max_steps", "4", "lightning.callbacks.image_logger.params.batch_frequency=0"
+        ),
+        subject.make,
+    )
+    run.trainer.callbacks.insert(0, waypoints.Waypoints(tmp_path / "way", steps=(1, 3, 9)))
+    assert waypoints.read(tmp_path / "way") is None
+    run.fit()
+    passed, learned = waypoints.read(tmp_path / "way"), run.model.embedding_manager.export()["*"]
+    assert list(passed) == [1, 3, 4]
+    assert 0 < passed[1] < passed[3] < passed[4]
+    first, last = (saved(run.model, tmp_path / "way" / f"{step}.pt") for step in (1, 4))
+    assert not first.equal(last)
+    assert last.equal(learned)
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.asked: list[Path] = []
+
+    def identity(self, vectors: Path, concept: object) -> float:
+        self.asked.append(vectors)
+        return 0.5
+
+    def editability(self, vectors: Path, concept: object) -> float:
+        self.asked.append(vectors)
+        return 0.25
+
+
+def test_nothing_is_scored_twice(tmp_path):
+    (tmp_path / waypoints.LIST).write_text(json.dumps({"5": 1.5, "10": 2.5}))
+    scorer = Counting()
+    first = scored(scorer, CONCEPT, tmp_path)
+    assert first["curve"] == [(5, 1.5, 0.5), (10, 2.5, 0.5)]
+    assert (first["seconds"], first["identity"], first["edits"]) == (2.5, 0.5, 0.25)
+    assert [path.name for path in scorer.asked] == ["5.pt", "10.pt", "result.pt", "result.pt"]
+    assert scored(Counting(), CONCEPT, tmp_path) == first
+    again = Counting()
+    scored(again, CONCEPT, tmp_path)
+    assert again.asked == []
+
+
+def test_a_score_is_of_the_evaluation(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "edits_of", lambda creature: edits_of(creature)[:1])
+    tiny_model.embedding_manager.save(tmp_path / "e.pt")
+    scorer = Scorer(tiny_model, None, pictures=2, edit_pictures=1, steps=2)
+    concept = read_concept(CONCEPT)
+    identity = scorer.identity(tmp_path / "e.pt", concept)
+    assert identity == scorer.identity(tmp_path / "e.pt", concept)
+    assert -3 < identity < 0.6  # it has learned nothing
+    assert 0 <= scorer.editability(tmp_path / "e.pt", concept) <= 1
+
+
+def test_the_sample_creatures_are_enough():
+    found = creatures(CONCEPT.parent)
+    assert len(found) >= 6 and CONCEPT in found
+    assert all(read_concept(folder).creature is not None for folder in found)
