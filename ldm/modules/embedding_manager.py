@@ -11,6 +11,9 @@
 * `embedding_to_coarse_loss()`: what `embedding_reg_weight` multiplies.
 * `on_optimizer_step(step)`: told after each optimizer step how many there were.
 * `reset(embedder)`: told when the encoder's weights arrived after the constructor.
+* `absent_parameters(captions)`, optional: the parameters of words that are in none of the captions; the optimiser
+  leaves them alone in a step of these. `measure(embedder)`, optional: told instead of `reset` when the vectors came
+  with the weights.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ldm.modules.embedding_pickle import EmbeddingFile, read_embeddings, write_e
 from ldm.modules.initial_vectors import initial_vectors
 from ldm.modules.insertion import insert_vectors
 from ldm.modules.learned_vectors import LearnedVectors, stretched
+from ldm.modules.norm_control import NormControl
 from ldm.modules.placeholders import as_list, check_placeholders, vector_counts
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError
@@ -49,6 +53,8 @@ class EmbeddingManager(LearnedVectors):
         num_vectors_per_token: vectors for each placeholder: a number, a list in order, or a mapping.
         progressive_words: begin with one vector and add one every `progressive_scale` optimizer steps.
         embedding_manager_ckpt: a file to begin from; it must hold all placeholders.
+        norm_control: "fixed" keeps every vector at the vocabulary's mean norm, "limited" lets none grow beyond it;
+            None leaves them alone (see ldm.modules.norm_control). `norm_ratio` multiplies that norm.
         seed: of the draws; the global generators are not touched.
 
     Raises UserError for what does not fit together.
@@ -64,6 +70,8 @@ class EmbeddingManager(LearnedVectors):
         progressive_words: bool = False,
         progressive_scale: int = 2000,
         embedding_manager_ckpt: str | Path | None = None,
+        norm_control: str | None = None,
+        norm_ratio: float = 1.0,
         seed: int = 0,
     ) -> None:
         if progressive_scale < 1:
@@ -76,6 +84,7 @@ class EmbeddingManager(LearnedVectors):
             progressive_scale=progressive_scale,
         )
         self.seed = seed
+        self._norms = NormControl(norm_control, norm_ratio)
         strings, words = as_list(placeholder_strings), as_list(initializer_words)
         if len(words) > len(strings):
             raise UserError(
@@ -102,8 +111,11 @@ class EmbeddingManager(LearnedVectors):
         Vectors of a file stay; what `embedding_to_coarse_loss` measures from is drawn for them too.
         """
         table = embedder.token_embedding.weight
+        self.measure(embedder)
         drawn = {
-            string: initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
+            string: self._norms.applied(
+                initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
+            )
             for index, (string, count) in enumerate(self._counts.items())
         }
         initial = {string: drawn[string] for string in self._initializers}
@@ -111,6 +123,17 @@ class EmbeddingManager(LearnedVectors):
             drawn = {string: self.vectors(string) for string in self.string_to_token_dict}
             initial = stretched(initial, drawn)
         self._hold(drawn, initial)
+
+    def measure(self, embedder: Any) -> None:
+        """Take the vocabulary's mean norm from the embedder's token embeddings as they are now."""
+        self._norms.measure(embedder.token_embedding.weight)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, step: int) -> None:
+        super().on_optimizer_step(step)
+        if self._norms.kind is not None:
+            for vectors in self.embedding_parameters():
+                vectors.copy_(self._norms.applied(vectors))
 
     def forward(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
         """Replace placeholders by their vectors: ids [B, L] and embeddings [B, L, d] -> a new [B, L, d]."""

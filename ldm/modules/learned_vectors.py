@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ class LearnedVectors(nn.Module):
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """What is trained: one [N, d] for each placeholder."""
         return self.string_to_param_dict.parameters()
+
+    def absent_parameters(self, captions: Iterable[str]) -> list[nn.Parameter]:
+        """The vectors of those placeholders that none of the captions holds."""
+        found = self.tokenizer.found(captions, self.string_to_token_dict)
+        return [self.vectors(string) for string in self.string_to_token_dict if string not in found]
 
     def export(self) -> dict[str, Tensor]:
         """Copies [n, d] of the vectors in use, in float32 on the CPU."""

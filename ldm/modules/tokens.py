@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -104,6 +104,18 @@ class PromptTokenizer:
                     cut.append(CutOff(placeholder, seen[placeholder], kept, vectors))
             position += vectors
         return cut
+
+    def found(self, texts: Iterable[str], placeholders: Iterable[str]) -> set[str]:
+        """Those of the placeholders that one of the texts holds."""
+        longest_first = sorted(placeholders, key=len, reverse=True)
+        if not longest_first:
+            return set()
+        pattern = _pattern(tuple(longest_first), self.ignores_case)
+        return {
+            longest_first[match.lastindex - 1]
+            for text in texts
+            for match in pattern.finditer(unicodedata.normalize("NFC", text))
+        }
 
     def _own_id(self, string: str) -> int | None:
         ids = self.token_ids(string)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import initialised
-from ldm.models.diffusion import weighting
 from ldm.models.diffusion.pixel import DDPM
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import ConfigError, instantiate_from_config
@@ -31,7 +30,8 @@ class LatentDiffusion(DDPM):
     `first_stage_config` and `cond_stage_config` are nodes; the latter may be "__is_first_stage__" or
     "__is_unconditional__". With `personalization_config`, the node of an embedding manager, everything but its
     parameters is frozen (and the denoiser too, unless `unfreeze_model`); without it the denoiser is trained, and the
-    condition's encoder if `cond_stage_trainable`. Latents are multiplied by `scale_factor`, or with `scale_by_std`
+    condition's encoder if `cond_stage_trainable`. Of a frozen denoiser averages are kept only where a checkpoint
+    brings them. Latents are multiplied by `scale_factor`, or with `scale_by_std`
     by what gives the first batch unit variance. Further keywords are those of `DDPM`.
     """
 
@@ -73,6 +73,7 @@ class LatentDiffusion(DDPM):
         self.cond_stage_model = self._condition_encoder(cond_stage_config)
         self.cond_stage_trainable = cond_stage_trainable and personalization_config is None
         self.embedding_manager = None
+        self._captions_of_step: set[str] = set()
         if personalization_config is not None:
             with initialised():  # a base checkpoint does not bring what is learned here
                 self.embedding_manager = instantiate_from_config(
@@ -101,8 +102,20 @@ class LatentDiffusion(DDPM):
     def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
         """Vectors that the weights did not bring begin at the words of the encoder that has just been filled."""
         super().on_weights_loaded(state)
-        if self.personalised and not any(key.startswith("embedding_manager.") for key in state):
+        if not self.personalised:
+            return
+        if (
+            self.use_ema
+            and not self.unfreeze_model
+            and not any(key.startswith("model_ema.") for key in state)
+        ):
+            # The average of weights that stand still would be a second copy of them.
+            self.use_ema = False
+            del self.model_ema
+        if not any(key.startswith("embedding_manager.") for key in state):
             self.embedding_manager.reset(self.cond_stage_model)
+        elif hasattr(self.embedding_manager, "measure"):
+            self.embedding_manager.measure(self.cond_stage_model)
 
     @property
     def personalised(self) -> bool:
@@ -223,12 +236,14 @@ class LatentDiffusion(DDPM):
 
     def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of latents at random timesteps under a raw condition, which is encoded here."""
-        t = weighting.sample_timesteps(self.timestep_sampling, x.shape[0], self.num_timesteps, x.device)
+        t = self.random_timesteps(x.shape[0])
         if cond is None:
             return self.p_losses(x, None, t)
         if self.training and self.ucg_rate and isinstance(cond, list):
             drop = torch.rand(len(cond)) < self.ucg_rate
             cond = ["" if dropped else caption for caption, dropped in zip(cond, drop.tolist(), strict=True)]
+        if self.training and self.personalised and isinstance(cond, list):
+            self._captions_of_step.update(cond)
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and (self.personalised or self.cond_stage_trainable)
         ):
@@ -241,6 +256,27 @@ class LatentDiffusion(DDPM):
             return loss, {}
         distance = self.embedding_manager.embedding_to_coarse_loss().mean()
         return loss + self.embedding_reg_weight * distance, {"loss_emb_reg": distance}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Vectors whose word was in no caption of the step rest: no momentum or weight decay moves them.
+
+        So each of several concepts goes the way that it would go if the others' pictures were not there.
+        """
+        captions, self._captions_of_step = self._captions_of_step, set()
+        find = getattr(self.embedding_manager, "absent_parameters", None)
+        parameters = list(self.embedding_manager.embedding_parameters()) if find else []
+        if len(parameters) < 2 or not captions:
+            return
+        absent = {id(parameter) for parameter in find(captions)}
+        if self.trainer.world_size > 1:  # what another process has seen has a gradient here too
+            seen = torch.tensor(
+                [id(p) not in absent for p in parameters], dtype=torch.int32, device=self.device
+            )
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+            absent = {id(p) for p, there in zip(parameters, seen.tolist(), strict=True) if not there}
+        for parameter in parameters:
+            if id(parameter) in absent:
+                parameter.grad = None
 
     def after_optimizer_step(self, step: int) -> None:
         """The averages follow a denoiser that moves, and the manager counts."""

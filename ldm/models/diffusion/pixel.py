@@ -29,8 +29,9 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     """Denoising diffusion in pixel space (Ho et al. 2020), and the base of `LatentDiffusion`.
 
     Parameters have the original's names and defaults. Beside them: `ema_decay`; `loss_weighting` and
-    `min_snr_gamma`, `timestep_sampling` (see `weighting`); `optimizer_config` (see `ldm.models.optim`);
-    `ucg_rate`, the share of captions replaced by the empty one when a model is trained from scratch.
+    `min_snr_gamma`, `timestep_sampling` and `timestep_range` (see `weighting`); `optimizer_config` (see
+    `ldm.models.optim`); `ucg_rate`, the share of captions replaced by the empty one when a model is trained from
+    scratch.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         loss_weighting: str = "none",
         min_snr_gamma: float = 5.0,
         timestep_sampling: str = "uniform",
+        timestep_range: Sequence[float] = (0.0, 1.0),
         optimizer_config: Mapping[str, Any] | None = None,
         ucg_rate: float = 0.0,
     ) -> None:
@@ -81,7 +83,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             raise ConfigError(f"loss_type '{loss_type}' is unknown; use l1 or l2")
         if use_positional_encodings:
             raise ConfigError("use_positional_encodings is not supported; the original never read it")
-        weighting.check(loss_weighting, timestep_sampling)
+        weighting.check(loss_weighting, timestep_sampling, timestep_range)
         self.parameterization = parameterization
         self.loss_type = loss_type
         self.monitor = monitor
@@ -99,6 +101,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = min_snr_gamma
         self.timestep_sampling = timestep_sampling
+        self.timestep_range = tuple(timestep_range)
         self.optimizer_config = optimizer_config
         self.scheduler_config = scheduler_config
         self.ucg_rate = ucg_rate
@@ -194,8 +197,21 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at random timesteps."""
-        t = weighting.sample_timesteps(self.timestep_sampling, x.shape[0], self.num_timesteps, x.device)
-        return self.p_losses(x, cond, t)
+        return self.p_losses(x, cond, self.random_timesteps(x.shape[0]))
+
+    def random_timesteps(self, count: int) -> Tensor:
+        """Timesteps [count] for a training step, as `timestep_sampling` and `timestep_range` say."""
+        bias = None
+        if self.timestep_sampling == "biased":
+            bias = weighting.noise_bias(self.alphas_cumprod / (1 - self.alphas_cumprod))
+        return weighting.sample_timesteps(
+            self.timestep_sampling,
+            count,
+            self.num_timesteps,
+            self.alphas_cumprod.device,
+            span=self.timestep_range,
+            bias=bias,
+        )
 
     # -- training --------------------------------------------------------------------------------------------
 

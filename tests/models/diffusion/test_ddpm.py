@@ -7,9 +7,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from ldm.checkpoint import load_state
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.util import ConfigError, UserError, instantiate_from_config, skip_pretrained
-from tests.golden_record import Golden, fill
+from tests.golden_record import Golden, fill, golden_state
 
 UNET = {
     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
@@ -236,3 +237,26 @@ def test_regularisation_pulls_towards_the_initial_word() -> None:
     loss, extra = model.regularise(torch.zeros(()))
     assert loss.item() == pytest.approx(0.1 * 0.25 * 32, rel=1e-5)
     assert extra["loss_emb_reg"].item() == pytest.approx(0.25 * 32, rel=1e-5)
+
+
+def test_a_frozen_denoiser_is_not_averaged_unless_a_checkpoint_brings_averages() -> None:
+    config = Golden("clip_one_vector").config()
+    config.params.use_ema = True
+
+    def loaded(state: dict[str, torch.Tensor], **params) -> LatentDiffusion:
+        with skip_pretrained():
+            model = instantiate_from_config({**config, "params": {**config.params, **params}})
+        load_state(model, state, "test")
+        return model
+
+    plain = golden_state(Golden("clip_one_vector").model(load_embeddings=False))
+    model = loaded(plain)
+    assert not model.use_ema and not any(key.startswith("model_ema.") for key in model.state_dict())
+    with model.ema_scope():
+        pass
+    model.after_optimizer_step(1)
+    trained = loaded(plain, unfreeze_model=True)
+    assert trained.use_ema
+    averages = {k: v for k, v in trained.state_dict().items() if k.startswith("model_ema.")}
+    assert loaded(plain | averages, unfreeze_model=True).use_ema
+    assert LatentDiffusion.optional_state[1] == "model_ema."

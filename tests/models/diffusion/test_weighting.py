@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.weighting import SAMPLINGS, WEIGHTINGS, check, loss_weights, sample_timesteps
+from ldm.models.diffusion.weighting import (
+    WEIGHTINGS,
+    check,
+    loss_weights,
+    noise_bias,
+    sample_timesteps,
+)
 from ldm.util import ConfigError
 
 SNR = torch.tensor([0.01, 1.0, 5.0, 100.0])
@@ -30,12 +36,53 @@ def test_stratified_draws_one_timestep_from_each_range() -> None:
         assert sorted((t // 125).tolist()) == list(range(8))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 def test_all_timesteps_are_about_equally_likely(sampling: str) -> None:
     torch.manual_seed(0)
     t = torch.cat([sample_timesteps(sampling, 4, 10, torch.device("cpu")) for _ in range(5000)])
     share = torch.bincount(t, minlength=10) / len(t)
     assert (share - 0.1).abs().max() < 0.01
+
+
+def test_biased_follows_the_log_snr() -> None:
+    snr = torch.logspace(2, -2, 10)
+    bias = noise_bias(snr)
+    assert bias[0] == 0 and bias[-1].item() == pytest.approx(1)
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    t = torch.cat([sample_timesteps("biased", 4, 10, cpu, bias=bias) for _ in range(5000)])
+    share = torch.bincount(t, minlength=10) / len(t)
+    torch.testing.assert_close(share, torch.arange(10) / 45, atol=0.01, rtol=0)
+    late = torch.cat(
+        [sample_timesteps("biased", 4, 10, cpu, span=(0.5, 0.8), bias=bias) for _ in range(5000)]
+    )
+    share = torch.bincount(late, minlength=10) / len(late)
+    torch.testing.assert_close(share[5:8], torch.tensor([5.0, 6, 7]) / 18, atol=0.01, rtol=0)
+    assert share[:5].sum() == share[8:].sum() == 0
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+def test_a_part_of_the_schedule(sampling: str) -> None:
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    t = torch.cat([sample_timesteps(sampling, 4, 1000, cpu, span=(0.5, 0.9)) for _ in range(3000)])
+    assert 500 <= t.min() < 505 and 895 < t.max() < 900
+    assert t.float().mean().item() == pytest.approx(699.5, abs=5)
+
+
+def test_the_whole_schedule_draws_the_numbers_it_always_drew() -> None:
+    cpu = torch.device("cpu")
+    torch.manual_seed(3)
+    uniform, stratified = (sample_timesteps(kind, 6, 1000, cpu) for kind in ("uniform", "stratified"))
+    torch.manual_seed(3)
+    assert torch.equal(uniform, torch.randint(0, 1000, (6,)))
+    assert torch.equal(stratified, ((torch.randperm(6) + torch.rand(6)) / 6 * 1000).long())
+
+
+@pytest.mark.parametrize("span", [(0.9, 0.5), (0, 2), (0.1,), ("a", "b")])
+def test_a_span_that_is_none(span) -> None:
+    with pytest.raises(ConfigError, match="timestep_range is"):
+        check("none", "uniform", span)
 
 
 def test_unknown_names() -> None:
