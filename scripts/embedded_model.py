@@ -1,6 +1,6 @@
 """Train the embedded model, from drawings to a checkpoint.
 
-    python scripts/embedded_model.py train       # first stage, text encoder, denoiser
+    python scripts/embedded_model.py train       # first stage, text encoder, denoiser, and the judge of them
     python scripts/embedded_model.py assemble    # their weights as models/ldm/creatures, in half precision
 
 Each stage is a YAML in configs/creatures and runs through main.py. A stage that is done is not run again, one that
@@ -23,9 +23,9 @@ from ldm.util import UserError
 from scripts.common import Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("first-stage", "clip", "ldm")
+STAGES = ("first-stage", "clip", "ldm", "judge")
 BUILD = Path("build/creatures")
-MODEL = Path("models/ldm/creatures")
+MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
 FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
 
 
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     assemble.add_argument(
         "--out", type=Path, default=MODEL, help="folder of the model (default: %(default)s)"
     )
+    assemble.add_argument(
+        "--judge_out", type=Path, default=JUDGE, help="folder of the judge (default: %(default)s)"
+    )
     return guarded(lambda: run(parser, argv))
 
 
@@ -51,7 +54,7 @@ def run(parser: Parser, argv: Sequence[str] | None) -> None:
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     else:
-        assemble_model(options.out)
+        assemble_model(options.out, options.judge_out)
 
 
 def train_stages(stages: Sequence[str], from_scratch: bool, overrides: Sequence[str]) -> None:
@@ -93,13 +96,15 @@ def _export(stage: str, run: Path) -> None:
         print(f"wrote {save_state_dict(kept, BUILD / 'first-stage.safetensors')}")
 
 
-def assemble_model(out: Path) -> None:
-    """The averaged denoiser with its first stage and text encoder, as one file."""
+def assemble_model(out: Path, judge_out: Path) -> None:
+    """The averaged denoiser with its first stage and text encoder as one file, both towers, and the judge."""
     import torch
     from omegaconf import OmegaConf
 
     from ldm.checkpoint import load_model_from_config, save_state_dict
+    from ldm.evaluation.judge import AttributeJudge
     from ldm.files import write_text
+    from ldm.models.two_towers import TwoTowers
 
     run = _finished(BUILD / "runs" / "ldm")
     if run is None:
@@ -112,7 +117,9 @@ def assemble_model(out: Path) -> None:
     node.pop("base_learning_rate")
     text = "# The embedded model, as it is trained on and generated with; written beside its weights.\n"
     write_text(out / "config.yaml", text + OmegaConf.to_yaml(OmegaConf.create({"model": node})))
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB) and config.yaml")
+    TwoTowers.load(BUILD / "clip").save(out / "towers", torch.float16)
+    AttributeJudge.load(BUILD / "judge").save(judge_out)
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB), config.yaml and towers beside it, and {judge_out}")
 
 
 if __name__ == "__main__":

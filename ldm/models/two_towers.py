@@ -119,14 +119,14 @@ class TwoTowers(nn.Module):
         ends = self.text_tower(input_ids=self.tokenize(captions)).pooler_output
         return F.normalize(self.text_projection(ends), dim=-1)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the towers; `folder`/text_encoder alone is what FrozenCLIPEmbedder reads.
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the towers, weights as `dtype`; `folder`/text_encoder alone is what FrozenCLIPEmbedder reads.
 
-        Weights are float32. Raises UserError when the folder cannot be written.
+        Raises UserError when the folder cannot be written.
         """
         folder, text, rest = Path(folder), {}, {}
         for key, value in self.state_dict().items():
-            value = value.detach().to("cpu", torch.float32).contiguous()
+            value = value.detach().to("cpu", dtype).contiguous()
             if key.startswith("text_tower."):
                 text["text_model." + key.removeprefix("text_tower.").removeprefix("text_model.")] = value
             else:

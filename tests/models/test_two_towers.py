@@ -40,6 +40,17 @@ def test_saved_towers_give_the_same_features(towers, tmp_path):
 
 
 @torch.no_grad()
+def test_half_as_large_they_read_nearly_the_same(towers, tmp_path):
+    towers.save(tmp_path / "whole")
+    towers.save(tmp_path / "half", torch.float16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    pixels = torch.randn(2, 3, 32, 32)
+    again = TwoTowers.load(tmp_path / "half").image_features(pixels)
+    torch.testing.assert_close(again, towers.image_features(pixels), atol=5e-3, rtol=0)
+
+
+@torch.no_grad()
 def test_the_text_tower_serves_frozen_clip_embedder(towers, tmp_path):
     towers.save(tmp_path)
     embedder = FrozenCLIPEmbedder(version=str(tmp_path / "text_encoder"), max_length=32)
