@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,30 @@ def parse_gpus(gpus: Any) -> int | list[int] | None:
         ) from None
 
 
-def choose(gpus: Any) -> Devices:
-    """The devices for a run; without CUDA one line says that the CPU is used.
+def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int:
+    """How many processes `lightning.trainer` asks for: devices, its own or those chosen, times `num_nodes`.
+
+    -1, which is all GPUs, may be several.
+    """
+    nodes = int(trainer.get("num_nodes") or 1)
+    said = trainer.get("devices")
+    if said is None or said == "auto":
+        if devices is not None:
+            return devices.count * nodes
+        said = trainer.get("gpus")
+    said = parse_gpus(said)
+    count = len(said) if isinstance(said, list) else 2 if said == -1 else max(said or 1, 1)
+    return count * nodes
+
+
+def choose(gpus: Any, accelerator: Any = None) -> Devices:
+    """The devices for a run; without CUDA one line says that the CPU is used, unless `accelerator` says so.
 
     Raises UserError for a GPU that this machine does not have.
     """
     wanted = parse_gpus(gpus)
+    if str(accelerator).lower() == "cpu":
+        return Devices("cpu", 1)
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if there == 0:
         if wanted not in (None, 0):

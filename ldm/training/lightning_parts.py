@@ -14,11 +14,12 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
-from ldm.training.callbacks.interruption import Interruption
+from ldm.training.callbacks.interruption import Interruption, StepGuard
 from ldm.training.callbacks.last_checkpoint import LastCheckpoint, is_personalization
 from ldm.training.callbacks.setup import SetupCallback
 from ldm.training.callbacks.validation_seed import ValidationSeed
-from ldm.training.devices import Devices
+from ldm.training.devices import Devices, processes
+from ldm.training.frozen_half import plugin_for
 from ldm.training.old_trainer_keys import translate
 from ldm.training.rundir import RunDir
 from ldm.training.signals import Requests
@@ -58,6 +59,8 @@ PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
 # Added only where a YAML names them, or where they have something to do.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
     "cuda_callback": {"target": "ldm.training.callbacks.cuda.CUDACallback", "params": {}},
+    "compiled": {"target": "ldm.training.callbacks.compiled.CompiledDenoiser", "params": {}},
+    "channels_last": {"target": "ldm.training.callbacks.compiled.ChannelsLast", "params": {}},
     "metrics_over_trainsteps_checkpoint": {
         "target": "pytorch_lightning.callbacks.ModelCheckpoint",
         "params": {
@@ -107,7 +110,7 @@ def trainer_kwargs(
     if personalization and not {"max_steps", "max_epochs", "max_time"} & said.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
         said["max_steps"] = 6100
-    several = devices.count * int(said.get("num_nodes", 1)) > 1
+    several = processes(said, devices) > 1
     usual = {
         "accelerator": "gpu" if devices.accelerator == "cuda" else "cpu",
         "devices": devices.devices,
@@ -183,17 +186,26 @@ def make_callbacks(
     early = [callback for callback in built if getattr(callback, "before_saving", False)]
     later = [callback for callback in built if callback not in early]
     interruption = Interruption(requests, [last.save_now, *savers])
-    return [setup, ValidationSeed(), *early, interruption, *later, last]
+    return [setup, StepGuard(requests), ValidationSeed(), *early, interruption, *later, last]
 
 
 def make_trainer(
-    options: Mapping[str, Any], run: RunDir, callbacks: list[Callback], loggers: list[Logger]
+    options: Mapping[str, Any],
+    run: RunDir,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+    *,
+    personalization: bool = False,
 ) -> pl.Trainer:
-    """Lightning's Trainer in the run folder."""
+    """Lightning's Trainer in the run folder; a `personalization` in half precision learns in float32 all the same."""
+    options, plugins = dict(options), [StateFile()]
+    if personalization and (half := plugin_for(options.get("precision"), options.get("accelerator", "auto"))):
+        del options["precision"]
+        plugins.append(half)
     if options.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
     return pl.Trainer(
-        default_root_dir=str(run.path), callbacks=callbacks, logger=loggers, plugins=[StateFile()], **options
+        default_root_dir=str(run.path), callbacks=callbacks, logger=loggers, plugins=plugins, **options
     )
 
 

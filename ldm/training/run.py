@@ -56,7 +56,8 @@ def run(argv: Sequence[str]) -> int:
     plan = make_plan(arguments.parse(argv))
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
-    where = devices.choose(OmegaConf.select(plan.config, "lightning.trainer.gpus"))
+    trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
+    where = devices.choose(trainer_node.get("gpus"), trainer_node.get("accelerator"))
     model = make_model(plan.config)
     preflight.check_captions(model, getattr(data, "datasets", {}).get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
@@ -106,13 +107,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
     config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)
     if folder is None:
-        gpus = devices.parse_gpus(OmegaConf.select(merged, "lightning.trainer.gpus"))
         folder = rundir.new(
             options.logdir,
             name=name or Path(options.base[0]).stem,
             data_root=merged.get("data_root") if options.datadir_in_name else None,
             postfix=options.postfix,
-            several=gpus not in (None, 0, 1),
+            several=devices.processes(OmegaConf.select(merged, "lightning.trainer") or {}) > 1,
         )
     return Plan(options, merged, folder, state)
 
@@ -160,7 +160,11 @@ def make_trainer(
             callback.describe = Provenance(plan.config, model)
     try:
         return lightning_parts.make_trainer(
-            kwargs, plan.run, callbacks, lightning_parts.make_loggers(lightning, plan.run)
+            kwargs,
+            plan.run,
+            callbacks,
+            lightning_parts.make_loggers(lightning, plan.run),
+            personalization=personalization,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         if isinstance(error, UserError):
@@ -196,8 +200,19 @@ def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.Lig
             trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
     except MisconfigurationException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+    except UserError as error:
+        if "\n" not in str(error):
+            raise
+        # Out of a data loader's process it comes with that process's traceback, and its own words last.
+        raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        raise UserError(
+            f"step {trainer.global_step}: {error.strerror or str(error).strip().splitlines()[-1]}{where}; what was "
+            f"learned is in {plan.run.checkpoints}, and -r {plan.run.path} goes on once that is mended"
+        ) from error
     except ValueError as error:
-        if isinstance(error, UserError) or "val_check_interval" not in str(error):
+        if "val_check_interval" not in str(error):
             raise
         batches = trainer.num_training_batches
         raise ConfigError(

@@ -28,19 +28,33 @@ class Interrupted(BaseException):
 
 
 class Requests:
-    """What was asked of the run so far. While `stepping`, a stop waits for the step's end."""
+    """What was asked of the run so far. While `stepping`, a stop waits for the step's end.
+
+    A second stop does not wait, but while the optimiser is `writing` what it learned: half of that must not be saved.
+    """
 
     def __init__(self) -> None:
         self.stop: int | None = None
         self.save = False
         self.stepping = False
+        self.writing = False
+        self._at_once = False
 
     def on_stop(self, signum: int, frame: FrameType | None = None) -> None:
         repeated = self.stop is not None
         self.stop = signum
+        if repeated and self.writing:
+            self._at_once = True
+            return
         if repeated or not self.stepping:
             raise Interrupted(signum)
         logger.info("stopping after this step; press Ctrl-C again to stop at once")
+
+    def written(self) -> None:
+        """The optimiser is done: end the run if that was asked for repeatedly."""
+        self.writing = False
+        if self._at_once:
+            raise Interrupted(self.stop or signal.SIGTERM)
 
     def on_save(self, signum: int, frame: FrameType | None = None) -> None:
         self.save = True

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from ldm.training.devices import choose, parse_gpus
+from ldm.training.devices import Devices, choose, parse_gpus, processes
 from ldm.util import UsageError, UserError
 
 
@@ -73,3 +73,33 @@ def test_without_cuda_one_line(no_gpu, caplog, text, lines):
     caplog.set_level(logging.INFO, logger="ldm")
     assert choose(text).accelerator == "cpu"
     assert len(caplog.messages) == lines
+
+
+def test_the_cpu_is_taken_at_its_word(two_gpus, caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    for gpus in (None, "0,", "0,1", "-1"):
+        assert choose(gpus, "cpu") == Devices("cpu", 1)
+    assert choose("0,", "gpu") == choose("0,", "ddp") == Devices("cuda", [0])
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({}, 1),
+        ({"gpus": "0,"}, 1),
+        ({"gpus": "0,1"}, 2),
+        ({"gpus": "-1"}, 2),
+        ({"gpus": "0,", "num_nodes": 3}, 3),
+        ({"devices": 2, "accelerator": "cpu"}, 2),
+        ({"devices": "0,1", "num_nodes": 2}, 4),
+        ({"devices": "auto"}, 1),
+    ],
+)
+def test_processes(trainer, count):
+    assert processes(trainer) == count
+
+
+def test_processes_of_chosen_devices():
+    assert processes({"num_nodes": 2}, Devices("cuda", [0, 1])) == 4
+    assert processes({"devices": 3}, Devices("cpu", 1)) == 3

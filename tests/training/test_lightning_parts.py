@@ -57,6 +57,13 @@ def test_several_gpus_use_ddp():
     assert (options["strategy"], options["accelerator"], options["devices"]) == ("ddp", "gpu", [0, 1])
 
 
+def test_several_machines_use_ddp():
+    options = parts.trainer_kwargs({"trainer": {"num_nodes": 2}}, Devices("cuda", [0]), personalization=True)
+    assert (options["strategy"], options["num_nodes"], options["devices"]) == ("ddp", 2, [0])
+    assert kwargs(devices=2)["strategy"] == "ddp"
+    assert kwargs()["strategy"] == "auto"
+
+
 @pytest.mark.parametrize("steps", [0, -5, 2.5, "many"])
 def test_steps_that_make_no_sense(steps):
     with pytest.raises(UsageError, match="max_steps is"):

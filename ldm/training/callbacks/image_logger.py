@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from ldm import files
-from ldm.images import image_grid, to_pil
+from ldm.images import ImageError, image_grid, to_pil
 from ldm.training import rng
 from ldm.training.prompt_sheet import filled, prompt_sheet
 from ldm.training.signals import Requests
@@ -116,6 +116,12 @@ class ImageLogger(Callback):
         self._last[split] = trainer.global_step
         if not trainer.is_global_zero or not callable(getattr(pl_module, "log_images", None)):
             return
+        try:
+            batch = _with_pictures(trainer, pl_module, batch, split)
+        except ImageError as error:
+            # A cache of latents trains on without the pictures.
+            logger.warning("step %d: no preview: %s", trainer.global_step, error)
+            return
         arguments = {"N": self.max_images, **self.log_images_kwargs}
         if "split" in inspect.signature(pl_module.log_images).parameters:
             arguments["split"] = split
@@ -129,7 +135,7 @@ class ImageLogger(Callback):
             torch.no_grad(),
             trainer.precision_plugin.val_step_context(),
         ):
-            pictures = pl_module.log_images(_with_pictures(trainer, pl_module, batch, split), **arguments)
+            pictures = pl_module.log_images(batch, **arguments)
         name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         shown = {key: self._as_pil(tensor) for key, tensor in pictures.items()}
         if made := shown.pop("prompts", None):

@@ -7,11 +7,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from ldm.training.signals import Interrupted, Requests
 
 logger = logging.getLogger(__name__)
+
+
+class StepGuard(Callback):
+    """Lets no stop, be it repeated, come between the first and the last number that the optimiser writes."""
+
+    def __init__(self, requests: Requests) -> None:
+        super().__init__()
+        self.requests = requests
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.requests.writing = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.requests.written()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.requests.writing = False
 
 
 class Interruption(Callback):

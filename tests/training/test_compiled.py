@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm.training.callbacks import compiled as room
+from ldm.training.callbacks.compiled import ChannelsLast, CompiledDenoiser
+from ldm.util import UserError
+from tests.golden_record import Golden
+
+
+@pytest.fixture
+def model():
+    return Golden("clip_one_vector").model()
+
+
+def trainer(steps: int = 5000, done: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(
+        max_steps=steps, max_epochs=None, global_step=done, estimated_stepping_batches=steps
+    )
+
+
+def output(model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, model.channels, 8, 8, generator=generator)
+    return model.apply_model(x, torch.tensor([3, 500]), model.get_learned_conditioning(["a *"] * 2))
+
+
+def test_training_is_compiled_and_previews_are_not(model, monkeypatch) -> None:
+    used = []
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **options: lambda *a, **k: used.append(options) or function(*a, **k),
+    )
+    names, before = list(model.state_dict()), output(model).detach()
+    callback = CompiledDenoiser(mode="max-autotune")
+    callback.on_train_start(trainer(), model)
+    assert torch.equal(output(model), before)
+    assert used == [{"backend": "inductor", "mode": "max-autotune", "dynamic": False}]
+    with torch.no_grad():
+        output(model)
+    assert len(used) == 1
+    assert list(model.state_dict()) == names, "no _orig_mod"
+    callback.teardown(trainer(), model, "fit")
+    output(model)
+    assert len(used) == 1 and "forward" not in vars(model.model.diffusion_model)
+
+
+@pytest.mark.slow
+def test_torchs_own_graph_gives_the_same_gradient(model) -> None:
+    (vectors,) = model.embedding_manager.embedding_parameters()
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        output(model).square().mean().backward()
+        return vectors.grad.clone()
+
+    expected = gradient()
+    callback = CompiledDenoiser(backend="eager")
+    callback.on_train_start(trainer(), model)
+    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-6)
+    callback.teardown(trainer(), model, "fit")
+
+
+def test_a_short_run_does_without_in_one_line(model, caplog) -> None:
+    caplog.set_level(logging.INFO, logger=room.__name__)
+    CompiledDenoiser().on_train_start(trainer(5000, done=3500), model)
+    assert caplog.messages == ["compiled: not for 1500 steps, which would not repay it (least_steps: 2000)"]
+    assert "forward" not in vars(model.model.diffusion_model)
+    CompiledDenoiser().on_train_start(trainer(), torch.nn.Identity())
+
+
+def test_channels_last_changes_the_layout_only(model) -> None:
+    before = output(model).detach()
+    ChannelsLast().on_train_start(trainer(), model)
+    assert model.model.diffusion_model.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output(model).detach(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_nonsense() -> None:
+    with pytest.raises(UserError, match="least_steps is -1"):
+        CompiledDenoiser(least_steps=-1)

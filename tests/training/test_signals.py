@@ -1,0 +1,43 @@
+"""Stops that come at the wrong moment."""
+
+from __future__ import annotations
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from ldm.training.callbacks.interruption import StepGuard
+from ldm.training.signals import Interrupted, Requests
+
+
+def test_a_second_stop_ends_a_step_but_not_while_vectors_are_written() -> None:
+    requests = Requests()
+    guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
+    requests.stepping = True
+    requests.on_stop(signal.SIGINT)
+    guard.on_before_optimizer_step(*hook, None)
+    requests.on_stop(signal.SIGINT)
+    with pytest.raises(Interrupted) as stop:
+        guard.on_train_batch_end(*hook, None, None, 0)
+    assert stop.value.exit_code == 130
+    with pytest.raises(Interrupted):
+        requests.on_stop(signal.SIGTERM)
+
+
+def test_one_stop_goes_on_to_the_savers() -> None:
+    requests = Requests()
+    guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
+    requests.stepping = True
+    guard.on_before_optimizer_step(*hook, None)
+    requests.on_stop(signal.SIGINT)
+    guard.on_train_batch_end(*hook, None, None, 0)
+    assert requests.stop == signal.SIGINT and not requests.writing
+
+
+def test_a_step_that_failed_holds_nothing_back() -> None:
+    requests = Requests()
+    guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
+    guard.on_before_optimizer_step(*hook, None)
+    guard.on_exception(*hook, RuntimeError())
+    assert not requests.writing
