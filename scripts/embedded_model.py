@@ -1,6 +1,6 @@
 """Train the embedded model, from drawings to a checkpoint.
 
-    python scripts/embedded_model.py train       # first stage, text encoder, denoiser, and the judge of them
+    python scripts/embedded_model.py train       # first stage, its decoder once more, text encoder, denoiser, judge
     python scripts/embedded_model.py assemble    # their weights as models/ldm/creatures, in half precision
 
 Each stage is a YAML in configs/creatures and runs through main.py. A stage that is done is not run again, one that
@@ -23,7 +23,7 @@ from ldm.util import UserError
 from scripts.common import Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("first-stage", "clip", "ldm", "judge")
+STAGES = ("first-stage", "decoder", "clip", "ldm", "judge")
 BUILD = Path("build/creatures")
 MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
 FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
@@ -87,8 +87,8 @@ def _finished(runs: Path) -> Path | None:
 
 
 def _export(stage: str, run: Path) -> None:
-    """Put a stage's weights where the next one's YAML looks for them."""
-    if stage == "first-stage":
+    """Put a stage's weights where later ones look for them."""
+    if stage in ("first-stage", "decoder"):
         from ldm.checkpoint import read_state_dict, save_state_dict
 
         state = read_state_dict(run / "checkpoints" / "last.ckpt")
@@ -101,7 +101,7 @@ def assemble_model(out: Path, judge_out: Path) -> None:
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import load_model_from_config, save_state_dict
+    from ldm.checkpoint import load_model_from_config, load_state, read_state_dict, save_state_dict
     from ldm.evaluation.judge import AttributeJudge
     from ldm.files import write_text
     from ldm.models.two_towers import TwoTowers
@@ -110,6 +110,7 @@ def assemble_model(out: Path, judge_out: Path) -> None:
     if run is None:
         raise UserError("the denoiser is not trained yet; run: python scripts/embedded_model.py train")
     model = load_model_from_config(ROOT / "configs/creatures/ldm.yaml", run / "checkpoints" / "last.ckpt")
+    load_state(model.first_stage_model, read_state_dict(BUILD / "decoder.safetensors"), source="the decoder")
     with model.ema_scope():
         state = {key: value for key, value in model.state_dict().items() if not key.startswith("model_ema.")}
         path = save_state_dict(state, out / "model.safetensors", torch.float16)
@@ -119,7 +120,9 @@ def assemble_model(out: Path, judge_out: Path) -> None:
     write_text(out / "config.yaml", text + OmegaConf.to_yaml(OmegaConf.create({"model": node})))
     TwoTowers.load(BUILD / "clip").save(out / "towers", torch.float16)
     AttributeJudge.load(BUILD / "judge").save(judge_out)
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB), config.yaml and towers beside it, and {judge_out}")
+    print(
+        f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB), config.yaml and towers beside it, and {judge_out}"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 
 from ldm.models.first_stage_training import FirstStageTraining
@@ -22,8 +23,10 @@ class AutoencoderKL(FirstStageTraining):
 
     `ddconfig` holds the parameters of `Encoder` and `Decoder`, `embed_dim` the latent's channels. A negative
     `initial_logvar` lets training begin with posteriors so narrow that the decoder sees more signal than noise.
-    `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`. Further keywords
-    are those of `FirstStageTraining`.
+    `ckpt_path` starts from earlier weights without the keys that begin with one of `ignore_keys`. `decoder_only`
+    trains the decoder alone, so that a denoiser of the same latents stays right, and gives it latents with Gaussian
+    noise of a standard deviation between 0 and `latent_noise`, as what a sampler makes is never quite clean. Further
+    keywords are those of `FirstStageTraining`.
     """
 
     def __init__(
@@ -34,9 +37,16 @@ class AutoencoderKL(FirstStageTraining):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         initial_logvar: float | None = None,
+        decoder_only: bool = False,
+        latent_noise: float = 0.0,
         **training: Any,
     ) -> None:
         super().__init__(lossconfig, **training)
+        if latent_noise and not decoder_only:
+            raise ConfigError(
+                f"AutoencoderKL: latent_noise is {latent_noise}, but the encoder learns too and would undo it; set "
+                "decoder_only, or leave the noise out"
+            )
         if not ddconfig.get("double_z", True):
             raise ConfigError(
                 "AutoencoderKL: ddconfig.double_z must be true, a posterior has mean and variance"
@@ -50,6 +60,10 @@ class AutoencoderKL(FirstStageTraining):
         if initial_logvar is not None:
             nn.init.constant_(self.quant_conv.bias[embed_dim:], initial_logvar)
         self.init_from_ckpt(ckpt_path, ignore_keys)
+        self.latent_noise = latent_noise
+        if decoder_only:
+            self.encoder.requires_grad_(False)
+            self.quant_conv.requires_grad_(False)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Posterior of pictures [B, 3, H, W] in [-1, 1] over latents [B, embed_dim, H/f, W/f]."""
@@ -63,6 +77,8 @@ class AutoencoderKL(FirstStageTraining):
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
         posterior = self.encode(x)
         z = posterior.sample() if sample_posterior else posterior.mode()
+        if self.training and self.latent_noise:
+            z = z + self.latent_noise * torch.rand_like(z[:, :1, :1, :1]) * torch.randn_like(z)
         return self.decode(z), posterior
 
 

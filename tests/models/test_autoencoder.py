@@ -23,11 +23,10 @@ DDCONFIG = {
 LOSS = "ldm.modules.losses."
 
 
-def kl_model(**loss) -> AutoencoderKL:
+def kl_model(decoder_only: bool = False, latent_noise: float = 0.0, **loss) -> AutoencoderKL:
     params = {"perceptual_weight": 0.0, "disc_weight": 0.0, "kl_weight": 1e-6} | loss
-    model = AutoencoderKL(
-        DDCONFIG, {"target": LOSS + "LPIPSWithDiscriminator", "params": params}, embed_dim=2
-    )
+    node = {"target": LOSS + "LPIPSWithDiscriminator", "params": params}
+    model = AutoencoderKL(DDCONFIG, node, embed_dim=2, decoder_only=decoder_only, latent_noise=latent_noise)
     model.learning_rate = 2e-3
     return model
 
@@ -98,6 +97,27 @@ def test_the_factor_is_for_the_rate_of_all_but_the_discriminator() -> None:
     both = [p for o in (generator, adversary) for p in o.param_groups[0]["params"]]
     assert len(both) == sum(p.requires_grad for p in model.parameters())
     assert not any(p is model.loss.logvar for p in both)  # held, as the original held it
+
+
+def test_the_decoder_alone_learns_from_noisy_latents_and_the_encoder_stays() -> None:
+    model = kl_model(decoder_only=True, latent_noise=0.1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    error = reconstruction_error(model)
+    fit(model.train(), 30)
+    after = model.state_dict()
+    for key, value in before.items():
+        learns = key.startswith(("decoder.", "post_quant_conv.", "loss."))
+        assert learns or torch.equal(after[key], value), key
+    assert reconstruction_error(model) < 0.7 * error
+    x = next(iter(batches(1)))["image"].movedim(-1, 1)
+    assert torch.equal(model(x, sample_posterior=False)[0], model(x, sample_posterior=False)[0])
+    model.train()
+    assert not torch.equal(model(x, sample_posterior=False)[0], model(x, sample_posterior=False)[0])
+
+
+def test_noise_for_an_encoder_that_learns_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="latent_noise is 0.1, .* set decoder_only"):
+        kl_model(latent_noise=0.1)
 
 
 def test_starts_from_an_earlier_checkpoint(tmp_path) -> None:
