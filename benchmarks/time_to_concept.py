@@ -65,10 +65,8 @@ def time_to_concept(options: argparse.Namespace) -> None:
     steps, pictures = options.paper_steps, options.pictures
     if options.quick:
         concepts, steps, pictures = concepts[:1], 30, 4
-    # What the results follow from: with other vectors or another model nothing is taken from earlier.
     settings = {"model": fingerprint(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
     settings |= {"paper steps": steps, "pictures": pictures}
-    work = options.work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
     scorer = Scorer(model, find_judge(), pictures, max(2, pictures // 4))
     report = Report(
@@ -81,7 +79,7 @@ def time_to_concept(options: argparse.Namespace) -> None:
     for concept in concepts:
         results = {}
         for recipe in RECIPES:
-            folder = work / f"{concept.name}-{recipe}"
+            folder = options.work / f"{concept.name}-{recipe}-{digest(recipe, settings)}"
             train(concept, recipe, steps, folder)
             results[recipe] = scored(scorer, concept, folder)
         found[concept.name] = compared(results["paper"], results["fast"])
@@ -94,6 +92,16 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+def digest(recipe: str, settings: Mapping[str, Any]) -> str:
+    """Of what a result follows from but the code: where it is another, nothing is taken from earlier."""
+    yamls = [path.read_text(encoding="utf-8") for path in (BASE, recipe_of(recipe))]
+    return hashlib.sha256(json.dumps([settings, yamls, OVERRIDES[recipe]]).encode()).hexdigest()[:12]
+
+
+def recipe_of(name: str) -> Path:
+    return ROOT / "configs" / "recipes" / f"{name}.yaml"
+
+
 def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
     """A run with waypoints in `folder`, unless a finished one is there; one that was cut off is begun anew."""
     if waypoints.read(folder) is not None:
@@ -101,7 +109,7 @@ def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
     print(f"{concept.name}: training with {recipe}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     truth = read_concept(concept)
-    words = ["--base", str(BASE), str(ROOT / "configs" / "recipes" / f"{recipe}.yaml"), "-t"]
+    words = ["--base", str(BASE), str(recipe_of(recipe)), "-t"]
     words += [
         "-l",
         str(folder / "logs"),

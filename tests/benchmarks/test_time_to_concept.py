@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import runs, scores, waypoints
+from benchmarks import runs, scores, time_to_concept, waypoints
 from benchmarks.report import Report
 from benchmarks.scores import Scorer, creatures
 from benchmarks.subjects import CONCEPT
-from benchmarks.time_to_concept import compared, factor, fill, reached, scored
+from benchmarks.time_to_concept import compared, digest, factor, fill, reached, scored
 from ldm.evaluation.concept import read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.generate.embeddings import load_embeddings
@@ -94,6 +94,17 @@ def test_nothing_is_scored_twice(tmp_path):
     again = Counting()
     scored(again, CONCEPT, tmp_path)
     assert again.asked == []
+
+
+def test_another_recipe_or_model_begins_anew(tmp_path, monkeypatch):
+    settings = {"model": "a", "threads": 2}
+    before = digest("fast", settings)
+    assert before == digest("fast", dict(settings))
+    assert before != digest("paper", settings)
+    assert before != digest("fast", settings | {"model": "b"})
+    (tmp_path / "other.yaml").write_text("model: {}")
+    monkeypatch.setattr(time_to_concept, "recipe_of", lambda name: tmp_path / "other.yaml")
+    assert before != digest("fast", settings)
 
 
 def test_a_score_is_of_the_evaluation(tiny_model, tmp_path, monkeypatch):
