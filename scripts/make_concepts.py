@@ -50,9 +50,9 @@ STYLES = {"draft": "blueprint", "dusk": "sunset"}
 _STYLE_SEED, _SCENE_SEED = 500_000, 600_000  # far from the creatures' indices within the held-out seeds
 
 
-def creature_concept(index: int) -> tuple[list[Creature], list[Scene]]:
+def creature_concept(index: int, split: str = "concepts") -> tuple[list[Creature], list[Scene]]:
     """A held-out creature five times, no two backgrounds the same: four plain ones and a scene."""
-    seeds = SPLITS["concepts"]
+    seeds = SPLITS[split]
     subject = creature(seeds[index])
     places = [name for name in PLAIN_BACKGROUNDS if not clash(subject.color, name)]
     outdoors = [name for name in SCENES if not clash(subject.color, name)]

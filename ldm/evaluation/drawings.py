@@ -11,8 +11,8 @@ from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import SPLITS, Creature, clash, creature, scene
 
 SEEDS = SPLITS["evaluation"]
-# Where others and scenes begin within those seeds: the creatures that a study inverts are the first.
-_OTHERS, _SCENES = 300_000, 600_000
+# Where others and scenes begin within those seeds: a study inverts the first creatures, in scenes from 600,000 on.
+_OTHERS, _SCENES = 300_000, 700_000
 
 
 def redrawn(

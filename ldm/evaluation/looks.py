@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ldm.evaluation.palette import foreground, histogram, lab
+from ldm.evaluation.palette import creature_in, histogram, lab
 from ldm.evaluation.silhouette import outline, overlaps
 
 # Shape and colour shares need no more pixels than this on the longer side, and large pictures would take seconds.
@@ -57,7 +57,8 @@ class Looks:
 
 
 def _look(picture: Image.Image, whole: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    colors, mask = lab(picture), foreground(picture)
+    colors = lab(picture)
+    mask = creature_in(colors)
     # Without a creature the picture is all background, and its colours are what there is to compare.
     seen = colors.reshape(-1, 3) if whole or not mask.any() else colors[mask]
     shares = histogram(seen)

@@ -23,7 +23,11 @@ def foreground(picture: Image.Image) -> np.ndarray:
 
     A row's background is between the colours at its left and right end, which suits plain colours and horizons.
     """
-    pixels = lab(picture)
+    return creature_in(lab(picture))
+
+
+def creature_in(pixels: np.ndarray) -> np.ndarray:
+    """`foreground` of a picture [H, W, 3] that is in CIELAB already."""
     width = pixels.shape[1]
     edge = max(1, width // 16)
     left, right = np.median(pixels[:, :edge], axis=1), np.median(pixels[:, -edge:], axis=1)

@@ -12,7 +12,7 @@ from ldm.evaluation.drawings import others, redrawn
 from ldm.evaluation.identity import Readings, Subject, likeness
 from ldm.evaluation.looks import Looks
 
-_PICTURES = 4
+AMONG, _PICTURES = 100, 4
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Gallery:
     looks: Sequence[Looks]
 
     @classmethod
-    def drawn(cls, size: int, count: int = 100) -> Gallery:
+    def drawn(cls, size: int, count: int) -> Gallery:
         """`count` creatures, one of which gives its place to the true one."""
         creatures = others(count)
         pictures = redrawn([one for one in creatures for _ in range(_PICTURES)], size, take=3)

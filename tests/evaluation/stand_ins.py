@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ldm.data.creatures.world import creature
+from ldm.evaluation import identity, retrieval, styles
 from ldm.images import to_tensor
+
+
+def draw_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer drawings behind every scale: the figures get rough, and the tests of what is done with them quick."""
+    for module, name, count in (
+        (identity, "PICTURES", 2),
+        (identity, "OTHERS", 3),
+        (retrieval, "AMONG", 5),
+        (styles, "PICTURES", 2),
+        (styles, "_DRAWINGS", 3),
+    ):
+        monkeypatch.setattr(module, name, count)
 
 
 class SayingJudge:

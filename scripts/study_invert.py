@@ -1,0 +1,154 @@
+"""The first phase of scripts/study_inversions.py: draw the concepts, and run main.py for each inversion."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldm.embeddings.fingerprint import file_hash
+from ldm.evaluation.concept import read_concept
+from ldm.evaluation.study_plan import Inversion, Study, plan, write_record
+from ldm.files import write_whole
+from ldm.util import UserError
+from scripts.make_concepts import STYLES, creature_concept, style_concept, write_concept
+
+ROOT = Path(__file__).resolve().parents[1]
+CREATURE_CONFIG = ROOT / "configs/latent-diffusion/txt2img-finetune.yaml"
+STYLE_CONFIG = ROOT / "configs/latent-diffusion/txt2img-finetune_style.yaml"
+_STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+
+
+def inversions(options: argparse.Namespace) -> list[Inversion]:
+    """The plan that the options describe."""
+    creatures = [f"c{index:03d}" for index in range(options.creatures)]
+    styles = [] if options.no_styles else list(STYLES)
+    return plan(creatures, styles, options.vectors, range(options.seeds))
+
+
+def invert(options: argparse.Namespace) -> None:
+    """Make the inversions that are not there yet, `--jobs` at once; the first failure ends it."""
+    study = Study(options.out.absolute())
+    wanted = inversions(options)
+    draw_concepts(study, wanted, picture_size(options))
+    settings = {one: settings_of(options, one) for one in wanted}
+    todo = [one for one in wanted if not study.done(one, settings[one])]
+    with (
+        tqdm(
+            total=len(wanted),
+            initial=len(wanted) - len(todo),
+            unit="inversion",
+            desc="inverting",
+            disable=None,
+        ) as bar,
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
+        running = [pool.submit(invert_one, options, study, one, settings[one]) for one in todo]
+        for future in running:
+            future.add_done_callback(
+                lambda done: bar.update(not done.cancelled() and done.exception() is None)
+            )
+        wait(running, return_when=FIRST_EXCEPTION)
+        for future in running:
+            future.cancel()
+    for future in running:
+        if not future.cancelled():
+            future.result()
+
+
+def draw_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> None:
+    """Five pictures of each concept, where they are not there yet."""
+    for name in dict.fromkeys(one.concept for one in wanted):
+        if (study.concept(name) / "concept.json").is_file():
+            continue
+        if name in STYLES:
+            drawn = style_concept(list(STYLES).index(name), STYLES[name])
+        else:
+            drawn = creature_concept(int(name[1:]), "evaluation")
+        write_concept(study.concept(name), *drawn, size)
+
+
+def picture_size(options: argparse.Namespace) -> int:
+    """The side of the pictures that the finetuning YAML learns from."""
+    from omegaconf import OmegaConf
+
+    size = int(OmegaConf.load(CREATURE_CONFIG).data.params.train.params.size)
+    return next((known for known in (32, 64) if size <= known), 128)
+
+
+def settings_of(options: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
+    """What an inversion depends on, as its record says it."""
+    several = inversion.vectors > 1
+    return {
+        "model_sha256": file_hash(options.ckpt_path),
+        "steps": options.steps,
+        "rate": options.rate_of_several if several else options.rate,
+        "recipe": [str(path) for path in options.recipe],
+        "override": list(options.override),
+        "take": options.take,
+    }
+
+
+def command_of(
+    options: argparse.Namespace, study: Study, inversion: Inversion, settings: dict[str, Any]
+) -> list[str]:
+    """The command line of an inversion, as a person would type it."""
+    concept = read_concept(study.concept(inversion.concept))
+    config = STYLE_CONFIG if concept.style else CREATURE_CONFIG
+    command = [sys.executable, str(ROOT / "main.py"), "--base", str(config)]
+    command += [str(Path(path).absolute()) for path in options.recipe]
+    command += ["-t", "-l", str(study.runs(inversion)), "-n", inversion.id, "--seed", str(inversion.seed)]
+    command += ["--data_root", str(concept.folder), "--init_word", str(concept.init_word)]
+    command += ["--actual_resume", str(Path(options.ckpt_path).absolute())]
+    if settings["steps"]:
+        command += ["--max_steps", str(settings["steps"])]
+    if settings["rate"]:
+        command += ["--scale_lr", "false", f"model.base_learning_rate={settings['rate']}"]
+    command.append(f"model.params.personalization_config.params.num_vectors_per_token={inversion.vectors}")
+    return command + list(options.override)
+
+
+def invert_one(
+    options: argparse.Namespace, study: Study, inversion: Inversion, settings: dict[str, Any]
+) -> None:
+    """Run main.py and keep what it learned, and the seconds it took, start-up included."""
+    runs = study.runs(inversion)
+    shutil.rmtree(runs, ignore_errors=True)
+    runs.mkdir(parents=True)
+    log = runs / "output.txt"
+    threads = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    begun = time.monotonic()
+    with log.open("w") as file:
+        code = subprocess.run(
+            command_of(options, study, inversion, settings),
+            cwd=ROOT,
+            env=os.environ | threads,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    seconds = time.monotonic() - begun
+    if code in _STOPPED:
+        raise KeyboardInterrupt
+    found = list(runs.glob(f"*/checkpoints/{options.take}"))
+    if code or len(found) != 1:
+        said = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        raise UserError(f"the inversion {inversion.id} did not end well ({said}); all it said is in '{log}'")
+    write_whole(study.embedding(inversion), lambda file: file.write(found[0].read_bytes()))
+    record = {
+        **vars(inversion),
+        "seconds": round(seconds, 2),
+        "threads": options.threads,
+        "jobs": options.jobs,
+    }
+    write_record(study.record(inversion), record | {"settings": settings})
+    shutil.rmtree(found[0].parents[1])

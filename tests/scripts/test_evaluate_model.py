@@ -1,0 +1,127 @@
+"""The command line of scripts/evaluate_model.py, on the model of a golden record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.data.creatures.world import SPLITS
+from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.evaluation.judge import AttributeJudge
+from scripts import evaluate_model
+from scripts.make_concepts import creature_concept, style_concept, write_concept
+from tests.evaluation.stand_ins import SayingJudge, draw_little
+from tests.golden_record import Golden
+
+QUICK = ["--samples", "2", "--ddim_steps", "1", "--scale", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, three concepts, and an embedding for each."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    golden = Golden("clip_one_vector")
+    state = golden.model(load_embeddings=False).state_dict()
+    own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
+    torch.save({"state_dict": own}, folder / "model.ckpt")
+    OmegaConf.save({"model": golden.config()}, folder / "config.yaml")
+    write_concept(folder / "concepts" / "zuzu", *creature_concept(43), 32)
+    write_concept(folder / "concepts" / "draft", *style_concept(0, "blueprint"), 32)
+    (folder / "concepts" / "mine").mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "concepts" / "mine" / "cat.png")
+    for name in ("zuzu", "draft", "mine"):
+        concept = Concept(f"<{name}>", torch.full((1, 32), 0.1))
+        write(LearnedEmbeddings((concept,)), folder / "learned" / f"{name}.pt", "original")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys):
+    """Run the script; returns its exit code, what it said, and the JSON it wrote."""
+
+    def run(*arguments: str | Path):
+        base = ["--ckpt_path", str(folder / "model.ckpt"), "--outdir", str(tmp_path / "out"), *QUICK]
+        code = evaluate_model.main([*base, *map(str, arguments)])
+        written = tmp_path / "out" / "evaluation.json"
+        return code, capsys.readouterr(), json.loads(written.read_text()) if written.is_file() else None
+
+    return run
+
+
+def test_a_folder_of_concepts_each_by_its_truth(run, folder, tmp_path, monkeypatch) -> None:
+    draw_little(monkeypatch)
+    judge = SayingJudge(SPLITS["concepts"][43])
+    monkeypatch.setattr(AttributeJudge, "load", lambda folder: judge)
+    arguments = [
+        "--concept",
+        folder / "concepts",
+        "--embedding_path",
+        folder / "learned",
+        "--judge",
+        tmp_path,
+    ]
+    code, said, found = run(*arguments)
+    assert code == 0, said.err
+    assert said.out.split() == [
+        str(tmp_path / "out" / f"evaluation.{kind}") for kind in ("json", "md", "png")
+    ]
+    concepts = found["concepts"]
+    assert {name: one["truth"] for name, one in concepts.items()} == {
+        "draft": "style",
+        "mine": "none",
+        "zuzu": "creature",
+    }
+    zuzu = concepts["zuzu"]["prompts"]
+    assert len(zuzu) == 11 and zuzu["a photo of <zuzu>"]["attributes"] == 1
+    assert concepts["zuzu"]["references"]["redrawn"]["identity"] == pytest.approx(1, abs=1e-3)
+    assert set(concepts["mine"]["prompts"]["a photo of <mine>"]) == {"palette_overlap", "features"}
+    assert found["settings"]["steps"] == 1 and len(found["settings"]["model_sha256"]) == 64
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "there is no truth" in text and "no CLIP-I" in text and f"judge: {tmp_path}" in text
+    assert Image.open(tmp_path / "out" / "evaluation.png").width >= 5 * 96
+
+
+def test_words_in_place_of_an_embedding(run, folder, tmp_path) -> None:
+    arguments = ["--concept", folder / "concepts" / "mine", "--word", "a cat", "--prompt", "{} at night"]
+    code, said, found = run(*arguments, "--judge", "none")
+    assert code == 0, said.err
+    assert list(found["concepts"]["mine"]["prompts"]) == ["a photo of a cat", "a cat at night"]
+    assert found["concepts"]["mine"]["embedding"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--concept", "absent", "--word", "x"], "concept folder 'absent' does not exist"),
+        (["--concept", "CONCEPTS", "--embedding_path", "LEARNED/mine.pt"], "one file for several concepts"),
+        (["--concept", "MINE", "--embedding_path", "absent.pt"], "'absent.pt' does not exist"),
+        (["--concept", "MINE", "--embedding_path", "CONCEPTS/mine/cat.png"], "carries no embedding"),
+        (["--concept", "MINE", "--word", "x", "--prompt", "at night"], "does not mention the concept"),
+        (["--concept", "MINE", "--word", "x", "--prompt", "{} by <dog>"], "mentions '<dog>'"),
+        (["--concept", "MINE", "--word", "x", "--features", "./absent"], "no such folder"),
+        (["--concept", "MINE", "--word", "x", "--judge", "absent"], "--judge 'absent' does not exist"),
+        (["--concept", "MINE", "--word", "x", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
+        (["--concept", "MINE"], "--embedding_path --word"),
+        (["--concept", "MINE", "--word", "x", "--samples", "0"], "no positive whole number"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_model_is_read(arguments, said, run, folder, monkeypatch) -> None:
+    def never(*arguments):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(evaluate_model, "load_model", never)
+    places = {
+        "CONCEPTS": folder / "concepts",
+        "LEARNED": folder / "learned",
+        "MINE": folder / "concepts" / "mine",
+    }
+    for name, path in places.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    code, told, found = run(*arguments)
+    assert code in (1, 2) and found is None
+    assert said in told.err and told.err.count("\n") == 1 and told.err.startswith("error: ")
