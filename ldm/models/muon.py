@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,42 +52,60 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
+            for parameter in moving:
                 if _is_matrix(parameter):
-                    _muon(parameter, self.state[parameter], group)
+                    alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
                 else:
                     _adamw(parameter, self.state[parameter], group)
+            for parameters in alike.values():
+                _muon(parameters, [self.state[parameter] for parameter in parameters], group)
         return loss
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """`matrix` [m, n] with its singular values brought near 1 (0.7 to 1.2), in bfloat16."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices [..., m, n] with their singular values brought near 1 (0.7 to 1.2), float32.
+
+    The iteration x <- (a + b x x' + c (x x')^2) x runs on the smaller of the two Gram matrices, and the product of its
+    polynomials is applied once: for wide kernels a third of the arithmetic.
+    """
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
-    x = (x.t() if tall else x) / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.float()
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = None
     for _ in range(_STEPS):
-        square = x @ x.t()
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.t() if tall else x
+        square = gram @ gram
+        polynomial = b * gram + c * square
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.mT if tall else x
 
 
 def _is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= _LEAST
 
 
-def _muon(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-    if not state:
-        state["momentum"] = torch.zeros_like(parameter)
-    rate, momentum, gradient = group["lr"] * group["matrix_factor"], state["momentum"], parameter.grad
-    momentum.mul_(group["momentum"]).add_(gradient)
-    direction = orthogonalised(gradient.add(momentum, alpha=group["momentum"]).flatten(1))
+def _muon(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]], group: Mapping[str, Any]) -> None:
+    """A step of matrices of one shape, which share the arithmetic."""
+    directions = []
+    for parameter, state in zip(parameters, states, strict=True):
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum, gradient = state["momentum"], parameter.grad
+        momentum.mul_(group["momentum"]).add_(gradient)
+        directions.append(gradient.add(momentum, alpha=group["momentum"]).flatten(1))
+    rate = group["lr"] * group["matrix_factor"]
     # A tall matrix needs longer steps for the same change of what it puts out.
-    stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
-    parameter.mul_(1 - rate * group["weight_decay"])
-    parameter.add_(direction.view_as(parameter).to(parameter.dtype), alpha=-rate * stretch)
+    stretch = max(1.0, directions[0].shape[0] / directions[0].shape[1]) ** 0.5
+    for parameter, direction in zip(parameters, orthogonalised(torch.stack(directions)), strict=True):
+        parameter.mul_(1 - rate * group["weight_decay"])
+        parameter.add_(direction.reshape(parameter.shape).to(parameter.dtype), alpha=-rate * stretch)
 
 
 def _adamw(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
