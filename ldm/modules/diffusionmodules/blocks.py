@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ldm.modules.attend import attend
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.convolution import Conv3x3
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
 
 
@@ -59,9 +60,7 @@ class ResBlock(nn.Module):
         out_channels = out_channels or channels
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.resample = _resampling(channels, up, down)
         emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
@@ -69,7 +68,7 @@ class ResBlock(nn.Module):
             normalization(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv3x3(out_channels, out_channels)),
         )
         if out_channels == channels:
             self.skip_connection = nn.Identity()
