@@ -93,7 +93,7 @@ def _export(stage: str, run: Path) -> None:
 
         state = read_state_dict(run / "checkpoints" / "last.ckpt")
         kept = {key: value for key, value in state.items() if not key.startswith("loss.")}
-        print(f"wrote {save_state_dict(kept, BUILD / 'first-stage.safetensors')}")
+        print(f"wrote {save_state_dict(kept, BUILD / f'{stage}.safetensors')}")
 
 
 def assemble_model(out: Path, judge_out: Path) -> None:
