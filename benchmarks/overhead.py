@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
 
 from benchmarks import runs  # noqa: E402
 from benchmarks.pairs import Rounds, Spread  # noqa: E402
@@ -40,15 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=400, help="of each run (%(default)s, as the YAML has it)"
     )
     parser.add_argument("--recipe", default="fast", help="of configs/recipes (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's)")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
+    runs.add_options(parser)
     return guarded(lambda: overhead(parser.parse_args(argv)))
 
 
 def overhead(options: argparse.Namespace) -> None:
-    runs.quiet()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    runs.begin(options)
     report = Report(
         "overhead",
         "What previews and the deterministic loss cost: embedded model",
@@ -67,7 +63,7 @@ def overhead(options: argparse.Namespace) -> None:
             said = (said[0], verdict(percent.median, BAR, at_most=True))
         report.rows.append((name, Spread.of(rounds.seconds[name]).text(1), *said))
     report.data = {"seconds": rounds.seconds}
-    report.write(**({"folder": options.out} if options.out else {}))
+    report.write(options.out)
     print(report.markdown())
 
 

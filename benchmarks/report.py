@@ -43,8 +43,9 @@ class Report:
         ]
         return "\n".join(lines) + "\n"
 
-    def write(self, folder: Path = RESULTS) -> Path:
-        """Write `<name>.json` and `<name>.md`, each whole or not at all; returns the latter's path."""
+    def write(self, folder: Path | None = None) -> Path:
+        """Write `<name>.json` and `<name>.md` into `folder` or RESULTS, each whole; returns the latter's path."""
+        folder = folder or RESULTS
         kept = ("title", "machine", "settings", "columns", "rows", "notes", "data")
         content = {key: getattr(self, key) for key in kept}
         write_text(folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")

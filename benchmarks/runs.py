@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
@@ -50,9 +53,20 @@ def prepare(
     return Run(plan, model, data, trainer)
 
 
-def quiet() -> None:
-    """Of all that runs say, show only warnings, and of diffusers only errors: it warns of casts that are meant."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that all benchmarks have."""
+    parser.add_argument("--threads", type=int, help="of torch (default: torch's)")
+    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Set torch's threads; of all that runs say, show only warnings, and of diffusers only errors.
+
+    Diffusers warns of casts that are meant.
+    """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console.set_up()
     logging.getLogger("ldm").setLevel(logging.WARNING)
+    if options.threads:
+        torch.set_num_threads(options.threads)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import ROOT
 from ldm.evaluation.concept import Concept, read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.evaluation.identity import Judge, Subject
@@ -16,7 +17,7 @@ from ldm.evaluation.judge import AttributeJudge
 from ldm.evaluation.measures import edit_figures, identity_figures
 from ldm.generate import generate
 from ldm.generate.embeddings import load_embeddings
-from ldm.util import UserError
+from scripts.common import JUDGE
 
 PLAIN = "a photo of *"
 SEED = 7
@@ -24,10 +25,8 @@ SEED = 7
 
 def find_judge() -> Judge | None:
     """The shipped judge; None where there is none, and likeness is colours and shape alone."""
-    try:
-        return AttributeJudge.load()
-    except UserError:
-        return None
+    folder = ROOT / JUDGE
+    return AttributeJudge.load(folder) if folder.is_dir() else None
 
 
 def creatures(folder: Path) -> list[Path]:

@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256, help="side of the pictures of sd-v1 (%(default)s)")
     parser.add_argument("--rounds", type=int, help="how often each takes its turn (embedded: 100, sd-v1: 8)")
     parser.add_argument("--warm_up", type=int, default=2, help="rounds before, not counted (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's)")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
+    runs.add_options(parser)
     return guarded(lambda: step_time(parser.parse_args(argv)))
 
 
@@ -68,21 +67,18 @@ def step_time(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: nothing is measured")
         return
-    runs.quiet()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    runs.begin(options)
     rounds = options.rounds or (100 if options.subject == "embedded" else 8)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         workdir = Path(folder)
         subject = EMBEDDED if options.subject == "embedded" else stable_diffusion(options.size, workdir)
         bench = Bench(subject, workdir, torch.device(options.device), rounds, options.warm_up)
         report = new_report(options, bench)
-        where = {"folder": options.out} if options.out else {}
         if options.device == "cuda":
             add_memory(report, bench.peak_memory())
         for kind, precision, bar in COMPARISONS:
             add_rows(report, bench.compare(kind, precision), precision, bar)
-            report.write(**where)
+            report.write(options.out)
     print("\n".join(report.markdown().splitlines()))
 
 

@@ -29,6 +29,7 @@ from benchmarks.machine import ROOT  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.scores import Scorer, creatures, find_judge  # noqa: E402
 from ldm.checkpoint import load_model_from_config  # noqa: E402
+from ldm.embeddings.fingerprint import file_hash  # noqa: E402
 from ldm.evaluation.concept import read_concept  # noqa: E402
 from ldm.files import write_text  # noqa: E402
 from scripts.common import Parser, guarded  # noqa: E402
@@ -51,21 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--paper_steps", type=int, default=5000, help="a cap on `paper` (%(default)s)")
     parser.add_argument("--pictures", type=int, default=16, help="for each identity (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 pictures")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's)")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "time_to_concept")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
+    runs.add_options(parser)
     return guarded(lambda: time_to_concept(parser.parse_args(argv)))
 
 
 def time_to_concept(options: argparse.Namespace) -> None:
-    runs.quiet()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    runs.begin(options)
     concepts = options.concepts or creatures(ROOT / "data" / "concepts")
     steps, pictures = options.paper_steps, options.pictures
     if options.quick:
         concepts, steps, pictures = concepts[:1], 30, 4
-    settings = {"model": fingerprint(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
+    settings = {"model": file_hash(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
     settings |= {"paper steps": steps, "pictures": pictures}
     model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
     scorer = Scorer(model, find_judge(), pictures, max(2, pictures // 4))
@@ -84,12 +82,8 @@ def time_to_concept(options: argparse.Namespace) -> None:
             results[recipe] = scored(scorer, concept, folder)
         found[concept.name] = compared(results["paper"], results["fast"])
         fill(report, found, judged=scorer.judge is not None)
-        report.write(**({"folder": options.out} if options.out else {}))
+        report.write(options.out)
     print(report.markdown())
-
-
-def fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def digest(recipe: str, settings: Mapping[str, Any]) -> str:

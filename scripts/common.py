@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from ldm.util import UsageError, UserError
+
+# The embedded model and its judge, from the root of the checkout.
+MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Profile:
     """What differs between the scripts that generate pictures: defaults, and how files are numbered."""
 
     prog: str = "txt2img.py"
-    ckpt: str = "models/ldm/creatures/model.safetensors"
+    ckpt: str = str(MODEL / "model.safetensors")
     config: str | None = None
     outdir: str = "outputs/txt2img-samples"
     prompt: str = "a photo of a creature"
@@ -51,7 +55,8 @@ def guarded(command: Callable[[], object]) -> int:
         if not is_out_of_memory(error):
             raise
         print(
-            "error: out of memory; try a smaller --n_samples, --H or --W, or --precision autocast",
+            "error: out of memory; try fewer pictures at once (--n_samples, --batch_size), a smaller --H or --W, or "
+            "--precision autocast",
             file=sys.stderr,
         )
         return 1

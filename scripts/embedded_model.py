@@ -20,12 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.util import UserError
-from scripts.common import Parser, guarded
+from scripts.common import JUDGE, MODEL, Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("first-stage", "decoder", "clip", "ldm", "judge")
 BUILD = Path("build/creatures")
-MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
 FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
 
 

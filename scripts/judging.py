@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.util import UserError
-from scripts.common import positive
+from scripts.common import JUDGE, positive
 
-JUDGE = "models/judge/creatures"
 NONE = "none"
 
 
@@ -73,11 +72,11 @@ def features_of(options: argparse.Namespace) -> list[str]:
 def judge_of(options: argparse.Namespace) -> str | None:
     """Where the judge lies: as named, else the shipped one if it is there."""
     named = options.judge
-    if named == NONE or (named is None and not Path(JUDGE).is_dir()):
+    if named == NONE or (named is None and not JUDGE.is_dir()):
         return None
-    if not Path(named or JUDGE).is_dir():
+    if named is not None and not Path(named).is_dir():
         raise UserError(f"--judge '{named}' does not exist; name a folder with a judge, or {NONE}")
-    return named or JUDGE
+    return named or str(JUDGE)
 
 
 def load_model(ckpt: str, config: str | None) -> tuple[Any, int]:

@@ -1,5 +1,8 @@
 """Draws the sample concepts: held-out creatures and styles, five pictures each, with the truth in concept.json.
 
+Beside each picture lies what a person would caption it with, for `use_captions`: where the creature is, or what is
+seen in the style. The concept itself is [name].
+
 python scripts/make_concepts.py [--out data/concepts] [--size 32]
 """
 
@@ -16,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image  # noqa: E402
 
-from ldm.data.creatures.captions import Names, full_caption, place  # noqa: E402
+from ldm.data.creatures.captions import Names, full_caption, naming, place  # noqa: E402
 from ldm.data.creatures.dataset import WORLD_VERSION  # noqa: E402
 from ldm.data.creatures.renderer import render  # noqa: E402
 from ldm.data.creatures.world import (  # noqa: E402
+    ATTRIBUTES,
     PLAIN_BACKGROUNDS,
     SCENES,
     SPLITS,
@@ -103,11 +107,21 @@ def truth(name: str, creatures: list[Creature], scenes: list[Scene], size: int) 
     return told
 
 
+def caption_of(concept: str, subject: Creature, where: Scene) -> str:
+    """All that a picture shows but the concept, in words."""
+    if concept not in STYLES:
+        return f"a photo of [name] {place(where.background)}"
+    told = [attribute for attribute in ATTRIBUTES if attribute != "style"]
+    return f"{naming(Names.of(subject, where), told)} in the style of [name]"
+
+
 def write_concept(folder: Path, creatures: list[Creature], scenes: list[Scene], size: int) -> None:
-    """Writes 01.png to 05.png and concept.json; raises UserError when the folder cannot be written."""
+    """Writes 01.png to 05.png, their captions and concept.json; UserError when the folder cannot be written."""
     for k, pixels in enumerate(render(creatures, scenes, size), 1):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         write_whole(folder / f"{k:02d}.png", lambda file, image=image: image.save(file, "PNG", optimize=True))
+        said = caption_of(folder.name, creatures[k - 1], scenes[k - 1])
+        write_text(folder / f"{k:02d}.txt", said + "\n")
     told = truth(folder.name, creatures, scenes, size)
     write_text(folder / "concept.json", json.dumps(_short(told), indent=1) + "\n")
 

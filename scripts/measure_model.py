@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +20,11 @@ from typing import Any
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.util import UserError
-from scripts.common import Parser, guarded, positive
+from scripts.common import JUDGE, MODEL, Parser, guarded, positive
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
+
+Rows = dict[str, dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,37 +58,38 @@ def measure(options: argparse.Namespace) -> None:
         rows, facts = judge(options)
     else:
         rows, facts = prompts(options)
+    from ldm.embeddings.fingerprint import file_hash
+    from ldm.evaluation.report import table, versions
     from ldm.files import write_text
 
-    width = len(next(iter(rows.values())))
-    heads = {2: ("value", ""), 3: ("share", "95 % interval", "of")}[width]
-    lines = [f"| {options.what} | " + " | ".join(heads) + " |", "|---" * (width + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    table = "\n".join(lines) + "\n"
+    columns = {key: key for key in next(iter(rows.values()))}
+    text = table(options.what, columns, rows.items())
+    made_with = {"model": str(options.model), "judge": str(options.judge), "seed": options.seed} | versions()
+    for name, folder in (("model", options.model), ("judge", options.judge)):
+        weights = folder / "model.safetensors"
+        made_with[f"{name}_sha256"] = file_hash(weights) if weights.is_file() else None
     stem = options.outdir / options.what
-    write_text(stem.with_suffix(".md"), table)
-    write_text(stem.with_suffix(".json"), json.dumps(facts | _circumstances(options), indent=1) + "\n")
-    print(table, end="")
+    write_text(stem.with_suffix(".md"), text)
+    write_text(stem.with_suffix(".json"), json.dumps(facts | made_with, indent=1) + "\n")
+    print(text, end="")
     print(f"wrote {stem}.md and {stem}.json")
 
 
-def first_stage(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
-    """PSNR in dB of pictures encoded and decoded: the mean over pictures, and that of the mean error."""
+def first_stage(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """PSNR in dB of pictures encoded and decoded: mean and standard deviation over pictures."""
     from ldm.data.creatures.dataset import Creatures
     from ldm.evaluation.reconstruction import psnr, reconstructed
-    from ldm.generate.pictures import downsampling_factor
     from ldm.images import to_pil
 
-    model = _model(options.model)
-    size = model.image_size * downsampling_factor(model)
+    model, size = _model(options.model)
     data = Creatures(size, options.count or 1024, split="validation", captions=False)
     pictures = [to_pil(data.image(k).movedim(-1, 0)) for k in range(len(data))]
     mean, spread = psnr(pictures, reconstructed(model, pictures))
-    rows = {"PSNR": (f"{mean:.2f} dB", f"± {spread:.2f} over {len(pictures)} validation pictures")}
+    rows = {"PSNR": {"dB": round(mean, 2), "spread": round(spread, 2), "of": len(pictures)}}
     return rows, {"psnr_db": mean, "spread_db": spread, "pictures": len(pictures)}
 
 
-def judge(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
+def judge(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     """Right answers of the judge on drawings of the split that only evaluations use."""
     import torch
 
@@ -116,7 +115,7 @@ def judge(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict
     return _shares(counts), {"right": counts}
 
 
-def prompts(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
+def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     """Prompts obeyed, over generations that the judge reads."""
     import torch
     from tqdm import tqdm
@@ -127,7 +126,7 @@ def prompts(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], di
     from ldm.generate import generate
     from ldm.images import image_grid, labelled, to_tensor
 
-    reader, model = AttributeJudge.load(options.judge), _model(options.model)
+    reader, (model, _) = AttributeJudge.load(options.judge), _model(options.model)
     asked = orders(options.count or 1200, options.seed)
     begun = time.monotonic()
     with tqdm(total=len(asked), desc="pictures", unit="") as bar:
@@ -156,40 +155,29 @@ def prompts(options: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], di
     return _shares(counts), facts
 
 
-def _model(folder: Path) -> Any:
-    from ldm.checkpoint import load_model_from_config
+def _model(folder: Path) -> tuple[Any, int]:
+    from scripts.judging import check_files, load_model
 
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"no model in '{folder}': {weights.name} is missing")
-    return load_model_from_config(folder / "config.yaml", weights)
+    weights = str(folder / "model.safetensors")
+    check_files(weights)
+    return load_model(weights, None)
 
 
 def _share(right: Any) -> tuple[int, int]:
     return int(right.sum()), len(right)
 
 
-def _shares(counts: dict[str, tuple[int, int]]) -> dict[str, tuple[str, ...]]:
+def _shares(counts: dict[str, tuple[int, int]]) -> Rows:
     from ldm.evaluation.obedience import interval
 
     return {
-        name: (f"{right / of:.3f}", "{:.3f} to {:.3f}".format(*interval(right, of)), f"{of}")
+        name: {
+            "share": right / of,
+            "95 % interval": "{:.3f} to {:.3f}".format(*interval(right, of)),
+            "of": of,
+        }
         for name, (right, of) in counts.items()
         if of
-    }
-
-
-def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures were measured with."""
-    import torch
-
-    return {
-        "model": str(options.model),
-        "judge": str(options.judge),
-        "seed": options.seed,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
     }
 
 

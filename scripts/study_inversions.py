@@ -60,6 +60,11 @@ def make_parser() -> Parser:
         help="of more than one (default: %(default)s)",
     )
     learning.add_argument(
+        "--captions",
+        action="store_true",
+        help="say where the creature is, or what is seen in the style, rather than use the templates",
+    )
+    learning.add_argument(
         "--override",
         nargs="+",
         default=[],

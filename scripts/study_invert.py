@@ -94,6 +94,7 @@ def settings_of(options: argparse.Namespace, inversion: Inversion) -> dict[str, 
         "steps": options.steps,
         "rate": options.rate_of_several if several else options.rate,
         "recipe": [str(path) for path in options.recipe],
+        "captions": options.captions,
         "override": list(options.override),
         "take": options.take,
     }
@@ -114,6 +115,8 @@ def command_of(
         command += ["--max_steps", str(settings["steps"])]
     if settings["rate"]:
         command += ["--scale_lr", "false", f"model.base_learning_rate={settings['rate']}"]
+    if settings["captions"]:
+        command.append("data.params.train.params.use_captions=true")
     command.append(f"model.params.personalization_config.params.num_vectors_per_token={inversion.vectors}")
     return command + list(options.override)
 

@@ -91,3 +91,11 @@ class Golden:
         if load_embeddings:
             model.embedding_manager.load(self.embeddings)
         return model
+
+    def write_model(self, folder: Path) -> Path:
+        """The model as a checkpoint with its config beside it, without vectors; returns the checkpoint's path."""
+        state = self.model(load_embeddings=False).state_dict()
+        own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
+        torch.save({"state_dict": own}, folder / "model.ckpt")
+        OmegaConf.save({"model": self.config()}, folder / "config.yaml")
+        return folder / "model.ckpt"

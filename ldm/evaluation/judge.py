@@ -21,7 +21,6 @@ from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path("models/judge/creatures")
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "judge.json"
 
 
@@ -73,7 +72,7 @@ class AttributeJudge(nn.Module):
         logger.info("judge written to %s", folder)
 
     @classmethod
-    def load(cls, folder: str | Path = FOLDER) -> AttributeJudge:
+    def load(cls, folder: str | Path) -> AttributeJudge:
         """The judge that `save` wrote, in evaluation mode and float32.
 
         Raises UserError for a folder without one, and for one that was trained on another world.

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ldm.util import ConfigError
 
+# Keeps a row of zeros from being divided by its length.
+_TINY = 1e-12
+
 
 class SphereSGD(torch.optim.Optimizer):
     """Gradient descent on directions, after Directional Textual Inversion (Kim et al., ICLR 2026).
@@ -55,6 +58,3 @@ class SphereSGD(torch.optim.Optimizer):
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(_TINY)
         turned = direction - rate * gradient
         vectors.copy_(length * turned / turned.norm(dim=-1, keepdim=True).clamp_min(_TINY))
-
-
-_TINY = 1e-12

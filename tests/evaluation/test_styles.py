@@ -22,4 +22,6 @@ def test_the_style_is_told_from_photos_and_from_other_styles(style) -> None:
     assert in_style["style"] == pytest.approx(1, abs=0.1) and in_style["in_style"] == 1
     assert "kind" not in in_style
     for other in ("photo", "painting"):
-        assert subject.figures(redrawn([one] * 4, 32, take=9, style=other))["in_style"] <= 0.25
+        found = subject.figures(redrawn([one] * 24, 32, take=9, style=other))
+        assert found["style"] < 0.2
+        assert found["in_style"] < 0.1  # not none: the ground of some is as blue as a blueprint

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.data.creatures.world import SPLITS
@@ -25,11 +24,7 @@ QUICK = ["--samples", "2", "--ddim_steps", "1", "--scale", "1"]
 def folder(tmp_path_factory) -> Path:
     """A model, three concepts, and an embedding for each."""
     folder = tmp_path_factory.mktemp("evaluated")
-    golden = Golden("clip_one_vector")
-    state = golden.model(load_embeddings=False).state_dict()
-    own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
-    torch.save({"state_dict": own}, folder / "model.ckpt")
-    OmegaConf.save({"model": golden.config()}, folder / "config.yaml")
+    Golden("clip_one_vector").write_model(folder)
     write_concept(folder / "concepts" / "zuzu", *creature_concept(43), 32)
     write_concept(folder / "concepts" / "draft", *style_concept(0, "blueprint"), 32)
     (folder / "concepts" / "mine").mkdir()

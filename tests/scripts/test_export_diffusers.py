@@ -19,9 +19,7 @@ def folder(tmp_path_factory):
     """A model with its config beside it, and two embedding files."""
     folder = tmp_path_factory.mktemp("model")
     golden = Golden("clip_one_vector")
-    state = golden.model(load_embeddings=False).state_dict()
-    own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
-    torch.save({"state_dict": own}, folder / "model.ckpt")
+    golden.write_model(folder)
     config = golden.config()
     config.params.cond_stage_config.params.version = str(clip_folder(tmp_path_factory.mktemp("clip")))
     OmegaConf.save({"model": config}, folder / "config.yaml")

@@ -33,7 +33,7 @@ def test_the_first_stage_is_measured(tmp_path, capsys) -> None:
     assert 15 < found["psnr_db"] < 60 and found["pictures"] == 8
     table = (out / "first-stage.md").read_text()
     assert table in capsys.readouterr().out
-    assert f"| PSNR | {found['psnr_db']:.2f} dB |" in table
+    assert f"| PSNR | {round(found['psnr_db'], 2):g} |" in table
 
 
 def test_the_judge_is_measured(judge, tmp_path) -> None:
@@ -56,7 +56,7 @@ def test_prompts_are_measured_and_shown(judge, tmp_path) -> None:
     ("words", "line"),
     [
         (["prompts", "--judge", "nowhere"], "no judge in 'nowhere'"),
-        (["first-stage", "--model", "nowhere"], "no model in 'nowhere'"),
+        (["first-stage", "--model", "nowhere"], "'nowhere/model.safetensors' does not exist"),
         (["prompts", "--count", "0"], "'0' is no positive whole number"),
     ],
 )

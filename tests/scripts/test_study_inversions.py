@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.embeddings import Concept, LearnedEmbeddings, write
@@ -35,12 +34,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("studied")
-    golden = Golden("clip_one_vector")
-    state = golden.model(load_embeddings=False).state_dict()
-    own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
-    torch.save({"state_dict": own}, folder / "model.ckpt")
-    OmegaConf.save({"model": golden.config()}, folder / "config.yaml")
-    return folder / "model.ckpt"
+    return Golden("clip_one_vector").write_model(folder)
 
 
 class MainPy:
@@ -103,6 +97,14 @@ def test_each_inversion_is_a_command_that_a_person_could_type(run, main_py, tmp_
     record = json.loads((tmp_path / "study/inversions/c000-v2-s0.json").read_text())
     assert record["seconds"] >= 0 and record["settings"]["steps"] == 20 and record["vectors"] == 2
     assert not list((tmp_path / "study/runs").glob("*/run"))
+
+
+def test_pictures_are_captioned_where_asked(run, main_py, tmp_path) -> None:
+    assert run("invert", "--vectors", "1", "--captions")[0] == 0
+    assert all("data.params.train.params.use_captions=true" in command for command in main_py.commands)
+    assert (tmp_path / "study/concepts/c000/05.txt").is_file()
+    code, said = run("invert", "--vectors", "1")
+    assert code == 1 and "captions" in said.err
 
 
 def test_a_study_goes_on_where_it_was_stopped(run, main_py, tmp_path) -> None:

@@ -24,11 +24,7 @@ QUICK = ["--ddim_steps", "1", "--n_samples", "2", "--scale", "1"]
 def folder(tmp_path_factory):
     """A model with its config beside it, and two embedding files."""
     folder = tmp_path_factory.mktemp("model")
-    golden = Golden("clip_one_vector")
-    state = golden.model(load_embeddings=False).state_dict()
-    own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
-    torch.save({"state_dict": own}, folder / "model.ckpt")
-    OmegaConf.save({"model": golden.config()}, folder / "config.yaml")
+    Golden("clip_one_vector").write_model(folder)
     for name, value, width in (("cat", 0.5, 32), ("dog", 0.1, 32), ("wide", 0.1, 768)):
         concept = Concept(f"<{name}>", torch.full((1, width), value))
         write(LearnedEmbeddings((concept,)), folder / f"{name}.pt", "original")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.creatures.captions import place
 from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import HELD_OUT_STYLES, SPLITS, STYLES, creature, scene
 from scripts import make_concepts
@@ -56,7 +57,8 @@ def test_the_pictures_are_what_the_truth_says(name):
 def test_the_script_writes_the_shipped_files(tmp_path, capsys):
     assert make_concepts.main(["--out", str(tmp_path), "--size", str(TOLD["momo"]["size"])]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(TOLD)
-    assert (tmp_path / "momo/concept.json").read_text() == (SHIPPED / "momo/concept.json").read_text()
+    for name in ("momo/concept.json", "momo/03.txt", "dusk/01.txt"):
+        assert (tmp_path / name).read_text() == (SHIPPED / name).read_text()
     assert "12 concepts" in capsys.readouterr().out
 
 
@@ -64,3 +66,18 @@ def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert make_concepts.main(["--out", str(tmp_path / "file")]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_captions_tell_what_the_concept_is_not(name):
+    told = TOLD[name]
+    said = [path.read_text().strip() for path in sorted((SHIPPED / name).glob("*.txt"))]
+    for caption, picture in zip(said, told["pictures"], strict=True):
+        where = place(picture["scene"]["background"])
+        if told["kind"] == "object":
+            assert caption == f"a photo of [name] {where}"
+        else:
+            shown = creature(picture["creature_seed"])
+            assert caption.endswith(f"{where} in the style of [name]")
+            assert shown.color in caption and shown.kind in caption
+            assert not any(style in caption.removeprefix("a photo") for style in (told["style"], *STYLES))
