@@ -38,6 +38,11 @@ class LambdaWarmUpCosineScheduler2:
                 f"{type(self).__name__}: warm_up_steps, f_min, f_max, f_start and cycle_lengths need one entry per "
                 f"cycle each, got {sorted(lengths)}"
             )
+        if min(cycle_lengths) < 1:
+            raise ConfigError(
+                f"{type(self).__name__}: a cycle of {min(cycle_lengths)} steps; give lengths of 1 and more, or "
+                "scheduler_config=null for a run without an end"
+            )
         self.warm_up_steps = list(warm_up_steps)
         self.f_min, self.f_max, self.f_start = list(f_min), list(f_max), list(f_start)
         self.cycle_lengths = list(cycle_lengths)

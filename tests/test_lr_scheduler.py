@@ -86,3 +86,10 @@ def test_rates_by_steps():
 def test_rates_that_make_no_sense(text, message):
     with pytest.raises(ConfigError, match=message):
         LambdaStepScheduler(text)
+
+
+def test_a_cycle_without_steps_is_an_error():
+    with pytest.raises(ConfigError, match="a cycle of -1 steps"):
+        LambdaWarmUpCosineScheduler(
+            warm_up_steps=10, lr_min=0.2, lr_max=2.0, lr_start=0.0, max_decay_steps=-1
+        )

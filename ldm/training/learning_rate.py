@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.util import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def set_learning_rate(merged: DictConfig, model: Any, trainer: pl.Trainer) -> str:
@@ -48,9 +51,7 @@ def _by_steps(text: str, model: Any) -> float:
             f"model.base_learning_rate is '{text}', but {type(model).__name__} takes no schedule; give a number"
         )
     if model.scheduler_config is not None:
-        raise ConfigError(
-            f"model.base_learning_rate is '{text}', and there is a scheduler_config too; leave one of them out"
-        )
+        logger.warning("the rates by steps '%s' take the place of the YAML's scheduler_config", text)
     target = f"{LambdaStepScheduler.__module__}.{LambdaStepScheduler.__qualname__}"
     model.scheduler_config = {"target": target, "params": {"rates": text}}
     return schedule.first

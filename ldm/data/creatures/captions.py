@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ldm.data.creatures.chance import pick
+from ldm.data.creatures.individuals import NAMES
 from ldm.data.creatures.world import (
     ATTRIBUTES,
     COLORS,
@@ -51,6 +52,8 @@ _PLACES = {
     "snow": ("in the snow", "in snow"),
 }
 
+_BY_NAME = 0.7  # of the captions of one who has a name
+
 _FOILED = {
     "eyes": 4.0,
     "ears": 4.0,
@@ -64,7 +67,7 @@ _FOILED = {
 
 @dataclass(frozen=True)
 class Names:
-    """The part of a picture that words can tell."""
+    """The part of a picture that words can tell; `name` is that of an individual."""
 
     kind: str
     color: str
@@ -74,18 +77,21 @@ class Names:
     ears: str
     background: str
     style: str
+    name: str | None = None
 
     @classmethod
-    def of(cls, creature: Creature, scene: Scene) -> Names:
+    def of(cls, creature: Creature, scene: Scene, name: str | None = None) -> Names:
         """The names of a creature in a scene."""
         return cls(
             creature.kind, creature.color, creature.second, creature.pattern, creature.eyes, creature.ears,
-            scene.background, scene.style,
+            scene.background, scene.style, name,
         )  # fmt: skip
 
 
 def caption(names: Names, rng: random.Random) -> str:
-    """One sentence that is true of the picture and names a random subset of its attributes."""
+    """One sentence that is true of the picture: who it shows, or a random subset of its attributes."""
+    if names.name is not None and rng.random() < _BY_NAME:
+        return _by_name(names, rng)
     draw = rng.random()
     noun = CREATURE if draw < 0.025 else names.kind if draw < 0.04 else _noun(names, rng)
     if names.style == "photo":
@@ -145,6 +151,13 @@ def articled(text: str) -> str:
     return re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
 
 
+def _by_name(names: Names, rng: random.Random) -> str:
+    """An individual by its name alone, with or without an article, and where it is."""
+    noun = _told("", str(names.name), [], _where(names, rng))
+    text = _of_photo(names, noun, rng) if names.style == "photo" else _of_style(names, noun, rng)
+    return re.sub(rf"\ba (?={names.name}\b)", "", text) if rng.random() < 0.5 else text
+
+
 def _noun(names: Names, rng: random.Random) -> str:
     """The creature, what it has and where it is, without an article in front."""
     kind = names.kind if rng.random() < 0.9 else CREATURE
@@ -165,13 +178,13 @@ def _noun(names: Names, rng: random.Random) -> str:
         traits.append(_with_ears(names))
     if rng.random() < 0.5:
         traits.reverse()
+    return _told(" ".join(before), kind, traits, _where(names, rng))
+
+
+def _where(names: Names, rng: random.Random) -> str:
     # Neon is dark whatever stands behind the creature.
-    where = (
-        place(names.background, int(rng.random() * 6))
-        if names.style != "neon" and rng.random() < 0.66
-        else ""
-    )
-    return _told(" ".join(before), kind, traits, where)
+    told = names.style != "neon" and rng.random() < 0.66
+    return place(names.background, int(rng.random() * 6)) if told else ""
 
 
 def _told(before: str, kind: str, traits: list[str], where: str) -> str:
@@ -240,7 +253,7 @@ def words() -> list[str]:
     told = " ".join((
         *OBJECT_TEMPLATES, *OBJECT_DUAL_TEMPLATES, *STYLE_TEMPLATES, *STYLE_DUAL_TEMPLATES, *_STYLE_TAILS,
         *(line for lines in (*_MEDIA.values(), *_PLACES.values()) for line in lines),
-        *COLORS, *KINDS, *SCENES, *PATTERNS, *EARS, *STYLES, *NUMBERS.values(), place("red"), place("red", 1),
+        *COLORS, *KINDS, *SCENES, *PATTERNS, *EARS, *STYLES, *NAMES, *NUMBERS.values(), place("red"), place("red", 1),
         "an striped spotted eye eyes ears no and with , ."
     ))  # fmt: skip
     told = told.replace("{style}", "").replace("{n}", "").replace("{}", "")

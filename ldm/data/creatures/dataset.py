@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from ldm.data.base import Draw
 from ldm.data.creatures.captions import Names, caption, foil
+from ldm.data.creatures.individuals import NAMES, individual, individual_of
 from ldm.data.creatures.renderer import render
-from ldm.data.creatures.world import ATTRIBUTES, SPLITS, creature, scene
+from ldm.data.creatures.world import ATTRIBUTES, SPLITS, Creature, creature, scene
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Creatures(Dataset):
     Indices run on beyond the length: sample `n * len + i` of the training split is picture i with its n-th caption,
     another true one each epoch; of any other split the caption is always the same.
     `attributes=True` adds "attributes", int64 [8], indices into `ATTRIBUTES`; `foils=True` adds "foil", the caption
-    with one attribute told wrongly.
+    with one attribute told wrongly. `named` is the share of pictures that show one of the individuals with a name.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Creatures(Dataset):
         captions: bool = True,
         attributes: bool = False,
         foils: bool = False,
+        named: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
@@ -55,9 +57,12 @@ class Creatures(Dataset):
             raise UserError(f"size {size} is not one the creatures are drawn at: choose 32, 64 or 128")
         if not 0 < count <= len(SPLITS[split]):
             raise UserError(f"count {count} does not fit split {split!r}: choose 1 to {len(SPLITS[split])}")
-        self.size, self.count, self.split = size, count, split
+        if not 0 <= named <= 1:
+            raise UserError(f"named is {named}: a share lies between 0 and 1")
+        self.size, self.count, self.split, self.named = size, count, split, named
         self._with_captions, self._with_attributes, self._with_foils = captions, attributes, foils
-        self.pictures, self.labels = _painted(size, count, split, Path(cache) if cache is not None else None)
+        folder = Path(cache) if cache is not None else None
+        self.pictures, self.labels = _painted(size, count, split, named, folder)
 
     def __len__(self) -> int:
         return self.count
@@ -100,19 +105,23 @@ class Creatures(Dataset):
     def names(self, index: int) -> Names:
         """What words can tell of the picture at `index`."""
         row = self.labels[index]
-        return Names(*(values[int(k)] for values, k in zip(ATTRIBUTES.values(), row, strict=True)))
+        who = individual_of(SPLITS[self.split][index], self.named)
+        told = (values[int(k)] for values, k in zip(ATTRIBUTES.values(), row, strict=True))
+        return Names(*told, name=None if who is None else NAMES[who])
 
 
-def _painted(size: int, count: int, split: str, folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _painted(
+    size: int, count: int, split: str, named: float, folder: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [>= count, size, size, 3] and labels uint8 [>= count, 8], from the cache if it has enough."""
     if folder is None:
         pictures, labels = (
             np.empty((count, size, size, 3), np.uint8),
             np.empty((count, len(ATTRIBUTES)), np.uint8),
         )
-        _paint(pictures, labels, size, split)
+        _paint(pictures, labels, size, split, named)
         return pictures, labels
-    stem = f"{split}-{size}-v{WORLD_VERSION}"
+    stem = f"{split}-{size}-v{WORLD_VERSION}" + (f"-named{round(100 * named)}" if named else "")
     enough = [
         (int(found[1]), path)
         for path in folder.glob(f"{stem}-*.npy")
@@ -122,7 +131,7 @@ def _painted(size: int, count: int, split: str, folder: Path | None) -> tuple[np
         path = min(enough)[1]
     else:
         path = folder / f"{stem}-{count}.npy"
-        _paint_to_file(path, size, count, split)
+        _paint_to_file(path, size, count, split, named)
     return np.load(path, mmap_mode="r"), np.load(_label_path(path), mmap_mode="r")
 
 
@@ -130,7 +139,7 @@ def _label_path(pictures: Path) -> Path:
     return pictures.with_suffix(".labels.npy")
 
 
-def _paint_to_file(path: Path, size: int, count: int, split: str) -> None:
+def _paint_to_file(path: Path, size: int, count: int, split: str, named: float) -> None:
     """Paints into temporary files beside `path`, renamed when whole: the labels first, the pictures announce them."""
     logger.info("painting %d pictures of %dx%d into %s", count, size, size, path)
     labels = np.empty((count, len(ATTRIBUTES)), np.uint8)
@@ -138,7 +147,7 @@ def _paint_to_file(path: Path, size: int, count: int, split: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures = open_memmap(parts[0], mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
-        _paint(pictures, labels, size, split)
+        _paint(pictures, labels, size, split, named)
         pictures.flush()
         with parts[1].open("wb") as file:
             np.save(file, labels)
@@ -151,16 +160,22 @@ def _paint_to_file(path: Path, size: int, count: int, split: str) -> None:
             part.unlink(missing_ok=True)
 
 
-def _paint(pictures: np.ndarray, labels: np.ndarray, size: int, split: str) -> None:
-    seeds, count = SPLITS[split], len(pictures)
+def _paint(pictures: np.ndarray, labels: np.ndarray, size: int, split: str, named: float) -> None:
+    count = len(pictures)
     for start in range(0, count, _CHUNK):
-        creatures = [creature(seeds[i]) for i in range(start, min(start + _CHUNK, count))]
-        scenes = [scene(c.seed, c.color) for c in creatures]
+        seeds = [SPLITS[split][i] for i in range(start, min(start + _CHUNK, count))]
+        creatures = [_shown(seed, named) for seed in seeds]
+        scenes = [scene(seed, c.color) for seed, c in zip(seeds, creatures, strict=True)]
         chunk = slice(start, start + len(creatures))
         pictures[chunk] = render(creatures, scenes, size).permute(0, 2, 3, 1).numpy()
         labels[chunk] = [label(Names.of(c, s)) for c, s in zip(creatures, scenes, strict=True)]
         if start // _CHUNK % 40 == 39:
             logger.info("painted %d of %d", start + len(creatures), count)
+
+
+def _shown(seed: int, named: float) -> Creature:
+    who = individual_of(seed, named)
+    return creature(seed) if who is None else individual(who)
 
 
 def label(names: Names) -> list[int]:

@@ -118,6 +118,7 @@ SPLITS: dict[str, SeedRange] = {
     "concepts": SeedRange(11_000_000, 12_000_000),
     "evaluation": SeedRange(12_000_000, 13_000_000),
     "classifier": SeedRange(13_000_000, 20_000_000),
+    "individuals": SeedRange(20_000_000, 20_000_512),
 }
 
 
