@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.basic import TextEncoder
 from ldm.util import instantiate_from_config, skip_pretrained
 from tests.golden_record import Golden, fill
@@ -13,6 +16,10 @@ def build_encoder(case: str) -> TextEncoder:
     with skip_pretrained():
         encoder = instantiate_from_config(Golden(case).config().params.cond_stage_config)
     return fill(encoder, "cond_stage_model.")
+
+
+def manager_of(encoder: TextEncoder, *strings: str, **options: Any) -> EmbeddingManager:
+    return EmbeddingManager(encoder, placeholder_strings=strings, **options)
 
 
 @pytest.fixture(scope="session")

@@ -5,20 +5,14 @@ import logging
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import ConfigError, UserError, instantiate_from_config
 from tests.golden_record import CASES, GOLDEN, Golden
-from tests.modules.conftest import build_encoder
+from tests.modules.conftest import build_encoder, manager_of
 
 PERSONALIZATIONS = GOLDEN.parents[1] / "configs" / "personalization"
-OLD_LAYOUT = GOLDEN / "embeddings_torch_1_10_layout.pt"
-
-
-def manager_of(encoder, *strings: str, **options) -> EmbeddingManager:
-    return EmbeddingManager(encoder, placeholder_strings=strings, **options)
 
 
 def put(manager: EmbeddingManager, ids: list[int], length: int) -> list[float]:
@@ -136,62 +130,7 @@ def test_any_string_is_learned_saved_and_loaded(encoder, string, tmp_path):
     assert torch.equal(third.vectors(string), manager.vectors(string))
 
 
-# -- where vectors begin ------------------------------------------------------------------------------------
-
-
-def test_an_initializer_is_the_token_embedding_alone(clip):
-    manager = manager_of(clip, "*", initializer_words=["sculpture"])
-    (token,) = clip.prompt_tokenizer.token_ids("sculpture")
-    assert torch.equal(manager.vectors("*")[0], clip.token_embedding.weight[token])
-
-
-def test_several_initializer_tokens_are_spread_and_repeats_differ_a_little(clip):
-    tokens = clip.prompt_tokenizer.token_ids("photo of dog")
-    table = clip.token_embedding.weight
-    manager = manager_of(clip, "*", initializer_words=["photo of dog"], num_vectors_per_token=6)
-    vectors = manager.vectors("*")
-    assert torch.equal(vectors[::2], table[tokens])
-    moved = (vectors[1::2] - table[tokens]).std() / table.std()
-    assert 0.05 < moved < 0.2
-    assert len(vectors.unique(dim=0)) == 6
-
-
-def test_without_initializer_vectors_look_like_the_vocabulary(clip):
-    manager = manager_of(clip, "*", "@", initializer_words=["", None], num_vectors_per_token=60)
-    table = clip.token_embedding.weight
-    vectors = torch.cat(list(manager.embedding_parameters()))
-    assert (vectors.mean() - table.mean()).abs() < 0.2 * table.std()
-    assert 0.9 < vectors.std() / table.std() < 1.1
-    assert not torch.equal(manager.vectors("*"), manager.vectors("@"))
-
-
-def test_draws_follow_the_seed_and_leave_the_global_generator_alone(clip):
-    state = torch.get_rng_state()
-    first, same, other = (manager_of(clip, "*", seed=seed).export()["*"] for seed in (1, 1, 2))
-    assert torch.equal(first, same) and not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_reset_follows_weights_that_come_later_but_keeps_those_of_a_file():
-    encoder = build_encoder("clip_one_vector")
-    drawn = manager_of(encoder, "*", initializer_words=["dog"])
-    file = Golden("clip_one_vector").embeddings
-    loaded = manager_of(encoder, "*", initializer_words=["dog"], embedding_manager_ckpt=file)
-    with torch.no_grad():
-        encoder.token_embedding.weight.add_(1)
-    drawn.reset(encoder)
-    loaded.reset(encoder)
-    assert torch.equal(drawn.vectors("*")[0], encoder.token_embedding.weight[1929])
-    assert torch.equal(drawn.initial_embeddings.get_buffer("*"), drawn.vectors("*"))
-    assert torch.equal(loaded.vectors("*"), Golden("clip_one_vector").io["param/*"])
-    assert torch.equal(loaded.initial("*")[0], encoder.token_embedding.weight[1929])
-
-
-def test_it_is_built_on_the_meta_device():
-    with torch.device("meta"):
-        encoder = build_encoder("clip_one_vector")
-        manager = manager_of(encoder, "*", initializer_words=["photo of dog"], num_vectors_per_token=2)
-    assert manager.vectors("*").is_meta and manager.vectors("*").shape == (2, 32)
+# -- options ------------------------------------------------------------------------------------------------
 
 
 def test_an_ordinary_word_is_allowed_with_a_warning(clip, caplog):
@@ -200,9 +139,6 @@ def test_an_ordinary_word_is_allowed_with_a_warning(clip, caplog):
     assert [record.getMessage() for record in caplog.records if "ordinary word" in record.getMessage()] == [
         "placeholder 'dog' is an ordinary word, which prompts can then not mean"
     ]
-
-
-# -- options ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -321,99 +257,6 @@ def test_all_vectors_of_an_original_file_are_in_use_with_progressive_words(clip)
     manager.load(Golden("clip_three_vectors").embeddings)
     manager.on_optimizer_step(1)
     assert manager.placeholders == {"*": 3}
-
-
-# -- files --------------------------------------------------------------------------------------------------
-
-
-def test_files_of_torch_1_10_are_read(clip):
-    manager = manager_of(clip, "*")
-    manager.load(OLD_LAYOUT)
-    assert manager.placeholders == {"*": 2, "@": 1}
-    assert manager.vectors("*").sum().item() == pytest.approx(-0.16457687, abs=1e-6)
-    assert manager.vectors("@").sum().item() == pytest.approx(-0.02920608, abs=1e-6)
-
-
-def test_saved_files_have_the_originals_structure(clip, tmp_path):
-    manager = manager_of(clip, "*", "<my-cat>", "my.cat", num_vectors_per_token=[2, 1, 1])
-    manager.save(tmp_path / "new" / "e.pt")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["e.pt"]
-    with torch.serialization.safe_globals([nn.ParameterDict]):
-        data = torch.load(tmp_path / "new" / "e.pt")
-    assert list(data) == ["string_to_token", "string_to_param"]
-    tokens, params = data["string_to_token"], data["string_to_param"]
-    assert type(params) is nn.ParameterDict
-    assert {string: token.item() for string, token in tokens.items()} == {
-        "*": 265,
-        "<my-cat>": -1,
-        "my.cat": -1,
-    }
-    assert all(token.dim() == 0 and token.dtype == torch.int64 for token in tokens.values())
-    # as the original reads it: one key after the other
-    assert all(torch.equal(params[string], manager.vectors(string)) for string in tokens)
-    assert isinstance(params["*"], nn.Parameter)
-
-
-def test_what_a_vector_begins_at_follows_the_count_of_a_file(clip):
-    manager = manager_of(clip, "*", initializer_words=["dog"], num_vectors_per_token=2)
-    assert manager.embedding_to_coarse_loss() == 0
-    manager.load(Golden("clip_three_vectors").embeddings)
-    assert manager.initial_embeddings.get_buffer("*").shape == (3, 32)
-    assert manager.embedding_to_coarse_loss() > 0
-
-
-def test_vectors_of_another_width_are_refused(bert):
-    manager = manager_of(bert, "*")
-    before = manager.export()
-    with pytest.raises(UserError, match="embeddings.pt': '\\*' has width 32, the text encoder has width 64"):
-        manager.load(Golden("clip_one_vector").embeddings)
-    assert torch.equal(manager.export()["*"], before["*"])
-
-
-def test_a_file_to_begin_from_must_hold_the_placeholders(clip):
-    path = Golden("clip_three_vectors").embeddings
-    assert manager_of(clip, "*", embedding_manager_ckpt=path).placeholders == {"*": 3}
-    with pytest.raises(UserError, match="holds no '<cat>', only '\\*'"):
-        manager_of(clip, "<cat>", embedding_manager_ckpt=str(path))
-    assert manager_of(clip, "<cat>", embedding_manager_ckpt="").placeholders == {"<cat>": 1}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"state_dict": {}}, "holds no 'string_to_param'"),
-        ([1, 2], "holds no 'string_to_param'"),
-        ({"string_to_param": {}}, "holds no 'string_to_param'"),
-        ({"string_to_param": {"*": torch.zeros(1, 2, 32)}}, r"'\*' is \(1, 2, 32\), not vectors \[N, d\]"),
-        ({"string_to_param": {"*": torch.zeros(2, 32, dtype=torch.long)}}, "not vectors"),
-        ({"string_to_param": {"*": "text"}}, "'\\*' is str, not vectors"),
-        ({"string_to_param": {"*": torch.full((1, 32), float("nan"))}}, "is empty or holds NaN"),
-        ({"string_to_param": {"*": torch.zeros(0, 32)}}, "is empty or holds NaN"),
-        ({"string_to_param": {"*": torch.zeros(76, 32)}}, "has 76 vectors, a prompt has room for 75"),
-    ],
-)
-def test_files_that_hold_something_else_are_refused(clip, tmp_path, content, message):
-    torch.save(content, tmp_path / "e.pt")
-    with pytest.raises(UserError, match=message):
-        manager_of(clip, "*").load(tmp_path / "e.pt")
-
-
-def test_plain_dicts_and_single_vectors_are_read(clip, tmp_path):
-    torch.save({"string_to_param": {"*": torch.ones(32)}}, tmp_path / "e.pt")
-    manager = manager_of(clip, "*")
-    manager.load(tmp_path / "e.pt")
-    assert manager.placeholders == {"*": 1}
-
-
-def test_a_state_dict_brings_its_vector_count(clip):
-    trained = manager_of(clip, "*", "<cat>", initializer_words=["dog"], num_vectors_per_token=[3, 1])
-    fresh = manager_of(clip, "*", "<cat>", initializer_words=["dog"])
-    holder = nn.Module()
-    holder.embedding_manager = fresh
-    state = {f"embedding_manager.{key}": value for key, value in trained.state_dict().items()}
-    assert not any(holder.load_state_dict(state))
-    assert fresh.placeholders == {"*": 3, "<cat>": 1}
-    assert torch.equal(fresh.vectors("*"), trained.vectors("*"))
 
 
 # -- figures ------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""The manager's own files, written and read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.util import UserError
+from tests.golden_record import GOLDEN, Golden
+from tests.modules.conftest import manager_of
+
+OLD_LAYOUT = GOLDEN / "embeddings_torch_1_10_layout.pt"
+
+
+def test_files_of_torch_1_10_are_read(clip):
+    manager = manager_of(clip, "*")
+    manager.load(OLD_LAYOUT)
+    assert manager.placeholders == {"*": 2, "@": 1}
+    assert manager.vectors("*").sum().item() == pytest.approx(-0.16457687, abs=1e-6)
+    assert manager.vectors("@").sum().item() == pytest.approx(-0.02920608, abs=1e-6)
+
+
+def test_saved_files_have_the_originals_structure(clip, tmp_path):
+    manager = manager_of(clip, "*", "<my-cat>", "my.cat", num_vectors_per_token=[2, 1, 1])
+    manager.save(tmp_path / "new" / "e.pt")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["e.pt"]
+    with torch.serialization.safe_globals([nn.ParameterDict]):
+        data = torch.load(tmp_path / "new" / "e.pt")
+    assert list(data) == ["string_to_token", "string_to_param"]
+    tokens, params = data["string_to_token"], data["string_to_param"]
+    assert type(params) is nn.ParameterDict
+    assert {string: token.item() for string, token in tokens.items()} == {
+        "*": 265,
+        "<my-cat>": -1,
+        "my.cat": -1,
+    }
+    assert all(token.dim() == 0 and token.dtype == torch.int64 for token in tokens.values())
+    # as the original reads it: one key after the other
+    assert all(torch.equal(params[string], manager.vectors(string)) for string in tokens)
+    assert isinstance(params["*"], nn.Parameter)
+
+
+def test_what_a_vector_begins_at_follows_the_count_of_a_file(clip):
+    manager = manager_of(clip, "*", initializer_words=["dog"], num_vectors_per_token=2)
+    assert manager.embedding_to_coarse_loss() == 0
+    manager.load(Golden("clip_three_vectors").embeddings)
+    assert manager.initial_embeddings.get_buffer("*").shape == (3, 32)
+    assert manager.embedding_to_coarse_loss() > 0
+
+
+def test_vectors_of_another_width_are_refused(bert):
+    manager = manager_of(bert, "*")
+    before = manager.export()
+    with pytest.raises(UserError, match="embeddings.pt': '\\*' has width 32, the text encoder has width 64"):
+        manager.load(Golden("clip_one_vector").embeddings)
+    assert torch.equal(manager.export()["*"], before["*"])
+
+
+def test_a_file_to_begin_from_must_hold_the_placeholders(clip):
+    path = Golden("clip_three_vectors").embeddings
+    assert manager_of(clip, "*", embedding_manager_ckpt=path).placeholders == {"*": 3}
+    with pytest.raises(UserError, match="holds no '<cat>', only '\\*'"):
+        manager_of(clip, "<cat>", embedding_manager_ckpt=str(path))
+    assert manager_of(clip, "<cat>", embedding_manager_ckpt="").placeholders == {"<cat>": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "holds no 'string_to_param'"),
+        ([1, 2], "holds no 'string_to_param'"),
+        ({"string_to_param": {}}, "holds no 'string_to_param'"),
+        ({"string_to_param": {"*": torch.zeros(1, 2, 32)}}, r"'\*' is \(1, 2, 32\), not vectors \[N, d\]"),
+        ({"string_to_param": {"*": torch.zeros(2, 32, dtype=torch.long)}}, "not vectors"),
+        ({"string_to_param": {"*": "text"}}, "'\\*' is str, not vectors"),
+        ({"string_to_param": {"*": torch.full((1, 32), float("nan"))}}, "is empty or holds NaN"),
+        ({"string_to_param": {"*": torch.zeros(0, 32)}}, "is empty or holds NaN"),
+        ({"string_to_param": {"*": torch.zeros(76, 32)}}, "has 76 vectors, a prompt has room for 75"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(clip, tmp_path, content, message):
+    torch.save(content, tmp_path / "e.pt")
+    with pytest.raises(UserError, match=message):
+        manager_of(clip, "*").load(tmp_path / "e.pt")
+
+
+def test_plain_dicts_and_single_vectors_are_read(clip, tmp_path):
+    torch.save({"string_to_param": {"*": torch.ones(32)}}, tmp_path / "e.pt")
+    manager = manager_of(clip, "*")
+    manager.load(tmp_path / "e.pt")
+    assert manager.placeholders == {"*": 1}
+
+
+def test_a_state_dict_brings_its_vector_count(clip):
+    trained = manager_of(clip, "*", "<cat>", initializer_words=["dog"], num_vectors_per_token=[3, 1])
+    fresh = manager_of(clip, "*", "<cat>", initializer_words=["dog"])
+    holder = nn.Module()
+    holder.embedding_manager = fresh
+    state = {f"embedding_manager.{key}": value for key, value in trained.state_dict().items()}
+    assert not any(holder.load_state_dict(state))
+    assert fresh.placeholders == {"*": 3, "<cat>": 1}
+    assert torch.equal(fresh.vectors("*"), trained.vectors("*"))
