@@ -85,7 +85,8 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
     """One cycle of warm-up and cosine, from `lr_start` over `lr_max` to `lr_min` at `max_decay_steps`.
 
-    The values multiply the base learning rate, which YAMLs with this class set to 1.
+    The values multiply the base learning rate, which the original's YAMLs with this class set to 1. In a YAML of a
+    run `max_decay_steps` may be null for the steps of the run.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from ldm.training.callbacks.deterministic_loss import DeterministicLoss
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
 from ldm.training.callbacks.progress import total_steps
-from ldm.training.learning_rate import check_base_rate, set_learning_rate
+from ldm.training.learning_rate import check_rate, set_learning_rate
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
 from ldm.training.provenance import Provenance
 from ldm.training.rundir import RunDir
@@ -102,7 +102,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         merged = config.load(options, options.base)
     config.check(merged, known)
     lightning_parts.check_lengths(merged.get("lightning") or {})
-    check_base_rate(merged)
+    check_rate(merged)
     merged["seed"] = merged.get("seed", SEED)
     config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)

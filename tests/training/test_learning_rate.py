@@ -46,6 +46,31 @@ def test_rates_by_steps_take_the_place_of_a_schedule(tiny_yaml, capsys):
     assert (group["initial_lr"], group["lr"]) == pytest.approx((2e-3, 1e-3))
 
 
+COSINE = (
+    "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
+    "model.params.scheduler_config.params={warm_up_steps: 0, lr_start: 1, lr_max: 1, lr_min: 0, max_decay_steps: null}",
+)
+
+
+def test_a_schedule_without_a_length_is_as_long_as_the_run(tiny_yaml):
+    for steps in (4, 6):
+        assert start("--base", tiny_yaml, "-t", "-l", f"of{steps}", *COSINE, "--max_steps", steps) == 0
+        scheduler = state_of(f"of{steps}")["lr_schedulers"][0]
+        assert (scheduler["last_epoch"], scheduler["_last_lr"][0]) == (steps, pytest.approx(0, abs=1e-12))
+    half = state_of("of6")
+    assert start("--base", tiny_yaml, "-t", "-l", "half", *COSINE, "--max_steps", 3) == 0
+    (run,) = Path("half").iterdir()
+    assert start("-t", "-r", run, "--max_steps", 6) == 0
+    assert state_of("half")["lr_schedulers"][0]["_last_lr"] == half["lr_schedulers"][0]["_last_lr"]
+
+
+def test_a_schedule_as_long_as_a_run_without_steps(tiny_yaml, capsys):
+    for limit in ("--max_epochs=2", "--max_steps=-1"):
+        words = [*COSINE, limit] + (["lightning.trainer.max_steps=null"] if "epochs" in limit else [])
+        assert start("--base", tiny_yaml, "-t", *words) == 1
+        assert "the run has no max_steps; give one of the two" in capsys.readouterr().err
+
+
 def test_accumulation_and_clipping_are_lightnings(tiny_yaml):
     words = [
         "model.params.optimizer_config.target=torch.optim.SGD",
