@@ -73,9 +73,9 @@ class Evaluation:
         inputs = self._inputs(concept)
         figures: Figures = {}
         rows: Rows = []
-        for one in asked:
-            prompt = one.prompt.replace("{}", word)
-            pictures = self.sampling.draw(self.model, prompt, samples, done)
+        prompts = [one.prompt.replace("{}", word) for one in asked]
+        drawn = self.sampling.draw(self.model, prompts, samples, done)
+        for one, prompt, pictures in zip(asked, prompts, drawn, strict=True):
             text = without_placeholders(one.prompt.replace("{}", " "), placeholders)
             found = protocol_figures(self.extractors, pictures, inputs, text)
             figures[prompt] = self._seen(one, concept, pictures) | {"features": found}

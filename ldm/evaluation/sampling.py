@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,25 @@ class Sampling:
         check_settings(self.steps, 0.0, self.sampler, None, None, self.batch_size, self.precision)
 
     def draw(
-        self, model: Any, prompt: str, count: int, done: Callable[[], object] | None = None
+        self, model: Any, prompts: Sequence[str], count: int, done: Callable[[], object] | None = None
+    ) -> Iterator[list[Image.Image]]:
+        """`count` pictures of each prompt in turn, all prompts from the same noises.
+
+        As many prompts as fit into a batch are drawn together. `done` is called after each picture.
+        """
+        together = max(1, self.batch_size // count)
+        for first in range(0, len(prompts), together):
+            some = prompts[first : first + together]
+            pictures = self._generate(model, [prompt for prompt in some for _ in range(count)], count, done)
+            yield from (pictures[i * count :][:count] for i in range(len(some)))
+
+    def _generate(
+        self, model: Any, prompts: Sequence[str], count: int, done: Callable[[], object] | None
     ) -> list[Image.Image]:
-        """`count` pictures of a prompt, each prompt from the same noise; `done` is called after each picture."""
         return generate(
             model,
-            [prompt] * count,
+            prompts,
+            numbers=[place % count for place in range(len(prompts))],
             steps=self.steps,
             scale=self.scale,
             sampler=self.sampler,
