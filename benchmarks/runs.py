@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
 from ldm.training import arguments, console, devices, run
+from ldm.training.fitting import fit
 from ldm.training.learning_rate import set_learning_rate
 from ldm.training.signals import Requests
 
@@ -30,7 +31,7 @@ class Run:
     trainer: pl.Trainer
 
     def fit(self) -> None:
-        run.fit(self.plan, self.trainer, self.model, self.data)
+        fit(self.plan.run, self.plan.state, self.trainer, self.model, self.data)
 
 
 def prepare(

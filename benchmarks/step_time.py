@@ -38,6 +38,8 @@ PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 QUIET = (
     "lightning.callbacks.image_logger.params.batch_frequency=0",
     "lightning.callbacks.deterministic_loss=null",
+    # It would begin the peak of memory anew at each epoch.
+    "lightning.callbacks.cuda_callback=null",
     "lightning.trainer.enable_progress_bar=false",
 )
 RATE = 5e-3

@@ -50,7 +50,7 @@ def guarded(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return 130
     except (MemoryError, RuntimeError) as error:
-        from ldm.training.run import is_out_of_memory
+        from ldm.training.fitting import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -43,6 +43,8 @@ def load_embeddings(model: Any, paths: str | Path | Sequence[str | Path]) -> lis
     manager.take(together.vectors_for(manager.width, family), source=f"'{together.source}'")
     # what a file holds is in use, also where the config adds vectors progressively
     manager.on_optimizer_step(sys.maxsize)
+    # a manager that held nothing knew no device
+    manager.to(model.alphas_cumprod.device)
     return list(manager.placeholders)
 
 
@@ -92,7 +94,7 @@ def _manager_of(model: Any) -> Any:
             f"this model has no text encoder that takes embeddings ({type(encoder).__name__}); "
             "name a text-to-image model and its config"
         )
-    model.embedding_manager = EmbeddingManager(encoder).to(model.alphas_cumprod.device)
+    model.embedding_manager = EmbeddingManager(encoder)
     return model.embedding_manager
 
 

@@ -146,7 +146,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # Of its own, so that starting an epoch takes nothing from the generator that training draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }

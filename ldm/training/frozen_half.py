@@ -65,4 +65,12 @@ def plugin_for(precision: Any, accelerator: str) -> FrozenHalf | None:
     if device == "cpu" and kind == "16-mixed":
         logger.info("lightning.trainer.precision: %s is not for the CPU; using bf16-mixed", precision)
         kind = "bf16-mixed"
+    if device == "cuda" and kind == "bf16-mixed" and _emulates_bfloat16():
+        logger.info("lightning.trainer.precision: this GPU has no bfloat16; using 16-mixed")
+        kind = "16-mixed"
     return FrozenHalf(kind, device)
+
+
+def _emulates_bfloat16() -> bool:
+    """GPUs before Ampere take it, but slowly and with more memory."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)

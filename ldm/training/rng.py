@@ -19,19 +19,19 @@ def capture() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Put a state of `capture` back; CUDA states only where as many devices are in use."""
+    """Put a state of `capture` back; that of a CUDA device on the present one, whatever its number."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def seed_all(*numbers: int, devices: bool = True) -> None:
@@ -55,7 +55,9 @@ def isolated(*numbers: int, devices: bool = True) -> Iterator[None]:
     Training thus draws the same numbers whether or not previews and validation happen in between.
     """
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else []
+    # Seeding CUDA before its first use would be remembered and could not be undone.
+    devices = devices and torch.cuda.is_initialized()
+    cuda = torch.cuda.get_rng_state_all() if devices else []
     seed_all(*numbers, devices=devices)
     try:
         yield

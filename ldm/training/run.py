@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ldm import pickles
 from ldm.checkpoint import load_model_from_config
-from ldm.training import arguments, config, devices, lightning_parts, preflight, run_lock, rundir
+from ldm.training import arguments, config, devices, lightning_parts, preflight, rundir
 from ldm.training.callbacks.deterministic_loss import DeterministicLoss
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.last_checkpoint import is_personalization
 from ldm.training.callbacks.progress import total_steps
+from ldm.training.fitting import fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
 from ldm.training.provenance import Provenance
@@ -71,11 +70,12 @@ def run(argv: Sequence[str]) -> int:
             logger.info("everything fits; add -t to train")
             return 0
         try:
-            fit(plan, trainer, model, data)
+            fit(plan.run, plan.state, trainer, model, data)
         except Interrupted as stop:
             logger.info("stopped by %s at step %d", stop, trainer.global_step)
             report(plan, model, trainer, finished=False)
-            return stop.exit_code
+            # Of several processes the first speaks for all: it would be killed if another one had failed.
+            return stop.exit_code if trainer.is_global_zero else 0
     report(plan, model, trainer, finished=True)
     if (
         not plan.options.no_test
@@ -188,71 +188,6 @@ def tell(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, 
     )
     for line in lines:
         logger.info("%s", line)
-
-
-def fit(plan: Plan, trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
-    """Train, from the beginning or from the run's last state."""
-    if plan.state is not None:
-        check_state(plan.state, model)
-        logger.info("going on from %s", plan.state)
-    try:
-        with run_lock.locked(plan.run.path):
-            trainer.fit(model, datamodule=data, ckpt_path=None if plan.state is None else str(plan.state))
-    except MisconfigurationException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    except UserError as error:
-        if "\n" not in str(error):
-            raise
-        # Out of a data loader's process it comes with that process's traceback, and its own words last.
-        raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
-    except OSError as error:
-        where = f" '{error.filename}'" if error.filename else ""
-        raise UserError(
-            f"step {trainer.global_step}: {error.strerror or str(error).strip().splitlines()[-1]}{where}; what was "
-            f"learned is in {plan.run.checkpoints}, and -r {plan.run.path} goes on once that is mended"
-        ) from error
-    except ValueError as error:
-        if "val_check_interval" not in str(error):
-            raise
-        batches = trainer.num_training_batches
-        raise ConfigError(
-            f"lightning.trainer.val_check_interval is {trainer.val_check_interval}, more than the {batches} batches of "
-            "an epoch; lower it, or set check_val_every_n_epoch: null to count over all epochs"
-        ) from error
-    except SIGTERMException as error:
-        # Lightning's own way out, where a signal came after a step and before what follows an epoch.
-        raise Interrupted(signal.SIGTERM) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory at step {trainer.global_step}; what was learned is in {plan.run.checkpoints}. Try "
-            "configs/recipes/low-memory.yaml as one more --base, that is data.params.batch_size=1, "
-            "lightning.trainer.precision=bf16-mixed, model.params.unet_config.params.use_checkpoint=true or smaller "
-            "images"
-        ) from error
-
-
-def check_state(path: Path, model: pl.LightningModule) -> None:
-    """Whether a state belongs to this model; Lightning would pass over names that do not fit."""
-    content = pickles.load(path)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if state is None or "loops" not in content:
-        raise UserError(f"'{path}' is no state of a run; name the run folder, or a last.ckpt")
-    wanted = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
-    strange = sorted(state.keys() ^ wanted.keys())
-    if strange:
-        raise UserError(
-            f"'{path}' does not fit the configuration: '{strange[0]}' is only in one of the two; resume with the "
-            "YAMLs and the placeholder that the run was started with"
-        )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
 
 
 def report(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:

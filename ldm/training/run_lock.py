@@ -17,13 +17,13 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
     """Hold a run folder for this block; UserError if another process does.
 
     The system gives the lock back when the process ends, however it ends. The further processes of a run on several
-    devices belong to the first one, which holds the lock for all.
+    devices belong to the first one, which holds the lock for all: they do not `hold`.
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0 or int(os.environ.get("NODE_RANK", 0)) > 0:
+    if not hold:
         yield
         return
     path = Path(folder) / NAME

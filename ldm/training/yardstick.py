@@ -27,28 +27,24 @@ class Yardstick:
             items = [dataset[index % len(dataset)] for index in spread]
             batches = [default_collate(items[i : i + chunk]) for i in range(0, samples, chunk)]
             inputs = [model.get_input(_on(batch, model.device), model.first_stage_key) for batch in batches]
-            latents = torch.cat([latent for latent, _ in inputs])
-            self.captions = [caption for _, captions in inputs for caption in captions]
+            self.samples = samples
+            self.latents, self.captions = zip(*inputs, strict=True)
             # On the CPU, so that every device measures the same.
-            noise = torch.randn(latents.shape)
+            self.noise = [torch.randn(latent.shape).to(latent.device) for latent in self.latents]
             places = (torch.randperm(samples) + torch.rand(samples)) / samples
-        self.timesteps = (places * model.num_timesteps).long().to(latents.device)
-        self.latents, self.noise = latents, noise.to(latents.device)
-        self.chunk = chunk
+        self.timesteps = (places * model.num_timesteps).long().to(model.device).split(chunk)
 
     @torch.no_grad()
     def measure(self, model: Any) -> float:
         """The mean loss; the model should be in evaluation mode. Draws from no generator."""
-        total = torch.zeros((), device=self.latents.device)
+        total = torch.zeros((), device=model.device)
+        chunks = zip(self.latents, self.captions, self.timesteps, self.noise, strict=True)
         with rng.isolated(SEED):
-            for start in range(0, len(self.latents), self.chunk):
-                part = slice(start, start + self.chunk)
-                condition = model.get_learned_conditioning(self.captions[part])
-                loss, _ = model.p_losses(
-                    self.latents[part], condition, self.timesteps[part], noise=self.noise[part]
-                )
-                total += loss * len(self.latents[part])
-        return float(total / len(self.latents))
+            for latents, captions, timesteps, noise in chunks:
+                condition = model.get_learned_conditioning(captions)
+                loss, _ = model.p_losses(latents, condition, timesteps, noise=noise)
+                total += loss * len(latents)
+        return float(total / self.samples)
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

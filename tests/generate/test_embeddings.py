@@ -95,9 +95,14 @@ def test_a_file_must_say_which_of_two_encoders_of_its_width_it_is_for(tmp_path) 
         width=1280,
         take=lambda vectors, source: taken.update(vectors),
         on_optimizer_step=lambda step: None,
+        to=lambda device: None,
         placeholders=taken,
     )
-    bert = SimpleNamespace(embedding_manager=manager, cond_stage_model=BERTEmbedder.__new__(BERTEmbedder))
+    bert = SimpleNamespace(
+        embedding_manager=manager,
+        cond_stage_model=BERTEmbedder.__new__(BERTEmbedder),
+        alphas_cumprod=torch.ones(1),
+    )
     torch.save({"<cat>": torch.ones(1, 1280)}, tmp_path / "learned_embeds.bin")
     with pytest.raises(UserError, match="SDXL or .*BERT.* does not say which.*--encoder bert"):
         load_embeddings(bert, tmp_path / "learned_embeds.bin")
@@ -133,6 +138,13 @@ def test_a_model_without_manager_is_given_one(model, tmp_path) -> None:
     plain = model.get_learned_conditioning(["a <cat>"])
     assert load_embeddings(model, written(tmp_path, "cat.pt", **{"<cat>": 0.5})) == ["<cat>"]
     assert not torch.allclose(plain, model.get_learned_conditioning(["a <cat>"]))
+
+
+def test_vectors_go_where_the_model_is(model, tmp_path) -> None:
+    model.embedding_manager = None
+    model.to("meta")
+    load_embeddings(model, written(tmp_path, "cat.pt", **{"<cat>": 0.5}))
+    assert model.embedding_manager.vectors("<cat>").is_meta
 
 
 def test_a_model_without_text_encoder_says_so(tmp_path) -> None:

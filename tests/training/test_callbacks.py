@@ -1,6 +1,7 @@
 """Callbacks around a line that is fitted to numbers."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,20 @@ def test_a_state_file_is_whole_or_not_there(tmp_path, monkeypatch):
         StateFile().save_checkpoint({"step": torch.tensor(2)}, target)
     assert StateFile().load_checkpoint(target) == {"step": torch.tensor(1)}
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_going_on_with_another_number_of_processes_gives_each_its_own_noise(tmp_path):
+    def drawn(rank: int, step: int) -> torch.Tensor:
+        last = LastCheckpoint(tmp_path / "last.ckpt")
+        last.on_load_checkpoint(None, None, {"random_states": [rng.capture()]})
+        trainer = SimpleNamespace(world_size=2, global_rank=rank, global_step=step)
+        torch.manual_seed(7)
+        last.on_train_start(trainer, None)
+        last.on_train_batch_start(trainer, None, None, 0)
+        return torch.rand(4)
+
+    assert not torch.equal(drawn(0, 5), drawn(1, 5)), "two processes draw the same"
+    assert not torch.equal(drawn(0, 5), drawn(0, 6)), "the noise of the beginning once more"
 
 
 def test_random_states_come_back():

@@ -59,6 +59,13 @@ def test_names_of_precisions() -> None:
     assert plugin_for(16, "cpu").precision == plugin_for("16-true", "cpu").precision == "bf16-mixed"
 
 
+@pytest.mark.parametrize(("native", "kind"), [(True, "bf16-mixed"), (False, "16-mixed")])
+def test_a_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert plugin_for("bf16-mixed", "gpu").precision == kind
+
+
 class Look(pl.Callback):
     """Notes what a step is made of."""
 

@@ -49,10 +49,9 @@ def test_a_folder_is_for_one_process_until_it_is_gone(tmp_path, hold):
         pass
 
 
-def test_further_processes_of_a_run_do_not_ask(tmp_path, hold, monkeypatch):
+def test_further_processes_of_a_run_do_not_ask(tmp_path, hold):
     hold(tmp_path)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with locked(tmp_path):
+    with locked(tmp_path, hold=False):
         pass
 
 

@@ -32,15 +32,15 @@ def model():
 
 def test_it_measures_the_loss_at_fixed_places(model) -> None:
     yardstick = Yardstick(model, Pictures(), samples=8, chunk=3)
-    ranges = (yardstick.timesteps * 8 // model.num_timesteps).tolist()
-    assert sorted(ranges) == list(range(8))
+    timesteps = torch.cat(yardstick.timesteps)
+    assert sorted((timesteps * 8 // model.num_timesteps).tolist()) == list(range(8))
+    latents, noise = torch.cat(yardstick.latents), torch.cat(yardstick.noise)
+    captions = [caption for chunk in yardstick.captions for caption in chunk]
     expected = 0.0
     for i in range(8):
         one = slice(i, i + 1)
-        condition = model.get_learned_conditioning(yardstick.captions[one])
-        loss, _ = model.p_losses(
-            yardstick.latents[one], condition, yardstick.timesteps[one], yardstick.noise[one]
-        )
+        condition = model.get_learned_conditioning(captions[one])
+        loss, _ = model.p_losses(latents[one], condition, timesteps[one], noise[one])
         expected += loss.item() / 8
     assert yardstick.measure(model) == pytest.approx(expected, rel=1e-4)
     assert yardstick.measure(model) == yardstick.measure(model)
@@ -58,10 +58,22 @@ def test_another_yardstick_is_the_same_and_the_generators_do_not_notice(model) -
 
 def test_the_samples_are_spread_over_the_pictures(model) -> None:
     def shown(samples):
-        return [int(text.split()[-1]) for text in Yardstick(model, Pictures(), samples, 4).captions]
+        chunks = Yardstick(model, Pictures(), samples, 4).captions
+        return [int(text.split()[-1]) for chunk in chunks for text in chunk]
 
     assert shown(3) == [0, 2, 4]
     assert shown(8) == list(range(8))
+
+
+def test_pictures_of_several_sizes_one_at_a_time(model) -> None:
+    class Sizes(Pictures):
+        def __getitem__(self, index: int) -> dict:
+            item = super().__getitem__(index)
+            return item | {"image": item["image"][: 32 if index % 2 else 16]}
+
+    yardstick = Yardstick(model, Sizes(), samples=4, chunk=1)
+    assert {latent.shape[2:] for latent in yardstick.latents} == {(4, 8), (8, 8)}
+    assert yardstick.measure(model) > 0
 
 
 def test_it_feels_the_vectors(model) -> None:

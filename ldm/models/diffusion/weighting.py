@@ -50,7 +50,8 @@ def noise_bias(snr: Tensor) -> Tensor:
     arXiv 2409.08248): most of what a word means is decided while there is much noise.
     """
     share = snr.log().max() - snr.log()
-    return (share / share.sum()).cumsum(0)
+    # On the CPU, for CUDA has no deterministic sum of this kind.
+    return (share / share.sum()).cpu().cumsum(0).to(snr.device)
 
 
 def sample_timesteps(

@@ -22,6 +22,8 @@ class CUDACallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.strategy.root_device.type != "cuda" and trainer.is_global_zero:
             logger.info("CUDACallback: not on a CUDA device, nothing to measure")
+        # A run that goes on in the middle of an epoch does not start one.
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         device = trainer.strategy.root_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,10 @@ class ImageLogger(Callback):
         texts = filled(self.prompts, pl_module) if split == "train" else []
         if texts:
             arguments |= {"prompts": texts, "images_per_prompt": self.images_per_prompt}
+        # The other processes of a run on several GPUs would wait for one that ends here.
+        stoppable = self.requests.interruptible() if trainer.world_size == 1 else nullcontext()
         with (
-            self.requests.interruptible(),
+            stoppable,
             evaluating(pl_module),
             rng.isolated(PREVIEW_SEED),
             torch.no_grad(),

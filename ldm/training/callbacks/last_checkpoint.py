@@ -35,17 +35,19 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
+        if self._restore is not None and len(self._restore) != trainer.world_size:
+            self._restore = None
         if self._restore is None and trainer.world_size > 1:
-            # Every process has set the same seed; equal noise on all GPUs would waste all but one.
-            rng.seed_all(torch.initial_seed(), trainer.global_rank)
+            # Every process has set the same seed; equal noise on all GPUs would waste all but one. A run that goes on
+            # with another number of processes does not begin its noise anew.
+            rng.seed_all(torch.initial_seed(), trainer.global_rank, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Not before the first step: what is set up until then may draw numbers.
         if self._restore is not None:
-            if len(self._restore) == trainer.world_size:
-                rng.restore(self._restore[trainer.global_rank])
+            rng.restore(self._restore[trainer.global_rank])
             self._restore = None
 
     def on_train_batch_end(
