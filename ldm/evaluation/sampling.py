@@ -36,21 +36,16 @@ class Sampling:
         together = max(1, self.batch_size // count)
         for first in range(0, len(prompts), together):
             some = prompts[first : first + together]
-            pictures = self._generate(model, [prompt for prompt in some for _ in range(count)], count, done)
+            pictures = generate(
+                model,
+                [prompt for prompt in some for _ in range(count)],
+                numbers=[*range(count)] * len(some),
+                steps=self.steps,
+                scale=self.scale,
+                sampler=self.sampler,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                precision=self.precision,
+                on_image=None if done is None else lambda place, picture: done(),
+            )
             yield from (pictures[i * count :][:count] for i in range(len(some)))
-
-    def _generate(
-        self, model: Any, prompts: Sequence[str], count: int, done: Callable[[], object] | None
-    ) -> list[Image.Image]:
-        return generate(
-            model,
-            prompts,
-            numbers=[place % count for place in range(len(prompts))],
-            steps=self.steps,
-            scale=self.scale,
-            sampler=self.sampler,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            on_image=None if done is None else lambda place, picture: done(),
-        )

@@ -89,9 +89,12 @@ def alone_at_last(trainer: pl.Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        launcher = trainer.strategy.launcher
-        if trainer.is_global_zero and hasattr(launcher, "kill"):
-            launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        others = list(started)
+        # Lightning's observer, which looks at this very list, would kill this process for the end of another.
+        started.clear()
+        for process in others:
+            process.kill()
         raise
 
 

@@ -2,33 +2,80 @@
 
 from __future__ import annotations
 
-import signal
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
+import main
 from ldm.training.fitting import alone_at_last, is_out_of_memory
-from ldm.training.signals import Interrupted
+
+ROOT = Path(main.__file__).parent
+
+# Breaks off in the first process alone, while the other goes on to wait for it; takes its time to say so.
+BREAKS = """
+import time
+from pytorch_lightning.callbacks import Callback
+
+class Breaks(Callback):
+    def on_train_batch_end(self, trainer, *others):
+        if trainer.global_step == 2 and trainer.is_global_zero:
+            raise OSError(28, "No space left on device", "e.pt")
+
+    def on_exception(self, trainer, *others):
+        if not trainer.is_global_zero:
+            time.sleep(600)
+"""
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), Interrupted(signal.SIGINT)], ids=["disk", "Ctrl-C"])
-@pytest.mark.parametrize("first", [True, False])
-def test_the_first_process_takes_the_others_with_it(first: bool, error: BaseException) -> None:
-    sent: list[int] = []
-    launcher = SimpleNamespace(kill=sent.append)
-    trainer = SimpleNamespace(is_global_zero=first, strategy=SimpleNamespace(launcher=launcher))
-    with alone_at_last(trainer):
-        pass
-    assert not sent
-    with pytest.raises(type(error)), alone_at_last(trainer):
-        raise error
-    assert len(sent) == (1 if first else 0)
+def trainer_with(*processes: subprocess.Popen) -> SimpleNamespace:
+    return SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=list(processes))))
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])
+def test_the_first_process_takes_the_others_with_it_and_lives_on(error, monkeypatch) -> None:
+    killed: list[int] = []
+    kill = os.kill
+    # The others die for real; of this process the attempt is enough.
+    monkeypatch.setattr(os, "kill", lambda pid, n: killed.append(pid) if pid == os.getpid() else kill(pid, n))
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    trainer = trainer_with(other)
+    observer = _ChildProcessObserver(os.getpid(), trainer.strategy.launcher.procs, 0.05)
+    observer.start()
+    try:
+        with alone_at_last(trainer):
+            pass
+        assert other.poll() is None
+        with pytest.raises(type(error)), alone_at_last(trainer):
+            raise error
+        assert other.wait(10) != 0
+        time.sleep(0.5)
+        assert not killed and not observer.is_alive()
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_single_process_has_no_launcher() -> None:
-    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
-    with pytest.raises(OSError), alone_at_last(trainer):
+    with pytest.raises(OSError), alone_at_last(SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
         raise OSError("disk full")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="gloo between processes")
+def test_one_of_two_processes_breaks_off(tiny_yaml) -> None:
+    Path("breaks.py").write_text(BREAKS)
+    words = ["--base", str(tiny_yaml), "-t", "--max_steps", "9", "--accelerator", "cpu", "--devices", "2"]
+    words += ["lightning.callbacks.breaks.target=breaks.Breaks", "data.params.train.params.repeats=20"]
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "error: step 2: No space left on device 'e.pt'; what was learned is in" in done.stderr
 
 
 @pytest.mark.parametrize(

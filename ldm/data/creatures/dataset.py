@@ -121,7 +121,7 @@ def _painted(
         )
         _paint(pictures, labels, size, split, named)
         return pictures, labels
-    stem = f"{split}-{size}-v{WORLD_VERSION}" + (f"-named{round(100 * named)}" if named else "")
+    stem = f"{split}-{size}-v{WORLD_VERSION}" + (f"-named{100 * named:g}" if named else "")
     enough = [
         (int(found[1]), path)
         for path in folder.glob(f"{stem}-*.npy")

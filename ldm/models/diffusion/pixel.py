@@ -111,6 +111,10 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        biased = timestep_sampling == "biased"
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        bias = weighting.noise_bias(snr) if biased else None
+        self.register_buffer("timestep_bias", bias, persistent=False)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
@@ -201,16 +205,13 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     def random_timesteps(self, count: int) -> Tensor:
         """Timesteps [count] for a training step, as `timestep_sampling` and `timestep_range` say."""
-        bias = None
-        if self.timestep_sampling == "biased":
-            bias = weighting.noise_bias(self.alphas_cumprod / (1 - self.alphas_cumprod))
         return weighting.sample_timesteps(
             self.timestep_sampling,
             count,
             self.num_timesteps,
             self.alphas_cumprod.device,
             span=self.timestep_range,
-            bias=bias,
+            bias=self.timestep_bias,
         )
 
     # -- training --------------------------------------------------------------------------------------------

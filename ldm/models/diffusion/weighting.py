@@ -50,8 +50,7 @@ def noise_bias(snr: Tensor) -> Tensor:
     arXiv 2409.08248): most of what a word means is decided while there is much noise.
     """
     share = snr.log().max() - snr.log()
-    # On the CPU, for CUDA has no deterministic sum of this kind.
-    return (share / share.sum()).cpu().cumsum(0).to(snr.device)
+    return (share / share.sum()).cumsum(0)
 
 
 def sample_timesteps(
