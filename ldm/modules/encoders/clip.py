@@ -102,8 +102,16 @@ class FrozenCLIPEmbedder(TextEncoder):
 
     def embed_ids(self, ids: Tensor, embedding_manager: Manager | None = None) -> Tensor:
         valid = ids.masked_fill(ids >= self.token_embedding.num_embeddings, 0)
+        self._attend_as_suits(ids)
         with _prompt(ids, embedding_manager):
             return self.transformer.text_model(input_ids=valid).last_hidden_state
+
+    def _attend_as_suits(self, ids: Tensor) -> None:
+        """Attend by the plain product on a CPU, where it is faster for what is as short as a prompt."""
+        model, kind = self.transformer.text_model, "eager" if ids.device.type == "cpu" else "sdpa"
+        # In older transformers the kind is settled when the model is built.
+        if model.config._attn_implementation != kind and hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(kind)
 
     def train(self, mode: bool = True) -> FrozenCLIPEmbedder:
         """Stay in evaluation mode, whatever the model around it does."""

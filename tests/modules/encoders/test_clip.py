@@ -35,6 +35,17 @@ def test_output_is_that_of_transformers(clip):
     torch.testing.assert_close(clip(["a photo of a dog", ""]), model(input_ids=ids).last_hidden_state)
 
 
+def test_prompts_take_the_plain_product_on_a_cpu(clip, monkeypatch):
+    if not hasattr(clip.transformer.text_model, "set_attn_implementation"):
+        pytest.skip("this transformers settles the kind of attention when a model is built")
+
+    def fused(*arguments, **keywords):
+        raise AssertionError("the fused kernel is slower here")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    assert clip(["a dog"]).isfinite().all()
+
+
 def test_the_manager_sees_ids_and_token_embeddings_before_positions(clip):
     seen = []
     clip("a dog", embedding_manager=lambda ids, embedded: seen.append((ids, embedded)) or embedded)
