@@ -21,7 +21,8 @@ from benchmarks.pairs import Rounds, Spread  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.subjects import EMBEDDED  # noqa: E402
 from benchmarks.turns import now  # noqa: E402
-from scripts.common import Parser, guarded  # noqa: E402
+from ldm.options import Parser  # noqa: E402
+from scripts.common import guarded  # noqa: E402
 
 BARE, PREVIEWS, LOSS = "without either", "previews", "deterministic loss"
 NO_PREVIEWS = "lightning.callbacks.image_logger.params.batch_frequency=0"

@@ -31,7 +31,8 @@ from benchmarks.subjects import EMBEDDED, Subject, stable_diffusion  # noqa: E40
 from benchmarks.turns import OURS, Turns  # noqa: E402
 from benchmarks.twin import twin  # noqa: E402
 from ldm.interop import diffusers_pipeline  # noqa: E402
-from scripts.common import Parser, guarded  # noqa: E402
+from ldm.options import Parser  # noqa: E402
+from scripts.common import guarded  # noqa: E402
 
 # What main.py is told for each precision.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}

@@ -1,6 +1,7 @@
 """Seconds of training until a word looks like the concept: the recipe `fast` against `paper`, on the embedded model.
 
     python benchmarks/time_to_concept.py            # goes on where it was stopped
+    python benchmarks/time_to_concept.py --jobs 2 --threads 1    # on two cores: half as long in all
     python benchmarks/time_to_concept.py --quick    # a check that it works; its figures mean nothing
 
 The aim for a concept is 90 percent of the identity that `paper` has at its end. A recipe is there at the first
@@ -16,9 +17,12 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +36,8 @@ from ldm.checkpoint import load_model_from_config  # noqa: E402
 from ldm.embeddings.fingerprint import file_hash  # noqa: E402
 from ldm.evaluation.concept import read_concept  # noqa: E402
 from ldm.files import write_text  # noqa: E402
-from scripts.common import Parser, guarded  # noqa: E402
+from ldm.options import Parser, positive  # noqa: E402
+from scripts.common import guarded  # noqa: E402
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
@@ -53,8 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=16, help="for each identity (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 pictures")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "time_to_concept")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="at once (%(default)s)")
     runs.add_options(parser)
     return guarded(lambda: time_to_concept(parser.parse_args(argv)))
+
+
+class Task(NamedTuple):
+    """One concept learned by one recipe, and how it is scored."""
+
+    concept: Path
+    recipe: str
+    paper_steps: int
+    pictures: int
+    folder: Path
 
 
 def time_to_concept(options: argparse.Namespace) -> None:
@@ -64,26 +80,39 @@ def time_to_concept(options: argparse.Namespace) -> None:
     if options.quick:
         concepts, steps, pictures = concepts[:1], 30, 4
     settings = {"model": file_hash(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
-    settings |= {"paper steps": steps, "pictures": pictures}
-    model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
-    scorer = Scorer(model, find_judge(), pictures, max(2, pictures // 4))
+    settings |= {"jobs at once": options.jobs, "paper steps": steps, "pictures": pictures}
     report = Report(
         "time_to_concept_quick" if options.quick else "time_to_concept",
         "Seconds of training until a word looks like the concept",
         ("concept", "aim", "paper, s", "fast, s", "times as fast", "paper's end, s", "identity", "edits"),
         settings,
     )
-    found: dict[str, dict[str, Any]] = {}
+    tasks = []
     for concept in concepts:
-        results = {}
         for recipe in RECIPES:
             folder = options.work / f"{concept.name}-{recipe}-{digest(recipe, settings)}"
-            train(concept, recipe, steps, folder)
-            results[recipe] = scored(scorer, concept, folder)
-        found[concept.name] = compared(results["paper"], results["fast"])
-        fill(report, found, judged=scorer.judge is not None)
-        report.write(options.out)
+            tasks.append(Task(concept, recipe, steps, pictures, folder))
+    found: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), runs.begin, (options,)) as pool:
+        results = pool.map(result, tasks)
+        for concept, paper, fast in zip(concepts, results, results, strict=True):
+            found[concept.name] = compared(paper, fast)
+            fill(report, found, judged=find_judge() is not None)
+            report.write(options.out)
     print(report.markdown())
+
+
+def result(task: Task) -> dict[str, Any]:
+    """What a run passed and how well; made now, or taken from earlier."""
+    train(task.concept, task.recipe, task.paper_steps, task.folder)
+    return scored(scorer(task.pictures), task.concept, task.folder)
+
+
+@cache
+def scorer(pictures: int) -> Scorer:
+    """One for all that this process scores."""
+    model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
+    return Scorer(model, find_judge(), pictures, max(2, pictures // 4))
 
 
 def digest(recipe: str, settings: Mapping[str, Any]) -> str:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from ldm.util import UsageError, UserError
+from ldm.options import Parser, positive, share
+from ldm.training.signals import Interrupted
+from ldm.util import UserError
 
 # The embedded model and its judge, from the root of the checkout.
 MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
@@ -33,13 +34,6 @@ class Profile:
     numbered_grids: bool = False
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
 def guarded(command: Callable[[], object]) -> int:
     """Call a command; what the user can mend becomes one line on stderr and an exit code."""
     try:
@@ -49,6 +43,8 @@ def guarded(command: Callable[[], object]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Interrupted as asked:
+        return asked.exit_code
     except (MemoryError, RuntimeError) as error:
         from ldm.training.fitting import is_out_of_memory
 
@@ -129,20 +125,3 @@ def make_parser(profile: Profile, description: str) -> Parser:
         "--n_rows", type=positive, metavar="N", help="pictures in a row of the grid (default: n_samples)"
     )
     return parser
-
-
-def positive(text: str) -> int:
-    number = int(text) if text.strip().lstrip("+-").isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
-    return number
-
-
-def share(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0.0 <= number <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 to 1")
-    return number

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.options import Parser
 from ldm.util import UserError
-from scripts.common import Parser, guarded
+from scripts.common import guarded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,8 +19,9 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.options import Parser
 from ldm.util import UserError
-from scripts.common import JUDGE, MODEL, Parser, guarded
+from scripts.common import JUDGE, MODEL, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("first-stage", "decoder", "clip", "ldm", "judge")

@@ -40,8 +40,8 @@ from ldm.embeddings import (
 from ldm.embeddings.inspect import ConceptReport, describe
 from ldm.embeddings.vocabulary import known_folder, table_of, words_of
 from ldm.images import open_image
+from ldm.options import Parser
 from ldm.util import UsageError, UserError
-from scripts.common import Parser
 from scripts.txt2img import config_of
 
 

@@ -21,8 +21,9 @@ from typing import Any
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.options import Parser
 from ldm.util import UsageError
-from scripts.common import Parser, Profile, guarded
+from scripts.common import Profile, guarded
 from scripts.judging import add_how, check_files, features_of, judge_of, load_model, sampling_of, sheet_scale
 
 

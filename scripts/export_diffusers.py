@@ -22,8 +22,9 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.options import Parser
 from ldm.util import UserError
-from scripts.common import Parser, Profile, guarded
+from scripts.common import Profile, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.options import positive
 from ldm.util import UserError
-from scripts.common import JUDGE, positive
+from scripts.common import JUDGE
 
 NONE = "none"
 

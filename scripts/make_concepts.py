@@ -34,7 +34,8 @@ from ldm.data.creatures.world import (  # noqa: E402
     scene,
 )
 from ldm.files import write_text, write_whole  # noqa: E402
-from scripts.common import Parser, guarded  # noqa: E402
+from ldm.options import Parser  # noqa: E402
+from scripts.common import guarded  # noqa: E402
 
 PICTURES = 5
 # Chosen by eye from the first hundred held-out creatures, so that kinds, colours and patterns all occur.

@@ -20,7 +20,8 @@ from typing import Any
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.common import JUDGE, MODEL, Parser, guarded, positive
+from ldm.options import Parser, positive
+from scripts.common import JUDGE, MODEL, guarded
 
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
 

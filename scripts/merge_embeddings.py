@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.embeddings import merge, plan_renames, read, renames_from, write
+from ldm.options import Parser
 from ldm.util import UserError
-from scripts.common import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

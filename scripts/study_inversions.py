@@ -19,8 +19,9 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.options import Parser, positive
 from ldm.util import UsageError
-from scripts.common import Parser, Profile, guarded, positive
+from scripts.common import Profile, guarded
 from scripts.judging import add_how, check_files
 
 PHASES = ("invert", "measure", "report", "all")

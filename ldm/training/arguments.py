@@ -7,10 +7,11 @@ import difflib
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from pytorch_lightning import Trainer
 
+from ldm.options import Parser, boolean
 from ldm.training.config import RUN_KEYS, is_number, yaml_value
 from ldm.training.foreign_flags import ELSEWHERE, add_foreign_flags
 from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
@@ -18,32 +19,6 @@ from ldm.util import UsageError
 
 # A dotted key, or one of the keys that a run's YAML has at its top level, followed by "=".
 OVERRIDE = re.compile(rf"(--)?((model|data|lightning)\.[\w.\[\]-]+|{'|'.join(RUN_KEYS)})=")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are exceptions, so that the caller decides how a run ends."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-def boolean(text: str) -> bool:
-    word = text.lower()
-    if word in ("yes", "true", "t", "y", "1", "on"):
-        return True
-    if word in ("no", "false", "f", "n", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-
-
-def positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
-    return number
 
 
 def trainer_options() -> list[str]:
@@ -92,7 +67,7 @@ def make_parser() -> Parser:
     concept.add_argument("--init_word", metavar="TEXT", help="word or phrase that the vectors start from")
     concept.add_argument("--embedding_manager_ckpt", metavar="FILE", help="embedding file to start from")
 
-    add_foreign_flags(parser.add_argument_group("other tools' names for the same"), positive, boolean)
+    add_foreign_flags(parser.add_argument_group("other tools' names for the same"))
     return parser
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
+
+from ldm.options import boolean, positive
 
 PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -23,21 +24,17 @@ ELSEWHERE = {
     "--lr_scheduler": "give model.params.scheduler_config in the YAML, see ldm.lr_scheduler",
     "--lr_warmup_steps": "give model.params.scheduler_config in the YAML, see ldm.lr_scheduler",
     "--no_safe_serialization": "the .pt file is always written beside the .safetensors",
-    "--num_validation_images": "lightning.callbacks.image_logger.params.max_images=N",
     "--optimizer_type": "the optimizer is set in the YAML's model node",
     "--push_to_hub": "upload the .safetensors file yourself",
     "--report_to": "CSV and TensorBoard are written; name another logger as lightning.logger in the YAML",
     "--revision": "--actual_resume names a checkpoint file",
     "--save_as_full_pipeline": "the frozen model is not written again",
     "--tokenizer_name": "model.params.cond_stage_config.params.version=NAME",
-    "--validation_prompt": "previews show the training captions; see scripts/txt2img.py for other prompts",
     "--variant": "--actual_resume names a checkpoint file",
 }
 
 
-def add_foreign_flags(
-    group: argparse._ArgumentGroup, positive: Callable[[str], int], boolean: Callable[[str], bool]
-) -> None:
+def add_foreign_flags(group: argparse._ArgumentGroup) -> None:
     """Add the aliases; `foreign_overrides` tells what those that are YAML keys here set."""
 
     def alias(*flags: str, dest: str, **kwargs: Any) -> None:
@@ -74,11 +71,14 @@ def add_foreign_flags(
     setting("--save_steps", type=positive, help="steps between embeddings_gs-N.pt")
     setting("--checkpointing_steps", type=positive, help="steps between last.ckpt")
     setting("--validation_steps", type=positive, help="steps between previews")
+    setting("--validation_prompt", metavar="TEXT", help="prompt of the previews")
+    setting("--num_validation_images", type=positive, help="images_per_prompt of the previews")
 
 
 def foreign_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Dotted YAML keys and values for the aliases that were given."""
     train, validation = "data.params.train", "data.params.validation"
+    previews = "lightning.callbacks.image_logger.params"
     style = {"object": "ldm.data.personalized", "style": "ldm.data.personalized_style"}
     places = {
         "num_vectors": ["model.params.personalization_config.params.num_vectors_per_token"],
@@ -96,7 +96,9 @@ def foreign_overrides(options: argparse.Namespace) -> dict[str, Any]:
         "gradient_checkpointing": ["model.params.unet_config.params.use_checkpoint"],
         "save_steps": ["lightning.callbacks.embedding_saver.params.every_n_train_steps"],
         "checkpointing_steps": ["lightning.modelcheckpoint.params.every_n_train_steps"],
-        "validation_steps": ["lightning.callbacks.image_logger.params.batch_frequency"],
+        "validation_steps": [f"{previews}.batch_frequency"],
+        "validation_prompt": [f"{previews}.prompts"],
+        "num_validation_images": [f"{previews}.images_per_prompt"],
     }
     found: dict[str, Any] = {}
     for flag, keys in places.items():
@@ -107,5 +109,7 @@ def foreign_overrides(options: argparse.Namespace) -> dict[str, Any]:
             value = PRECISIONS[value]
         elif flag == "learnable_property":
             value = f"{style[value]}.PersonalizedBase"
+        elif flag == "validation_prompt":
+            value = [value]
         found.update(dict.fromkeys(keys, value))
     return found

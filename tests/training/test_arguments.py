@@ -78,7 +78,7 @@ def test_diffusers_spellings():
             "--train_data_dir d --pretrained_model_name_or_path m --placeholder_token <cat> "
             "--initializer_token cat --num_vectors 3 --max_train_steps 50 --learning_rate 5e-4 "
             "--train_batch_size 1 --output_dir out --resume_from_checkpoint latest --mixed_precision "
-            "bf16 --learnable_property style"
+            "bf16 --learnable_property style --validation_prompt 'a <cat> on a sofa' --num_validation_images 2"
         )
     )
     assert (options.data_root, options.actual_resume, options.logdir) == ("d", "m", "out")
@@ -89,6 +89,8 @@ def test_diffusers_spellings():
     assert settings["lightning.trainer.precision"] == "bf16-mixed"
     assert settings["model.base_learning_rate"] == 5e-4
     assert settings["data.params.train.target"] == "ldm.data.personalized_style.PersonalizedBase"
+    assert settings["lightning.callbacks.image_logger.params.prompts"] == ["a <cat> on a sofa"]
+    assert settings["lightning.callbacks.image_logger.params.images_per_prompt"] == 2
 
 
 @pytest.mark.parametrize("flag", sorted(ELSEWHERE))
