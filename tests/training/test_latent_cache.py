@@ -167,3 +167,22 @@ def test_a_first_stage_that_is_still_needed_stays() -> None:
     model = Golden("clip_one_vector").model()
     model.first_stage_model.to = lambda place: pytest.fail(f"moved to {place}")
     LatentCache().on_train_start(trainer([1, 2]), model)
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_a_validation_brings_the_first_stage_once(broken_off: bool) -> None:
+    accelerator = torch.device("meta")
+    model = Golden("clip_one_vector").model()
+    resting = model.first_stage_model
+    fit = SimpleNamespace(strategy=SimpleNamespace(root_device=accelerator))
+    cache = LatentCache()
+    cache.on_validation_start(fit, model)
+    there = model.first_stage_model
+    assert there is not resting and next(there.parameters()).device == accelerator
+    model.encode_first_stage(torch.zeros(1, 3, 32, 32, device=accelerator))
+    assert model.first_stage_model is there
+    if broken_off:
+        cache.on_exception(fit, model, KeyboardInterrupt())
+    else:
+        cache.on_validation_end(fit, model)
+    assert model.first_stage_model is resting

@@ -65,8 +65,7 @@ class Interruption(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(self.requests.stop is not None, all=False)
-        save = trainer.strategy.reduce_boolean_decision(self.requests.save, all=False)
+        stop, save = self._asked(trainer)
         if not (stop or save):
             return
         for saver in self.savers:
@@ -76,6 +75,14 @@ class Interruption(Callback):
             logger.info("saved at step %d", trainer.global_step)
         if stop:
             raise Interrupted(self.requests.stop or 15)
+
+    def _asked(self, trainer: pl.Trainer) -> tuple[bool, bool]:
+        """Whether any process was asked to end, and any to save; all processes hear the same."""
+        asked = self.requests.stop is not None, self.requests.save
+        if trainer.world_size > 1:
+            flags = torch.tensor(asked, dtype=torch.uint8, device=trainer.strategy.root_device)
+            asked = tuple(trainer.strategy.reduce(flags, reduce_op="max").bool().tolist())
+        return asked
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.requests.stepping = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ class LatentCache(Callback):
         self.batch_size = batch_size
         self.memory_bytes = memory_mib << 20
         self._file: Any = None
+        self._lent = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         datasets: dict[str, Any] = getattr(trainer.datamodule, "datasets", {})
@@ -93,6 +95,19 @@ class LatentCache(Callback):
         dataset = getattr(trainer.datamodule, "datasets", {}).get("train")
         if isinstance(dataset, CachedLatents) and hasattr(pl_module, "first_stage_on"):
             pl_module.first_stage_model.to("cpu")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Once for all its batches: each of them would bring it anew.
+        if hasattr(pl_module, "first_stage_on"):
+            self._lent.enter_context(pl_module.first_stage_on(trainer.strategy.root_device))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._lent.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._lent.close()
 
     @torch.no_grad()
     def cached(self, model: Any, dataset: Any, device: torch.device) -> Any:
