@@ -1,8 +1,9 @@
-"""What previews and the deterministic loss cost a run on the embedded model, in percent of its time.
+"""What previews and the deterministic loss cost a run on the embedded model, in percent of the rest of it.
 
     python benchmarks/overhead.py
 
-Whole runs take turns: without either, with previews, with the deterministic loss.
+Each is the time that a whole run spends in its callbacks, against the time that it spends in everything else but
+these: the difference of two runs would drown in the machine's ups and downs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
+from pytorch_lightning.callbacks import Callback  # noqa: E402
 
 from benchmarks import runs  # noqa: E402
 from benchmarks.pairs import Rounds, Spread  # noqa: E402
@@ -22,20 +27,24 @@ from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.subjects import EMBEDDED  # noqa: E402
 from benchmarks.turns import now  # noqa: E402
 from ldm.options import Parser  # noqa: E402
+from ldm.training.callbacks.deterministic_loss import DeterministicLoss  # noqa: E402
+from ldm.training.callbacks.image_logger import ImageLogger  # noqa: E402
+from ldm.training.callbacks.summary_pictures import SummaryPictures  # noqa: E402
 from scripts.common import guarded  # noqa: E402
 
-BARE, PREVIEWS, LOSS = "without either", "previews", "deterministic loss"
-NO_PREVIEWS = "lightning.callbacks.image_logger.params.batch_frequency=0"
-NO_LOSS = "lightning.callbacks.deterministic_loss=null"
+PREVIEWS, LOSS, REST = "previews, with the pictures at the end", "deterministic loss", "everything else"
+PARTS: dict[str, tuple[type[Callback], ...]] = {
+    PREVIEWS: (ImageLogger, SummaryPictures),
+    LOSS: (DeterministicLoss,),
+}
 # It must not end the run early.
 NO_STOP = "lightning.callbacks.deterministic_loss.params.stop=null"
-VARIANTS = {BARE: (NO_PREVIEWS, NO_LOSS), PREVIEWS: (NO_LOSS,), LOSS: (NO_PREVIEWS, NO_STOP)}
 BAR = 10.0  # percent, of previews
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each kind (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs (%(default)s)")
     parser.add_argument(
         "--steps", type=int, default=400, help="of each run (%(default)s, as the YAML has it)"
     )
@@ -49,40 +58,63 @@ def overhead(options: argparse.Namespace) -> None:
     report = Report(
         "overhead",
         "What previews and the deterministic loss cost: embedded model",
-        ("run", "seconds", "overhead, percent", "bar"),
+        ("part of a run", "seconds", "percent of everything else", "bar"),
         {"recipe": options.recipe, "steps": options.steps, "rounds": options.rounds},
-        notes=["Medians of whole runs that took turns, with the quartiles."],
+        notes=["Medians over the runs, with the quartiles."],
     )
-    rounds = Rounds(list(VARIANTS), warm_up=0)
+    rounds = Rounds([*PARTS, REST], warm_up=0)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for _ in range(options.rounds):
-            rounds.add({name: seconds(Path(folder), options, words) for name, words in VARIANTS.items()})
-    for name in VARIANTS:
+            rounds.add(seconds(Path(folder), options))
+    for name in (REST, *PARTS):
         percent = overhead_percent(rounds, name)
-        said = ("0", "") if name == BARE else (percent.text(1), "")
-        if name == PREVIEWS:
-            said = (said[0], verdict(percent.median, BAR, at_most=True))
-        report.rows.append((name, Spread.of(rounds.seconds[name]).text(1), *said))
+        bar = verdict(percent.median, BAR, at_most=True) if name == PREVIEWS else ""
+        said = "" if name == REST else percent.text(1)
+        report.rows.append((name, Spread.of(rounds.seconds[name]).text(1), said, bar))
     report.data = {"seconds": rounds.seconds}
     report.write(options.out)
     print(report.markdown())
 
 
-def seconds(workdir: Path, options: argparse.Namespace, words: Sequence[str]) -> float:
-    """Of one run from the first thing it fits to its last file."""
+def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Of one run by its parts, from the first thing it fits to its last file."""
     argv = EMBEDDED.argv(
-        workdir, *words, "--max_steps", str(options.steps), "--gpus", "0", recipe=options.recipe
+        workdir, NO_STOP, "--max_steps", str(options.steps), "--gpus", "0", recipe=options.recipe
     )
     run = runs.prepare([*argv, "lightning.trainer.enable_progress_bar=false"])
+    spent = dict.fromkeys(PARTS, 0.0)
+    for callback in run.trainer.callbacks:
+        for name, kinds in PARTS.items():
+            if isinstance(callback, kinds):
+                clock(callback, partial(add, spent, name))
     begun = now()
     run.fit()
-    return now() - begun
+    return {**spent, REST: now() - begun - sum(spent.values())}
+
+
+def add(spent: dict[str, float], name: str, some: float) -> None:
+    spent[name] += some
+
+
+def clock(callback: Callback, done: Callable[[float], None]) -> None:
+    """From here on tell `done` the seconds of each call of one of the callback's own hooks."""
+    for name in dir(callback):
+        if name.startswith("on_") and getattr(type(callback), name) is not getattr(Callback, name, None):
+            setattr(callback, name, partial(_timed, getattr(callback, name), done))
+
+
+def _timed(hook: Callable[..., Any], done: Callable[[float], None], *arguments: Any, **keywords: Any) -> Any:
+    begun = now()
+    try:
+        return hook(*arguments, **keywords)
+    finally:
+        done(now() - begun)
 
 
 def overhead_percent(rounds: Rounds, name: str) -> Spread:
-    """By how many percent runs of a kind took longer than the bare one of their round."""
-    pairs = zip(rounds.seconds[name], rounds.seconds[BARE], strict=True)
-    return Spread.of([100 * (with_it / bare - 1) for with_it, bare in pairs])
+    """How many percent of everything else a part takes, in each run."""
+    pairs = zip(rounds.seconds[name], rounds.seconds[REST], strict=True)
+    return Spread.of([100 * part / rest for part, rest in pairs])
 
 
 if __name__ == "__main__":

@@ -210,10 +210,13 @@ def fill(report: Report, found: Mapping[str, Mapping[str, Any]], judged: bool) -
     ]
     overall = median(factors.values())
     whole = median(one["paper"]["seconds"] / one["seconds"]["fast"] for one in found.values())
+    lasts = {recipe: median(one[recipe]["seconds"] for one in found.values()) for recipe in RECIPES}
     edits = {recipe: mean(one[recipe]["edits"] for one in found.values()) for recipe in RECIPES}
     report.notes = [
         f"Median: `fast` is there {overall:.1f} times as fast as `paper`; {verdict(overall, BAR)}. "
         f"`paper`'s whole length takes {whole:.1f} times as long.",
+        f"`fast` ends by itself after {lasts['fast']:.1f} s, `paper` after {lasts['paper']:.1f} s (medians): "
+        f"{lasts['paper'] / lasts['fast']:.1f} times as long.",
         f"Edits obeyed by what is still the creature: `paper` {edits['paper']:.2f}, `fast` {edits['fast']:.2f} "
         "(means of the results).",
         "The last two columns are `paper` / `fast`. Training time alone, without previews and evaluation.",

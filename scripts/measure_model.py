@@ -105,11 +105,10 @@ def judge(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     pixels = torch.from_numpy(data.pictures).movedim(-1, 1).float() / 127.5 - 1
     labels = torch.from_numpy(data.labels).long()
     photo = labels[:, list(ATTRIBUTES).index("style")] == ATTRIBUTES["style"].index("photo")
-    with torch.no_grad():
-        chunks = [reader.logits(chunk) for chunk in pixels.split(256)]
+    chunks = [reader.likeliest(chunk) for chunk in pixels.split(256)]
     counts = {}
     for column, name in enumerate(ATTRIBUTES):
-        right = torch.cat([chunk[name] for chunk in chunks]).argmax(1) == labels[:, column]
+        right = torch.cat([chunk[name] for chunk in chunks]) == labels[:, column]
         counts[TOLD[name]] = _share(right[shows(name, labels)])
         if name != "style":
             counts[f"{TOLD[name]}, in photos"] = _share(right[shows(name, labels) & photo])

@@ -53,9 +53,20 @@ class AttributeJudge(nn.Module):
         return {name: head(states) for name, head in self.heads.items()}
 
     @torch.no_grad()
+    def likeliest(self, pixels: Tensor) -> dict[str, Tensor]:
+        """For each attribute the index of its likeliest value [B], of pictures [B, 3, H, W] in [-1, 1].
+
+        A creature has the same attributes in a mirror, so it is read there too.
+        """
+        seen, mirrored = self.logits(pixels), self.logits(pixels.flip(-1))
+        return {
+            name: (values.log_softmax(1) + mirrored[name].log_softmax(1)).argmax(1)
+            for name, values in seen.items()
+        }
+
     def read(self, pixels: Tensor) -> list[dict[str, Any]]:
         """The likeliest value of each attribute, one dict per picture [B, 3, H, W] in [-1, 1]."""
-        found = {name: values.argmax(1).tolist() for name, values in self.logits(pixels).items()}
+        found = {name: indices.tolist() for name, indices in self.likeliest(pixels).items()}
         return [
             {name: ATTRIBUTES[name][indices[k]] for name, indices in found.items()}
             for k in range(len(pixels))

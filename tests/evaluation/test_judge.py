@@ -34,11 +34,14 @@ def folder(judge, tmp_path):
 
 def test_it_names_the_likeliest_value_of_every_attribute(judge) -> None:
     pixels = torch.rand(3, 3, 32, 32) * 2 - 1
-    logits, readings = judge.logits(pixels), judge.read(pixels)
-    assert list(logits) == list(ATTRIBUTES) and len(readings) == 3
+    seen, mirrored = judge.logits(pixels), judge.logits(pixels.flip(-1))
+    readings = judge.read(pixels)
+    assert list(seen) == list(ATTRIBUTES) and len(readings) == 3
     for name, values in ATTRIBUTES.items():
-        assert logits[name].shape == (3, len(values))
-        assert [one[name] for one in readings] == [values[k] for k in logits[name].argmax(1)]
+        assert seen[name].shape == (3, len(values))
+        together = seen[name].softmax(1) * mirrored[name].softmax(1)
+        assert [one[name] for one in readings] == [values[k] for k in together.argmax(1)]
+    assert judge.read(pixels.flip(-1)) == readings
 
 
 def test_pictures_of_another_size_are_resized(judge) -> None:
