@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -65,10 +66,13 @@ def measured(study: Study, name: str, settings: dict[str, Any]) -> bool:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What figures depend on besides the embedding."""
+    judge = judge_of(options)
+    weights = Path(judge or "") / "model.safetensors"
     return dataclasses.asdict(sampling_of(options)) | {
         "samples": options.samples,
         "edit_samples": options.edit_samples,
-        "judge": judge_of(options),
+        "judge": judge,
+        "judge_sha256": file_hash(weights) if judge and weights.is_file() else None,
         "features": features_of(options),
         "model_sha256": file_hash(options.ckpt_path),
     }
