@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from pytorch_lightning.strategies.launchers import subprocess_script
 
 import main
 from ldm.training.fitting import alone_at_last, is_out_of_memory
 
 ROOT = Path(main.__file__).parent
+# What Lightning starts beside the processes of a run; it lies in a package of no name in setup.py.
+Observer = sys.modules[subprocess_script._launch_process_observer.__module__]._ChildProcessObserver
 
 # Breaks off in the first process alone, while the other goes on to wait for it; takes its time to say so.
 BREAKS = """
@@ -45,7 +47,7 @@ def test_the_first_process_takes_the_others_with_it_and_lives_on(error, monkeypa
     monkeypatch.setattr(os, "kill", lambda pid, n: killed.append(pid) if pid == os.getpid() else kill(pid, n))
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     trainer = trainer_with(other)
-    observer = _ChildProcessObserver(os.getpid(), trainer.strategy.launcher.procs, 0.05)
+    observer = Observer(os.getpid(), trainer.strategy.launcher.procs, 0.05)
     observer.start()
     try:
         with alone_at_last(trainer):
