@@ -19,6 +19,7 @@ from benchmarks.twin import twin
 from ldm.modules import attention
 from ldm.modules.diffusionmodules import blocks
 from ldm.modules.diffusionmodules import model as first_stage
+from ldm.modules.encoders import clip
 
 _USERS = (attention, blocks, first_stage)
 
@@ -33,15 +34,18 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Within this block denoisers and first stages attend by `plain_attention`."""
+    """Within this block denoisers and first stages attend by `plain_attention`, and CLIP in its way of that."""
     ours = {module: module.attend for module in _USERS}
+    is_short = clip.is_short
     for module in _USERS:
         module.attend = plain_attention
+    clip.is_short = lambda queries, keys, device: True
     try:
         yield
     finally:
         for module, attend in ours.items():
             module.attend = attend
+        clip.is_short = is_short
 
 
 class OriginalLoop:
@@ -58,10 +62,6 @@ class OriginalLoop:
         for part in self.model.modules():
             if getattr(part, "use_checkpoint", False):
                 part.use_checkpoint = False
-        clip = getattr(self.model.cond_stage_model, "transformer", None)
-        clip = getattr(clip, "text_model", None)
-        if hasattr(clip, "set_attn_implementation"):
-            clip.set_attn_implementation("eager")
         self.vectors = list(self.model.embedding_manager.embedding_parameters())
         self.optimizer = torch.optim.AdamW(self.vectors, lr=rate)
 

@@ -9,24 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import ROOT
 from ldm.evaluation.concept import Concept, read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.evaluation.identity import Judge, Subject
-from ldm.evaluation.judge import AttributeJudge
 from ldm.evaluation.measures import edit_figures, identity_figures
 from ldm.generate import generate
 from ldm.generate.embeddings import load_embeddings
-from scripts.common import JUDGE
 
 PLAIN = "a photo of *"
 SEED = 7
-
-
-def find_judge() -> Judge | None:
-    """The shipped judge; None where there is none, and likeness is colours and shape alone."""
-    folder = ROOT / JUDGE
-    return AttributeJudge.load(folder) if folder.is_dir() else None
 
 
 def creatures(folder: Path) -> list[Path]:

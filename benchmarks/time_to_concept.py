@@ -31,13 +31,14 @@ import torch  # noqa: E402
 from benchmarks import runs, waypoints  # noqa: E402
 from benchmarks.machine import ROOT  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.scores import Scorer, creatures, find_judge  # noqa: E402
+from benchmarks.scores import Scorer, creatures  # noqa: E402
 from ldm.checkpoint import load_model_from_config  # noqa: E402
 from ldm.embeddings.fingerprint import file_hash  # noqa: E402
 from ldm.evaluation.concept import read_concept  # noqa: E402
+from ldm.evaluation.judge import AttributeJudge  # noqa: E402
 from ldm.files import write_text  # noqa: E402
 from ldm.options import Parser, positive  # noqa: E402
-from scripts.common import guarded  # noqa: E402
+from scripts.common import JUDGE, guarded  # noqa: E402
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
@@ -97,7 +98,7 @@ def time_to_concept(options: argparse.Namespace) -> None:
         results = pool.map(result, tasks)
         for concept, paper, fast in zip(concepts, results, results, strict=True):
             found[concept.name] = compared(paper, fast)
-            fill(report, found, judged=find_judge() is not None)
+            fill(report, found)
             report.write(options.out)
     print(report.markdown())
 
@@ -112,7 +113,7 @@ def result(task: Task) -> dict[str, Any]:
 def scorer(pictures: int) -> Scorer:
     """One for all that this process scores."""
     model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
-    return Scorer(model, find_judge(), pictures, max(2, pictures // 4))
+    return Scorer(model, AttributeJudge.load(ROOT / JUDGE), pictures, max(2, pictures // 4))
 
 
 def digest(recipe: str, settings: Mapping[str, Any]) -> str:
@@ -193,7 +194,7 @@ def compared(paper: Mapping[str, Any], fast: Mapping[str, Any]) -> dict[str, Any
     return {"aim": aim, "seconds": seconds, "paper": paper, "fast": fast}
 
 
-def fill(report: Report, found: Mapping[str, Mapping[str, Any]], judged: bool) -> None:
+def fill(report: Report, found: Mapping[str, Mapping[str, Any]]) -> None:
     """The table and the verdicts of the concepts there are by now."""
     factors = {name: factor(one["seconds"]) for name, one in found.items()}
     report.rows = [
@@ -222,8 +223,6 @@ def fill(report: Report, found: Mapping[str, Mapping[str, Any]], judged: bool) -
         "The last two columns are `paper` / `fast`. Training time alone, without previews and evaluation.",
         f"{len(found)} concepts" + (f", fewer than {LEAST_CONCEPTS}" if len(found) < LEAST_CONCEPTS else ""),
     ]
-    if not judged:
-        report.notes.append("No judge is shipped yet: identity is of colours and shape alone.")
     report.data = {"concepts": found}
 
 

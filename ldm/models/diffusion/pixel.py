@@ -111,9 +111,9 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        biased = timestep_sampling == "biased"
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        bias = weighting.noise_bias(snr) if biased else None
+        bias = None
+        if timestep_sampling == "biased":
+            bias = weighting.noise_bias(self.alphas_cumprod / (1 - self.alphas_cumprod))
         self.register_buffer("timestep_bias", bias, persistent=False)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from ldm.modules.attend import is_short
 from ldm.modules.encoders.basic import TextEncoder, ignore_device
 from ldm.modules.encoders.hub import WEIGHTS, read_tokenizer, reading, require_files
 from ldm.modules.tokens import PromptTokenizer, embed_tokens
@@ -107,8 +108,9 @@ class FrozenCLIPEmbedder(TextEncoder):
             return self.transformer.text_model(input_ids=valid).last_hidden_state
 
     def _attend_as_suits(self, ids: Tensor) -> None:
-        """Attend by the plain product on a CPU, where it is faster for what is as short as a prompt."""
-        model, kind = self.transformer.text_model, "eager" if ids.device.type == "cpu" else "sdpa"
+        """Attend by the product or by the fused kernel, as the denoiser does for what is as long."""
+        model = self.transformer.text_model
+        kind = "eager" if is_short(ids.shape[1], ids.shape[1], ids.device) else "sdpa"
         # In older transformers the kind is settled when the model is built.
         if model.config._attn_implementation != kind and hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation(kind)

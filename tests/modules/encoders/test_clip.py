@@ -44,6 +44,9 @@ def test_prompts_take_the_plain_product_on_a_cpu(clip, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     assert clip(["a dog"]).isfinite().all()
+    monkeypatch.setattr("ldm.modules.attend.SHORT", 0)
+    with pytest.raises(AssertionError, match="slower"):
+        clip(["a dog"])
 
 
 def test_the_manager_sees_ids_and_token_embeddings_before_positions(clip):
