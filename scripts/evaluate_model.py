@@ -118,11 +118,11 @@ def evaluate(
 
     from ldm.embeddings.fingerprint import file_hash
     from ldm.evaluation.evaluate import Evaluation, what_to_ask
-    from ldm.evaluation.features import load_features
     from ldm.evaluation.judge import AttributeJudge
     from ldm.evaluation.measures import mean_figures
     from ldm.evaluation.report import versions
     from ldm.generate import load_embeddings
+    from ldm.models.features import load_features
 
     true = any(one.creature or one.style for one, _, _ in concepts)
     judge = AttributeJudge.load(judge_at) if judge_at and true else None

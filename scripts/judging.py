@@ -61,7 +61,7 @@ def sampling_of(options: argparse.Namespace) -> Any:
 
 def features_of(options: argparse.Namespace) -> list[str]:
     """Where features come from: as named, else the towers beside the model; checked, not loaded."""
-    from ldm.evaluation.features import check_features
+    from ldm.models.features import check_features
 
     towers = Path(options.ckpt_path).with_name("towers")
     sources = list(options.features or ([str(towers)] if towers.is_dir() else []))

@@ -15,13 +15,13 @@ from ldm.embeddings import read
 from ldm.embeddings.fingerprint import file_hash
 from ldm.evaluation.concept import Concept, read_concept
 from ldm.evaluation.evaluate import Asked, Evaluation, Rows, what_to_ask
-from ldm.evaluation.features import load_features
 from ldm.evaluation.judge import AttributeJudge
 from ldm.evaluation.study_plan import Inversion, Study, read_record, write_record
 from ldm.evaluation.study_summary import CREATURE, WORDS
 from ldm.generate import load_embeddings
 from ldm.generate.files import save_picture
 from ldm.images import image_grid
+from ldm.models.features import load_features
 from ldm.util import UserError
 from scripts.judging import features_of, judge_of, load_model, sampling_of
 from scripts.study_invert import inversions

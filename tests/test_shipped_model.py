@@ -15,6 +15,9 @@ from ldm.checkpoint import load_model_from_config
 from ldm.evaluation.palette import palette_overlap
 from ldm.generate import generate
 from ldm.images import list_images, open_image
+from ldm.models.features import load_features
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.training.callbacks.warm_start import end_states
 from scripts import txt2img
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +58,15 @@ def test_the_used_by_commands_invert_and_generate(tmp_path: Path, monkeypatch) -
     plain = _pictures(tmp_path / "plain", "a photo of a creature")
     concept = [open_image(path) for path in list_images("data/concepts/zuzu")]
     assert palette_overlap(learned, concept) > palette_overlap(plain, concept) + 0.1
+
+
+def test_the_text_encoder_is_that_of_the_towers(model) -> None:
+    """What a warm start makes of the encoder's states must be what the picture tower was trained against."""
+    features = load_features(MODEL / "towers", "cpu")
+    manager = EmbeddingManager(model.cond_stage_model, ["*"], ["yellow fish"], num_vectors_per_token=2)
+    states = end_states(model.cond_stage_model, manager, ["a photo of a * on a beach", "a fish"])
+    wanted = features.text(["a photo of a yellow fish on a beach", "a fish"])
+    assert (features.of_states(states) * wanted).sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=2e-3)
 
 
 @pytest.mark.gpu

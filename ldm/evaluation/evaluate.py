@@ -15,7 +15,6 @@ from ldm.evaluation import retrieval
 from ldm.evaluation.concept import Concept
 from ldm.evaluation.drawings import others, redrawn
 from ldm.evaluation.edits import Edit, edits_of
-from ldm.evaluation.features import Features
 from ldm.evaluation.identity import Judge, Subject
 from ldm.evaluation.measures import Figures, edit_figures, identity_figures, protocol_figures
 from ldm.evaluation.palette import palette_overlap
@@ -24,6 +23,7 @@ from ldm.evaluation.reconstruction import reconstructed
 from ldm.evaluation.retrieval import Gallery
 from ldm.evaluation.sampling import Sampling
 from ldm.evaluation.styles import StyledSubject, models_of_styles
+from ldm.models.features import Features
 
 LIKENESS, STYLE = "a photo of {}", "a painting in the style of {}"
 REDRAWN, FIRST_STAGE, OTHERS = "redrawn", "redrawn, through the first stage", "other creatures"

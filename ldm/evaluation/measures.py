@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.evaluation.edits import Edit, obeyed
-from ldm.evaluation.features import Features
 from ldm.evaluation.identity import ITSELF, Readings, Subject, agreement, likeness, read, traits
 from ldm.evaluation.looks import Looks
 from ldm.evaluation.protocol import similarity
 from ldm.evaluation.retrieval import Gallery
+from ldm.models.features import Features
 
 Figures = dict[str, Any]
 

@@ -13,7 +13,7 @@
 * `reset(embedder)`: told when the encoder's weights arrived after the constructor.
 * `absent_parameters(captions)`, optional: the parameters of words that are in none of the captions; the optimiser
   leaves them alone in a step of these. `measure(embedder)`, optional: told instead of `reset` when the vectors came
-  with the weights.
+  with the weights. `loaded`, optional: whether they came from a file or with weights, and are to begin as they are.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ class EmbeddingManager(LearnedVectors):
             for string, word in zip(strings, words, strict=False)
             if word
         }
-        self._loaded = False
         self.reset(embedder)
         if embedding_manager_ckpt:
             self.load(embedding_manager_ckpt, require=every)
@@ -119,7 +118,7 @@ class EmbeddingManager(LearnedVectors):
             for index, (string, count) in enumerate(self._counts.items())
         }
         initial = {string: drawn[string] for string in self._initializers}
-        if self._loaded:
+        if self.loaded:
             drawn = {string: self.vectors(string) for string in self.string_to_token_dict}
             initial = stretched(initial, drawn)
         self._hold(drawn, initial)
@@ -180,7 +179,7 @@ class EmbeddingManager(LearnedVectors):
                 f"name another file or another placeholder"
             )
         self.take(file.vectors, f"embedding file '{path}'")
-        self._loaded = True
+        self.loaded = True
         if file.progressive_step is not None:
             self.progressive_step, self.progressive_scale = file.progressive_step, file.progressive_scale
         elif self.progressive_step is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,3 +43,14 @@ def insert_vectors(tokens: Tensor, embedded: Tensor, vectors: Tensor, layout: La
     rows = torch.where(found, layout.offsets[which].gather(1, source) + nth, 0)
     shifted = embedded.gather(1, source.unsqueeze(-1).expand_as(embedded))
     return torch.where(found.unsqueeze(-1), vectors.to(embedded.dtype)[rows], shifted)
+
+
+def place_after_insertion(tokens: Tensor, places: Tensor, widths: Mapping[int, int]) -> Tensor:
+    """Where the tokens at places [B] of prompts [B, L] stand once placeholders show their vectors.
+
+    `widths` says how many vectors each placeholder's id shows. What passes L is given as if there were room.
+    """
+    before = torch.arange(tokens.shape[1], device=tokens.device) < places.unsqueeze(-1)
+    for token, width in widths.items():
+        places = places + (width - 1) * ((tokens == token) & before).sum(dim=-1)
+    return places

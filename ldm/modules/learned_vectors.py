@@ -23,7 +23,8 @@ class LearnedVectors(nn.Module):
 
     `string_to_token_dict` holds the ids (0-dim int64, on the CPU), `string_to_param_dict` the parameters and
     `initial_embeddings`, as buffers, where those with an initializer began; the names are the checkpoints'. With
-    `progressive_step`, a number of optimizer steps, only the first vectors are in use.
+    `progressive_step`, a number of optimizer steps, only the first vectors are in use. `loaded` tells vectors of a
+    file or a state dict from fresh ones.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class LearnedVectors(nn.Module):
         self.tokenizer = tokenizer
         self.width, self.max_vectors = width, max_vectors
         self.progressive_step, self.progressive_scale = progressive_step, progressive_scale
+        self.loaded = False
         self._hold({}, {})
 
     @property
@@ -142,10 +144,9 @@ class LearnedVectors(nn.Module):
         """Let the vector counts and the progress be those of the state dict."""
         step = state_dict.pop(prefix + "progressive_step", None)
         present = {string: self.vectors(string) for string in self.string_to_token_dict}
-        brought = {
-            string: state_dict.get(f"{prefix}string_to_param_dict.{parameter_key(string)}", value)
-            for string, value in present.items()
-        }
+        keys = {string: f"{prefix}string_to_param_dict.{parameter_key(string)}" for string in present}
+        self.loaded |= any(key in state_dict for key in keys.values())
+        brought = {string: state_dict.get(keys[string], value) for string, value in present.items()}
         if any(len(brought[string]) != len(value) for string, value in present.items()):
             self.take(brought, "checkpoint")
         if step is not None:

@@ -59,6 +59,7 @@ PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
 # Added only where a YAML names them, or where they have something to do.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
     "cuda_callback": {"target": "ldm.training.callbacks.cuda.CUDACallback", "params": {}},
+    "warm_start": {"target": "ldm.training.callbacks.warm_start.WarmStart", "params": {}},
     "compiled": {"target": "ldm.training.callbacks.compiled.CompiledDenoiser", "params": {}},
     "channels_last": {"target": "ldm.training.callbacks.compiled.ChannelsLast", "params": {}},
     "metrics_over_trainsteps_checkpoint": {

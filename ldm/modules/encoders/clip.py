@@ -68,18 +68,27 @@ def open_text_model(model: nn.Module) -> nn.Module:
 class FrozenCLIPEmbedder(TextEncoder):
     """Prompts to the last hidden state of CLIP's text model, after its final norm: [B, max_length, d].
 
-    `version` is a folder or a hub name. Inside `ldm.util.skip_pretrained()` only its configuration and
-    tokenizer are read and the weights are fresh. Frozen when built; `requires_grad_(True)` makes it
-    trainable, and the CLIP models in use have no dropout, so it stays in evaluation mode. Raises UserError
-    for a folder that lacks something, a hub that cannot be reached, and a `max_length` beyond the positions.
+    `version` is a folder or a hub name. `image_tower` (None: `version`) says where the picture tower of the same
+    CLIP is, for those who compare prompts with pictures; it is not read here. Inside `ldm.util.skip_pretrained()`
+    only the encoder's configuration and tokenizer are read and the weights are fresh. Frozen when built;
+    `requires_grad_(True)` makes it trainable, and the CLIP models in use have no dropout, so it stays in evaluation
+    mode. Raises UserError for a folder that lacks something, a hub that cannot be reached, and a `max_length` beyond
+    the positions.
     """
 
     def __init__(
-        self, version: str = "openai/clip-vit-large-patch14", device: Any = None, max_length: int = 77
+        self,
+        version: str = "openai/clip-vit-large-patch14",
+        device: Any = None,
+        max_length: int = 77,
+        image_tower: str | None = None,
     ) -> None:
         super().__init__()
         ignore_device(type(self).__name__, device)
         self.max_length = max_length
+        if image_tower is not None:
+            require_files(f"image_tower '{image_tower}'", image_tower)
+        self.image_tower = image_tower or version
         config, self.tokenizer, model = _read(version)
         if max_length > config.max_position_embeddings:
             raise UserError(

@@ -57,6 +57,16 @@ def test_the_manager_sees_ids_and_token_embeddings_before_positions(clip):
     assert torch.equal(embedded, clip.token_embedding(ids))
 
 
+def test_the_picture_tower_is_named_and_not_read(folder):
+    (folder / "towers").mkdir()
+    with skip_pretrained():
+        assert FrozenCLIPEmbedder(str(folder)).image_tower == str(folder)
+        towers = str(folder / "towers")
+        assert FrozenCLIPEmbedder(str(folder), image_tower=towers).image_tower == towers
+        with pytest.raises(UserError, match="image_tower './absent': there is no such folder"):
+            FrozenCLIPEmbedder(str(folder), image_tower="./absent")
+
+
 def test_a_manager_is_forgotten_after_its_call(clip):
     ids = clip.prompt_tokenizer.encode("a dog")
     plain = clip("a dog")

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from ldm.data.creatures.tokenizer import write_tokenizer
-from ldm.evaluation import features
-from ldm.evaluation.features import check_features, load_features
+from ldm.models import features
+from ldm.models.features import check_features, load_features
 from ldm.models.two_towers import TwoTowers
 from ldm.util import UserError
 from tests.golden_record import GOLDEN
@@ -72,12 +72,24 @@ def test_clip_has_pictures_and_words_in_one_space(clip, monkeypatch) -> None:
     assert torch.allclose(own.image(PICTURES), pictures, atol=1e-6)
 
 
+def test_states_of_the_text_tower_become_its_features(clip) -> None:
+    own = load_features(clip, CPU)
+    ids = own.tokenizer(["a cat", "a red fox"], padding=True, return_tensors="pt")
+    states = own.model.text_model(**ids).pooler_output.detach().requires_grad_()
+    found = own.of_states(states)
+    torch.testing.assert_close(found, own.text(["a cat", "a red fox"]))
+    found.sum().backward()
+    assert states.grad.abs().sum() > 0
+
+
 def test_dino_knows_no_words(dino) -> None:
     own = load_features(dino, CPU)
     check_unit(own.image(PICTURES), 5)
     states = own.model(**own.processor(PICTURES, return_tensors="pt")).last_hidden_state
     assert torch.allclose(own.image(PICTURES), features._unit(states[:, 0]))
     assert own.text(["a cat"]) is None
+    with pytest.raises(UserError, match="knows no words; name a CLIP"):
+        own.of_states(torch.zeros(1, 16))
 
 
 def test_the_models_own_towers(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Features of pictures and prompts by which the paper's protocol compares them: CLIP, DINO, or the model's own."""
+"""Features in which pictures and prompts can be compared: CLIP's, DINO's, or those of the model's own towers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _CLIP, _IMAGE_ONLY = ("clip",), ("vit", "dinov2", "dinov2_with_registers", "dino
 
 
 class Features(Protocol):
-    """Unit features, [N, d] float32 on the CPU; `text` gives None where the network knows no words."""
+    """Unit features, [N, d] float32 on the CPU; `text` gives None where the network knows no words.
+
+    `of_states` takes the text tower's last states [N, D] at the prompts' ends to features on their device, with
+    gradients.
+    """
 
     name: str
 
@@ -31,12 +35,14 @@ class Features(Protocol):
 
     def text(self, prompts: Sequence[str]) -> Tensor | None: ...
 
+    def of_states(self, states: Tensor) -> Tensor: ...
+
 
 class OwnFeatures:
     """The two towers with which the embedded model's text encoder was trained."""
 
     def __init__(self, towers: TwoTowers, name: str) -> None:
-        self.towers, self.name = towers, name
+        self.towers, self.name = towers.requires_grad_(False), name
 
     @torch.no_grad()
     def image(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -48,14 +54,16 @@ class OwnFeatures:
     def text(self, prompts: Sequence[str]) -> Tensor:
         return torch.cat([self.towers.text_features(b).float().cpu() for b in _batches(prompts)])
 
+    def of_states(self, states: Tensor) -> Tensor:
+        return F.normalize(self.towers.text_projection(states), dim=-1)
+
 
 class PublishedFeatures:
     """A model of transformers: CLIP's projected features, or the first token of a vision transformer as DINO."""
 
-    def __init__(self, source: str, device: torch.device | str) -> None:
+    def __init__(self, source: str, device: torch.device | str, what: str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-        what = f"--features '{source}'"
         require_files(what, source, ("config.json",), ("preprocessor_config.json",))
         with reading(what, source):
             kind = AutoConfig.from_pretrained(source).model_type
@@ -65,7 +73,7 @@ class PublishedFeatures:
                 )
             self.processor = AutoImageProcessor.from_pretrained(source)
             self.tokenizer = AutoTokenizer.from_pretrained(source) if kind in _CLIP else None
-            self.model: Any = AutoModel.from_pretrained(source).to(device).eval()
+            self.model: Any = AutoModel.from_pretrained(source).to(device).eval().requires_grad_(False)
         self.name, self.device = source, device
 
     @torch.no_grad()
@@ -93,15 +101,20 @@ class PublishedFeatures:
             found.append(_unit(self.model.get_text_features(input_ids=ids.to(self.device))))
         return torch.cat(found)
 
+    def of_states(self, states: Tensor) -> Tensor:
+        if self.tokenizer is None:
+            raise UserError(f"'{self.name}' knows no words; name a CLIP")
+        return F.normalize(self.model.text_projection(states), dim=-1)
 
-def load_features(source: str | Path, device: torch.device | str) -> Features:
-    """The feature extractor in a folder (TwoTowers or transformers') or of a hub name.
+
+def load_features(source: str | Path, device: torch.device | str, what: str = "--features") -> Features:
+    """The feature extractor in a folder (TwoTowers or transformers') or of a hub name; errors call it `what`.
 
     Raises UserError for a folder that holds neither, and a model that is neither CLIP nor a vision transformer.
     """
     if (Path(source) / _TOWERS).is_file():
         return OwnFeatures(TwoTowers.load(source).to(device), str(source))
-    return PublishedFeatures(str(source), device)
+    return PublishedFeatures(str(source), device, f"{what} '{source}'")
 
 
 def check_features(source: str | Path) -> None:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+import main
+from ldm.data.personalized import PersonalizedBase
+from ldm.images import to_pil
+from ldm.models.features import load_features
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.training import console
+from ldm.training.callbacks.warm_start import WarmStart, end_states
+from ldm.util import UserError
+from tests.golden_record import GOLDEN, Golden
+
+WARM, SAID = "lightning.callbacks.warm_start.params.steps=4", "warm start: captions and pictures agree by"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose text tower is as wide as the golden model's encoder."""
+    folder = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = small | {"vocab_size": 49408, "max_position_embeddings": 20}
+    vision = small | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    crop = {"height": 16, "width": 16}
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).write_bytes((GOLDEN / "clip_tiny" / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def tower(clip: Path) -> str:
+    return f"model.params.cond_stage_config.params.image_tower={clip}"
+
+
+def start(*words: object) -> int:
+    return main.main([str(word) for word in words])
+
+
+def learned(folder: str) -> torch.Tensor:
+    (run,) = Path(folder).iterdir()
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return state["embedding_manager.string_to_param_dict.*"]
+
+
+def test_captions_come_to_mean_the_pictures(clip, pictures):
+    model = Golden("clip_one_vector").model(load_embeddings=False)
+    encoder = model.cond_stage_model
+    manager = EmbeddingManager(encoder, ["*"], ["dog"], num_vectors_per_token=2)
+    features = load_features(clip, "cpu", "image_tower")
+    dataset = PersonalizedBase(pictures, size=32, seed=0)
+    generator = torch.get_rng_state()
+    first, last = WarmStart(steps=30).approach(encoder, manager, dataset, features)
+    assert last > first + 0.2
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # What is learned holds for every caption and picture, not for those alone that came last.
+    shown = features.image([to_pil(dataset.image(number).movedim(-1, 0)) for number in range(3)])
+    said = features.of_states(end_states(encoder, manager, ["a photo of a *", "the photo of a small *"]))
+    assert (said @ shown.T).mean() > first + 0.15
+
+
+def test_the_end_of_a_caption_after_its_vectors():
+    encoder = Golden("clip_one_vector").model(load_embeddings=False).cond_stage_model
+    manager = EmbeddingManager(encoder, ["*", "@"], ["red bird", "dog"], num_vectors_per_token={"*": 2})
+    found = end_states(encoder, manager, ["a photo of a * and a @", "*", "a photo", "@ " + "a " * 40 + "*"])
+    words = ["a photo of a red bird and a dog", "red bird", "a photo"]
+    ids = encoder.token_ids(words)
+    ends = (ids == encoder.prompt_tokenizer.end_id).int().argmax(dim=1)
+    torch.testing.assert_close(found[:3], encoder(words)[range(3), ends])
+    assert found[3].isfinite().all()
+
+
+def test_the_training_after_it_is_as_without(tiny_yaml, tower, capsys):
+    assert start("--base", tiny_yaml, "-t", "-l", "without") == 0
+    still = [WARM, "lightning.callbacks.warm_start.params.rate=1e-30", tower]
+    assert start("--base", tiny_yaml, "-t", "-l", "still", *still) == 0
+    assert SAID in capsys.readouterr().out
+    assert torch.equal(learned("still"), learned("without"))
+    assert start("--base", tiny_yaml, "-t", "-l", "warm", WARM, tower) == 0
+    assert not torch.allclose(learned("warm"), learned("without"), atol=1e-3)
+
+
+def test_what_was_learned_already_is_left_alone(tiny_yaml, tower, capsys):
+    assert start("--base", tiny_yaml, "-t", "-l", "whole", WARM, tower) == 0
+    assert start("--base", tiny_yaml, "-t", "-l", "half", WARM, tower, "--max_steps", "4") == 0
+    assert capsys.readouterr().out.count(SAID) == 2
+    (run,) = Path("half").iterdir()
+    assert start("-r", run, "-t", "--max_steps", "6") == 0
+    assert torch.equal(learned("half"), learned("whole"))
+    file = run / "checkpoints" / "embeddings.pt"
+    assert start("--base", tiny_yaml, "-t", "-l", "file", WARM, tower, "--embedding_manager_ckpt", file) == 0
+    assert SAID not in capsys.readouterr().out
+
+
+def test_vectors_within_the_weights_are_left_alone():
+    model = Golden("clip_one_vector").model(load_embeddings=False)
+    assert not model.embedding_manager.loaded
+    model.load_state_dict(model.state_dict())
+    assert model.embedding_manager.loaded
+    before = model.embedding_manager.export()["*"]
+    WarmStart().on_fit_start(SimpleNamespace(ckpt_path=None), model)
+    assert torch.equal(model.embedding_manager.export()["*"], before)
+
+
+def test_vectors_keep_the_length_that_is_allowed(tiny_yaml, tower):
+    assert start(
+        "--base", tiny_yaml, "-t", "-l", "runs", WARM, tower, "--max_steps", "1",
+        "model.base_learning_rate=1e-9", "model.params.personalization_config.params.norm_control=fixed",
+    ) == 0  # fmt: skip
+    (run,) = Path("runs").iterdir()
+    golden = Golden("clip_one_vector").model(load_embeddings=False)
+    usual = golden.cond_stage_model.token_embedding.weight.norm(dim=1).mean()
+    assert learned("runs").norm(dim=1) == pytest.approx(float(usual), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["clip_one_vector", "bert_one_vector"])
+def test_without_a_picture_tower_a_line_says_so(case, capsys):
+    encoder = Golden(case).model(load_embeddings=False).cond_stage_model
+    manager = SimpleNamespace(embedding_parameters=pytest.fail)
+    trainer = SimpleNamespace(
+        ckpt_path=None,
+        datamodule=SimpleNamespace(datasets={"train": SimpleNamespace(variants=1, draw=1, image=1)}),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    console.set_up()
+    WarmStart().on_fit_start(trainer, SimpleNamespace(embedding_manager=manager, cond_stage_model=encoder))
+    said = capsys.readouterr()
+    assert "no warm start, the vectors begin at their initializers: " in said.out + said.err
+    reason = "image_tower" if case.startswith("clip") else "BERTEmbedder has no picture tower"
+    assert reason in said.out + said.err
+
+
+@pytest.mark.parametrize("params", [{"steps": 0}, {"captions": 1.5}, {"rate": 0.0}])
+def test_what_makes_no_sense(params):
+    with pytest.raises(UserError, match=f"warm_start: {next(iter(params))} is"):
+        WarmStart(**params)
