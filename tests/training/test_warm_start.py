@@ -89,6 +89,14 @@ def test_the_training_after_it_is_as_without(tiny_yaml, tower, capsys):
     assert not torch.allclose(learned("warm"), learned("without"), atol=1e-3)
 
 
+def test_half_precision(tiny_yaml, tower, capsys):
+    assert (
+        start("--base", tiny_yaml, "-t", "-l", "half", WARM, tower, "lightning.trainer.precision=bf16-mixed")
+        == 0
+    )
+    assert SAID in capsys.readouterr().out
+
+
 def test_what_was_learned_already_is_left_alone(tiny_yaml, tower, capsys):
     assert start("--base", tiny_yaml, "-t", "-l", "whole", WARM, tower) == 0
     assert start("--base", tiny_yaml, "-t", "-l", "half", WARM, tower, "--max_steps", "4") == 0

@@ -58,7 +58,9 @@ class WarmStart(Callback):
             logger.warning("no warm start, the vectors begin at their initializers: %s", error)
             return
         encoder.to(device), manager.to(device)
-        first, last = self.approach(encoder, manager, dataset, features)
+        # The encoder's layers may lie in half precision already.
+        with trainer.precision_plugin.train_step_context():
+            first, last = self.approach(encoder, manager, dataset, features)
         encoder.to(home), manager.to(home)
         with torch.no_grad():
             for vectors in manager.embedding_parameters():
