@@ -1,15 +1,15 @@
 """The dataset of textual inversion: a few pictures of a concept, each time under another caption.
 
-Every draw (mirrored or not, which caption) is a function of the seed, the epoch and the index alone. So a run that
-is resumed at sample 1234 sees what it would have seen, however many workers load the pictures, and pictures and
-captions can be had apart: `draw(index)` says which picture it is, `image(...)` gives its pixels.
+Every draw (mirrored or not, which caption, which square) is a function of the seed, the epoch and the index alone. So
+a run that is resumed at sample 1234 sees what it would have seen, however many workers load the pictures, and pictures
+and captions can be had apart: `draw(index)` says which picture it is, `image(...)` gives its pixels.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,6 +44,9 @@ class PersonalizedBase(Dataset):
         it has neither these nor the placeholder itself, "placeholder, " goes before it. Pictures without a `.txt`
         use the templates.
     seed: None takes torch's.
+    crops, zooms: more squares of each picture, drawn equally often: `crops` places along each side with room left,
+        and for each zoom z squares of 1/z of the side (Custom Diffusion, Kumari et al. 2023, found likeness to gain
+        by pictures shown in several sizes).
     """
 
     template_lines: tuple[str, ...] = prompts.OBJECT_TEMPLATES
@@ -65,6 +68,8 @@ class PersonalizedBase(Dataset):
         template_file: str | os.PathLike[str] | None = None,
         use_captions: bool = False,
         seed: int | None = None,
+        crops: int = 1,
+        zooms: Sequence[float] = (1.0,),
     ) -> None:
         for name, value in (("flip_p", flip_p), ("mixing_prob", mixing_prob)):
             if not 0 <= value <= 1:
@@ -95,14 +100,14 @@ class PersonalizedBase(Dataset):
         self.templates, self.dual_templates = self._captions.templates, self._captions.dual_templates
         self.check_placeholder()
         self.image_paths = [picture.path for picture in pictures]
-        self._pictures = Pictures(self.image_paths, size, interpolation, center_crop)
+        self._pictures = Pictures(self.image_paths, size, interpolation, center_crop, crops, zooms)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         drawn = self.draw(index)
-        return {"image": self.image(drawn.image, drawn.flipped), "caption": drawn.caption}
+        return {"image": self.image(*drawn.variant), "caption": drawn.caption}
 
     def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
         # Indices have no end (see draw), so the length must end a loop over the dataset.
@@ -123,17 +128,24 @@ class PersonalizedBase(Dataset):
         flipped = rng.random() < self.flip_p
         mixed = self.per_image_tokens and rng.random() < self.mixing_prob
         lines = self.dual_templates if mixed else self.templates
-        return Draw(image, flipped, self._captions.of(image, lines[int(rng.random() * len(lines))]))
+        caption = self._captions.of(image, lines[int(rng.random() * len(lines))])
+        # The last to be drawn: what runs drew before there were views stays the same.
+        return Draw(image, flipped, caption, int(rng.random() * self._pictures.views(image)))
 
-    def image(self, image: int, flipped: bool = False) -> Tensor:
-        """The pixels of a picture: float32 [H, W, 3] in [-1, 1]."""
-        pixels = self._pictures[image]
+    def image(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
+        """The pixels of a picture's square: float32 [H, W, 3] in [-1, 1]."""
+        pixels = self._pictures[image, view]
         return (pixels.flip(1) if flipped else pixels).float().div_(127.5).sub_(1)
 
-    def variants(self) -> list[tuple[int, bool]]:
-        """Every (picture, mirrored) pair that can be drawn: what a cache of latents has to hold."""
+    def variants(self) -> list[tuple[int, bool, int]]:
+        """Every (picture, mirrored, square) that can be drawn: what a cache of latents has to hold."""
         ways = [way for way, wanted in ((False, self.flip_p < 1), (True, self.flip_p > 0)) if wanted]
-        return [(image, way) for image in range(self.num_images) for way in ways]
+        return [
+            (image, way, view)
+            for image in range(self.num_images)
+            for view in range(self._pictures.views(image))
+            for way in ways
+        ]
 
     def captions(self) -> list[str]:
         """Every caption that can be drawn, once."""

@@ -59,12 +59,12 @@ def test_a_run_leaves_its_waypoints(subject, tmp_path):
         ),
         subject.make,
     )
-    run.trainer.callbacks.insert(0, waypoints.Waypoints(tmp_path / "way", steps=(1, 3, 9)))
+    run.trainer.callbacks.insert(0, waypoints.Waypoints(tmp_path / "way", steps=(0, 1, 3, 9)))
     assert waypoints.read(tmp_path / "way") is None
     run.fit()
     passed, learned = waypoints.read(tmp_path / "way"), run.model.embedding_manager.export()["*"]
-    assert list(passed) == [1, 3, 4]
-    assert 0 < passed[1] < passed[3] < passed[4]
+    assert list(passed) == [0, 1, 3, 4]
+    assert 0 < passed[0] < passed[1] < passed[3] < passed[4]
     first, last = (saved(run.model, tmp_path / "way" / f"{step}.pt") for step in (1, 4))
     assert not first.equal(last)
     assert last.equal(learned)

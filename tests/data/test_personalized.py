@@ -17,9 +17,9 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.util import UserError
 
 PINNED = [
-    (0, False, "a photo of the small *"),
-    (1, False, "a photo of the large *"),
-    (1, True, "an illustration of the clean *"),
+    (0, False, "a photo of the small *", 0),
+    (1, False, "a photo of the large *", 0),
+    (1, True, "an illustration of the clean *", 0),
 ]
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
 
@@ -132,13 +132,24 @@ def test_samples_are_the_same_with_workers(folder):
 
 def test_picture_and_caption_can_be_had_apart(folder):
     dataset = PersonalizedBase(folder, size=8)
-    assert set(dataset.variants()) == {(draw.image, draw.flipped) for draw in map(dataset.draw, range(300))}
+    assert set(dataset.variants()) == {draw.variant for draw in map(dataset.draw, range(300))}
     assert {dataset.draw(i).caption for i in range(3000)} == set(dataset.captions())
     for i in (0, 7, 200):
         drawn = dataset.draw(i)
-        assert torch.equal(dataset.image(drawn.image, drawn.flipped), dataset[i]["image"])
-    assert PersonalizedBase(folder, flip_p=0).variants() == [(0, False), (1, False), (2, False)]
-    assert PersonalizedBase(folder, flip_p=1).variants() == [(0, True), (1, True), (2, True)]
+        assert torch.equal(dataset.image(*drawn.variant), dataset[i]["image"])
+    assert PersonalizedBase(folder, flip_p=0).variants() == [(0, False, 0), (1, False, 0), (2, False, 0)]
+    assert PersonalizedBase(folder, flip_p=1).variants() == [(0, True, 0), (1, True, 0), (2, True, 0)]
+
+
+def test_squares_are_drawn_equally_often_and_change_nothing_else(folder):
+    plain = PersonalizedBase(folder, size=8, seed=1)
+    dataset = PersonalizedBase(folder, size=8, seed=1, crops=2, zooms=OmegaConf.create([1, 1.5]))
+    assert len(dataset.variants()) == 3 * 2 * 6 and len(dataset) == len(plain)
+    drawn = [dataset.draw(i) for i in range(3000)]
+    assert [draw[:3] for draw in drawn] == [plain.draw(i)[:3] for i in range(3000)]
+    counts = Counter(draw.variant for draw in drawn)
+    assert counts.keys() == set(dataset.variants()) and min(counts.values()) > 3000 / 36 / 2
+    assert torch.equal(dataset[5]["image"], dataset.image(*dataset.draw(5).variant))
 
 
 def test_using_a_sample_does_not_change_the_next(folder):

@@ -2,23 +2,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ldm.data.base import Draw
 from ldm.models.diffusion.ddpm import LATENT, POSTERIOR
 from ldm.training.callbacks.latent_cache import CachedLatents, LatentCache
 from ldm.util import UserError
 from tests.golden_record import Golden
-
-
-class Drawn(NamedTuple):
-    image: int
-    flipped: bool
-    caption: str
 
 
 class Pictures:
@@ -33,16 +27,16 @@ class Pictures:
     def __len__(self) -> int:
         return 6
 
-    def variants(self) -> list[tuple[int, bool]]:
-        return [(i, flipped) for i in range(3) for flipped in (False, True)]
+    def variants(self) -> list[tuple[int, bool, int]]:
+        return [(i, flipped, 0) for i in range(3) for flipped in (False, True)]
 
-    def image(self, image: int, flipped: bool = False) -> Tensor:
+    def image(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
         self.read += 1
         picture = self.pictures[image]
         return picture.flip(1) if flipped else picture
 
-    def draw(self, index: int) -> Drawn:
-        return Drawn(index % 3, index % 2 == 1, f"a photo of * {index}")
+    def draw(self, index: int) -> Draw:
+        return Draw(index % 3, index % 2 == 1, f"a photo of * {index}")
 
 
 @pytest.fixture(scope="module", params=["clip_one_vector", "vq_one_vector"])
@@ -65,7 +59,7 @@ def test_a_cached_step_has_the_very_numbers_of_an_encoded_one(model) -> None:
     )
     indices = [0, 1, 5]
     drawn = [pictures.draw(i) for i in indices]
-    shown = torch.stack([pictures.image(d.image, d.flipped) for d in drawn])
+    shown = torch.stack([pictures.image(*d.variant) for d in drawn])
     torch.manual_seed(3)
     expected, captions = model.get_input({"image": shown, "caption": [d.caption for d in drawn]}, "image")
     torch.manual_seed(3)
@@ -123,7 +117,7 @@ def test_bad_batch_size() -> None:
 
 def test_pictures_of_different_sizes_are_encoded_at_every_step() -> None:
     pictures = Pictures()
-    pictures.image = lambda image, flipped=False: torch.zeros(32 + 8 * image, 32, 3)
+    pictures.image = lambda image, flipped=False, view=0: torch.zeros(32 + 8 * image, 32, 3)
     model = Golden("clip_one_vector").model()
     assert LatentCache(batch_size=4).cached(model, pictures, torch.device("cpu")) is pictures
 

@@ -28,10 +28,10 @@ PIXELS_AT_ONCE = 2**18
 class CachedLatents(Dataset):
     """A picture dataset whose items hold a posterior (or latent) in place of the picture.
 
-    `dataset` offers `variants()`, all pictures that its items can show as (image, flipped), and `draw(index)` with
-    the fields image, flipped and caption. `encoded` holds one row per variant, [V, C, h, w]; `key` says what the rows
-    are. A posterior is sampled where the picture would have been encoded, so training sees the same distribution.
-    Items also hold their row, from which `with_pictures` finds the pictures again.
+    `dataset` offers `variants()`, the arguments of `image(...)` for all pictures that its items can show, and
+    `draw(index)` with the fields variant and caption. `encoded` holds one row per variant, [V, C, h, w]; `key` says
+    what the rows are. A posterior is sampled where the picture would have been encoded, so training sees the same
+    distribution. Items also hold their row, from which `with_pictures` finds the pictures again.
     """
 
     def __init__(self, dataset: Any, encoded: np.ndarray, key: str) -> None:
@@ -46,7 +46,7 @@ class CachedLatents(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         drawn = self.draw(index)
-        row = self._row[drawn.image, drawn.flipped]
+        row = self._row[drawn.variant]
         moments = torch.from_numpy(np.array(self.encoded[row]))
         return {self.key: moments, "caption": drawn.caption, "row": torch.tensor(row)}
 

@@ -80,7 +80,7 @@ class WarmStart(Callback):
         cosines: list[Tensor] = []
         for step in range(self.steps):
             drawn = [dataset.draw(step * self.captions + index) for index in range(self.captions)]
-            shown = pictures[[variants.index((one.image, one.flipped)) for one in drawn]]
+            shown = pictures[[variants.index(one.variant) for one in drawn]]
             said = features.of_states(end_states(encoder, manager, [one.caption for one in drawn]))
             cosines.append((said * shown).sum(dim=-1).mean())
             optimizer.zero_grad()
