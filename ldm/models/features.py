@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.images import to_tensor
 from ldm.models.two_towers import TwoTowers
@@ -55,7 +55,7 @@ class OwnFeatures:
         return torch.cat([self.towers.text_features(b).float().cpu() for b in _batches(prompts)])
 
     def of_states(self, states: Tensor) -> Tensor:
-        return F.normalize(self.towers.text_projection(states), dim=-1)
+        return _projected(self.towers.text_projection, states, self.name)
 
 
 class PublishedFeatures:
@@ -104,7 +104,7 @@ class PublishedFeatures:
     def of_states(self, states: Tensor) -> Tensor:
         if self.tokenizer is None:
             raise UserError(f"'{self.name}' knows no words; name a CLIP")
-        return F.normalize(self.model.text_projection(states), dim=-1)
+        return _projected(self.model.text_projection, states, self.name)
 
 
 def load_features(source: str | Path, device: torch.device | str, what: str = "--features") -> Features:
@@ -123,6 +123,15 @@ def check_features(source: str | Path) -> None:
         require_files(
             f"--features '{source}'", str(source), ("config.json", _TOWERS), ("preprocessor_config.json",)
         )
+
+
+def _projected(projection: nn.Linear, states: Tensor, name: str) -> Tensor:
+    if states.shape[-1] != projection.in_features:
+        raise UserError(
+            f"'{name}' is a CLIP with text of width {projection.in_features}, not {states.shape[-1]}; name the one "
+            "that the text encoder is of"
+        )
+    return F.normalize(projection(states), dim=-1)
 
 
 def _unit(features: Any) -> Tensor:

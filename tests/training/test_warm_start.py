@@ -5,34 +5,46 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig
 
 import main
 from ldm.data.personalized import PersonalizedBase
 from ldm.images import to_pil
 from ldm.models.features import load_features
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.training import console
-from ldm.training.callbacks.warm_start import WarmStart, end_states
+from ldm.training.callbacks.warm_start import WarmStart, end_states, features_of
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
 
 WARM, SAID = "lightning.callbacks.warm_start.params.steps=4", "warm start: captions and pictures agree by"
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP whose text tower is as wide as the golden model's encoder."""
-    folder = tmp_path_factory.mktemp("clip")
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = small | {"vocab_size": 49408, "max_position_embeddings": 20}
-    vision = small | {"image_size": 16, "patch_size": 8}
+def make_clip(folder: Path, width: int = 32) -> Path:
+    """A CLIP with random weights and the golden tokenizer."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    own = CLIPTextConfig.from_pretrained(GOLDEN / "clip_tiny").to_dict()
+    text = own if width == 32 else {**own, "hidden_size": width}
+    vision = small | {"hidden_size": 32, "image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
     crop = {"height": 16, "width": 16}
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).write_bytes((GOLDEN / "clip_tiny" / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose text tower is the golden model's encoder."""
+    folder = make_clip(tmp_path_factory.mktemp("clip"))
+    weights = load_file(folder / "model.safetensors")
+    encoder = Golden("clip_one_vector").model(load_embeddings=False).cond_stage_model
+    for key, value in encoder.transformer.state_dict().items():
+        assert weights[key].shape == value.shape
+        weights[key] = value.contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -131,20 +143,27 @@ def test_vectors_keep_the_length_that_is_allowed(clip, pictures):
 
 
 @pytest.mark.parametrize("case", ["clip_one_vector", "bert_one_vector"])
-def test_without_a_picture_tower_a_line_says_so(case, capsys):
+def test_without_a_picture_tower_there_is_none(case):
     encoder = Golden(case).model(load_embeddings=False).cond_stage_model
-    manager = SimpleNamespace(embedding_parameters=pytest.fail)
-    trainer = SimpleNamespace(
-        ckpt_path=None,
-        datamodule=SimpleNamespace(datasets={"train": SimpleNamespace(variants=1, draw=1, image=1)}),
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
-    console.set_up()
-    WarmStart().on_fit_start(trainer, SimpleNamespace(embedding_manager=manager, cond_stage_model=encoder))
-    said = capsys.readouterr()
-    assert "no warm start, the vectors begin at their initializers: " in said.out + said.err
     reason = "image_tower" if case.startswith("clip") else "BERTEmbedder has no picture tower"
-    assert reason in said.out + said.err
+    with pytest.raises(UserError, match=reason):
+        features_of(encoder, SimpleNamespace(variants=1, draw=1, image=1))
+    with pytest.raises(UserError, match="SimpleNamespace cannot enumerate its pictures|no picture tower"):
+        features_of(encoder, SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("width", "said"), [(32, "of another CLIP than the text encoder"), (16, "width 16, not 32")]
+)
+def test_the_picture_tower_of_another_clip_is_refused_in_a_line(width, said, tiny_yaml, tmp_path, capsys):
+    other = make_clip(tmp_path / "stranger", width)
+    tower = f"model.params.cond_stage_config.params.image_tower={other}"
+    assert start("--base", tiny_yaml, "-t", "-l", "without") == 0
+    assert start("--base", tiny_yaml, "-t", "-l", "other", WARM, tower) == 0
+    told = capsys.readouterr()
+    assert "no warm start, the vectors begin at their initializers: " in told.out + told.err
+    assert said in told.out + told.err
+    assert torch.equal(learned("other"), learned("without"))
 
 
 @pytest.mark.parametrize("params", [{"steps": 0}, {"captions": 1.5}, {"rate": 0.0}])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,11 +13,16 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from ldm.images import to_pil
-from ldm.models.features import load_features
+from ldm.models.features import Features, load_features
 from ldm.modules.insertion import place_after_insertion
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
+
+# The encoder and the text tower of the same CLIP agree by 1 about each of these, rounding apart; by chance two
+# strangers agree about one of them, not about all.
+PROBES = ("a photo of a house beside a tree", "dog", "a painting of the sea in winter, oil on canvas", "7")
+LEAST_AGREEMENT = 0.8
 
 
 class WarmStart(Callback):
@@ -27,8 +34,8 @@ class WarmStart(Callback):
     step does. QuickEmbedding starts Stable Diffusion so, with 100 steps.
 
     The picture tower is what the text encoder names as `image_tower`. Vectors that come from a file or a state stay
-    as they are; without pictures that can be enumerated, or a picture tower at hand, a line says why they begin at
-    their initializers. No random numbers are taken from the training.
+    as they are; without pictures that can be enumerated, or the picture tower of the encoder's own CLIP at hand, a
+    line says why they begin at their initializers. No random numbers are taken from the training.
     """
 
     def __init__(self, steps: int = 15, rate: float = 1.25, captions: int = 8) -> None:
@@ -46,28 +53,20 @@ class WarmStart(Callback):
             return
         dataset = getattr(trainer.datamodule, "datasets", {}).get("train")
         encoder, device = pl_module.cond_stage_model, trainer.strategy.root_device
-        home = encoder.token_embedding.weight.device
-        try:
-            source = getattr(encoder, "image_tower", None)
-            if source is None:
-                raise UserError(f"{type(encoder).__name__} has no picture tower")
-            if not all(hasattr(dataset, name) for name in ("variants", "draw", "image")):
-                raise UserError(f"{type(dataset).__name__} cannot enumerate its pictures")
-            features = load_features(source, device, "image_tower")
-        except UserError as error:
-            logger.warning("no warm start, the vectors begin at their initializers: %s", error)
-            return
-        encoder.to(device), manager.to(device)
         # The encoder's layers may lie in half precision already.
-        with trainer.precision_plugin.train_step_context():
+        with _on(device, encoder, manager), trainer.precision_plugin.train_step_context():
+            try:
+                features = features_of(encoder, dataset)
+            except UserError as error:
+                logger.warning("no warm start, the vectors begin at their initializers: %s", error)
+                return
             first, last = self.approach(encoder, manager, dataset, features)
-        encoder.to(home), manager.to(home)
         with torch.no_grad():
             for vectors in manager.embedding_parameters():
                 vectors.copy_(trainer.strategy.broadcast(vectors.detach()))
         logger.info("warm start: captions and pictures agree by %.2f, %.2f before", last, first)
 
-    def approach(self, encoder: Any, manager: Any, dataset: Any, features: Any) -> tuple[float, float]:
+    def approach(self, encoder: Any, manager: Any, dataset: Any, features: Features) -> tuple[float, float]:
         """Learn from CLIP alone; returns the mean cosine of captions and pictures in the first and the last step."""
         variants = [tuple(variant) for variant in dataset.variants()]
         pictures = features.image([to_pil(dataset.image(*variant).movedim(-1, 0)) for variant in variants])
@@ -92,16 +91,46 @@ class WarmStart(Callback):
         return float(cosines[0].detach()), float(cosines[-1].detach())
 
 
-def end_states(encoder: Any, manager: Any, captions: list[str]) -> Tensor:
+def features_of(encoder: Any, dataset: Any) -> Features:
+    """The two towers of the encoder's CLIP; UserError where they, or pictures for them, are not to be had."""
+    source = getattr(encoder, "image_tower", None)
+    if source is None:
+        raise UserError(f"{type(encoder).__name__} has no picture tower")
+    if not all(hasattr(dataset, name) for name in ("variants", "draw", "image")):
+        raise UserError(f"{type(dataset).__name__} cannot enumerate its pictures")
+    features = load_features(source, encoder.token_embedding.weight.device, "image_tower")
+    with torch.no_grad():
+        ours = features.of_states(end_states(encoder, None, PROBES))
+        agreement = float((ours.cpu() * features.text(PROBES)).sum(dim=-1).min())
+    if agreement < LEAST_AGREEMENT:
+        raise UserError(
+            f"image_tower '{source}' is of another CLIP than the text encoder (about a caption they agree by "
+            f"{agreement:.2f}); name the picture tower of the same one"
+        )
+    return features
+
+
+def end_states(encoder: Any, manager: Any, captions: Sequence[str]) -> Tensor:
     """The encoder's states [B, d] at the captions' ends, which CLIP makes its text features of."""
     ids = encoder.token_ids(captions, manager)
     ends = (ids == encoder.prompt_tokenizer.end_id).int().argmax(dim=1)
-    ends = place_after_insertion(
-        ids,
-        ends,
-        {int(manager.string_to_token_dict[word]): count for word, count in manager.placeholders.items()},
-    )
-    ends = ends.clamp(max=ids.shape[1] - 1)
+    if manager is not None:
+        words = manager.string_to_token_dict
+        widths = {int(words[word]): count for word, count in manager.placeholders.items()}
+        ends = place_after_insertion(ids, ends, widths).clamp(max=ids.shape[1] - 1)
     # What follows the ends changes nothing before it.
     states = encoder.embed_ids(ids[:, : int(ends.max()) + 1], manager)
     return states[torch.arange(len(ids), device=ids.device), ends].float()
+
+
+@contextmanager
+def _on(device: torch.device, encoder: Any, manager: Any) -> Iterator[None]:
+    """Both on the device, and where they were again: Lightning moves the model at a time that versions differ in."""
+    home = encoder.token_embedding.weight.device
+    for module in (encoder, manager):
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in (encoder, manager):
+            module.to(home)
