@@ -15,34 +15,8 @@ from ldm.files import write_text
 
 LIST = "waypoints.json"
 # Close together at first, where something changes between them; then each about a quarter further.
-STEPS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    10,
-    15,
-    20,
-    30,
-    40,
-    50,
-    60,
-    80,
-    100,
-    125,
-    150,
-    175,
-    200,
-    250,
-    300,
-    350,
-    400,
-    450,
-    500,
-)
+STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100, 125, 150, 175)
+STEPS += (200, 250, 300, 350, 400, 450, 500)
 STEPS += (600, 700, 850, 1000, 1250, 1500, 2000, 2500, 3000, 4000, 5000)
 
 
