@@ -82,14 +82,14 @@ class Creatures(Dataset):
         picture, telling = index % self.count, index // self.count if self.split == "train" else 0
         return picture, f"caption {picture} {telling}"
 
-    def image(self, picture: int, flipped: bool = False) -> Tensor:
-        """A picture [H, W, 3] in [-1, 1]."""
+    def image(self, picture: int, flipped: bool = False, view: int = 0) -> Tensor:
+        """A picture [H, W, 3] in [-1, 1]; there is one view of each."""
         image = torch.from_numpy(self.pictures[picture].astype(np.float32)).div_(127.5).sub_(1)
         return image.flip(1) if flipped else image
 
-    def variants(self) -> list[tuple[int, bool]]:
-        """Every (picture, mirrored) pair that can be drawn: what a cache of latents has to hold."""
-        return [(picture, False) for picture in range(self.count)]
+    def variants(self) -> list[tuple[int, bool, int]]:
+        """Every (picture, mirrored, view) that can be drawn: what a cache of latents has to hold."""
+        return [(picture, False, 0) for picture in range(self.count)]
 
     def __getitem__(self, index: int) -> dict[str, object]:
         drawn = self.draw(index)
