@@ -80,6 +80,19 @@ def test_captions_come_to_mean_the_pictures(clip, pictures):
     assert (said @ shown.T).mean() > first + 0.15
 
 
+def test_of_a_large_set_only_what_is_drawn_is_read(clip, pictures, monkeypatch):
+    encoder = Golden("clip_one_vector").model(load_embeddings=False).cond_stage_model
+    dataset = PersonalizedBase(pictures, size=32, seed=0, zooms=[1, 1.25, 1.5], crops=5)
+    shown = []
+    image = dataset.image
+    monkeypatch.setattr(dataset, "image", lambda *variant: shown.append(variant) or image(*variant))
+    WarmStart(steps=2, captions=4).approach(
+        encoder, EmbeddingManager(encoder, ["*"], ["dog"]), dataset, load_features(clip, "cpu")
+    )
+    assert len(dataset.variants()) > 100
+    assert len(shown) <= 8 and set(shown) == {dataset.draw(index).variant for index in range(8)}
+
+
 def test_the_end_of_a_caption_after_its_vectors():
     encoder = Golden("clip_one_vector").model(load_embeddings=False).cond_stage_model
     manager = EmbeddingManager(encoder, ["*", "@"], ["red bird", "dog"], num_vectors_per_token={"*": 2})
@@ -147,8 +160,8 @@ def test_without_a_picture_tower_there_is_none(case):
     encoder = Golden(case).model(load_embeddings=False).cond_stage_model
     reason = "image_tower" if case.startswith("clip") else "BERTEmbedder has no picture tower"
     with pytest.raises(UserError, match=reason):
-        features_of(encoder, SimpleNamespace(variants=1, draw=1, image=1))
-    with pytest.raises(UserError, match="SimpleNamespace cannot enumerate its pictures|no picture tower"):
+        features_of(encoder, SimpleNamespace(draw=1, image=1))
+    with pytest.raises(UserError, match="SimpleNamespace does not give pictures|no picture tower"):
         features_of(encoder, SimpleNamespace())
 
 

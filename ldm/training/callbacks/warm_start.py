@@ -30,11 +30,12 @@ class WarmStart(Callback):
 
     The text features of `captions` drawn captions at a time approach the features of their pictures, by the cosine,
     in `steps` steps of Adam. Its rate falls linearly from `rate`, in standard deviations of the vocabulary's
-    embeddings, to zero. Neither denoiser nor first stage takes part, so that all of it costs about what a training
-    step does. QuickEmbedding starts Stable Diffusion so, with 100 steps.
+    embeddings, to zero. Neither denoiser nor first stage takes part, so that all of it, the reading of the towers
+    included, takes as long as two or three training steps of the embedded model. QuickEmbedding starts Stable
+    Diffusion so, with 100 steps.
 
     The picture tower is what the text encoder names as `image_tower`. Vectors that come from a file or a state stay
-    as they are; without pictures that can be enumerated, or the picture tower of the encoder's own CLIP at hand, a
+    as they are; without pictures apart from their captions, or the picture tower of the encoder's own CLIP at hand, a
     line says why they begin at their initializers. No random numbers are taken from the training.
     """
 
@@ -68,8 +69,10 @@ class WarmStart(Callback):
 
     def approach(self, encoder: Any, manager: Any, dataset: Any, features: Features) -> tuple[float, float]:
         """Learn from CLIP alone; returns the mean cosine of captions and pictures in the first and the last step."""
-        variants = [tuple(variant) for variant in dataset.variants()]
-        pictures = features.image([to_pil(dataset.image(*variant).movedim(-1, 0)) for variant in variants])
+        draws = [dataset.draw(index) for index in range(self.steps * self.captions)]
+        # Of a large set only what is drawn is read.
+        rows = {variant: row for row, variant in enumerate(dict.fromkeys(one.variant for one in draws))}
+        pictures = features.image([to_pil(dataset.image(*variant).movedim(-1, 0)) for variant in rows])
         table = encoder.token_embedding.weight
         pictures = pictures.to(table.device)
         optimizer = torch.optim.Adam(
@@ -78,8 +81,8 @@ class WarmStart(Callback):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         cosines: list[Tensor] = []
         for step in range(self.steps):
-            drawn = [dataset.draw(step * self.captions + index) for index in range(self.captions)]
-            shown = pictures[[variants.index(one.variant) for one in drawn]]
+            drawn = draws[step * self.captions :][: self.captions]
+            shown = pictures[[rows[one.variant] for one in drawn]]
             said = features.of_states(end_states(encoder, manager, [one.caption for one in drawn]))
             cosines.append((said * shown).sum(dim=-1).mean())
             optimizer.zero_grad()
@@ -96,8 +99,8 @@ def features_of(encoder: Any, dataset: Any) -> Features:
     source = getattr(encoder, "image_tower", None)
     if source is None:
         raise UserError(f"{type(encoder).__name__} has no picture tower")
-    if not all(hasattr(dataset, name) for name in ("variants", "draw", "image")):
-        raise UserError(f"{type(dataset).__name__} cannot enumerate its pictures")
+    if not all(hasattr(dataset, name) for name in ("draw", "image")):
+        raise UserError(f"{type(dataset).__name__} does not give pictures and captions apart")
     features = load_features(source, encoder.token_embedding.weight.device, "image_tower")
     with torch.no_grad():
         ours = features.of_states(end_states(encoder, None, PROBES))
