@@ -10,13 +10,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ldm.training import console
-from ldm.training.callbacks.cuda import CUDACallback
+from ldm import console
+from ldm.console import Interrupted
 from ldm.training.callbacks.image_logger import ImageLogger
+from ldm.training.callbacks.performance import CUDACallback
 from ldm.training.callbacks.setup import SetupCallback
 from ldm.training.data import DataModuleFromConfig, WrappedDataset
 from ldm.training.run import run
-from ldm.training.signals import Interrupted
 from ldm.util import UserError
 
 __all__ = ["CUDACallback", "DataModuleFromConfig", "ImageLogger", "SetupCallback", "WrappedDataset", "main"]
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, after one line on stderr if the run failed."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv or "-d" in argv
-    console.set_up(debug)
+    console.set_up_logging(debug)
     # Targets of the user's own lie beside where the command is typed.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

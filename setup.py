@@ -29,7 +29,7 @@ setup(
     ],
     # The quantiser of VQ first stages is not here: it declares torchvision, see requirements-no-deps.txt.
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9", "diffusers>=0.31"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm", "diffusers>=0.31"],
         "ui": ["gradio>=4.44"],
     },
 )

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "diffusers")
 
 
-def describe() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Processor, threads, GPU, versions, the commit and the time."""
     return {
         "cpu": _cpu_name(),

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from benchmarks.twin import twin
 from ldm.modules import attention
-from ldm.modules.diffusionmodules import blocks
 from ldm.modules.diffusionmodules import model as first_stage
-from ldm.modules.encoders import clip
+from ldm.modules.diffusionmodules import openaimodel
+from ldm.modules.encoders import modules
 
-_USERS = (attention, blocks, first_stage)
+_USERS = (attention, openaimodel, first_stage)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,16 +36,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def unfused() -> Iterator[None]:
     """Within this block denoisers and first stages attend by `plain_attention`, and CLIP in its way of that."""
     ours = {module: module.attend for module in _USERS}
-    is_short = clip.is_short
+    is_short = modules.is_short
     for module in _USERS:
         module.attend = plain_attention
-    clip.is_short = lambda queries, keys, device: True
+    modules.is_short = lambda queries, keys, device: True
     try:
         yield
     finally:
         for module, attend in ours.items():
             module.attend = attend
-        clip.is_short = is_short
+        modules.is_short = is_short
 
 
 class OriginalLoop:

@@ -26,7 +26,7 @@ class Report:
     rows: list[Sequence[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=machine.describe)
+    machine: dict[str, Any] = field(default_factory=machine.describe_machine)
 
     def markdown(self) -> str:
         """Title, table, notes, then the machine and the settings."""

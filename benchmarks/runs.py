@@ -15,14 +15,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
-from ldm.training import arguments, console, devices, run
+from ldm import console
+from ldm.training import command_line, run
+from ldm.training.callbacks.interruption import Requests
 from ldm.training.fitting import fit
 from ldm.training.learning_rate import set_learning_rate
-from ldm.training.signals import Requests
+from ldm.training.trainer import choose_devices
 
 
 @dataclass
-class Run:
+class PreparedRun:
     """A run that is ready to begin."""
 
     plan: run.Plan
@@ -38,20 +40,20 @@ def prepare(
     argv: Sequence[str],
     make_model: Callable[[DictConfig], pl.LightningModule] = run.make_model,
     callbacks: Sequence[Callback] = (),
-) -> Run:
+) -> PreparedRun:
     """What main.py makes of a command line; `callbacks` come after all others.
 
     `make_model` makes the model out of the merged configuration.
     """
-    plan = run.make_plan(arguments.parse(argv))
+    plan = run.make_plan(command_line.parse(argv))
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = run.make_data(plan.config)
-    where = devices.choose(OmegaConf.select(plan.config, "lightning.trainer.gpus"))
+    where = choose_devices(OmegaConf.select(plan.config, "lightning.trainer.gpus"))
     model = make_model(plan.config).train()
     trainer = run.make_trainer(plan, model, where, Requests())
     trainer.callbacks.extend(callbacks)
     set_learning_rate(plan.config, model, trainer)
-    return Run(plan, model, data, trainer)
+    return PreparedRun(plan, model, data, trainer)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +69,7 @@ def begin(options: argparse.Namespace) -> None:
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    console.set_up()
+    console.set_up_logging()
     logging.getLogger("ldm").setLevel(logging.WARNING)
     if options.threads:
         torch.set_num_threads(options.threads)

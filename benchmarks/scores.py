@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.evaluation.concept import Concept, read_concept
+from ldm.evaluation.concepts import ConceptFolder, read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.evaluation.identity import Judge, Subject
 from ldm.evaluation.measures import edit_figures, identity_figures
@@ -39,12 +39,12 @@ class Scorer:
         self.model, self.judge, self.steps = model, judge, steps
         self.pictures, self.edit_pictures = pictures, edit_pictures
 
-    def identity(self, vectors: Path, concept: Concept) -> float:
+    def identity(self, vectors: Path, concept: ConceptFolder) -> float:
         """The calibrated identity: 0 is another creature, 1 the same one drawn again."""
         drawn = self._draw(vectors, [PLAIN] * self.pictures)
         return float(identity_figures(drawn, self._subject(concept.creature, drawn[0].width))["identity"])
 
-    def editability(self, vectors: Path, concept: Concept) -> float:
+    def editability(self, vectors: Path, concept: ConceptFolder) -> float:
         """The share of edited pictures that show what was asked for and are still the creature."""
         edits, count = edits_of(concept.creature), self.edit_pictures
         drawn = self._draw(vectors, [edit.prompt.format("*") for edit in edits for _ in range(count)])

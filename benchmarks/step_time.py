@@ -27,11 +27,11 @@ from benchmarks.original import OriginalLoop  # noqa: E402
 from benchmarks.pairs import Rounds, Spread  # noqa: E402
 from benchmarks.peer import DiffusersLoop  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.subjects import EMBEDDED, Subject, stable_diffusion  # noqa: E402
+from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion  # noqa: E402
 from benchmarks.turns import OURS, Turns  # noqa: E402
 from benchmarks.twin import twin  # noqa: E402
+from ldm.console import Parser  # noqa: E402
 from ldm.interop import diffusers_pipeline  # noqa: E402
-from ldm.options import Parser  # noqa: E402
 from scripts.common import guarded  # noqa: E402
 
 # What main.py is told for each precision.
@@ -89,7 +89,7 @@ class Bench:
     """One subject with its weights, from which every comparison begins anew."""
 
     def __init__(
-        self, subject: Subject, workdir: Path, device: torch.device, rounds: int, warm_up: int
+        self, subject: TimedModel, workdir: Path, device: torch.device, rounds: int, warm_up: int
     ) -> None:
         self.subject, self.workdir, self.device = subject, workdir, device
         self.rounds, self.warm_up = rounds, warm_up
@@ -119,7 +119,7 @@ class Bench:
         run.fit()
         return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
-    def run(self, precision: str) -> runs.Run:
+    def run(self, precision: str) -> runs.PreparedRun:
         gc.collect()
         words = self.subject.argv(
             self.workdir,

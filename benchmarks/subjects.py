@@ -23,7 +23,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
-class Subject:
+class TimedModel:
     """A model by its YAML and what is laid over it; `make` makes it out of the merged configuration."""
 
     title: str
@@ -77,13 +77,13 @@ def stand_in_encoder(folder: Path) -> Path:
     return folder
 
 
-EMBEDDED = Subject("embedded model", "latent-diffusion/txt2img-finetune.yaml", (), run.make_model)
+EMBEDDED = TimedModel("embedded model", "latent-diffusion/txt2img-finetune.yaml", (), run.make_model)
 
 
-def stable_diffusion(size: int, workdir: Path) -> Subject:
+def stable_diffusion(size: int, workdir: Path) -> TimedModel:
     """Stable Diffusion v1 at `size` pixels and batch 1, with random weights."""
     encoder = stand_in_encoder(workdir / "text_encoder")
-    return Subject(
+    return TimedModel(
         f"SD v1, random weights, {size} x {size}, batch 1",
         "stable-diffusion/v1-finetune.yaml",
         (

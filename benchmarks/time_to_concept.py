@@ -33,11 +33,13 @@ from benchmarks.machine import ROOT  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.scores import Scorer, creatures  # noqa: E402
 from ldm.checkpoint import load_model_from_config  # noqa: E402
-from ldm.embeddings.fingerprint import file_hash  # noqa: E402
-from ldm.evaluation.concept import read_concept  # noqa: E402
+from ldm.console import Parser, positive  # noqa: E402
+from ldm.evaluation.concepts import read_concept  # noqa: E402
 from ldm.evaluation.judge import AttributeJudge  # noqa: E402
-from ldm.files import write_text  # noqa: E402
-from ldm.options import Parser, positive  # noqa: E402
+from ldm.files import (
+    file_hash,  # noqa: E402
+    write_text,  # noqa: E402
+)
 from scripts.common import JUDGE, guarded  # noqa: E402
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
@@ -128,7 +130,7 @@ def recipe_of(name: str) -> Path:
 
 def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
     """A run with waypoints in `folder`, unless a finished one is there; one that was cut off is begun anew."""
-    if waypoints.read(folder) is not None:
+    if waypoints.read_waypoints(folder) is not None:
         return
     print(f"{concept.name}: training with {recipe}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +158,7 @@ def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
 
 def scored(scorer: Scorer, concept: Path, folder: Path) -> dict[str, Any]:
     """Identity at every waypoint, and identity and edits of the result; kept in `scores.json` as they are made."""
-    passed, path = waypoints.read(folder), folder / "scores.json"
+    passed, path = waypoints.read_waypoints(folder), folder / "scores.json"
     kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     truth = read_concept(concept)
 

@@ -59,7 +59,7 @@ class Waypoints(Callback):
             self._begun += now() - stopped
 
 
-def read(folder: Path) -> dict[int, float] | None:
+def read_waypoints(folder: Path) -> dict[int, float] | None:
     """Seconds by step of a run that was finished there, or None."""
     path = folder / LIST
     if not path.is_file():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm import pickles
-from ldm.files import write_whole
+from ldm.files import atomic_write
 from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
 
 logger = logging.getLogger(__name__)
@@ -226,4 +226,25 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.
     for key, value in state.items():
         is_weight = "." in key and value.is_floating_point() and value.ndim > 0
         kept[key] = (value.to(dtype) if dtype and is_weight else value).detach().cpu().contiguous().clone()
-    return write_whole(path, lambda file: file.write(save(kept, {"format": "pt"})))
+    return atomic_write(path, lambda file: file.write(save(kept, {"format": "pt"})))
+
+
+# The YAML of a published model, by how the keys of its text encoder begin.
+_CONFIGS = {
+    "cond_stage_model.transformer.token_emb.": "latent-diffusion/txt2img-1p4B-eval_with_tokens.yaml",
+    "cond_stage_model.transformer.text_model.": "stable-diffusion/v1-inference.yaml",
+}
+
+
+def config_of(ckpt: str) -> Path:
+    """The YAML of a checkpoint: config.yaml beside it, else that of the published model with its text encoder."""
+    beside = Path(ckpt).with_name("config.yaml")
+    if beside.is_file():
+        return beside
+    keys = read_state_dict(ckpt).keys()
+    for prefix, name in _CONFIGS.items():
+        if any(key.startswith(prefix) for key in keys):
+            return Path(__file__).resolve().parents[1] / "configs" / name
+    raise CheckpointError(
+        f"'{ckpt}' has no config.yaml beside it and is no model known here; name its YAML with --config"
+    )

@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and hashes of files."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,7 @@ _REMEDY = {
 }
 
 
-def write_whole(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
+def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
     """Write a file beside its place, sync it and rename it: a reader sees the old file or the new one.
 
     `writer` receives a binary file. Parent folders are made. Raises UserError that names the path and the
@@ -52,10 +53,28 @@ def write_whole(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """`write_whole` for UTF-8 text."""
-    return write_whole(path, lambda file: file.write(text.encode()))
+    return atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def file_hash(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal; its first ten digits are the hash that model browsers show."""
+    try:
+        with Path(path).open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            return digest.hexdigest()
+    except OSError as error:
+        raise UserError(f"'{path}': cannot be read ({error.strerror or error})") from error
+
+
+def images_fingerprint(paths: Iterable[str | Path]) -> str:
+    """16 hexadecimal digits that depend on the contents of the files, and not on their names or order."""
+    hashes = sorted(file_hash(path) for path in paths)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]

@@ -157,14 +157,14 @@ def image_grid(images: Sequence[Image.Image], columns: int, padding: int = 2, sc
 def labelled(image: Image.Image, text: str, font_size: int = 12) -> Image.Image:
     """The picture with a caption below it, broken into lines at the picture's width."""
     lines = _wrap(text, image.width, ImageFont.load_default(size=font_size))
-    caption = text_picture(text, image.width, _line_height(font_size) * len(lines), font_size)
+    caption = text_image(text, image.width, _line_height(font_size) * len(lines), font_size)
     sheet = Image.new("RGB", (image.width, image.height + caption.height), "white")
     sheet.paste(image, (0, 0))
     sheet.paste(caption, (0, image.height))
     return sheet
 
 
-def text_picture(text: str, width: int, height: int, font_size: int = 12) -> Image.Image:
+def text_image(text: str, width: int, height: int, font_size: int = 12) -> Image.Image:
     """A white picture with the text in black, broken at its width; what does not fit is cut off."""
     font = ImageFont.load_default(size=font_size)
     picture = Image.new("RGB", (width, height), "white")

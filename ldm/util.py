@@ -27,13 +27,33 @@ class UsageError(UserError):
     exit_code = 2
 
 
+# Where targets of runs and models that were saved earlier are now.
+_MOVED = {
+    "ldm.models.muon.MuonWithAdamW": "ldm.models.optimizers.MuonWithAdamW",
+    "ldm.models.sphere.SphereSGD": "ldm.models.optimizers.SphereSGD",
+    "ldm.models.contrastive.ContrastiveCLIP": "ldm.models.two_towers.ContrastiveCLIP",
+    "ldm.training.callbacks.tripwires.Tripwires": "ldm.training.callbacks.guard.TrainingGuard",
+    "ldm.training.callbacks.health.Health": "ldm.training.callbacks.guard.VectorStats",
+    "ldm.training.callbacks.deterministic_loss.DeterministicLoss": (
+        "ldm.training.callbacks.fixed_loss.DeterministicLoss"
+    ),
+    "ldm.training.callbacks.summary_pictures.SummaryPictures": (
+        "ldm.training.callbacks.summary_images.SummaryImages"
+    ),
+    "ldm.training.callbacks.compiled.CompiledDenoiser": "ldm.training.callbacks.performance.CompiledDenoiser",
+    "ldm.training.callbacks.compiled.ChannelsLast": "ldm.training.callbacks.performance.ChannelsLast",
+    "ldm.training.callbacks.cuda.CUDACallback": "ldm.training.callbacks.performance.CUDACallback",
+}
+
+
 def get_obj_from_str(path: str) -> Any:
-    """Import the object that a dotted path names.
+    """Import the object that a dotted path names; a path of an earlier layout is translated.
 
     Raises ConfigError, with different words for a module that is absent, a module that fails to import and a
     name the module does not hold.
     """
-    module_name, _, name = str(path).rpartition(".")
+    path = _MOVED.get(str(path), str(path))
+    module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ConfigError(f"target '{path}' is not a dotted path; write it as package.module.Name")
     try:

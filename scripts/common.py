@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.options import Parser, positive, share
-from ldm.training.signals import Interrupted
+from ldm.console import Interrupted, Parser, positive, share
 from ldm.util import UserError
 
 # The embedded model and its judge, from the root of the checkout.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser
+from ldm.console import Parser
 from ldm.util import UserError
 from scripts.common import guarded
 
@@ -52,8 +52,8 @@ def demo(options: argparse.Namespace) -> None:
     """Invert, generate with the word and with the word it began at, compare, draw."""
     from omegaconf import OmegaConf
 
-    from ldm.evaluation.palette import palette_overlap
-    from ldm.evaluation.sheet import sheet
+    from ldm.evaluation.appearance import palette_overlap
+    from ldm.evaluation.report import sheet
     from ldm.images import list_images, open_image
 
     outdir = options.outdir.absolute()

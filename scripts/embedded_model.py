@@ -19,7 +19,7 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser
+from ldm.console import Parser
 from ldm.util import UserError
 from scripts.common import JUDGE, MODEL, guarded
 

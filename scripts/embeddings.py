@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from ldm.checkpoint import read_state_dict
+from ldm.checkpoint import config_of, read_state_dict
+from ldm.console import Parser
 from ldm.embeddings import (
     FORMATS,
     LearnedEmbeddings,
@@ -37,12 +38,9 @@ from ldm.embeddings import (
     write,
     write_all,
 )
-from ldm.embeddings.inspect import ConceptReport, describe
-from ldm.embeddings.vocabulary import known_folder, table_of, words_of
+from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, table_of, words_of
 from ldm.images import open_image
-from ldm.options import Parser
 from ldm.util import UsageError, UserError
-from scripts.txt2img import config_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +68,7 @@ def inspect(options: argparse.Namespace) -> None:
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue
-        concepts = describe(found, table, words, options.words)
+        concepts = inspect_concepts(found, table, words, options.words)
         reports.append(
             {
                 "file": str(file),

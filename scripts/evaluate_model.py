@@ -21,7 +21,7 @@ from typing import Any
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser
+from ldm.console import Parser
 from ldm.util import UsageError
 from scripts.common import Profile, guarded
 from scripts.judging import add_how, check_files, features_of, judge_of, load_model, sampling_of, sheet_scale
@@ -77,12 +77,11 @@ def run(options: argparse.Namespace) -> None:
     """Check all that can be checked without the model, load it, measure and write."""
     check_files(options.ckpt_path, options.config)
 
+    from ldm import console
     from ldm.embeddings import read
-    from ldm.evaluation.concept import find_concepts, read_concept
-    from ldm.evaluation.matching import embedding_of
-    from ldm.training import console
+    from ldm.evaluation.concepts import embedding_of, find_concepts, read_concept
 
-    console.set_up()
+    console.set_up_logging()
     sampling = sampling_of(options)
     concepts = [read_concept(folder) for folder in find_concepts(options.concept)]
     place, several = options.embedding_path, len(concepts) > 1
@@ -116,11 +115,11 @@ def evaluate(
     """Load everything, measure concept after concept, write three files and print their paths."""
     from tqdm import tqdm
 
-    from ldm.embeddings.fingerprint import file_hash
     from ldm.evaluation.evaluate import Evaluation, what_to_ask
     from ldm.evaluation.judge import AttributeJudge
     from ldm.evaluation.measures import mean_figures
     from ldm.evaluation.report import versions
+    from ldm.files import file_hash
     from ldm.generate import load_embeddings
     from ldm.models.features import load_features
 
@@ -184,10 +183,9 @@ def evaluate_one(
 
 def write(outdir: Path, content: dict[str, Any], told: Sequence[str], rows: Sequence[Any]) -> list[Path]:
     """evaluation.json, evaluation.md and evaluation.png."""
-    from ldm.evaluation.report import concept_report
-    from ldm.evaluation.sheet import sheet
+    from ldm.evaluation.report import concept_report, sheet
     from ldm.files import write_text
-    from ldm.generate.files import save_picture
+    from ldm.generate.images import save_image
 
     settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
     parts = ["# Evaluation\n", *(f"- {line}" for line in told), f"- {settings}\n"]
@@ -195,7 +193,7 @@ def write(outdir: Path, content: dict[str, Any], told: Sequence[str], rows: Sequ
     return [
         write_text(outdir / "evaluation.json", json.dumps(content, indent=1) + "\n"),
         write_text(outdir / "evaluation.md", "\n".join(parts)),
-        save_picture(sheet(rows, scale=sheet_scale(rows)), outdir / "evaluation.png"),
+        save_image(sheet(rows, scale=sheet_scale(rows)), outdir / "evaluation.png"),
     ]
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser
+from ldm.console import Parser
 from ldm.util import UserError
 from scripts.common import Profile, guarded
 
@@ -41,12 +41,11 @@ def export(options: argparse.Namespace) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
-    from ldm.checkpoint import load_model_from_config
+    from ldm.checkpoint import config_of, load_model_from_config
     from ldm.embeddings import renames_from
     from ldm.generate.embeddings import load_embeddings
     from ldm.interop import diffusers_pipeline
-    from ldm.training.config import read_yaml
-    from scripts.txt2img import config_of
+    from ldm.yaml_files import read_yaml
 
     renames = renames_from(options.rename)
     config = read_yaml(options.config or config_of(options.ckpt_path))
@@ -63,8 +62,8 @@ def export(options: argparse.Namespace) -> None:
     if names:
         vectors = model.embedding_manager.export()
         diffusers_pipeline.add_words(pipeline, {new: vectors[old] for old, new in names.items()})
-    diffusers_pipeline.check(model, pipeline, names)
-    print(f"wrote {diffusers_pipeline.save(pipeline, options.out)}")
+    diffusers_pipeline.compare_with_model(model, pipeline, names)
+    print(f"wrote {diffusers_pipeline.save_pipeline(pipeline, options.out)}")
     for name in names.values():
         print(f'in prompts: "a photo of {name}"')
 

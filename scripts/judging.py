@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.options import positive
+from ldm.console import positive
 from ldm.util import UserError
 from scripts.common import JUDGE
 
@@ -47,7 +47,7 @@ def check_files(*paths: str | None) -> None:
 
 def sampling_of(options: argparse.Namespace) -> Any:
     """The `Sampling` that the options describe, checked."""
-    from ldm.evaluation.sampling import Sampling
+    from ldm.evaluation.evaluate import Sampling
 
     return Sampling(
         steps=options.ddim_steps,
@@ -84,10 +84,9 @@ def load_model(ckpt: str, config: str | None) -> tuple[Any, int]:
     """The model, on the GPU if there is one, and the side of its pictures as far as drawings need it."""
     import torch
 
-    from ldm.checkpoint import load_model_from_config
-    from ldm.generate.pictures import downsampling_factor, latent_shape
-    from ldm.training.config import read_yaml
-    from scripts.txt2img import config_of
+    from ldm.checkpoint import config_of, load_model_from_config
+    from ldm.generate.images import downsampling_factor, latent_shape
+    from ldm.yaml_files import read_yaml
 
     node = read_yaml(config or config_of(ckpt))
     model = load_model_from_config(node, ckpt, "cuda" if torch.cuda.is_available() else "cpu")

@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image  # noqa: E402
 
+from ldm.console import Parser  # noqa: E402
 from ldm.data.creatures.captions import Names, full_caption, naming, place  # noqa: E402
 from ldm.data.creatures.dataset import WORLD_VERSION  # noqa: E402
 from ldm.data.creatures.renderer import render  # noqa: E402
-from ldm.data.creatures.world import (  # noqa: E402
+from ldm.data.creatures.world import (
     ATTRIBUTES,
     PLAIN_BACKGROUNDS,
     SCENES,
@@ -33,8 +34,7 @@ from ldm.data.creatures.world import (  # noqa: E402
     creature,
     scene,
 )
-from ldm.files import write_text, write_whole  # noqa: E402
-from ldm.options import Parser  # noqa: E402
+from ldm.files import atomic_write, write_text  # noqa: E402
 from scripts.common import guarded  # noqa: E402
 
 PICTURES = 5
@@ -120,7 +120,9 @@ def write_concept(folder: Path, creatures: list[Creature], scenes: list[Scene], 
     """Writes 01.png to 05.png, their captions and concept.json; UserError when the folder cannot be written."""
     for k, pixels in enumerate(render(creatures, scenes, size), 1):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        write_whole(folder / f"{k:02d}.png", lambda file, image=image: image.save(file, "PNG", optimize=True))
+        atomic_write(
+            folder / f"{k:02d}.png", lambda file, image=image: image.save(file, "PNG", optimize=True)
+        )
         said = caption_of(folder.name, creatures[k - 1], scenes[k - 1])
         write_text(folder / f"{k:02d}.txt", said + "\n")
     told = truth(folder.name, creatures, scenes, size)

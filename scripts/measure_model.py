@@ -20,7 +20,7 @@ from typing import Any
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser, positive
+from ldm.console import Parser, positive
 from scripts.common import JUDGE, MODEL, guarded
 
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
@@ -59,9 +59,8 @@ def measure(options: argparse.Namespace) -> None:
         rows, facts = judge(options)
     else:
         rows, facts = prompts(options)
-    from ldm.embeddings.fingerprint import file_hash
     from ldm.evaluation.report import table, versions
-    from ldm.files import write_text
+    from ldm.files import file_hash, write_text
 
     columns = {key: key for key in next(iter(rows.values()))}
     text = table(options.what, columns, rows.items())
@@ -79,7 +78,7 @@ def measure(options: argparse.Namespace) -> None:
 def first_stage(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     """PSNR in dB of pictures encoded and decoded: mean and standard deviation over pictures."""
     from ldm.data.creatures.dataset import Creatures
-    from ldm.evaluation.reconstruction import psnr, reconstructed
+    from ldm.evaluation.evaluate import psnr, reconstructed
     from ldm.images import to_pil
 
     model, size = _model(options.model)
@@ -94,10 +93,10 @@ def judge(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     """Right answers of the judge on drawings of the split that only evaluations use."""
     import torch
 
+    from benchmarks.study.judge_training import visible_attributes
     from ldm.data.creatures.dataset import Creatures
     from ldm.data.creatures.world import ATTRIBUTES
     from ldm.evaluation.judge import AttributeJudge
-    from ldm.evaluation.judge_training import shows
     from ldm.evaluation.obedience import TOLD
 
     reader = AttributeJudge.load(options.judge)
@@ -109,9 +108,9 @@ def judge(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     counts = {}
     for column, name in enumerate(ATTRIBUTES):
         right = torch.cat([chunk[name] for chunk in chunks]) == labels[:, column]
-        counts[TOLD[name]] = _share(right[shows(name, labels)])
+        counts[TOLD[name]] = _share(right[visible_attributes(name, labels)])
         if name != "style":
-            counts[f"{TOLD[name]}, in photos"] = _share(right[shows(name, labels) & photo])
+            counts[f"{TOLD[name]}, in photos"] = _share(right[visible_attributes(name, labels) & photo])
     return _shares(counts), {"right": counts}
 
 
@@ -122,7 +121,7 @@ def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
 
     from ldm.evaluation.judge import AttributeJudge
     from ldm.evaluation.obedience import TOLD, counted, orders
-    from ldm.files import write_whole
+    from ldm.files import atomic_write
     from ldm.generate import generate
     from ldm.images import image_grid, labelled, to_tensor
 
@@ -149,8 +148,8 @@ def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
         for row in range(SHEET_ROWS)
     )
     sheet = labelled(image_grid(shown, SHEET_COLUMNS, scale=3), "the prompts row by row are in prompts.txt")
-    write_whole(options.outdir / "prompts.png", lambda file: sheet.save(file, format="PNG"))
-    write_whole(options.outdir / "prompts.txt", lambda file: file.write(captions.encode()))
+    atomic_write(options.outdir / "prompts.png", lambda file: sheet.save(file, format="PNG"))
+    atomic_write(options.outdir / "prompts.txt", lambda file: file.write(captions.encode()))
     facts = {"obeyed": counts, "steps": options.steps, "scale": options.scale, "seconds": round(seconds, 1)}
     return _shares(counts), facts
 

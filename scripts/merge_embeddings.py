@@ -16,8 +16,8 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.console import Parser
 from ldm.embeddings import merge, plan_renames, read, renames_from, write
-from ldm.options import Parser
 from ldm.util import UserError
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 # a checkout works without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.options import Parser, positive
+from ldm.console import Parser, positive
 from ldm.util import UsageError
 from scripts.common import Profile, guarded
 from scripts.judging import add_how, check_files
@@ -107,9 +107,9 @@ def run(options: argparse.Namespace) -> None:
         if "=" not in override:
             raise UsageError(f"--override '{override}' is no KEY=VALUE")
     # what only one phase needs comes with it
-    from ldm.training import console
+    from ldm import console
 
-    console.set_up()
+    console.set_up_logging()
     if options.phase in ("invert", "all"):
         from scripts.study_invert import invert
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm.embeddings.fingerprint import file_hash
-from ldm.evaluation.concept import read_concept
-from ldm.evaluation.study_plan import Inversion, Study, plan, write_record
-from ldm.files import write_whole
+from benchmarks.study.plan import Inversion, Study, plan, write_record
+from ldm.evaluation.concepts import read_concept
+from ldm.files import atomic_write, file_hash
 from ldm.util import UserError
 from scripts.make_concepts import STYLES, creature_concept, style_concept, write_concept
 
@@ -146,7 +145,7 @@ def invert_one(
     if code or len(found) != 1:
         said = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
         raise UserError(f"the inversion {inversion.id} did not end well ({said}); all it said is in '{log}'")
-    write_whole(study.embedding(inversion), lambda file: file.write(found[0].read_bytes()))
+    atomic_write(study.embedding(inversion), lambda file: file.write(found[0].read_bytes()))
     record = {
         **vars(inversion),
         "seconds": round(seconds, 2),

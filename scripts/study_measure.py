@@ -11,15 +11,15 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.study.plan import Inversion, Study, read_record, write_record
+from benchmarks.study.summary import CREATURE, WORDS
 from ldm.embeddings import read
-from ldm.embeddings.fingerprint import file_hash
-from ldm.evaluation.concept import Concept, read_concept
+from ldm.evaluation.concepts import ConceptFolder, read_concept
 from ldm.evaluation.evaluate import Asked, Evaluation, Rows, what_to_ask
 from ldm.evaluation.judge import AttributeJudge
-from ldm.evaluation.study_plan import Inversion, Study, read_record, write_record
-from ldm.evaluation.study_summary import CREATURE, WORDS
+from ldm.files import file_hash
 from ldm.generate import load_embeddings
-from ldm.generate.files import save_picture
+from ldm.generate.images import save_image
 from ldm.images import image_grid
 from ldm.models.features import load_features
 from ldm.util import UserError
@@ -88,7 +88,7 @@ def make_bench(options: argparse.Namespace) -> Evaluation:
 
 
 def without_inversion(
-    bench: Evaluation, concept: Concept, options: argparse.Namespace
+    bench: Evaluation, concept: ConceptFolder, options: argparse.Namespace
 ) -> tuple[dict[str, Any], Rows]:
     """What a concept's inversions are compared with: drawings, the first stage, and words."""
     rows: Rows = [("inputs", concept.pictures)]
@@ -137,4 +137,4 @@ def write(study: Study, name: str, record: dict[str, Any], rows: Rows) -> None:
 
 
 def save(study: Study, name: str, pictures: Sequence[Image.Image]) -> None:
-    save_picture(image_grid(pictures, len(pictures)), study.pictures(name))
+    save_image(image_grid(pictures, len(pictures)), study.pictures(name))

@@ -9,13 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.study.plan import Inversion, Study, read_record, write_record
+from benchmarks.study.summary import WORDS, Bar, Summary, bars, color_way, summarize
 from ldm.evaluation.evaluate import REDRAWN
-from ldm.evaluation.report import table, versions
-from ldm.evaluation.sheet import stacked
-from ldm.evaluation.study_plan import Inversion, Study, read_record, write_record
-from ldm.evaluation.study_summary import WORDS, Bar, Summary, bars, color_way, summarize
+from ldm.evaluation.report import stacked, table, versions
 from ldm.files import write_text
-from ldm.generate.files import save_picture
+from ldm.generate.images import save_image
 from ldm.images import enlarged, labelled
 from ldm.util import UserError
 from scripts.study_invert import inversions, picture_size
@@ -63,7 +62,7 @@ def report(options: argparse.Namespace) -> None:
     }
     write_record(study.folder / "study.json", content)
     write_text(study.folder / "study.md", markdown(content, reached, summaries, references))
-    save_picture(contact_sheet(study, wanted), study.folder / "study.png")
+    save_image(contact_sheet(study, wanted), study.folder / "study.png")
     for suffix in ("json", "md", "png"):
         print(options.out / f"study.{suffix}")
 

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 MANAGER = "ldm.modules.embedding_manager.EmbeddingManager"
 # Which YAML belongs to a checkpoint that lies somewhere by itself, told by its text encoder.
-CONFIGS = {
-    "cond_stage_model.transformer.token_emb.": "latent-diffusion/txt2img-1p4B-eval_with_tokens.yaml",
-    "cond_stage_model.transformer.text_model.": "stable-diffusion/v1-inference.yaml",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +48,12 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
 
     from tqdm import tqdm
 
-    from ldm.generate.files import PictureFolder, free_number, name_of, save_grid
-    from ldm.generate.pictures import generate
-    from ldm.training import console
+    from ldm import console
+    from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
 
-    console.set_up()
+    console.set_up_logging()
     outdir = Path(options.outdir)
-    samples = PictureFolder(outdir / "samples", options.format, profile.digits)
+    samples = ImageFolder(outdir / "samples", options.format, profile.digits)
     model, prompts = load(options, lines, profile)
     pictures_of_round = prompts if lines else prompts * options.n_samples
     with tqdm(unit="step", desc="sampling", disable=None) as bar:
@@ -99,10 +94,10 @@ def load(options: argparse.Namespace, lines: list[str] | None, profile: Profile)
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import load_model_from_config
+    from ldm.checkpoint import config_of, load_model_from_config
     from ldm.embeddings import read
     from ldm.generate.embeddings import check_mentions, load_embeddings
-    from ldm.training.config import read_yaml
+    from ldm.yaml_files import read_yaml
 
     config = read_yaml(options.config or config_of(options.ckpt_path))
     node = OmegaConf.select(config, "model.params.personalization_config") or {}
@@ -121,22 +116,6 @@ def load(options: argparse.Namespace, lines: list[str] | None, profile: Profile)
     if options.embedding_path:
         load_embeddings(model, options.embedding_path)
     return model, prompts
-
-
-def config_of(ckpt: str) -> Path:
-    """The YAML of a checkpoint: config.yaml beside it, else that of the published model with its text encoder."""
-    from ldm.checkpoint import read_state_dict
-
-    beside = Path(ckpt).with_name("config.yaml")
-    if beside.is_file():
-        return beside
-    keys = read_state_dict(ckpt).keys()
-    for prefix, name in CONFIGS.items():
-        if any(key.startswith(prefix) for key in keys):
-            return Path(__file__).resolve().parents[1] / "configs" / name
-    raise UserError(
-        f"'{ckpt}' has no config.yaml beside it and is no model known here; name its YAML with --config"
-    )
 
 
 def read_lines(path: str) -> list[str]:

@@ -9,10 +9,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.training import config as training_config
-from ldm.training import lightning_parts
-from ldm.training.arguments import parse, trainer_options
-from ldm.training.devices import Devices
-from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
+from ldm.training import trainer
+from ldm.training.command_line import parse, trainer_options
+from ldm.training.trainer import OLD_TRAINER_KEYS, Devices
 from ldm.util import check_config, instantiate_from_config, skip_pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +45,8 @@ def name(path: Path) -> str:
 
 def command(*paths: Path, words: str = "--data_root data/concepts/bobo") -> DictConfig:
     """The checked configuration of a command line with these YAMLs."""
-    merged = training_config.load(parse(words.split()), paths)
-    training_config.check(merged, [*trainer_options(), *OLD_TRAINER_KEYS])
+    merged = training_config.load_run_config(parse(words.split()), paths)
+    training_config.check_run_config(merged, [*trainer_options(), *OLD_TRAINER_KEYS])
     return merged
 
 
@@ -90,8 +89,8 @@ def test_every_target_takes_its_params(path: Path, at_home: None) -> None:
 @pytest.mark.parametrize("path", TRAINABLE, ids=name)
 def test_a_training_yaml_fits_its_command(path: Path, at_home: None) -> None:
     merged = command(path)
-    lightning = lightning_parts.complete(merged.get("lightning"))
-    assert lightning_parts.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
+    lightning = trainer.complete_lightning(merged.get("lightning"))
+    assert trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
     assert merged.model.base_learning_rate > 0
 
 
@@ -124,8 +123,8 @@ def test_a_model_is_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_an_old_yaml_loads_unchanged(path: Path, clip_vit_l: Path, at_home: None) -> None:
     merged = command(path)
-    lightning = lightning_parts.complete(merged.lightning)
-    options = lightning_parts.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
+    lightning = trainer.complete_lightning(merged.lightning)
+    options = trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
     assert options["max_steps"] == merged.lightning.trainer.get("max_steps", 6100)
     assert set(options) <= set(trainer_options())
     assert "logger" not in lightning

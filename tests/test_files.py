@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm import files
-from ldm.files import write_text, write_whole
+from ldm.files import atomic_write, write_text
 from ldm.util import UserError
 
 
@@ -26,7 +26,7 @@ def test_old_file_stays_when_writing_fails(tmp_path: Path, code: int) -> None:
         raise OSError(code, os.strerror(code))
 
     with pytest.raises(UserError, match=r"x\.pt.*(disk is full|error)"):
-        write_whole(path, half_then_fail)
+        atomic_write(path, half_then_fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
@@ -36,7 +36,7 @@ def test_nothing_is_left_when_the_writer_is_interrupted(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "x.pt", interrupted)
+        atomic_write(tmp_path / "x.pt", interrupted)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from ldm.images import (
     labelled,
     list_images,
     open_image,
-    text_picture,
+    text_image,
     to_pil,
     to_tensor,
 )
@@ -200,6 +200,6 @@ def test_labels_stand_below_the_picture():
 
 
 def test_text_is_broken_inside_a_long_word_and_takes_any_script():
-    ink = np.asarray(text_picture("pneumonoultramicroscopic", 40, 60)) < 128
+    ink = np.asarray(text_image("pneumonoultramicroscopic", 40, 60)) < 128
     assert ink[20:60].any() and not ink[:, -1].any()
-    text_picture("a photo of * with א", 100, 20)
+    text_image("a photo of * with א", 100, 20)

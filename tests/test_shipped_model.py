@@ -12,7 +12,7 @@ from PIL import Image
 
 import main
 from ldm.checkpoint import load_model_from_config
-from ldm.evaluation.palette import palette_overlap
+from ldm.evaluation.appearance import palette_overlap
 from ldm.generate import generate
 from ldm.images import list_images, open_image
 from ldm.models.features import load_features

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+import ldm.util
 from ldm.util import (
     ConfigError,
     UsageError,
@@ -28,8 +29,6 @@ class Child(Parent):
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> str:
     """A dotted path under which Child can be imported, however pytest named this module."""
-    import ldm.util
-
     monkeypatch.setattr(ldm.util, "Child", Child, raising=False)
     return "ldm.util.Child"
 
@@ -51,6 +50,11 @@ def test_builds_what_a_node_names(child: str) -> None:
 def test_unknown_target(path: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         get_obj_from_str(path)
+
+
+@pytest.mark.parametrize("path", ldm.util._MOVED)
+def test_targets_of_earlier_layouts_are_found(path: str) -> None:
+    assert get_obj_from_str(path) is get_obj_from_str(ldm.util._MOVED[path])
 
 
 def test_unknown_and_missing_keys_of_a_parent_count(child: str) -> None:

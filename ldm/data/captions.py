@@ -15,7 +15,7 @@ from ldm.util import UserError
 logger = logging.getLogger(__name__)
 
 
-class Picture(NamedTuple):
+class ConceptImage(NamedTuple):
     """A file, the placeholder of its concept, and the placeholder as captions say it ("cat *")."""
 
     path: Path
@@ -32,7 +32,7 @@ class Captions:
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ConceptImage],
         templates: Sequence[str],
         dual_templates: Sequence[str],
         template_file: str | os.PathLike[str] | None = None,

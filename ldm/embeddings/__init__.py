@@ -4,13 +4,18 @@ Everything from a file is treated as hostile: sizes are checked before memory is
 through and then read by torch's weights-only loader, and no text from a file becomes a path.
 """
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
-from ldm.embeddings.kinds import encoder_kind
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, encoder_kind
 from ldm.embeddings.merging import Rename, merge, plan_renames, renames_from, split
-from ldm.embeddings.metadata import Metadata
-from ldm.embeddings.names import canonical_path, safe_name
 from ldm.embeddings.reader import read
-from ldm.embeddings.writer import DEFAULT_FORMAT, FORMATS, paths_for, write, write_all
+from ldm.embeddings.writer import (
+    DEFAULT_FORMAT,
+    FORMATS,
+    canonical_path,
+    paths_for,
+    safe_name,
+    write,
+    write_all,
+)
 
 __all__ = [
     "DEFAULT_FORMAT",

@@ -1,8 +1,9 @@
-"""What an embedding file holds: triggers with their vectors, and where they come from."""
+"""What an embedding file holds: triggers with their vectors, and the text encoder that they belong to."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,142 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.embeddings.kinds import encoder_kind, fits, is_ambiguous, known_kind, models_of
-from ldm.embeddings.metadata import Metadata
 from ldm.util import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A text encoder: its width, the models that have it, and what ModelSpec calls such a model."""
+
+    width: int
+    models: str
+    architecture: str
+    resolution: int
+
+
+KINDS = {
+    "clip_l": Kind(768, "Stable Diffusion 1.x, or the first encoder of SDXL", "stable-diffusion-v1", 512),
+    "clip_h": Kind(1024, "Stable Diffusion 2.x", "stable-diffusion-v2-512", 512),
+    "clip_g": Kind(1280, "the second encoder of SDXL", "stable-diffusion-xl-v1-base", 1024),
+    "bert": Kind(1280, "latent diffusion text2img-large (BERT)", "latent-diffusion-bert", 256),
+    "t5": Kind(4096, "the T5-XXL encoder of SD3 and Flux", "t5-xxl", 1024),
+}
+
+# A CLIP or BERT text encoder of a width that no published model has, such as that of the embedded model.
+FAMILIES = {"clip": "latent-diffusion-clip", "bert": "latent-diffusion-bert"}
+
+
+def encoder_kind(family: str, width: int) -> str:
+    """The kind of an encoder of this family ("clip" or "bert") and width: 768 of clip is "clip_l"."""
+    exact = [name for name, kind in KINDS.items() if kind.width == width and name.startswith(family)]
+    return exact[0] if exact else family
+
+
+def known_kind(width: int) -> str | None:
+    """The only kind of this width; None if there is none, or several (1280: BERT of LDM, clip_g of SDXL)."""
+    names = [name for name, kind in KINDS.items() if kind.width == width]
+    return names[0] if len(names) == 1 else None
+
+
+def fits(encoder: str, width: int) -> bool:
+    """Whether vectors of this width can belong to this kind of encoder."""
+    if encoder in FAMILIES:
+        return True
+    return encoder in KINDS and KINDS[encoder].width == width
+
+
+def is_ambiguous(encoder: str | None, width: int) -> bool:
+    return encoder is None and sum(kind.width == width for kind in KINDS.values()) > 1
+
+
+def models_of(encoder: str | None, width: int) -> str:
+    """In words, the models that vectors of this width (and kind, if it is known) were made for."""
+    if encoder in KINDS and KINDS[encoder].width == width:
+        return KINDS[encoder].models
+    fitting = [kind.models for kind in KINDS.values() if kind.width == width]
+    if fitting and encoder is None:
+        return " or ".join(fitting)
+    family = {"clip": "CLIP ", "bert": "BERT "}.get(encoder or "", "")
+    return f"a model whose {family}text encoder is {width} wide"
+
+
+def architecture_of(encoder: str | None, width: int) -> str:
+    """The ModelSpec architecture of an embedding for this encoder."""
+    if encoder in KINDS and KINDS[encoder].width == width:
+        return f"{KINDS[encoder].architecture}/textual-inversion"
+    return f"{FAMILIES.get(encoder or '', 'latent-diffusion')}/textual-inversion"
+
+
+def kind_of_architecture(architecture: str, width: int) -> str | None:
+    """The kind that a ModelSpec architecture names, if the width agrees."""
+    model = architecture.split("/")[0]
+    if model == FAMILIES["bert"]:
+        return "bert"
+    if model == FAMILIES["clip"]:
+        return "clip"
+    if model.startswith("stable-diffusion-xl"):
+        return {768: "clip_l", 1280: "clip_g"}.get(width)
+    return known_kind(width)
+
+
+_MAX_TEXT = 800
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Where vectors come from; every field is None when it is not known."""
+
+    base_model: str | None = None
+    base_model_hash: str | None = None
+    steps: int | None = None
+    seed: int | None = None
+    initializer: str | None = None
+    learning_rate: float | None = None
+    images: int | None = None
+    images_fingerprint: str | None = None
+    resolution: int | None = None
+    tool: str | None = None
+    date: str | None = None
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Metadata:
+        """Metadata from whatever a file says: values of a wrong type are dropped, texts cut and cleaned."""
+        casts = {f.name: _CASTS[str(f.type).split(" ")[0]] for f in dataclasses.fields(cls)}
+        return cls(**{name: cast(values.get(name)) for name, cast in casts.items()})
+
+    def known(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    return "".join(c if c.isprintable() else " " for c in value[:_MAX_TEXT]).strip() or None
+
+
+def _integer(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; files keep some of them as text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        if abs(number := int(str(value)[:40])) < 2**64:
+            return number
+    except ValueError:
+        pass
+    try:
+        return number if math.isfinite(number := float(value)) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+_CASTS = {"str": _text, "int": _integer, "float": _number}
+
 
 MAX_VECTORS = 1024
 MAX_WIDTH = 16384
@@ -29,7 +163,7 @@ class Concept:
     """A trigger and its vectors.
 
     `vectors` may be given as [d] or [N, d] of any floating type on any device; it is kept as a [N, d] float32
-    CPU copy. `encoder` is a kind of `ldm.embeddings.kinds` or None when it is not known. `part` is "" for
+    CPU copy. `encoder` is a kind of `ldm.embeddings.concept` or None when it is not known. `part` is "" for
     ordinary vectors; else "negative" (of a DreamArtist pair), "output" (added after the encoder), or the
     layer's name in a per-layer (XTI) file. `token` is the tokenizer's id of the trigger where the file says it.
     Raises EmbeddingError for a bad trigger, shape or type, and for NaN and infinity.

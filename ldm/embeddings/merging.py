@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
-from ldm.embeddings.metadata import Metadata
-from ldm.embeddings.names import safe_name
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
+from ldm.embeddings.writer import safe_name
 from ldm.util import UsageError
 
 

@@ -1,14 +1,90 @@
-"""From a path to what the file contains, told by its first bytes and never by its name."""
+"""From a path to what the file contains, recognised by its first bytes and never by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ldm.embeddings import picture, tensorfile, torchfile
-from ldm.embeddings.concept import EmbeddingError
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.embeddings import image_files, torch_files
+from ldm.embeddings.concept import EmbeddingError, check_shape
+
+# The header of a LoRA with thousands of tensors is under 1 MB.
+_MAX_HEADER = 16 * 2**20
+
+
+def looks_like_safetensors(head: bytes) -> bool:
+    """Whether a file's first bytes are a length and the start of a JSON object."""
+    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**56
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, and its `metadata`.
+
+    Opening reads the header alone. Raises EmbeddingError for a header that is damaged or absurdly large, and,
+    on access, for a tensor too large to be vectors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER or length > size - 8:
+                raise EmbeddingError(
+                    f"its header is said to be {length} bytes long, the file has {size}; it is cut off or damaged"
+                )
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+                self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # the library's errors share no class
+            raise _damaged(error) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        check_shape(self._shapes[name], ascii(name[:80]))
+        try:
+            with safe_open(path := self.path, framework="pt") as file:
+                return file.get_tensor(name).clone()
+        except Exception as error:
+            raise EmbeddingError(f"{path.name}: cannot read {name[:80]!a} ({str(error)[:80]})") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: BinaryIO) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone."""
+    data = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+    # The library orders metadata by chance; the header is written anew, in our order, and padded as it does.
+    (length,) = struct.unpack("<Q", data[:8])
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":"))
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
+
+
+def _damaged(error: Exception) -> EmbeddingError:
+    reason = str(error).replace("Error while deserializing header: ", "")[:100]
+    return EmbeddingError(f"its safetensors header is damaged ({reason}); download it again")
 
 
 @dataclass(frozen=True)
@@ -50,15 +126,15 @@ def open_payload(path: Path) -> Payload:
         head = file.read(512)
     if not head:
         raise EmbeddingError("it is empty; it was not written or downloaded completely")
-    if tensorfile.looks_like_safetensors(head):
-        tensors = tensorfile.TensorFile(path)
+    if looks_like_safetensors(head):
+        tensors = TensorFile(path)
         return Payload(path, "safetensors", tensors, tensors.metadata)
-    if picture.looks_like_picture(head):
-        _check_size(size, picture.MAX_BYTES, "picture")
-        return Payload(path, "picture", picture.load(path))
+    if image_files.looks_like_image(head):
+        _check_size(size, image_files.MAX_IMAGE_BYTES, "picture")
+        return Payload(path, "picture", image_files.load_image_payload(path))
     if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
-        _check_size(size, torchfile.MAX_BYTES, "file")
-        return Payload(path, "torch", torchfile.load_torch(path.read_bytes()))
+        _check_size(size, torch_files.MAX_TORCH_BYTES, "file")
+        return Payload(path, "torch", torch_files.load_torch(path.read_bytes()))
     raise EmbeddingError(_what_else(head))
 
 

@@ -5,12 +5,29 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ldm.embeddings import a1111, by_encoder, diffusers, emb_params, lora, onetrainer, original, xti
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.embeddings.payload import Payload, open_payload
+from ldm.embeddings.pickle_formats import recognise_a1111, recognise_original
+from ldm.embeddings.tensor_formats import (
+    recognise_by_encoder,
+    recognise_diffusers,
+    recognise_emb_params,
+    recognise_lora,
+    recognise_onetrainer,
+    recognise_xti,
+)
 
 # Asked in this order; the last takes any word for a key.
-_FAMILIES = (original, a1111, lora, by_encoder, xti, onetrainer, emb_params, diffusers)
+_FAMILIES = (
+    recognise_original,
+    recognise_a1111,
+    recognise_lora,
+    recognise_by_encoder,
+    recognise_xti,
+    recognise_onetrainer,
+    recognise_emb_params,
+    recognise_diffusers,
+)
 
 
 def read(path: str | Path) -> LearnedEmbeddings:
@@ -22,7 +39,7 @@ def read(path: str | Path) -> LearnedEmbeddings:
     path = Path(path)
     try:
         payload = open_payload(path)
-        found = next((found for family in _FAMILIES if (found := family.recognise(payload))), None)
+        found = next((found for recognise in _FAMILIES if (found := recognise(payload))), None)
         if found is None:
             raise EmbeddingError(_unknown(payload))
         return dataclasses.replace(found, source=path.name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,29 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.embeddings import a1111, diffusers, emb_params, onetrainer, original
+from ldm.embeddings import pickle_formats, tensor_formats
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
-from ldm.embeddings.names import safe_name
-from ldm.files import write_whole
+from ldm.files import atomic_write
+
+# Windows keeps these names for devices, whatever the suffix.
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
+
+
+def safe_name(trigger: str) -> str:
+    """A file stem for a trigger: "<my-cat>" becomes "my-cat", "*" (no file can be called so) "embedding".
+
+    Most tools take the stem as the prompt word, so what can stay, stays.
+    """
+    name = unicodedata.normalize("NFC", trigger)
+    name = re.sub(r"[^\w.+\- ]+", "_", name).strip("._- ")[:100].rstrip("._- ")
+    if name.split(".")[0].lower() in _RESERVED:
+        name = f"{name.replace('.', '_')}_"
+    return name or "embedding"
+
+
+def canonical_path(folder: str | Path, trigger: str) -> Path:
+    """Where the canonical file of a trigger belongs: `<folder>/<trigger>.safetensors`."""
+    return Path(folder) / f"{safe_name(trigger)}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,12 +48,12 @@ class Format:
 
 
 FORMATS = {
-    "original": Format(original.save, ".pt", several_triggers=True),
-    "safetensors": Format(emb_params.save, ".safetensors", several_encoders=True),
-    "diffusers": Format(diffusers.save, ".safetensors"),
-    "a1111": Format(a1111.save, ".pt"),
-    "a1111-png": Format(a1111.save_picture, ".png"),
-    "onetrainer": Format(onetrainer.save, ".safetensors", several_encoders=True),
+    "original": Format(pickle_formats.save_original, ".pt", several_triggers=True),
+    "safetensors": Format(tensor_formats.save_emb_params, ".safetensors", several_encoders=True),
+    "diffusers": Format(tensor_formats.save_diffusers, ".safetensors"),
+    "a1111": Format(pickle_formats.save_a1111, ".pt"),
+    "a1111-png": Format(pickle_formats.save_a1111_image, ".png"),
+    "onetrainer": Format(tensor_formats.save_onetrainer, ".safetensors", several_encoders=True),
 }
 DEFAULT_FORMAT = "safetensors"
 
@@ -53,7 +74,7 @@ def write(
     save = chosen.save
     if preview is not None and format == "a1111-png":
         save = functools.partial(save, preview=preview)
-    return write_whole(path, lambda file: save(embeddings, file))
+    return atomic_write(path, lambda file: save(embeddings, file))
 
 
 def write_all(

@@ -9,14 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.creatures.captions import articled, place
-from ldm.data.creatures.world import (
-    COLORS,
-    PLAIN_BACKGROUNDS,
-    SCENES,
-    STYLES,
-    Creature,
-    clash,
-)
+from ldm.data.creatures.world import COLORS, PLAIN_BACKGROUNDS, SCENES, STYLES, Creature, clash
 from ldm.evaluation.identity import Readings
 
 PLAIN, OUTDOORS = 4, 2
@@ -76,11 +69,11 @@ def obeyed(edit: Edit, pictures: Sequence[Image.Image], readings: Readings | Non
     seen = None if readings is None else np.array([one[edit.attribute] == edit.value for one in readings])
     if not edit.plain:
         return seen
-    corners = np.array([shows(picture, edit.value) for picture in pictures])
+    corners = np.array([has_background(picture, edit.value) for picture in pictures])
     return corners if seen is None else corners & seen
 
 
-def shows(picture: Image.Image, color: str) -> bool:
+def has_background(picture: Image.Image, color: str) -> bool:
     """Whether the corners have a plain background's colour: nearer to it than to any other, in all but one."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     side = max(2, min(pixels.shape[:2]) // 10)

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ldm.data.creatures.world import ATTRIBUTES
-from ldm.files import write_text, write_whole
+from ldm.files import atomic_write, write_text
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class AttributeJudge(nn.Module):
         attributes = {name: list(values) for name, values in ATTRIBUTES.items()}
         described = {"tower": self.tower_node, "attributes": attributes}
         write_text(Path(folder) / _DESCRIPTION, json.dumps(described, indent=1) + "\n")
-        write_whole(Path(folder) / _WEIGHTS, lambda file: file.write(data))
+        atomic_write(Path(folder) / _WEIGHTS, lambda file: file.write(data))
         logger.info("judge written to %s", folder)
 
     @classmethod

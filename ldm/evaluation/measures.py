@@ -1,22 +1,53 @@
-"""Figures for a set of pictures of one prompt: plain dicts of numbers, as they are written to JSON."""
+"""Figures for a set of images of one prompt: plain dicts of numbers, as they are written to JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ldm.evaluation.appearance import AppearanceFeatures
 from ldm.evaluation.edits import Edit, obeyed
-from ldm.evaluation.identity import ITSELF, Readings, Subject, agreement, likeness, read, traits
-from ldm.evaluation.looks import Looks
-from ldm.evaluation.protocol import similarity
-from ldm.evaluation.retrieval import Gallery
+from ldm.evaluation.identity import (
+    ITSELF,
+    Figures,
+    Gallery,
+    Readings,
+    Subject,
+    agreement,
+    judge_readings,
+    likeness,
+    traits,
+)
+from ldm.generate.embeddings import whole_word
 from ldm.models.features import Features
 
-Figures = dict[str, Any]
+# Pictures per prompt, DDIM steps and guidance with which the paper's figures were made.
+SAMPLES, STEPS, SCALE = 64, 50, 5.0
+
+
+def similarity(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """Two readings of the likeness of unit features [N, d] and [M, d], each -1 to 1.
+
+    "pairwise" is the mean over all pairs of cosines, as the original's code has it; "averaged" is the cosine of the
+    averaged features, as the paper's text has it, and always the larger where it is positive.
+    """
+    return {
+        "pairwise": float((ours @ theirs.T).mean()),
+        "averaged": float(F.cosine_similarity(ours.mean(0), theirs.mean(0), dim=0)),
+    }
+
+
+def without_placeholders(prompt: str, placeholders: Iterable[str]) -> str:
+    """The prompt that CLIP-T compares with: "a photo of * on the moon" becomes "a photo of on the moon"."""
+    for name in sorted(placeholders, key=len, reverse=True):
+        prompt = re.sub(whole_word(name), " ", prompt, flags=re.IGNORECASE)
+    return " ".join(prompt.split())
 
 
 def identity_figures(
@@ -26,7 +57,7 @@ def identity_figures(
 
     `attributes` and `attribute` (each by itself) are there where the subject has a judge.
     """
-    looks, readings = Looks.of(pictures), read(subject.judge, pictures)
+    looks, readings = AppearanceFeatures.of(pictures), judge_readings(subject.judge, pictures)
     raw = likeness(looks, readings, subject.truth, subject.creature)
     calibrated = subject.calibrated(raw)
     figures: Figures = {
@@ -52,8 +83,10 @@ def edit_figures(edit: Edit, pictures: Sequence[Image.Image], subject: Subject) 
     `subject` is the creature in the edit's background and style. Without a judge `obeyed` and `both` are known of
     plain backgrounds only, else None.
     """
-    readings = read(subject.judge, pictures)
-    calibrated = subject.calibrated(likeness(Looks.of(pictures), readings, subject.truth, subject.creature))
+    readings = judge_readings(subject.judge, pictures)
+    calibrated = subject.calibrated(
+        likeness(AppearanceFeatures.of(pictures), readings, subject.truth, subject.creature)
+    )
     does, itself = obeyed(edit, pictures, readings), calibrated > ITSELF
     return {
         "asks_for": f"{edit.attribute}: {edit.value}",

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.data.creatures.builds import pick
 from ldm.data.creatures.captions import Names, naming
-from ldm.data.creatures.chance import pick
 from ldm.data.creatures.world import ATTRIBUTES, COLORS, SPECIES, STYLES, clash, creature
-from ldm.evaluation.edits import shows
+from ldm.evaluation.edits import has_background
 
 # What the figures are called; a kind is asked for by the name of a species.
 TOLD = {
@@ -84,7 +84,7 @@ def counted(
         if "pattern" in order.told and order.names.pattern != "plain":
             count("second", seen["second"] == order.names.second)
         if photo and order.names.background in COLORS:
-            count("corners", shows(picture, order.names.background))
+            count("corners", has_background(picture, order.names.background))
     return found
 
 

@@ -1,6 +1,6 @@
 """Pictures from prompts, with a model and the embeddings that it is given."""
 
 from ldm.generate.embeddings import check_mentions, check_prompts, load_embeddings
-from ldm.generate.pictures import SAMPLERS, check_settings, generate
+from ldm.generate.images import SAMPLERS, check_settings, generate
 
 __all__ = ["SAMPLERS", "check_mentions", "check_prompts", "check_settings", "generate", "load_embeddings"]

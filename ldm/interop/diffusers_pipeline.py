@@ -97,7 +97,9 @@ def add_words(pipeline: Any, words: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def check(model: nn.Module, pipeline: Any, words: Mapping[str, str] | None = None) -> dict[str, float]:
+def compare_with_model(
+    model: nn.Module, pipeline: Any, words: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """How far the pipeline's parts are from the model's, relative to the largest number; UserError if too far.
 
     `words` maps the model's placeholders to their names in the pipeline; each is tried in a prompt.
@@ -130,7 +132,7 @@ def check(model: nn.Module, pipeline: Any, words: Mapping[str, str] | None = Non
     return found
 
 
-def save(pipeline: Any, folder: str | Path) -> Path:
+def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
     """Write a pipeline's folder, whole or not at all; one that holds something is refused with UserError."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

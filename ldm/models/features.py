@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.images import to_tensor
 from ldm.models.two_towers import TwoTowers
-from ldm.modules.encoders.hub import reading, require_files
+from ldm.modules.encoders.base import reading, require_files
 from ldm.util import UserError
 
 _BATCH = 32

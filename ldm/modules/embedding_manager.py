@@ -19,23 +19,278 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.modules.embedding_pickle import EmbeddingFile, read_embeddings, write_embeddings
-from ldm.modules.initial_vectors import initial_vectors
-from ldm.modules.insertion import insert_vectors
-from ldm.modules.learned_vectors import LearnedVectors, stretched
-from ldm.modules.norm_control import NormControl
-from ldm.modules.placeholders import as_list, check_placeholders, vector_counts
+from ldm.modules.prompt_tokenizer import (
+    PromptTokenizer,
+    as_list,
+    check_placeholders,
+    parameter_key,
+    vector_counts,
+)
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
+
+# Vectors that begin at one token would have equal gradients if they were equal: this sets them apart.
+REPEAT_NOISE = 0.1
+
+
+def initial_vectors(table: Tensor, tokens: Sequence[int], count: int, seed: int) -> Tensor:
+    """Draw [count, d] from an embedding table [V, d] in float32, on its device, the same for the same seed.
+
+    `tokens` are spread over the vectors in order; a token used again is moved by REPEAT_NOISE of the table's
+    deviation. Without tokens, vectors follow the mean and deviation of each dimension.
+    """
+    table = table.detach().float()
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    noise = torch.randn(count, table.shape[1], generator=generator, device="cpu").to(table.device)
+    noise = noise * table.std(dim=0)
+    if not tokens:
+        return table.mean(dim=0) + noise
+    rows = [tokens[place] for place in evenly_spaced(len(tokens), count)]
+    repeated = [[float(row in rows[:i])] for i, row in enumerate(rows)]
+    vectors = table[torch.tensor(rows, device=table.device)]
+    return vectors + REPEAT_NOISE * noise * torch.tensor(repeated, device=table.device)
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """`count` places in a list of `length`, in order and evenly: each of them if they are as many."""
+    return [i * length // count for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """For each of P placeholders its id, how many vectors it shows, and the row of its first one: all [P]."""
+
+    ids: Tensor
+    widths: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def build(
+        cls, ids: Sequence[int], widths: Sequence[int], rows: Sequence[int], device: torch.device
+    ) -> Layout:
+        """Lay out placeholders whose vectors follow one another in one table, `rows` of it for each."""
+        offsets = [sum(rows[:i]) for i in range(len(rows))]
+        return cls(*(torch.tensor(values, device=device) for values in (ids, widths, offsets)))
+
+
+def insert_vectors(tokens: Tensor, embedded: Tensor, vectors: Tensor, layout: Layout) -> Tensor:
+    """Show vectors [R, d] in place of the placeholders among tokens [B, L], embedded [B, L, d].
+
+    A placeholder of several vectors pushes what follows to the right; what passes L falls off. Returns a new
+    [B, L, d]; nothing is read back from the device.
+    """
+    matches = tokens.unsqueeze(-1) == layout.ids  # [B, L, P]
+    found, which = matches.any(dim=-1), matches.int().argmax(dim=-1)  # [B, L]
+    spans = torch.where(found, layout.widths[which], 1)
+    ends = spans.cumsum(dim=1)
+    places = torch.arange(ends.shape[1], device=ends.device).repeat(ends.shape[0], 1)
+    source = torch.searchsorted(ends, places, right=True)  # the token that each place of the result shows
+    nth = places - (ends - spans).gather(1, source)
+    found = found.gather(1, source)
+    rows = torch.where(found, layout.offsets[which].gather(1, source) + nth, 0)
+    shifted = embedded.gather(1, source.unsqueeze(-1).expand_as(embedded))
+    return torch.where(found.unsqueeze(-1), vectors.to(embedded.dtype)[rows], shifted)
+
+
+def place_after_insertion(tokens: Tensor, places: Tensor, widths: Mapping[int, int]) -> Tensor:
+    """Where the tokens at places [B] of prompts [B, L] stand once placeholders show their vectors.
+
+    `widths` says how many vectors each placeholder's id shows. What passes L is given as if there were room.
+    """
+    before = torch.arange(tokens.shape[1], device=tokens.device) < places.unsqueeze(-1)
+    for token, width in widths.items():
+        places = places + (width - 1) * ((tokens == token) & before).sum(dim=-1)
+    return places
+
+
+KINDS = (None, "fixed", "limited")
+
+
+class NormControl:
+    """Holds vectors to `ratio` times the mean norm of a vocabulary.
+
+    Textual inversion lets norms grow to many times those of words, and prompts are then followed badly; Directional
+    Textual Inversion (Kim et al., ICLR 2026) writes a vector as m v with m the vocabulary's mean norm and learns only
+    the direction v on the unit sphere. `fixed` is that as a projection after each optimizer step, which works with
+    any optimiser; the paper finds its own step along the sphere better still (its ablation: text .463 and likeness
+    .335 with AdamW and projection, .522 and .450 with its step). `limited` projects only what is longer, for words
+    differ in length.
+    """
+
+    def __init__(self, kind: str | None, ratio: float = 1.0) -> None:
+        if kind not in KINDS:
+            raise UserError(f"norm_control is '{kind}'; use fixed, limited or null")
+        if not ratio > 0:
+            raise UserError(f"norm_ratio is {ratio}; it must be above 0")
+        self.kind = kind
+        self.ratio = float(ratio)
+        self.norm = 1.0
+
+    def measure(self, table: Tensor) -> None:
+        """Take the mean norm from an embedding table [V, d]."""
+        if self.kind is not None:
+            self.norm = self.ratio * float(table.detach().float().norm(dim=1).mean())
+
+    def applied(self, vectors: Tensor) -> Tensor:
+        """The vectors [N, d] at the length that is allowed; a vector of zeros has no direction and stays."""
+        if self.kind is None:
+            return vectors
+        factor = self.norm / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return vectors * (factor.clamp(max=1.0) if self.kind == "limited" else factor)
+
+
+class LearnedVectors(nn.Module):
+    """One parameter [N, d] for each placeholder.
+
+    `string_to_token_dict` holds the ids (0-dim int64, on the CPU), `string_to_param_dict` the parameters and
+    `initial_embeddings`, as buffers, where those with an initializer began; the names are the checkpoints'. With
+    `progressive_step`, a number of optimizer steps, only the first vectors are in use. `loaded` tells vectors of a
+    file or a state dict from fresh ones.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        width: int,
+        max_vectors: int,
+        progressive_step: int | None,
+        progressive_scale: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.width, self.max_vectors = width, max_vectors
+        self.progressive_step, self.progressive_scale = progressive_step, progressive_scale
+        self.loaded = False
+        self._hold({}, {})
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Each placeholder with the number of its vectors in use."""
+        limit = self.max_vectors
+        if self.progressive_step is not None:
+            limit = 1 + self.progressive_step // self.progressive_scale
+        return {string: min(len(self.vectors(string)), limit) for string in self.string_to_token_dict}
+
+    def vectors(self, placeholder: str) -> nn.Parameter:
+        """All vectors [N, d] of a placeholder, in use or not yet."""
+        return self.string_to_param_dict[parameter_key(placeholder)]
+
+    def initial(self, placeholder: str) -> Tensor | None:
+        """What the vectors [N, d] were at first, for a placeholder that had an initializer."""
+        return dict(self.initial_embeddings.named_buffers()).get(parameter_key(placeholder))
+
+    def table(self) -> Tensor:
+        """The vectors of all placeholders, one after the other."""
+        vectors = [self.vectors(string) for string in self.string_to_token_dict]
+        return torch.cat(vectors) if vectors else torch.zeros(0, self.width)
+
+    def layout(self, device: torch.device) -> Layout:
+        """Where each placeholder's vectors lie in `table`; made once for each device and state."""
+        if device not in self._layouts:
+            in_use = self.placeholders
+            self._layouts[device] = Layout.build(
+                [int(token) for token in self.string_to_token_dict.values()],
+                list(in_use.values()),
+                [len(self.vectors(string)) for string in in_use],
+                device,
+            )
+        return self._layouts[device]
+
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained: one [N, d] for each placeholder."""
+        return self.string_to_param_dict.parameters()
+
+    def absent_parameters(self, captions: Iterable[str]) -> list[nn.Parameter]:
+        """The vectors of those placeholders that none of the captions holds."""
+        found = self.tokenizer.found(captions, self.string_to_token_dict)
+        return [self.vectors(string) for string in self.string_to_token_dict if string not in found]
+
+    def export(self) -> dict[str, Tensor]:
+        """Copies [n, d] of the vectors in use, in float32 on the CPU."""
+        return {
+            string: self.vectors(string).detach()[:count].to("cpu", torch.float32, copy=True)
+            for string, count in self.placeholders.items()
+        }
+
+    def on_optimizer_step(self, step: int) -> None:
+        """Let progressive vectors follow the number of optimizer steps done; it never goes back."""
+        if self.progressive_step is None or step <= self.progressive_step:
+            return
+        before = self.placeholders
+        self.progressive_step = step
+        if self.placeholders != before:
+            self._layouts.clear()
+            logger.info("progressive_words: vectors in use from step %d: %s", step, self.placeholders)
+
+    def take(self, vectors: Mapping[str, Tensor], source: str) -> None:
+        """Hold these vectors [N, d] of these placeholders in place of the present ones.
+
+        Raises UserError that names `source` if they do not fit the encoder.
+        """
+        check_placeholders(list(vectors), self.tokenizer)
+        for string, value in vectors.items():
+            if value.shape[-1] != self.width:
+                raise UserError(
+                    f"{source}: '{string}' has width {value.shape[-1]}, the text encoder has width "
+                    f"{self.width}; use it with the kind of model it was trained for"
+                )
+            if len(value) > self.max_vectors:
+                raise UserError(
+                    f"{source}: '{string}' has {len(value)} vectors, a prompt has room for {self.max_vectors}"
+                )
+        device = next((p.device for p in self.embedding_parameters()), torch.device("cpu"))
+        initial = {s: v for s in vectors if (v := self.initial(s)) is not None}
+        taken = {string: value.detach().to(device) for string, value in vectors.items()}
+        self._hold(taken, stretched(initial, taken))
+
+    def _hold(self, vectors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> None:
+        self.string_to_token_dict = {
+            string: torch.tensor(self.tokenizer.placeholder_id(string, index), device="cpu")
+            for index, string in enumerate(vectors)
+        }
+        self.string_to_param_dict = nn.ParameterDict()
+        for string, value in vectors.items():  # one by one, because a dict's items would be sorted
+            self.string_to_param_dict[parameter_key(string)] = nn.Parameter(value.clone())
+        self.initial_embeddings = nn.Module()
+        for string, value in initial.items():
+            self.initial_embeddings.register_buffer(parameter_key(string), value.clone())
+        self._layouts: dict[torch.device, Layout] = {}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.progressive_step is not None:
+            destination[prefix + "progressive_step"] = torch.tensor(self.progressive_step)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Let the vector counts and the progress be those of the state dict."""
+        step = state_dict.pop(prefix + "progressive_step", None)
+        present = {string: self.vectors(string) for string in self.string_to_token_dict}
+        keys = {string: f"{prefix}string_to_param_dict.{parameter_key(string)}" for string in present}
+        self.loaded |= any(key in state_dict for key in keys.values())
+        brought = {string: state_dict.get(keys[string], value) for string, value in present.items()}
+        if any(len(brought[string]) != len(value) for string, value in present.items()):
+            self.take(brought, "checkpoint")
+        if step is not None:
+            self.progressive_step = int(step)
+            self._layouts.clear()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def stretched(initial: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The initial vectors of those placeholders that are held, as many as there are of each."""
+    return {s: v[evenly_spaced(len(v), len(vectors[s]))] for s, v in initial.items() if s in vectors}
+
 
 # Written in place of the id of a placeholder that is no single token: it equals no reader's token.
 NO_TOKEN = -1
@@ -54,7 +309,7 @@ class EmbeddingManager(LearnedVectors):
         progressive_words: begin with one vector and add one every `progressive_scale` optimizer steps.
         embedding_manager_ckpt: a file to begin from; it must hold all placeholders.
         norm_control: "fixed" keeps every vector at the vocabulary's mean norm, "limited" lets none grow beyond it;
-            None leaves them alone (see ldm.modules.norm_control). `norm_ratio` multiplies that norm.
+            None leaves them alone (see ldm.modules.embedding_manager). `norm_ratio` multiplies that norm.
         seed: of the draws; the global generators are not touched.
 
     Raises UserError for what does not fit together.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import pickles
-from ldm.files import write_whole
+from ldm.files import atomic_write
 from ldm.util import UserError
 
 
@@ -38,7 +38,7 @@ def write_embeddings(path: str | Path, content: EmbeddingFile, ids: Mapping[str,
     if content.progressive_step is not None:
         data["progressive_step"] = content.progressive_step
         data["progressive_scale"] = content.progressive_scale
-    write_whole(path, lambda file: torch.save(data, file))
+    atomic_write(path, lambda file: torch.save(data, file))
 
 
 def read_embeddings(path: str | Path) -> EmbeddingFile:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.attend import attend
-from ldm.modules.tokens import embed_tokens
+from ldm.modules.attention import attend
+from ldm.modules.prompt_tokenizer import embed_tokens
 
 
 class Attention(nn.Module):

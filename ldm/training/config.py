@@ -4,47 +4,20 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.training.foreign_flags import foreign_overrides
-from ldm.training.lightning_parts import KNOWN_CALLBACKS, complete
+from ldm.training.command_line import RUN_KEYS, alias_overrides
+from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning
 from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+from ldm.yaml_files import read_yaml, yaml_value
 
-# What a YAML may hold at its top level beside model, data and lightning: flags of the same names, which win.
-RUN_KEYS = (
-    "actual_resume",
-    "data_root",
-    "embedding_manager_ckpt",
-    "placeholder_string",
-    "init_word",
-    "seed",
-    "scale_lr",
-)
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
-
-
-def read_yaml(path: str | Path) -> DictConfig:
-    """Read one YAML; ConfigError names the file, and the line of a syntax error."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no such YAML: '{path}'; check --base")
-    try:
-        node = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"'{path}'{line} is no valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"'{path}' must hold a mapping (model:, data:, lightning:), not a list")
-    return node
 
 
 def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
@@ -61,21 +34,7 @@ def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
         ) from error
 
 
-def yaml_value(text: str) -> Any:
-    """What a YAML would make of a word on the command line; 1e-3 is a number, and what is no YAML a text."""
-    if is_number(text) and not re.fullmatch(r"[+-]?\d+", text):
-        return float(text)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def is_number(text: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) is not None
-
-
-def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
+def load_run_config(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     """The configuration of a run: YAMLs from left to right, overrides, then flags. Not yet checked."""
     config = OmegaConf.create({})
     for path in base:
@@ -91,7 +50,7 @@ def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
                 OmegaConf.update(config, key, yaml_value(value))
             else:
                 config = merge(config, _nested(key, yaml_value(value)))
-        for key, value in foreign_overrides(options).items():
+        for key, value in alias_overrides(options).items():
             # A dataset that the YAML does not have must not come into being through a flag about images.
             if not key.startswith("data.params.validation") or OmegaConf.select(
                 config, "data.params.validation"
@@ -100,7 +59,7 @@ def load(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    fill(config, other_images=options.data_root is not None)
+    fill_run_keys(config, other_images=options.data_root is not None)
     return config
 
 
@@ -113,7 +72,7 @@ def seed_vectors(config: DictConfig) -> None:
         OmegaConf.update(node, "params.seed", config["seed"])
 
 
-def fill(config: DictConfig, *, other_images: bool = False) -> None:
+def fill_run_keys(config: DictConfig, *, other_images: bool = False) -> None:
     """Carry the run's own keys to the places they are for, in this configuration.
 
     What a dataset says itself stays, but for its data_root if there are `other_images`, and its placeholder if the
@@ -148,7 +107,7 @@ def fill(config: DictConfig, *, other_images: bool = False) -> None:
                 _params(dataset)["placeholder_token"] = placeholders[0]
 
 
-def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
+def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None:
     """Find unknown keys and targets, missing values and absent parts; one ConfigError lists them all.
 
     No weight is read and nothing is built. `trainer_options` are the names that lightning.trainer may hold.
@@ -186,7 +145,7 @@ def check(config: DictConfig, trainer_options: Sequence[str]) -> None:
         nodes = {
             "model": _constructor(config.get("model") or {}),
             "data": config.get("data") or {},
-            "lightning": complete(
+            "lightning": complete_lightning(
                 lightning,
                 personalization=OmegaConf.select(config, "model.params.personalization_config") is not None,
             ),

@@ -13,10 +13,10 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ldm import pickles
-from ldm.training import run_lock
-from ldm.training.callbacks.last_checkpoint import is_personalization
-from ldm.training.rundir import RunDir
-from ldm.training.signals import Interrupted
+from ldm.console import Interrupted
+from ldm.training import run_folder
+from ldm.training.callbacks.checkpoint import is_personalization
+from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _OUT_OF_MEMORY = (
 
 
 def fit(
-    folder: RunDir,
+    folder: RunFolder,
     state: Path | None,
     trainer: pl.Trainer,
     model: pl.LightningModule,
@@ -46,7 +46,7 @@ def fit(
         check_state(state, model)
         logger.info("going on from %s", state)
     try:
-        with run_lock.locked(folder.path, hold=trainer.is_global_zero), alone_at_last(trainer):
+        with run_folder.locked(folder.path, hold=trainer.is_global_zero), alone_at_last(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=None if state is None else str(state))
     except MisconfigurationException as error:
         raise ConfigError(str(error).splitlines()[0]) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ldm.training import rng
+from ldm import random_state
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def captions_of(dataset: Any) -> list[str]:
         return list(dataset.captions())
     if not hasattr(dataset, "__len__"):
         return []
-    with rng.isolated(0):
+    with random_state.isolated(0):
         samples = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     found = [sample.get("caption") for sample in samples if isinstance(sample, dict)]
     return list(dict.fromkeys(caption for caption in found if isinstance(caption, str)))

@@ -17,17 +17,29 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.checkpoint import load_model_from_config
-from ldm.training import arguments, config, devices, lightning_parts, preflight, rundir
-from ldm.training.callbacks.deterministic_loss import DeterministicLoss
-from ldm.training.callbacks.embedding_saver import EmbeddingSaver
-from ldm.training.callbacks.last_checkpoint import is_personalization
+from ldm.console import Interrupted
+from ldm.training import command_line, config, preflight, run_folder
+from ldm.training.callbacks.checkpoint import is_personalization
+from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
+from ldm.training.callbacks.fixed_loss import DeterministicLoss
+from ldm.training.callbacks.interruption import Requests, listening
 from ldm.training.callbacks.progress import total_steps
 from ldm.training.fitting import fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
-from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
-from ldm.training.provenance import Provenance
-from ldm.training.rundir import RunDir
-from ldm.training.signals import Interrupted, Requests, listening
+from ldm.training.run_folder import RunFolder
+from ldm.training.trainer import (
+    OLD_TRAINER_KEYS,
+    OPTIONAL_CALLBACKS,
+    Devices,
+    build_trainer,
+    check_lengths,
+    choose_devices,
+    complete_lightning,
+    make_callbacks,
+    make_loggers,
+    processes,
+    trainer_kwargs,
+)
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -43,7 +55,7 @@ class Plan:
 
     options: argparse.Namespace
     config: DictConfig
-    run: RunDir
+    run: RunFolder
     state: Path | None
 
 
@@ -52,11 +64,11 @@ def run(argv: Sequence[str]) -> int:
 
     Raises UserError (exit codes 1 and 2) for what the user can mend.
     """
-    plan = make_plan(arguments.parse(argv))
+    plan = make_plan(command_line.parse(argv))
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
-    where = devices.choose(trainer_node.get("gpus"), trainer_node.get("accelerator"))
+    where = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
     model = make_model(plan.config)
     preflight.check_captions(model, getattr(data, "datasets", {}).get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
@@ -65,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         trainer = make_trainer(plan, model, where, requests)
         rate = set_learning_rate(plan.config, model, trainer)
         if trainer.is_global_zero:
-            tell(plan, model, data, trainer, rate)
+            log_plan(plan, model, data, trainer, rate)
         if not plan.options.train:
             logger.info("everything fits; add -t to train")
             return 0
@@ -73,10 +85,10 @@ def run(argv: Sequence[str]) -> int:
             fit(plan.run, plan.state, trainer, model, data)
         except Interrupted as stop:
             logger.info("stopped by %s at step %d", stop, trainer.global_step)
-            report(plan, model, trainer, finished=False)
+            log_results(plan, model, trainer, finished=False)
             # Of several processes the first speaks for all: it would be killed if another one had failed.
             return stop.exit_code if trainer.is_global_zero else 0
-    report(plan, model, trainer, finished=True)
+    log_results(plan, model, trainer, finished=True)
     if (
         not plan.options.no_test
         and is_overridden("test_step", model, pl.LightningModule)
@@ -91,28 +103,28 @@ def make_plan(options: argparse.Namespace) -> Plan:
     resume, name = options.resume, options.name
     if options.project and not resume:
         resume, name = (options.project, name) if Path(options.project).is_dir() else ("", options.project)
-    known = [*arguments.trainer_options(), *OLD_TRAINER_KEYS]
+    known = [*command_line.trainer_options(), *OLD_TRAINER_KEYS]
     if resume:
-        folder, state = rundir.existing(resume, options.logdir)
-        merged = config.load(options, [*folder.saved_configs(), *options.base])
+        folder, state = run_folder.existing_run_folder(resume, options.logdir)
+        merged = config.load_run_config(options, [*folder.saved_configs(), *options.base])
     else:
         if not options.base:
             raise UsageError("name a YAML with --base, as configs/latent-diffusion/txt2img-finetune.yaml")
         folder, state = None, None
-        merged = config.load(options, options.base)
-    config.check(merged, known)
-    lightning_parts.check_lengths(merged.get("lightning") or {})
+        merged = config.load_run_config(options, options.base)
+    config.check_run_config(merged, known)
+    check_lengths(merged.get("lightning") or {})
     check_rate(merged)
     merged["seed"] = merged.get("seed", SEED)
     config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)
     if folder is None:
-        folder = rundir.new(
+        folder = run_folder.new_run_folder(
             options.logdir,
             name=name or Path(options.base[0]).stem,
             data_root=merged.get("data_root") if options.datadir_in_name else None,
             postfix=options.postfix,
-            several=devices.processes(OmegaConf.select(merged, "lightning.trainer") or {}) > 1,
+            several=processes(OmegaConf.select(merged, "lightning.trainer") or {}) > 1,
         )
     return Plan(options, merged, folder, state)
 
@@ -141,29 +153,25 @@ def make_model(merged: DictConfig) -> pl.LightningModule:
     return model.train()
 
 
-def make_trainer(
-    plan: Plan, model: pl.LightningModule, where: devices.Devices, requests: Requests
-) -> pl.Trainer:
+def make_trainer(plan: Plan, model: pl.LightningModule, where: Devices, requests: Requests) -> pl.Trainer:
     """Lightning's Trainer for this run."""
     personalization = is_personalization(model)
-    lightning = lightning_parts.complete(plan.config.get("lightning"), personalization=personalization)
+    lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
     if where.accelerator == "cuda":
-        lightning["callbacks"].setdefault(
-            "cuda_callback", lightning_parts.OPTIONAL_CALLBACKS["cuda_callback"]
-        )
-    kwargs = lightning_parts.trainer_kwargs(lightning, where, personalization=personalization)
-    callbacks = lightning_parts.make_callbacks(
+        lightning["callbacks"].setdefault("cuda_callback", OPTIONAL_CALLBACKS["cuda_callback"])
+    kwargs = trainer_kwargs(lightning, where, personalization=personalization)
+    callbacks = make_callbacks(
         lightning, plan.config, plan.run, model, requests, resume=str(plan.state or "")
     )
     for callback in callbacks:
         if isinstance(callback, EmbeddingSaver):
             callback.describe = Provenance(plan.config, model)
     try:
-        return lightning_parts.make_trainer(
+        return build_trainer(
             kwargs,
             plan.run,
             callbacks,
-            lightning_parts.make_loggers(lightning, plan.run),
+            make_loggers(lightning, plan.run),
             personalization=personalization,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
@@ -172,7 +180,7 @@ def make_trainer(
         raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
 
 
-def tell(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, rate: str) -> None:
+def log_plan(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, rate: str) -> None:
     """Log what is about to be trained."""
     root = trainer.strategy.root_device
     lines = preflight.banner(
@@ -190,7 +198,7 @@ def tell(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, 
         logger.info("%s", line)
 
 
-def report(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:
+def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:
     """Log where everything is and what to type next."""
     if not trainer.is_global_zero:
         return

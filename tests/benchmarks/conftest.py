@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.subjects import CONCEPT, Subject
+from benchmarks.subjects import CONCEPT, TimedModel
 from ldm.data.personalized import PersonalizedBase
 from tests.golden_record import Golden
 
@@ -34,7 +34,7 @@ def pictures() -> PersonalizedBase:
 
 
 @pytest.fixture
-def subject(tiny_config: Any, tmp_path: Path) -> Subject:
+def subject(tiny_config: Any, tmp_path: Path) -> TimedModel:
     """As a run of main.py sees it: batches of 2 pictures of 32 x 32."""
     tiny_config.model.base_learning_rate = 5e-3
     tiny_config.data = {
@@ -50,7 +50,7 @@ def subject(tiny_config: Any, tmp_path: Path) -> Subject:
     }
     path = tmp_path / "tiny.yaml"
     OmegaConf.save(tiny_config, path)
-    return Subject("tiny", str(path), (), lambda config: GOLDEN.model(load_embeddings=False))
+    return TimedModel("tiny", str(path), (), lambda config: GOLDEN.model(load_embeddings=False))
 
 
 @pytest.fixture

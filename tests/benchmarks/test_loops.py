@@ -12,7 +12,7 @@ from benchmarks.original import OriginalLoop, plain_attention
 from benchmarks.step_time import as_diffusers
 from benchmarks.supply import batches
 from benchmarks.twin import twin
-from ldm.modules.attend import attend
+from ldm.modules.attention import attend
 from ldm.training.callbacks.latent_cache import LatentCache
 
 
@@ -79,7 +79,7 @@ def test_the_original_loop_has_vectors_of_its_own(tiny_model, pictures, cpu, mon
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     # As on an accelerator, where ours would take the fused kernel for everything.
-    monkeypatch.setattr("ldm.modules.attend.SHORT", 0)
+    monkeypatch.setattr("ldm.modules.attention.SHORT", 0)
     encoded = []
     encode = loop.model.encode_first_stage
     monkeypatch.setattr(loop.model, "encode_first_stage", lambda x: encoded.append(len(x)) or encode(x))

@@ -9,7 +9,7 @@ from benchmarks import step_time
 from benchmarks.step_time import Bench
 from benchmarks.subjects import EMBEDDED, fill_zeros, stable_diffusion
 from benchmarks.turns import OURS
-from ldm.training import arguments, run
+from ldm.training import command_line, run
 
 
 def test_ours_is_a_run_and_the_other_takes_turns_with_it(subject, tmp_path, cpu, monkeypatch):
@@ -48,7 +48,7 @@ def test_without_cuda_one_line_says_so(monkeypatch, capsys):
 def test_the_subjects_fit_our_command_line(tmp_path):
     large = stable_diffusion(256, tmp_path)
     for subject in (EMBEDDED, large):
-        plan = run.make_plan(arguments.parse(subject.argv(tmp_path, *step_time.QUIET)))
+        plan = run.make_plan(command_line.parse(subject.argv(tmp_path, *step_time.QUIET)))
         assert plan.config.lightning.callbacks.deterministic_loss is None
     assert plan.config.data.params.batch_size == 1
     assert plan.config.data.params.train.params.size == 256

@@ -13,7 +13,7 @@ from benchmarks.report import Report
 from benchmarks.scores import Scorer, creatures
 from benchmarks.subjects import CONCEPT
 from benchmarks.time_to_concept import compared, digest, factor, fill, reached, scored
-from ldm.evaluation.concept import read_concept
+from ldm.evaluation.concepts import read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.generate.embeddings import load_embeddings
 
@@ -60,9 +60,9 @@ def test_a_run_leaves_its_waypoints(subject, tmp_path):
         subject.make,
     )
     run.trainer.callbacks.insert(0, waypoints.Waypoints(tmp_path / "way", steps=(0, 1, 3, 9)))
-    assert waypoints.read(tmp_path / "way") is None
+    assert waypoints.read_waypoints(tmp_path / "way") is None
     run.fit()
-    passed, learned = waypoints.read(tmp_path / "way"), run.model.embedding_manager.export()["*"]
+    passed, learned = waypoints.read_waypoints(tmp_path / "way"), run.model.embedding_manager.export()["*"]
     assert list(passed) == [0, 1, 3, 4]
     assert 0 < passed[0] < passed[1] < passed[3] < passed[4]
     first, last = (saved(run.model, tmp_path / "way" / f"{step}.pt") for step in (1, 4))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import base
-from ldm.data.base import Pictures, squares
+from ldm.data import personalized
+from ldm.data.personalized import ImageSet, squares
 from ldm.util import UserError
 
 
@@ -20,8 +20,8 @@ def test_pictures_are_read_once_while_they_fit(tmp_path, monkeypatch):
         reads.append(path)
         return Image.open(path).convert("RGB")
 
-    monkeypatch.setattr(base, "open_image", counted)
-    pictures = Pictures(paths, size=8, memory=2 * 8 * 8 * 3)
+    monkeypatch.setattr(personalized, "open_image", counted)
+    pictures = ImageSet(paths, size=8, memory=2 * 8 * 8 * 3)
     assert reads == paths
     for _ in range(2):
         for i in range(3):
@@ -31,8 +31,8 @@ def test_pictures_are_read_once_while_they_fit(tmp_path, monkeypatch):
 
 def test_without_a_size_pictures_keep_theirs(tmp_path):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
-    assert Pictures([tmp_path / "a.png"], size=None)[0, 0].shape == (10, 10, 3)
-    assert Pictures([tmp_path / "a.png"], size=None, center_crop=False)[0, 0].shape == (21, 10, 3)
+    assert ImageSet([tmp_path / "a.png"], size=None)[0, 0].shape == (10, 10, 3)
+    assert ImageSet([tmp_path / "a.png"], size=None, center_crop=False)[0, 0].shape == (21, 10, 3)
 
 
 def test_squares_of_a_picture():
@@ -50,7 +50,7 @@ def test_pictures_are_cut_as_the_squares_say(tmp_path, memory):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[:, :20]).save(tmp_path / "b.png")
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    pictures = Pictures(paths, size=20, crops=2, zooms=[1, 2], memory=memory)
+    pictures = ImageSet(paths, size=20, crops=2, zooms=[1, 2], memory=memory)
     assert [pictures.views(i) for i in range(2)] == [6, 5]
     assert np.array_equal(pictures[0, 1], pixels[:, 10:])
     zoomed = Image.fromarray(pixels[10:, 20:]).resize((20, 20), Image.Resampling.BICUBIC)
@@ -73,4 +73,4 @@ def test_pictures_are_cut_as_the_squares_say(tmp_path, memory):
 def test_squares_that_cannot_be(tmp_path, params, said):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=said):
-        Pictures([tmp_path / "a.png"], **{"size": 8, **params})
+        ImageSet([tmp_path / "a.png"], **{"size": 8, **params})

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.embeddings import pixels, read, write
+from ldm.embeddings import image_files, read, write
 from tests.embeddings.samples import learned
 
 ALLOWED = {
@@ -75,7 +75,7 @@ def from_pixels(image):
 
 def test_the_generator_of_the_test_vectors():
     assert lcg(10).tolist() == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79]
-    numbers = pixels.noise(100_100)
+    numbers = image_files.noise(100_100)
     assert numbers[:10].tolist() == lcg(10).tolist()
     assert numbers[100:].astype(np.int64).sum() == 12731374
     assert np.array_equal(numbers[:3000], lcg(3000))
@@ -164,10 +164,10 @@ def test_a_png_of_its_own_making(tmp_path):
 
 def test_the_strips_are_never_black():
     """Readers cut black borders off, whatever the vectors that colour the strips."""
-    canvas = pixels.hide(b"x" * 5000, np.zeros((64, 8, 3), np.uint8), np.zeros(1))
+    canvas = image_files.hide(b"x" * 5000, np.zeros((64, 8, 3), np.uint8), np.zeros(1))
     width = (canvas.shape[1] - 10) // 2
     assert canvas[:, :width].min() > 15 and canvas[:, -width:].min() > 15
-    assert pixels.reveal(np.pad(canvas, ((9, 9), (9, 9), (0, 0))))[:5000] == b"x" * 5000
+    assert image_files.reveal(np.pad(canvas, ((9, 9), (9, 9), (0, 0))))[:5000] == b"x" * 5000
 
 
 def test_the_preview_is_in_the_picture(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, encoder_kind
-from ldm.embeddings.kinds import KINDS, architecture_of, kind_of_architecture, models_of
+from ldm.embeddings.concept import KINDS, architecture_of, kind_of_architecture, models_of
 from tests.embeddings.samples import learned, vectors
 
 

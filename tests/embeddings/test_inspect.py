@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings
-from ldm.embeddings.fingerprint import file_hash, images_fingerprint
-from ldm.embeddings.inspect import describe, nearest_words
-from ldm.embeddings.vocabulary import table_of, words_of
+from ldm.embeddings.inspection import inspect_concepts, nearest_words, table_of, words_of
+from ldm.files import file_hash, images_fingerprint
+from ldm.util import UserError
 from tests.embeddings.samples import GOLDEN, vectors
 
 
@@ -30,19 +30,19 @@ def test_nearest_words_are_those_of_the_largest_cosine(table):
 def test_a_report(table):
     words = [f"word{i}" for i in range(len(table))]
     found = LearnedEmbeddings((Concept("<cat>", table[[3, 4]] * 2),))
-    [report] = describe(found, table, words, 2)
+    [report] = inspect_concepts(found, table, words, 2)
     assert [near[0][0] for near in report.nearest] == ["word3", "word4"]
     assert report.norms == pytest.approx((2 * table[[3, 4]].norm(dim=1)).tolist())
     low, median, high = table.norm(dim=1).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     spread = report.vocabulary_norms
     assert (spread.low, spread.median, spread.high) == pytest.approx((low, median, high))
     assert (report.vectors, report.width) == (2, 16)
-    [report] = describe(found, table)
+    [report] = inspect_concepts(found, table)
     assert report.nearest[0][0][0] == "#3"
 
 
 def test_a_table_of_another_width_tells_nothing(table):
-    [report] = describe(LearnedEmbeddings((Concept("x", vectors()),)), table)
+    [report] = inspect_concepts(LearnedEmbeddings((Concept("x", vectors()),)), table)
     assert report.nearest is None and report.vocabulary_norms is None
     assert report.models.startswith("Stable Diffusion 1")
 
@@ -90,5 +90,5 @@ def test_fingerprints(tmp_path):
     assert file_hash(d) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert images_fingerprint([a, b]) == images_fingerprint([b, c]) != images_fingerprint([a, c])
     assert len(images_fingerprint([a])) == 16
-    with pytest.raises(EmbeddingError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         file_hash(tmp_path / "absent")

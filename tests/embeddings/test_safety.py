@@ -21,8 +21,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from ldm.embeddings import EmbeddingError, pixels, read
-from ldm.embeddings.pickle_scan import scan
+from ldm.embeddings import EmbeddingError, image_files, read
+from ldm.embeddings.torch_files import scan
 from ldm.util import UserError
 from tests.embeddings.samples import a1111_dict, as_bytes, vectors
 
@@ -67,7 +67,7 @@ def test_the_scan_and_torchs_loader_are_both_in_the_way(tmp_path, monkeypatch):
     """Each of the two layers refuses by itself."""
     mark = tmp_path / "ran"
     torch.save({"<cat>": RunsACommand(mark)}, tmp_path / "cat.pt")
-    monkeypatch.setattr("ldm.embeddings.pickle_scan._allowed", lambda name: None)
+    monkeypatch.setattr("ldm.embeddings.torch_files._allowed", lambda name: None)
     refused(tmp_path / "cat.pt", "refused")
     assert not mark.exists()
 
@@ -174,9 +174,11 @@ def png(path: Path, text: str | None = None, canvas: np.ndarray | None = None) -
 
 
 def test_a_zlib_bomb_in_the_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.embeddings.picture._MAX_JSON", 2**16)
+    monkeypatch.setattr("ldm.embeddings.image_files._MAX_JSON", 2**16)
     bomb = zlib.compress(b"[" + b"1," * (20 * 2**20), 9)
-    path = png(tmp_path / "a.png", canvas=pixels.hide(bomb, np.full((256, 8, 3), 200, np.uint8), np.ones(1)))
+    path = png(
+        tmp_path / "a.png", canvas=image_files.hide(bomb, np.full((256, 8, 3), 200, np.uint8), np.ones(1))
+    )
     tracemalloc.start()
     refused(path, "larger than any")
     _, peak = tracemalloc.get_traced_memory()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import HELD_OUT_STYLES, scene
-from ldm.evaluation.concept import find_concepts, read_concept
+from ldm.evaluation.concepts import find_concepts, read_concept
 from ldm.util import UserError
 from scripts.make_concepts import creature_concept, style_concept, write_concept
 

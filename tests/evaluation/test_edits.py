@@ -5,8 +5,8 @@ from PIL import Image
 
 from ldm.data.creatures.captions import words
 from ldm.data.creatures.world import COLORS, PLAIN_BACKGROUNDS, STYLES, clash, creature
-from ldm.evaluation.drawings import SEEDS, others, redrawn
-from ldm.evaluation.edits import Edit, edits_of, obeyed, shows
+from ldm.evaluation.concepts import SEEDS, others, redrawn
+from ldm.evaluation.edits import Edit, edits_of, has_background, obeyed
 
 
 def test_each_creature_gets_four_colours_two_scenes_and_every_style() -> None:
@@ -29,18 +29,21 @@ def test_prompts_hold_only_words_that_captions_have() -> None:
 @pytest.mark.parametrize("color", PLAIN_BACKGROUNDS)
 def test_the_corners_of_true_pictures_show_their_background(color) -> None:
     pictures = redrawn(others(6, background=color), 32, take=0, background=color)
-    assert all(shows(picture, color) for picture in pictures)
+    assert all(has_background(picture, color) for picture in pictures)
     assert not any(
-        shows(picture, other) for picture in pictures for other in PLAIN_BACKGROUNDS if other != color
+        has_background(picture, other)
+        for picture in pictures
+        for other in PLAIN_BACKGROUNDS
+        if other != color
     )
 
 
 def test_one_corner_may_be_covered_and_two_may_not() -> None:
     picture = Image.new("RGB", (64, 64), COLORS["blue"])
     picture.paste(COLORS["red"], (0, 0, 16, 16))
-    assert shows(picture, "blue")
+    assert has_background(picture, "blue")
     picture.paste(COLORS["red"], (48, 48, 64, 64))
-    assert not shows(picture, "blue")
+    assert not has_background(picture, "blue")
 
 
 def test_a_plain_background_takes_corners_and_judge_and_a_style_the_judge() -> None:

@@ -5,11 +5,9 @@ import torch
 from PIL import Image
 
 from ldm.data.creatures.world import creature
-from ldm.evaluation import sampling
-from ldm.evaluation.concept import Concept
-from ldm.evaluation.drawings import SEEDS, redrawn
-from ldm.evaluation.evaluate import FIRST_STAGE, LIKENESS, OTHERS, REDRAWN, Evaluation, what_to_ask
-from ldm.evaluation.sampling import Sampling
+from ldm.evaluation import evaluate
+from ldm.evaluation.concepts import SEEDS, ConceptFolder, redrawn
+from ldm.evaluation.evaluate import FIRST_STAGE, LIKENESS, OTHERS, REDRAWN, Evaluation, Sampling, what_to_ask
 from ldm.util import UserError
 from tests.evaluation.stand_ins import MeanColor, SayingJudge, draw_little
 
@@ -35,12 +33,12 @@ def prompts(monkeypatch) -> list[str]:
         return redrawn([ONE] * len(prompts), 32, take=9)
 
     draw_little(monkeypatch)
-    monkeypatch.setattr(sampling, "generate", generate)
+    monkeypatch.setattr(evaluate, "generate", generate)
     return asked
 
 
-def concept(tmp_path, **truth) -> Concept:
-    return Concept("own", tmp_path, [Image.new("RGB", (40, 40), "red")] * 2, **truth)
+def concept(tmp_path, **truth) -> ConceptFolder:
+    return ConceptFolder("own", tmp_path, [Image.new("RGB", (40, 40), "red")] * 2, **truth)
 
 
 def test_a_creature_is_asked_for_edited_and_compared(prompts, tmp_path) -> None:

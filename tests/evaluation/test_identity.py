@@ -7,8 +7,8 @@ import pytest
 
 from ldm.data.creatures.world import creature
 from ldm.evaluation import identity
-from ldm.evaluation.drawings import SEEDS, others, redrawn
-from ldm.evaluation.identity import ITSELF, Subject, agreement, read, traits
+from ldm.evaluation.concepts import SEEDS, others, redrawn
+from ldm.evaluation.identity import ITSELF, Subject, agreement, judge_readings, traits
 from tests.evaluation.stand_ins import SayingJudge
 
 ONE = creature(SEEDS[1])
@@ -44,10 +44,10 @@ def test_in_another_style_or_scene_the_scale_is_drawn_there(sight) -> None:
 def test_agreement_counts_what_belongs_to_the_creature() -> None:
     judge = SayingJudge(ONE.seed, background="gray", style="neon")
     pictures = redrawn([ONE] * 3, 32, take=0)
-    assert agreement(read(judge, pictures), ONE).tolist() == [1, 1, 1]
+    assert agreement(judge_readings(judge, pictures), ONE).tolist() == [1, 1, 1]
     judge.seen["eyes"] = ONE.eyes % 3 + 1
     wanted = len(traits(ONE))
-    assert agreement(read(judge, pictures), ONE) == pytest.approx([1 - 1 / wanted] * 3)
+    assert agreement(judge_readings(judge, pictures), ONE) == pytest.approx([1 - 1 / wanted] * 3)
     assert "second" in traits(dataclasses.replace(ONE, pattern="spots"))
     assert "second" not in traits(dataclasses.replace(ONE, pattern="plain"))
 
@@ -62,9 +62,9 @@ def test_a_judge_that_sees_the_creature_everywhere_raises_raw_likeness(subject) 
 def test_pictures_are_read_in_batches(monkeypatch) -> None:
     monkeypatch.setattr(identity, "_BATCH", 2)
     judge = SayingJudge(ONE.seed)
-    assert len(read(judge, redrawn([ONE] * 3, 32, take=0))) == 3
+    assert len(judge_readings(judge, redrawn([ONE] * 3, 32, take=0))) == 3
     assert judge.batches == [2, 1]
-    assert read(None, []) is None
+    assert judge_readings(None, []) is None
 
 
 def test_drawings_are_the_same_each_time_and_others_each_take() -> None:

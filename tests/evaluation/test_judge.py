@@ -8,10 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks.study.judge_training import JudgeTraining, visible_attributes
 from ldm.data.creatures.dataset import Creatures
 from ldm.data.creatures.world import ATTRIBUTES
 from ldm.evaluation.judge import AttributeJudge
-from ldm.evaluation.judge_training import JudgeTraining, shows
 from ldm.util import UserError, check_config
 
 TOWER = {
@@ -101,9 +101,9 @@ def test_what_a_picture_cannot_show_does_not_count() -> None:
     attributes = torch.zeros(4, len(ATTRIBUTES), dtype=torch.int64)
     attributes[:, columns["pattern"]] = torch.tensor([0, 1, 2, 3])
     attributes[1, columns["style"]] = ATTRIBUTES["style"].index("neon")
-    assert shows("second", attributes).tolist() == [False, True, True, True]
-    assert shows("background", attributes).tolist() == [True, False, True, True]
-    assert shows("kind", attributes).all()
+    assert visible_attributes("second", attributes).tolist() == [False, True, True, True]
+    assert visible_attributes("background", attributes).tolist() == [True, False, True, True]
+    assert visible_attributes("kind", attributes).all()
 
 
 def test_the_yaml_is_whole() -> None:

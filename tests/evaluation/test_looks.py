@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from ldm.data.creatures.world import creature
-from ldm.evaluation import palette
-from ldm.evaluation.drawings import SEEDS, redrawn
-from ldm.evaluation.looks import Looks
+from ldm.evaluation import appearance
+from ldm.evaluation.appearance import AppearanceFeatures
+from ldm.evaluation.concepts import SEEDS, redrawn
 
 
 def flat(lightness: float, background: float = 95.0, side: int = 32) -> Image.Image:
@@ -23,20 +23,20 @@ def _gray(lightness: float) -> int:
 
 
 def test_color_distance_is_that_of_cielab() -> None:
-    light, dark = Looks.of([flat(60)]), Looks.of([flat(30)])
+    light, dark = AppearanceFeatures.of([flat(60)]), AppearanceFeatures.of([flat(30)])
     assert light.color_distance(light) == pytest.approx(0)
     assert light.color_distance(dark) == pytest.approx(30, rel=0.03)
-    assert Looks.of([flat(60, background=10)]).color_distance(light) == pytest.approx(0)
+    assert AppearanceFeatures.of([flat(60, background=10)]).color_distance(light) == pytest.approx(0)
 
 
 def test_the_whole_picture_counts_its_background() -> None:
-    near, far = (Looks.of([flat(60, background=ground)], whole=True) for ground in (95, 10))
+    near, far = (AppearanceFeatures.of([flat(60, background=ground)], whole=True) for ground in (95, 10))
     assert near.color_distance(far) == pytest.approx(0.75 * 85, rel=0.05)
 
 
 def test_the_same_creature_is_more_alike_than_others_in_every_measure() -> None:
     several = [creature(SEEDS[k]) for k in range(8)]
-    once, again = (Looks.of(redrawn(several, 32, take=take)) for take in (0, 1))
+    once, again = (AppearanceFeatures.of(redrawn(several, 32, take=take)) for take in (0, 1))
     for compared in (once.palette_overlap(again), once.shape_overlap(again), -once.color_distance(again)):
         same = np.diag(compared).mean()
         assert same > np.quantile(compared[~np.eye(8, dtype=bool)], 0.85)
@@ -48,14 +48,14 @@ def test_a_large_picture_looks_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -
     large = small.resize((640, 640), Image.Resampling.NEAREST)
     seen = []
     monkeypatch.setattr(
-        palette, "main_shape", lambda mask, real=palette.main_shape: seen.append(mask) or real(mask)
+        appearance, "main_shape", lambda mask, real=appearance.main_shape: seen.append(mask) or real(mask)
     )
-    ours, theirs = Looks.of([small]), Looks.of([large])
+    ours, theirs = AppearanceFeatures.of([small]), AppearanceFeatures.of([large])
     assert max(seen[-1].shape) == 64
     assert ours.palette_overlap(theirs) > 0.9 and ours.shape_overlap(theirs) > 0.9
 
 
 def test_a_picture_without_a_creature_is_compared_by_its_colours() -> None:
-    empty = Looks.of([Image.new("RGB", (32, 32), "red")])
+    empty = AppearanceFeatures.of([Image.new("RGB", (32, 32), "red")])
     assert not empty.outlines.any()
-    assert empty.color_distance(Looks.of([flat(50)])) > 20
+    assert empty.color_distance(AppearanceFeatures.of([flat(50)])) > 20

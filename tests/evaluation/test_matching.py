@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.evaluation.matching import embedding_of
+from ldm.evaluation.concepts import embedding_of
 from ldm.util import UserError
 
 

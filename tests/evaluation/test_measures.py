@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from ldm.data.creatures.world import creature
-from ldm.evaluation.drawings import SEEDS, others, redrawn
+from ldm.evaluation.concepts import SEEDS, others, redrawn
 from ldm.evaluation.edits import edits_of
-from ldm.evaluation.identity import Subject
+from ldm.evaluation.identity import Gallery, Subject
 from ldm.evaluation.measures import edit_figures, identity_figures, mean_figures, protocol_figures
-from ldm.evaluation.retrieval import Gallery
 from tests.evaluation.stand_ins import MeanColor, SayingJudge
 
 ONE = creature(SEEDS[1])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageDraw
 
-from ldm.evaluation.palette import foreground, palette_overlap
+from ldm.evaluation.appearance import foreground, palette_overlap
 
 
 def disc(color: str, background: str = "white", size: int = 32) -> Image.Image:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.evaluation.protocol import SAMPLES, SCALE, STEPS, similarity, without_placeholders
+from ldm.evaluation.measures import SAMPLES, SCALE, STEPS, similarity, without_placeholders
 
 
 def test_both_readings_of_the_paper() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.evaluation import reconstruction
-from ldm.evaluation.reconstruction import psnr, reconstructed
+from ldm.evaluation import evaluate
+from ldm.evaluation.evaluate import psnr, reconstructed
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
@@ -29,7 +29,7 @@ class Halving:
 
 
 def test_pictures_come_back_through_the_posteriors_mode(monkeypatch) -> None:
-    monkeypatch.setattr(reconstruction, "_BATCH", 2)
+    monkeypatch.setattr(evaluate, "_BATCH", 2)
     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "navy")]
     found = reconstructed(Halving(), pictures)
     assert [np.asarray(one).tolist() for one in found] == [np.asarray(one).tolist() for one in pictures]

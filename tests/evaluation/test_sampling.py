@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.evaluation.sampling import Sampling
+from ldm.evaluation.evaluate import Sampling
 from tests.golden_record import Golden
 
 PROMPTS = ["a photo", "a painting of a dog", "sculpture"]

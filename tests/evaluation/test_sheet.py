@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ldm.evaluation.sheet import sheet
+from ldm.evaluation.report import sheet
 
 
 def test_rows_stand_below_each_other_with_their_labels() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm.evaluation.silhouette import main_shape, outline, overlaps
+from ldm.evaluation.appearance import main_shape, outline, overlaps
 
 
 def ell(side: int = 40, left: int = 5, top: int = 5, unit: int = 6) -> np.ndarray:

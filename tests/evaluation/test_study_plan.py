@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.evaluation.study_plan import Inversion, Study, plan, read_record, write_record
+from benchmarks.study.plan import Inversion, Study, plan, read_record, write_record
 from ldm.util import UserError
 
 

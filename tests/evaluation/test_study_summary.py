@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.study.plan import Inversion
+from benchmarks.study.summary import CREATURE, WORDS, Bar, bars, color_way, summarize
 from ldm.evaluation.evaluate import REDRAWN
-from ldm.evaluation.study_plan import Inversion
-from ldm.evaluation.study_summary import CREATURE, WORDS, Bar, bars, color_way, summarize
 
 
 def record(distance: float, both: float | None = 1.0) -> dict[str, Any]:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ldm.data.creatures.world import HELD_OUT_STYLES, SPECIES
-from ldm.evaluation.drawings import redrawn
-from ldm.evaluation.styles import StyledSubject, models_of_styles
+from ldm.evaluation.concepts import redrawn
+from ldm.evaluation.identity import StyledSubject, models_of_styles
 
 
 def test_four_species_of_four_colours() -> None:

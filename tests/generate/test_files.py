@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from ldm.generate.files import PictureFolder, free_number, name_of, save_grid
+from ldm.generate.images import ImageFolder, free_number, name_of, save_grid
 from ldm.util import UserError
 
 RED = Image.new("RGB", (8, 6), "red")
@@ -12,16 +12,16 @@ RED = Image.new("RGB", (8, 6), "red")
 def test_pictures_go_on_after_those_that_are_there(tmp_path) -> None:
     for name in ("0002.jpg", "0007.png", "notes.txt", "12b.png"):
         (tmp_path / name).touch()
-    folder = PictureFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     assert [folder.save(RED).name for _ in range(2)] == ["0008.png", "0009.png"]
     assert Image.open(tmp_path / "0008.png").getpixel((0, 0)) == (255, 0, 0)
-    assert PictureFolder(tmp_path / "new" / "one", "jpg", digits=5).save(RED).name == "00000.jpg"
+    assert ImageFolder(tmp_path / "new" / "one", "jpg", digits=5).save(RED).name == "00000.jpg"
 
 
 def test_a_jpeg_keeps_its_colours(tmp_path) -> None:
     picture = RED.copy()
     picture.putpixel((3, 3), (0, 0, 255))  # one pixel, which halved colour resolution would smear
-    saved = Image.open(PictureFolder(tmp_path, "jpg").save(picture))
+    saved = Image.open(ImageFolder(tmp_path, "jpg").save(picture))
     assert all(abs(a - b) < 12 for a, b in zip(saved.getpixel((3, 3)), (0, 0, 255), strict=True))
 
 
@@ -55,4 +55,4 @@ def test_a_prompt_names_a_file(tmp_path, prompt: str, name: str) -> None:
 def test_a_folder_that_cannot_be_is_named(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot make the folder '.*file/samples' \(Not a directory\)"):
-        PictureFolder(tmp_path / "file" / "samples")
+        ImageFolder(tmp_path / "file" / "samples")

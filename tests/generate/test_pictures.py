@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm.generate import generate
-from ldm.generate.pictures import downsampling_factor, half_precision, latent_shape, noise_source
+from ldm.generate.images import downsampling_factor, half_precision, latent_shape, noise_source
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import UserError
 from tests.golden_record import Golden

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from ldm.checkpoint import load_model_from_config
 from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.generate.embeddings import load_embeddings
-from ldm.generate.pictures import generate
+from ldm.generate.images import generate
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import UserError, instantiate_from_config, skip_pretrained
 from tests.embeddings.samples import clip_folder, vectors
@@ -82,7 +82,7 @@ def case(request, encoder):
 def exported(case, tmp_path_factory):
     """The folder of a model."""
     pipeline = diffusers_pipeline.to_pipeline(*case)
-    return diffusers_pipeline.save(pipeline, tmp_path_factory.mktemp("exported") / "pipeline")
+    return diffusers_pipeline.save_pipeline(pipeline, tmp_path_factory.mktemp("exported") / "pipeline")
 
 
 def opened(folder):
@@ -137,11 +137,11 @@ def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
     load_embeddings(model, write(learned, tmp_path / "embeddings.pt", "original"))
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     diffusers_pipeline.add_words(pipeline, words)
-    again = opened(diffusers_pipeline.save(pipeline, tmp_path / "pipeline"))
-    found = diffusers_pipeline.check(model, again, {word: word for word in words})
+    again = opened(diffusers_pipeline.save_pipeline(pipeline, tmp_path / "pipeline"))
+    found = diffusers_pipeline.compare_with_model(model, again, {word: word for word in words})
     assert sum(part.startswith("prompt") for part in found) == 3
     with pytest.raises(UserError, match=r'its prompt "a photo of a cat, small" is off by'):
-        diffusers_pipeline.check(model, again, {"<my-cat>": "a cat"})
+        diffusers_pipeline.compare_with_model(model, again, {"<my-cat>": "a cat"})
 
 
 def test_a_saved_pipeline_knows_its_sizes(case, exported) -> None:
@@ -173,7 +173,7 @@ def test_what_diffusers_cannot_represent_is_refused(encoder) -> None:
     model = build(config)
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     with pytest.raises(UserError, match="its first stage is off by"):
-        diffusers_pipeline.check(model, pipeline)
+        diffusers_pipeline.compare_with_model(model, pipeline)
     config.params.unet_config.params.use_scale_shift_norm = True
     with pytest.raises(UserError, match="cannot represent the denoiser of this model") as error:
         diffusers_pipeline.to_pipeline(build(config), config)
@@ -201,9 +201,9 @@ def test_nothing_is_overwritten(case, tmp_path) -> None:
     (tmp_path / "mine").write_text("")
     pipeline = diffusers_pipeline.to_pipeline(*case)
     with pytest.raises(UserError, match="exists already; name another folder with --out"):
-        diffusers_pipeline.save(pipeline, tmp_path)
+        diffusers_pipeline.save_pipeline(pipeline, tmp_path)
     with pytest.raises(UserError, match="cannot write"):
-        diffusers_pipeline.save(pipeline, tmp_path / "mine" / "below")
+        diffusers_pipeline.save_pipeline(pipeline, tmp_path / "mine" / "below")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -219,7 +219,7 @@ def test_the_embedded_model(tmp_path, monkeypatch) -> None:
     config = OmegaConf.load(EMBEDDED / "config.yaml")
     model = load_model_from_config(config, EMBEDDED / "model.safetensors")
     pipeline = diffusers_pipeline.to_pipeline(model, config)
-    diffusers_pipeline.check(model, pipeline)
+    diffusers_pipeline.compare_with_model(model, pipeline)
     width = model.cond_stage_model.width
     # near a word of its own, as what is learned is
     table = model.cond_stage_model.token_embedding.weight.detach()
@@ -229,6 +229,6 @@ def test_the_embedded_model(tmp_path, monkeypatch) -> None:
     learned = LearnedEmbeddings((Concept("<thing>", rows, "clip"),))
     load_embeddings(model, write(learned, tmp_path / "embeddings.pt", "original"))
     path = write(read(tmp_path / "embeddings.pt"), tmp_path / "learned_embeds.safetensors", "diffusers")
-    again = opened(diffusers_pipeline.save(pipeline, tmp_path / "pipeline"))
+    again = opened(diffusers_pipeline.save_pipeline(pipeline, tmp_path / "pipeline"))
     again.load_textual_inversion(str(tmp_path), weight_name=path.name)
     same_drawings(model, again, "a photo of <thing>", "a photo of <thing>", steps=20, scale=5.0)

@@ -7,7 +7,7 @@ import torch
 
 from ldm.data.creatures.dataset import ATTRIBUTES, Creatures
 from ldm.data.creatures.tokenizer import write_tokenizer
-from ldm.models.contrastive import ContrastiveCLIP
+from ldm.models.two_towers import ContrastiveCLIP
 
 IMAGE_TOWER = {
     "target": "ldm.models.two_towers.ResidualTower",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.muon import MuonWithAdamW, orthogonalised
-from ldm.models.optim import build_optimizer
+from ldm.models.optimizers import MuonWithAdamW, build_optimizer, orthogonalised
 
 
 def _parameter(*shape: int) -> torch.nn.Parameter:
@@ -77,7 +76,7 @@ def test_what_has_no_gradient_stays_and_a_saved_state_goes_on_the_same() -> None
 
 
 def test_a_yaml_names_it() -> None:
-    node = {"target": "ldm.models.muon.MuonWithAdamW", "params": {"matrix_factor": 5.0}}
+    node = {"target": "ldm.models.optimizers.MuonWithAdamW", "params": {"matrix_factor": 5.0}}
     optimizer = build_optimizer([{"params": [_parameter(8, 8)]}], 1e-3, node)
     assert optimizer.param_groups[0]["lr"] == 1e-3
     assert optimizer.param_groups[0]["matrix_factor"] == 5.0

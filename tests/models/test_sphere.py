@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.models.sphere import SphereSGD
+from ldm.models.optimizers import SphereSGD
 from ldm.util import ConfigError
 
 

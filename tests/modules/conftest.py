@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.encoders.basic import TextEncoder
+from ldm.modules.encoders.modules import TextEncoder
 from ldm.util import instantiate_from_config, skip_pretrained
 from tests.golden_record import Golden, fill
 

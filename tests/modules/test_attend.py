@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.modules import attend as room
-from ldm.modules.attend import attend
+from ldm.modules import attention as room
+from ldm.modules.attention import attend
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules.tokens import CutOff, PromptTokenizer, embed_tokens
+from ldm.modules.prompt_tokenizer import CutOff, PromptTokenizer, embed_tokens
 from ldm.util import UserError
 from tests.golden_record import CASES, Golden
 

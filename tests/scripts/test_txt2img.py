@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
+from ldm.checkpoint import config_of
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from scripts import stable_txt2img, txt2img
 from tests.golden_record import Golden
@@ -115,7 +116,7 @@ def test_every_setting_reaches_the_sampler(run, monkeypatch) -> None:
         seen.update(settings, prompts=prompts)
         return [Image.new("RGB", (8, 8))]
 
-    monkeypatch.setattr("ldm.generate.pictures.generate", record)
+    monkeypatch.setattr("ldm.generate.images.generate", record)
     arguments = [
         "--prompt",
         "a dog",
@@ -285,7 +286,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
 )
 def test_a_published_checkpoint_finds_its_config(tmp_path, key: str, config: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "model.safetensors")
-    found = txt2img.config_of(str(tmp_path / "model.safetensors"))
+    found = config_of(str(tmp_path / "model.safetensors"))
     assert found.name == config and found.is_file()
 
 

@@ -4,8 +4,7 @@ from shlex import split
 
 import pytest
 
-from ldm.training.arguments import make_parser, parse
-from ldm.training.foreign_flags import ELSEWHERE, foreign_overrides
+from ldm.training.command_line import ELSEWHERE, alias_overrides, make_parser, parse
 from ldm.util import UsageError
 
 
@@ -83,7 +82,7 @@ def test_diffusers_spellings():
     )
     assert (options.data_root, options.actual_resume, options.logdir) == ("d", "m", "out")
     assert (options.placeholder_string, options.init_word, options.resume) == ("<cat>", "cat", "latest")
-    settings = foreign_overrides(options)
+    settings = alias_overrides(options)
     assert settings["model.params.personalization_config.params.num_vectors_per_token"] == 3
     assert settings["lightning.trainer.max_steps"] == 50
     assert settings["lightning.trainer.precision"] == "bf16-mixed"

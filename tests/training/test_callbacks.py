@@ -10,14 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.training import rng
-from ldm.training.callbacks.cuda import CUDACallback
+from ldm import random_state
+from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
 from ldm.training.callbacks.image_logger import ImageLogger, evaluating
-from ldm.training.callbacks.last_checkpoint import LastCheckpoint
+from ldm.training.callbacks.performance import CUDACallback
 from ldm.training.callbacks.progress import RunProgress, duration
-from ldm.training.callbacks.setup import SetupCallback
-from ldm.training.callbacks.validation_seed import ValidationSeed
-from ldm.training.state_file import StateFile
+from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.util import UserError
 
 
@@ -232,7 +230,7 @@ def test_a_state_file_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_going_on_with_another_number_of_processes_gives_each_its_own_noise(tmp_path):
     def drawn(rank: int, step: int) -> torch.Tensor:
         last = LastCheckpoint(tmp_path / "last.ckpt")
-        last.on_load_checkpoint(None, None, {"random_states": [rng.capture()]})
+        last.on_load_checkpoint(None, None, {"random_states": [random_state.capture()]})
         trainer = SimpleNamespace(world_size=2, global_rank=rank, global_step=step)
         torch.manual_seed(7)
         last.on_train_start(trainer, None)
@@ -244,12 +242,12 @@ def test_going_on_with_another_number_of_processes_gives_each_its_own_noise(tmp_
 
 
 def test_random_states_come_back():
-    state = rng.capture()
+    state = random_state.capture()
     drawn = torch.rand(2), np.random.rand(2)
-    with rng.isolated(1, 2):
+    with random_state.isolated(1, 2):
         inside = torch.rand(2)
-    rng.restore(state)
-    with rng.isolated(1, 2):
+    random_state.restore(state)
+    with random_state.isolated(1, 2):
         assert torch.equal(torch.rand(2), inside)
     assert torch.equal(torch.rand(2), drawn[0])
     assert (np.random.rand(2) == drawn[1]).all()

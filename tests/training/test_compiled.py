@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.training.callbacks import compiled as room
-from ldm.training.callbacks.compiled import ChannelsLast, CompiledDenoiser
+from ldm.training.callbacks import performance as room
+from ldm.training.callbacks.performance import ChannelsLast, CompiledDenoiser
 from ldm.util import UserError
 from tests.golden_record import Golden
 

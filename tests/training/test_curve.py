@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ldm.training.curve import HEIGHT, LEFT, RIGHT, WIDTH, Curve, draw_curves
+from ldm.training.callbacks.summary_images import HEIGHT, LEFT, RIGHT, WIDTH, Curve, draw_curves
 
 BLUE, RED = (31, 95, 168), (192, 57, 43)
 

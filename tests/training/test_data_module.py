@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from ldm.training.data import DataModuleFromConfig, SeededDataset, WrappedDataset
-from ldm.training.sampler import PositionSampler
+from ldm.training.data import DataModuleFromConfig, PositionSampler, SeededDataset, WrappedDataset
 from ldm.util import UserError
 from main import DataModuleFromConfig as Named
 

@@ -9,8 +9,7 @@ import torch
 
 import main
 from ldm import embeddings
-from ldm.training.callbacks.deterministic_loss import DeterministicLoss
-from ldm.training.yardstick import Yardstick
+from ldm.training.callbacks.fixed_loss import DeterministicLoss, FixedNoiseLoss
 from ldm.util import UserError
 
 NODE = "lightning.callbacks.deterministic_loss"
@@ -95,7 +94,7 @@ def test_what_is_said_where_no_step_is_best(tiny_yaml, capsys, monkeypatch):
     folder = only_run("short") / "checkpoints"
     assert not (folder / "embeddings_best.pt").exists()
     rising = iter([1.0, 1.1, 1.2])
-    monkeypatch.setattr(Yardstick, "measure", lambda self, model: next(rising))
+    monkeypatch.setattr(FixedNoiseLoss, "measure", lambda self, model: next(rising))
     assert start("--base", tiny_yaml, "-t", "-l", "worse", *OFTEN, "--max_steps", 2) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("; no step was better than the first vectors")
 

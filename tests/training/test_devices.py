@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from ldm.training.devices import Devices, choose, parse_gpus, processes
+from ldm.training.trainer import Devices, choose_devices, parse_gpus, processes
 from ldm.util import UsageError, UserError
 
 
@@ -58,28 +58,28 @@ def test_nonsense_is_a_usage_error(text):
     ],
 )
 def test_with_cuda(two_gpus, text, accelerator, count):
-    chosen = choose(text)
+    chosen = choose_devices(text)
     assert (chosen.accelerator, chosen.count) == (accelerator, count)
 
 
 @pytest.mark.parametrize("text", ["3", "2,", "0,5"])
 def test_a_gpu_that_is_not_there(two_gpus, text):
     with pytest.raises(UserError, match="this machine has 2"):
-        choose(text)
+        choose_devices(text)
 
 
 @pytest.mark.parametrize(("text", "lines"), [("0,", 1), ("-1", 1), ("0", 0), (None, 0)])
 def test_without_cuda_one_line(no_gpu, caplog, text, lines):
     caplog.set_level(logging.INFO, logger="ldm")
-    assert choose(text).accelerator == "cpu"
+    assert choose_devices(text).accelerator == "cpu"
     assert len(caplog.messages) == lines
 
 
 def test_the_cpu_is_taken_at_its_word(two_gpus, caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     for gpus in (None, "0,", "0,1", "-1"):
-        assert choose(gpus, "cpu") == Devices("cpu", 1)
-    assert choose("0,", "gpu") == choose("0,", "ddp") == Devices("cuda", [0])
+        assert choose_devices(gpus, "cpu") == Devices("cpu", 1)
+    assert choose_devices("0,", "gpu") == choose_devices("0,", "ddp") == Devices("cuda", [0])
     assert not caplog.messages
 
 

@@ -107,8 +107,8 @@ def test_a_folder_that_cannot_be_made(start, capsys) -> None:
 
 
 def test_data_that_vanish_are_not_missed_where_latents_are_cached(start, capsys, monkeypatch) -> None:
-    few = functools.partial(personalized.Pictures, memory=0)
-    monkeypatch.setattr(personalized, "Pictures", few)
+    few = functools.partial(personalized.ImageSet, memory=0)
+    monkeypatch.setattr(personalized, "ImageSet", few)
     previews = [f"{IMAGES}.batch_frequency=4", f"{IMAGES}.increase_log_steps=false"]
     assert start("lightning.callbacks.thief.target=thief.Thief", *previews) == 0
     assert "warning: step 4: no preview: image not found: data" in capsys.readouterr().err
@@ -117,8 +117,8 @@ def test_data_that_vanish_are_not_missed_where_latents_are_cached(start, capsys,
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_vanish_while_every_step_reads_them(start, capsys, monkeypatch, workers: int) -> None:
-    few = functools.partial(personalized.Pictures, memory=0)
-    monkeypatch.setattr(personalized, "Pictures", few)
+    few = functools.partial(personalized.ImageSet, memory=0)
+    monkeypatch.setattr(personalized, "ImageSet", few)
     words = ["lightning.callbacks.thief.target=thief.Thief", "lightning.callbacks.latent_cache=null"]
     words += [f"data.params.num_workers={workers}", "data.params.train.params.repeats=20"]
     assert start(*words, "--max_steps", "100") == 1

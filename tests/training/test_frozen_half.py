@@ -11,7 +11,7 @@ from torch import nn
 
 import main
 from ldm.training import run as run_module
-from ldm.training.frozen_half import FrozenHalf, plugin_for
+from ldm.training.precision import FrozenHalf, plugin_for
 from tests.golden_record import Golden
 
 

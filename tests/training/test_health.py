@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import main
 from ldm import embeddings
-from ldm.training.callbacks.health import Health
+from ldm.training.callbacks.guard import VectorStats
 from ldm.util import UserError
 
 OFTEN = ["lightning.callbacks.health.params.every_n_train_steps=2"]
@@ -58,4 +58,4 @@ def test_the_beginning_is_the_runs_and_not_the_processs(tiny_yaml):
 
 def test_bad_settings():
     with pytest.raises(UserError, match="every_n_train_steps is 0"):
-        Health(every_n_train_steps=0)
+        VectorStats(every_n_train_steps=0)

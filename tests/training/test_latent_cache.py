@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.data.base import Draw
+from ldm.data.personalized import Sample
 from ldm.models.diffusion.ddpm import LATENT, POSTERIOR
 from ldm.training.callbacks.latent_cache import CachedLatents, LatentCache
 from ldm.util import UserError
@@ -35,8 +35,8 @@ class Pictures:
         picture = self.pictures[image]
         return picture.flip(1) if flipped else picture
 
-    def draw(self, index: int) -> Draw:
-        return Draw(index % 3, index % 2 == 1, f"a photo of * {index}")
+    def draw(self, index: int) -> Sample:
+        return Sample(index % 3, index % 2 == 1, f"a photo of * {index}")
 
 
 @pytest.fixture(scope="module", params=["clip_one_vector", "vq_one_vector"])

@@ -6,12 +6,12 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.training import lightning_parts as parts
+from ldm.training import trainer as parts
+from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.callbacks.image_logger import ImageLogger
-from ldm.training.callbacks.last_checkpoint import LastCheckpoint
-from ldm.training.devices import Devices
-from ldm.training.rundir import RunDir
-from ldm.training.signals import Requests
+from ldm.training.callbacks.interruption import Requests
+from ldm.training.run_folder import RunFolder
+from ldm.training.trainer import Devices
 from ldm.util import ConfigError, UsageError
 
 CPU = Devices("cpu", 1)
@@ -22,8 +22,8 @@ def kwargs(personalization=True, **trainer):
 
 
 def callbacks(tmp_path, lightning, model=None):
-    run = RunDir(tmp_path, "now")
-    node = parts.complete(lightning)
+    run = RunFolder(tmp_path, "now")
+    node = parts.complete_lightning(lightning)
     return parts.make_callbacks(node, OmegaConf.create({"lightning": lightning}), run, model, Requests(), "")
 
 
@@ -109,7 +109,10 @@ def test_a_monitored_checkpoint_is_lightnings_own(tmp_path):
 
 def test_loggers(tmp_path):
     def names(node):
-        return [type(log).__name__ for log in parts.make_loggers(parts.complete(node), RunDir(tmp_path, "n"))]
+        return [
+            type(log).__name__
+            for log in parts.make_loggers(parts.complete_lightning(node), RunFolder(tmp_path, "n"))
+        ]
 
     assert names({}) == ["CSVLogger", "TensorBoardLogger"]
     assert names({"logger": {"target": "pytorch_lightning.loggers.TestTubeLogger"}}) == names({})
@@ -119,21 +122,23 @@ def test_loggers(tmp_path):
 def test_a_logger_whose_package_is_absent_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
-    node = parts.complete({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
+    node = parts.complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
     with pytest.raises(ConfigError, match="WandbLogger needs a package that is not installed"):
-        parts.make_loggers(node, RunDir(tmp_path, "n"))
+        parts.make_loggers(node, RunFolder(tmp_path, "n"))
 
 
 def test_a_personalization_has_callbacks_of_its_own_and_null_removes_them():
-    assert "latent_cache" not in parts.complete({})["callbacks"]
-    assert parts.complete({}, personalization=True)["callbacks"]["latent_cache"]["target"]
+    assert "latent_cache" not in parts.complete_lightning({})["callbacks"]
+    assert parts.complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
     assert (
-        parts.complete({"callbacks": {"latent_cache": None}}, personalization=True)["callbacks"][
+        parts.complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)["callbacks"][
             "latent_cache"
         ]
         is None
     )
-    named = parts.complete({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})["callbacks"]
+    named = parts.complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})[
+        "callbacks"
+    ]
     assert named["latent_cache"]["target"].endswith("LatentCache")
 
 

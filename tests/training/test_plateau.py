@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ldm.training.plateau import Plateau
+from ldm.training.callbacks.fixed_loss import Plateau
 from ldm.util import UserError
 
 

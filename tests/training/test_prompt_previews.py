@@ -13,8 +13,7 @@ from torch import nn
 
 import main
 from ldm.models.diffusion import previews
-from ldm.training.callbacks.image_logger import ImageLogger
-from ldm.training.prompt_sheet import SMALLEST, filled, prompt_sheet
+from ldm.training.callbacks.image_logger import SMALLEST, ImageLogger, filled_prompts, prompt_sheet
 from ldm.util import UserError
 from tests.golden_record import Golden
 
@@ -62,8 +61,8 @@ def test_twenty_steps_of_the_multistep_solver(monkeypatch) -> None:
 def test_prompts_name_every_placeholder() -> None:
     model = SimpleNamespace(embedding_manager=SimpleNamespace(placeholders={"<a>": 1, "<b>": 2}))
     prompts = ["a photo of {}", "a dog"]
-    assert filled(prompts, model) == ["a photo of <a>", "a photo of <b>", "a dog"]
-    assert filled(prompts, nn.Identity()) == ["a photo of *", "a dog"]
+    assert filled_prompts(prompts, model) == ["a photo of <a>", "a photo of <b>", "a dog"]
+    assert filled_prompts(prompts, nn.Identity()) == ["a photo of *", "a dog"]
 
 
 def test_the_sheet_has_a_row_for_each_prompt_beside_an_input() -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import main
 from ldm import embeddings
-from ldm.embeddings.fingerprint import images_fingerprint
+from ldm.files import images_fingerprint
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 
 

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import main
-from ldm.training import arguments, config
-from ldm.training.old_trainer_keys import OLD_TRAINER_KEYS
+from ldm.training import command_line, config
+from ldm.training.trainer import OLD_TRAINER_KEYS
 
 CONFIGS = Path(main.__file__).parent / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
@@ -19,9 +19,9 @@ BASES = [*CONFIGS.glob("latent-diffusion/*finetune*.yaml"), *CONFIGS.glob("stabl
 @pytest.mark.parametrize("base", BASES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits(recipe, base):
-    options = arguments.parse(["--base", str(base), str(recipe), "--data_root", "x"])
-    merged = config.load(options, options.base)
-    config.check(merged, [*arguments.trainer_options(), *OLD_TRAINER_KEYS])
+    options = command_line.parse(["--base", str(base), str(recipe), "--data_root", "x"])
+    merged = config.load_run_config(options, options.base)
+    config.check_run_config(merged, [*command_line.trainer_options(), *OLD_TRAINER_KEYS])
     # It changes values, and takes away no part.
     for key in ("model.params.first_stage_config.target", "data.params.train.target"):
         assert OmegaConf.select(merged, key) == OmegaConf.select(OmegaConf.load(base), key)

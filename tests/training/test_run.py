@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import main
 from ldm import embeddings
 from ldm.training import run as run_module
-from ldm.training.callbacks.last_checkpoint import LastCheckpoint
+from ldm.training.callbacks.checkpoint import LastCheckpoint
 
 ROOT = Path(main.__file__).parent
 

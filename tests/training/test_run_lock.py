@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import main
-from ldm.training.run_lock import locked
+from ldm.training.run_folder import locked
 from ldm.util import UserError
 
 HOLD = """
 import sys
-from ldm.training.run_lock import locked
+from ldm.training.run_folder import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

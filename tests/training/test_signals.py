@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm.training.callbacks.interruption import StepGuard
-from ldm.training.signals import Interrupted, Requests
+from ldm.console import Interrupted
+from ldm.training.callbacks.interruption import Requests, StepGuard
 
 
 def test_a_second_stop_ends_a_step_but_not_while_vectors_are_written() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 import main
-from ldm.training.callbacks.summary_pictures import progress_sheet
+from ldm.training.callbacks.summary_images import progress_sheet
 
 GREEN, BLUE = (0, 120, 0), (0, 0, 120)
 

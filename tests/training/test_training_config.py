@@ -4,8 +4,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.training import config
-from ldm.training.arguments import parse, trainer_options
+from ldm.training.command_line import parse, trainer_options
 from ldm.util import ConfigError, UsageError
+from ldm.yaml_files import read_yaml
 
 PERSONALIZED = "ldm.data.personalized.PersonalizedBase"
 STYLE = "ldm.data.personalized_style.PersonalizedBase"
@@ -17,11 +18,11 @@ def load(tmp_path, words="", *yamls):
     for number, text in enumerate(yamls):
         paths.append(tmp_path / f"{number}.yaml")
         paths[-1].write_text(text if isinstance(text, str) else OmegaConf.to_yaml(OmegaConf.create(text)))
-    return config.load(parse(words.split()), paths)
+    return config.load_run_config(parse(words.split()), paths)
 
 
 def check(merged):
-    config.check(merged, trainer_options())
+    config.check_run_config(merged, trainer_options())
 
 
 @pytest.fixture
@@ -187,4 +188,4 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
 
 def test_absent_file(tmp_path):
     with pytest.raises(ConfigError, match="no such YAML"):
-        config.read_yaml(tmp_path / "no.yaml")
+        read_yaml(tmp_path / "no.yaml")

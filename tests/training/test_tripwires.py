@@ -10,7 +10,7 @@ import torch
 import main
 from ldm import embeddings
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.training.callbacks.tripwires import Tripwires
+from ldm.training.callbacks.guard import TrainingGuard
 from ldm.util import UserError
 
 OFTEN = [
@@ -140,4 +140,4 @@ def test_captions_that_are_all_the_same(tiny_yaml, capsys):
 
 def test_bad_settings():
     with pytest.raises(UserError, match="every_n_train_steps is 0"):
-        Tripwires(every_n_train_steps=0)
+        TrainingGuard(every_n_train_steps=0)

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.training.vectors import held, take
-from ldm.training.yardstick import Yardstick
+from ldm.training.callbacks.fixed_loss import FixedNoiseLoss, copy_of_state, holding_state
 from tests.golden_record import Golden
 
 
@@ -31,7 +30,7 @@ def model():
 
 
 def test_it_measures_the_loss_at_fixed_places(model) -> None:
-    yardstick = Yardstick(model, Pictures(), samples=8, chunk=3)
+    yardstick = FixedNoiseLoss(model, Pictures(), samples=8, chunk=3)
     timesteps = torch.cat(yardstick.timesteps)
     assert sorted((timesteps * 8 // model.num_timesteps).tolist()) == list(range(8))
     latents, noise = torch.cat(yardstick.latents), torch.cat(yardstick.noise)
@@ -48,17 +47,17 @@ def test_it_measures_the_loss_at_fixed_places(model) -> None:
 
 def test_another_yardstick_is_the_same_and_the_generators_do_not_notice(model) -> None:
     state = torch.get_rng_state()
-    first = Yardstick(model, Pictures(), samples=4, chunk=4)
+    first = FixedNoiseLoss(model, Pictures(), samples=4, chunk=4)
     value = first.measure(model)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
-    second = Yardstick(model, Pictures(), samples=4, chunk=4)
+    second = FixedNoiseLoss(model, Pictures(), samples=4, chunk=4)
     assert second.measure(model) == value
 
 
 def test_the_samples_are_spread_over_the_pictures(model) -> None:
     def shown(samples):
-        chunks = Yardstick(model, Pictures(), samples, 4).captions
+        chunks = FixedNoiseLoss(model, Pictures(), samples, 4).captions
         return [int(text.split()[-1]) for chunk in chunks for text in chunk]
 
     assert shown(3) == [0, 2, 4]
@@ -71,18 +70,18 @@ def test_pictures_of_several_sizes_one_at_a_time(model) -> None:
             item = super().__getitem__(index)
             return item | {"image": item["image"][: 32 if index % 2 else 16]}
 
-    yardstick = Yardstick(model, Sizes(), samples=4, chunk=1)
+    yardstick = FixedNoiseLoss(model, Sizes(), samples=4, chunk=1)
     assert {latent.shape[2:] for latent in yardstick.latents} == {(4, 8), (8, 8)}
     assert yardstick.measure(model) > 0
 
 
 def test_it_feels_the_vectors(model) -> None:
-    yardstick = Yardstick(model, Pictures(), samples=4, chunk=4)
+    yardstick = FixedNoiseLoss(model, Pictures(), samples=4, chunk=4)
     before = yardstick.measure(model)
-    state = {key: value * 2 for key, value in take(model.embedding_manager).items()}
+    state = {key: value * 2 for key, value in copy_of_state(model.embedding_manager).items()}
     vector = next(model.embedding_manager.embedding_parameters())
     start = vector.detach().clone()
-    with held(model.embedding_manager, state):
+    with holding_state(model.embedding_manager, state):
         assert torch.equal(vector, start * 2)
         assert yardstick.measure(model) != before
     assert torch.equal(vector, start) and yardstick.measure(model) == before

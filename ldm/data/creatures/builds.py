@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ldm.data.creatures.chance import pick, spread
+T = TypeVar("T")
+
+
+def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """One of `options`.
+
+    Drawn by `random()` alone, whose sequence Python promises not to change.
+    """
+    return options[int(rng.random() * len(options))]
+
+
+def uniform(rng: random.Random, low: float, high: float) -> float:
+    """A number between `low` and `high`."""
+    return low + (high - low) * rng.random()
 
 
 @dataclass(frozen=True)
@@ -133,10 +148,10 @@ class _Vary:
         self.rng = rng
 
     def factor(self, amount: float) -> float:
-        return spread(self.rng, 1 - amount, 1 + amount)
+        return uniform(self.rng, 1 - amount, 1 + amount)
 
     def shift(self, amount: float) -> float:
-        return spread(self.rng, -amount, amount)
+        return uniform(self.rng, -amount, amount)
 
 
 def _free_plan(rng: random.Random) -> Build:
@@ -145,26 +160,26 @@ def _free_plan(rng: random.Random) -> Build:
     limbs = int(rng.random() * 5)
     exponent = pick(rng, (2.0, 2.2, 3.0, 5.0))
     if trunk < 0.4:  # upright, the face on the trunk
-        body = (0.0, spread(rng, -0.3, -0.1), spread(rng, 0.38, 0.6), spread(rng, 0.46, 0.62), exponent)
+        body = (0.0, uniform(rng, -0.3, -0.1), uniform(rng, 0.38, 0.6), uniform(rng, 0.46, 0.62), exponent)
         head, apart = (0.0, body[1] + 0.18, body[2] * 0.85, body[3] - 0.18, 2.0), False
     elif trunk < 0.75:  # upright, a head of its own
-        body = (0.0, spread(rng, -0.48, -0.36), spread(rng, 0.26, 0.56), spread(rng, 0.3, 0.42), exponent)
+        body = (0.0, uniform(rng, -0.48, -0.36), uniform(rng, 0.26, 0.56), uniform(rng, 0.3, 0.42), exponent)
         head = (
-            spread(rng, -0.06, 0.06),
+            uniform(rng, -0.06, 0.06),
             0.2,
-            spread(rng, 0.34, 0.58),
-            spread(rng, 0.3, 0.42),
+            uniform(rng, 0.34, 0.58),
+            uniform(rng, 0.3, 0.42),
             pick(rng, (2.0, 2.4, 3.0)),
         )
         apart = True
     else:  # lying, the head in front
-        body = (-0.16, spread(rng, -0.4, -0.25), spread(rng, 0.44, 0.6), spread(rng, 0.26, 0.42), exponent)
+        body = (-0.16, uniform(rng, -0.4, -0.25), uniform(rng, 0.44, 0.6), uniform(rng, 0.26, 0.42), exponent)
         head, apart = (
             (
-                spread(rng, 0.3, 0.42),
-                spread(rng, 0.08, 0.3),
-                spread(rng, 0.3, 0.4),
-                spread(rng, 0.28, 0.36),
+                uniform(rng, 0.3, 0.42),
+                uniform(rng, 0.08, 0.3),
+                uniform(rng, 0.3, 0.4),
+                uniform(rng, 0.28, 0.36),
                 2.0,
             ),
             True,
@@ -174,21 +189,21 @@ def _free_plan(rng: random.Random) -> Build:
         body=body,
         head=head,
         head_apart=apart,
-        taper=spread(rng, -0.5, 0.5),
+        taper=uniform(rng, -0.5, 0.5),
         neck=0.18 if lying else 0.0,
         legs=(0, 2, 2, 4, 4)[limbs] if lying or limbs < 3 else 2,
         tentacles=4 if limbs == 0 and apart and not lying else 0,
-        leg_width=spread(rng, 0.06, 0.17),
-        leg_spread=body[2] * spread(rng, 0.5, 0.75),
-        arms=0.0 if lying or rng.random() < 0.35 else spread(rng, 0.24, 0.44),
-        arm_width=spread(rng, 0.06, 0.14),
-        arm_angle=spread(rng, -1.0, 1.0),
-        tail=0.0 if rng.random() < 0.5 else spread(rng, 0.3, 0.55),
-        tail_width=spread(rng, 0.04, 0.18),
-        tail_angle=spread(rng, 2.2, 3.2),
-        fin=0.0 if rng.random() < 0.75 or not lying else spread(rng, 0.2, 0.3),
-        wing=0.0 if rng.random() < 0.75 or apart is False else spread(rng, 0.2, 0.32),
-        beak=0.0 if rng.random() < 0.75 else spread(rng, 0.2, 0.32),
-        muzzle=0.0 if rng.random() < 0.7 else spread(rng, 0.14, 0.2),
+        leg_width=uniform(rng, 0.06, 0.17),
+        leg_spread=body[2] * uniform(rng, 0.5, 0.75),
+        arms=0.0 if lying or rng.random() < 0.35 else uniform(rng, 0.24, 0.44),
+        arm_width=uniform(rng, 0.06, 0.14),
+        arm_angle=uniform(rng, -1.0, 1.0),
+        tail=0.0 if rng.random() < 0.5 else uniform(rng, 0.3, 0.55),
+        tail_width=uniform(rng, 0.04, 0.18),
+        tail_angle=uniform(rng, 2.2, 3.2),
+        fin=0.0 if rng.random() < 0.75 or not lying else uniform(rng, 0.2, 0.3),
+        wing=0.0 if rng.random() < 0.75 or apart is False else uniform(rng, 0.2, 0.32),
+        beak=0.0 if rng.random() < 0.75 else uniform(rng, 0.2, 0.32),
+        muzzle=0.0 if rng.random() < 0.7 else uniform(rng, 0.14, 0.2),
         pattern_angle=pick(rng, (0.0, 0.8, 1.57)),
     )

@@ -8,27 +8,21 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ldm.data.creatures.chance import pick
-from ldm.data.creatures.individuals import NAMES
+from ldm.data.creatures.builds import pick
 from ldm.data.creatures.world import (
     ATTRIBUTES,
     COLORS,
     CREATURE,
     EARS,
     KINDS,
+    NAMES,
     PATTERNS,
     SCENES,
     STYLES,
     Creature,
     Scene,
 )
-from ldm.prompts import (
-    OBJECT_DUAL_TEMPLATES,
-    OBJECT_TEMPLATES,
-    STYLE_DUAL_TEMPLATES,
-    STYLE_TEMPLATES,
-    fill,
-)
+from ldm.prompts import OBJECT_DUAL_TEMPLATES, OBJECT_TEMPLATES, STYLE_DUAL_TEMPLATES, STYLE_TEMPLATES, fill
 
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 _MEDIA = {

@@ -15,11 +15,19 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.base import Draw
 from ldm.data.creatures.captions import Names, caption, foil
-from ldm.data.creatures.individuals import NAMES, individual, individual_of
 from ldm.data.creatures.renderer import render
-from ldm.data.creatures.world import ATTRIBUTES, SPLITS, Creature, creature, scene
+from ldm.data.creatures.world import (
+    ATTRIBUTES,
+    NAMES,
+    SPLITS,
+    Creature,
+    creature,
+    individual,
+    individual_of,
+    scene,
+)
+from ldm.data.personalized import Sample
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,10 +78,10 @@ class Creatures(Dataset):
     def __iter__(self) -> Iterator[dict[str, object]]:
         return (self[index] for index in range(self.count))
 
-    def draw(self, index: int) -> Draw:
+    def draw(self, index: int) -> Sample:
         """What the sample at `index` shows and tells; `index` may run on for ever."""
         picture, stream = self._telling(index)
-        return Draw(picture, False, caption(self.names(picture), random.Random(stream)))
+        return Sample(picture, False, caption(self.names(picture), random.Random(stream)))
 
     def _telling(self, index: int) -> tuple[int, str]:
         """The picture at `index` and the random stream by which it is told."""

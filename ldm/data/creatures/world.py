@@ -1,4 +1,4 @@
-"""What exists in the world of creatures: named attributes, seeds, and the draw of a creature and of a picture."""
+"""What exists in the world of creatures: attributes, seeds, individuals, and how creatures and scenes are drawn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-from ldm.data.creatures.builds import Build, draw_build
-from ldm.data.creatures.chance import pick, spread
+from ldm.data.creatures.builds import Build, draw_build, pick, uniform
 
 SPECIES = ("bear", "bird", "fish", "fox", "giraffe", "octopus", "robot", "snail")
 CREATURE = "creature"  # a free build, which has no name of its own
@@ -168,22 +167,49 @@ def scene(seed: int, body_color: str, **fixed: object) -> Scene:
         background=background,
         style=style,
         rgb=jittered(rng, background, 0.5) if background in COLORS else (0.0, 0.0, 0.0),
-        x=spread(rng, -0.06, 0.06),
-        y=spread(rng, -0.05, 0.05),
-        scale=spread(rng, 0.92, 1.04),
-        tilt=spread(rng, -0.1, 0.1),
+        x=uniform(rng, -0.06, 0.06),
+        y=uniform(rng, -0.05, 0.05),
+        scale=uniform(rng, 0.92, 1.04),
+        tilt=uniform(rng, -0.1, 0.1),
         facing=-1.0 if rng.random() < 0.5 else 1.0,
-        swing=spread(rng, -1.0, 1.0),
-        gaze=(spread(rng, -1.0, 1.0), spread(rng, -0.6, 0.6)),
-        light=spread(rng, 0.0, 1.0),
+        swing=uniform(rng, -1.0, 1.0),
+        gaze=(uniform(rng, -1.0, 1.0), uniform(rng, -0.6, 0.6)),
+        light=uniform(rng, 0.0, 1.0),
     )
     return dataclasses.replace(drawn, **fixed)  # type: ignore[arg-type]
 
 
 def jittered(rng: random.Random, color: str, amount: float = 1.0) -> tuple[float, float, float]:
     """An exact RGB in [0, 1] near the named colour, still recognisable as it."""
-    value = 1 + amount * spread(rng, -0.1, 0.06)
+    value = 1 + amount * uniform(rng, -0.1, 0.06)
     return tuple(  # type: ignore[return-value]
-        round(min(1.0, max(0.0, channel / 255 * value + amount * spread(rng, -0.04, 0.04))), 4)
+        round(min(1.0, max(0.0, channel / 255 * value + amount * uniform(rng, -0.04, 0.04))), 4)
         for channel in COLORS[color]
     )
+
+
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+
+
+def _drawn_names(count: int) -> tuple[str, ...]:
+    """Different words of two different syllables."""
+    rng, names = random.Random("names"), {}
+    while len(names) < count:
+        first, second = (pick(rng, _CONSONANTS) + pick(rng, _VOWELS) for _ in range(2))
+        if first != second:
+            names[first + second] = None
+    return tuple(names)
+
+
+NAMES = _drawn_names(len(SPLITS["individuals"]))
+
+
+def individual_of(seed: int, share: float) -> int | None:
+    """Which individual the picture of a seed shows; None where it shows nobody known, as all but `share` do."""
+    rng = random.Random(f"individual {seed}")
+    return int(rng.random() * len(NAMES)) if rng.random() < share else None
+
+
+def individual(number: int) -> Creature:
+    """The creature whose name is `NAMES[number]`."""
+    return creature(SPLITS["individuals"][number])

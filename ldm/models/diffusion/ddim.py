@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Condition, GuidedEps
-from ldm.models.diffusion.sampler import Generators, Run, Sampler, gaussian
+from ldm.models.diffusion.sampler import Condition, Generators, GuidedEps, Sampler, SamplingRun, gaussian
 from ldm.models.diffusion.steps import Step, ddim_step, ddim_steps, diffuse, predict_x0
 from ldm.util import UserError
 
@@ -34,7 +33,7 @@ class DDIMSampler(Sampler):
         self.make_schedule(steps, ddim_eta=eta)
         return self._steps()
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def loop(self, x: Tensor, run: SamplingRun) -> Tensor:
         """Equation 12 of the paper, from the noisiest step to the cleanest."""
         for step in run.steps:
             x = run.keep_known(x, step)
@@ -72,7 +71,9 @@ class DDIMSampler(Sampler):
         """Run the last `t_start` steps of the schedule from `x_latent` [B, C, H, W]."""
         steps = self._steps()
         eps = GuidedEps(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
-        return self.loop(x_latent, Run(steps[max(len(steps) - t_start, 0) :], eps, generator=generator))
+        return self.loop(
+            x_latent, SamplingRun(steps[max(len(steps) - t_start, 0) :], eps, generator=generator)
+        )
 
     def _steps(self) -> list[Step]:
         if self.steps is None:

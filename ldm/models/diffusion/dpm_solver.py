@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Run, Sampler
+from ldm.models.diffusion.sampler import Sampler, SamplingRun
 from ldm.models.diffusion.steps import Step, log_snr, predict_x0, solver_steps
 from ldm.util import UserError
 
@@ -25,7 +25,7 @@ class DPMSolverSampler(Sampler):
             )
         return solver_steps(self.alphas, steps)
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def loop(self, x: Tensor, run: SamplingRun) -> Tensor:
         """Order 2 but for the first step, which has no history, and the last, where order 1 is the stable choice."""
         earlier, earlier_width = None, 0.0
         for step in run.steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Run, Sampler
+from ldm.models.diffusion.sampler import Sampler, SamplingRun
 from ldm.models.diffusion.steps import Step, ddim_step, ddim_steps, multistep_eps, predict_x0
 from ldm.util import UserError
 
@@ -19,7 +19,7 @@ class PLMSSampler(Sampler):
             )
         return ddim_steps(self.alphas, steps)
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def loop(self, x: Tensor, run: SamplingRun) -> Tensor:
         """DDIM's transfer along a noise estimate extrapolated from the last three steps."""
         history: list[Tensor] = []
         for step in run.steps:
@@ -33,7 +33,7 @@ class PLMSSampler(Sampler):
         return x
 
     @staticmethod
-    def _two_point_eps(x: Tensor, eps: Tensor, step: Step, run: Run) -> Tensor:
+    def _two_point_eps(x: Tensor, eps: Tensor, step: Step, run: SamplingRun) -> Tensor:
         """The start has no history: the mean of the noise here and at the end of a trial step (improved Euler)."""
         following = run.steps[min(1, len(run.steps) - 1)]
         trial = ddim_step(run.quantized(predict_x0(x, eps, step.alpha)), eps, step)

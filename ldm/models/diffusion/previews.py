@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.images import text_picture, to_tensor
+from ldm.images import text_image, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.pixel import DDPM
+    from ldm.models.diffusion.ddpm import DDPM
 
 GUIDANCE_SCALE = 5.0
 
@@ -57,7 +57,7 @@ def preview_images(
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):
             size = x.shape[-1]
-            shown["conditioning"] = torch.stack([to_tensor(text_picture(text, size, size)) for text in raw])
+            shown["conditioning"] = torch.stack([to_tensor(text_image(text, size, size)) for text in raw])
         if raw is not None and (not prompts if sample is None else sample):
             noise = torch.randn(z.shape)
             shown["samples"] = _samples(model, raw, noise, ddim_steps, ddim_eta)

@@ -1,8 +1,9 @@
-"""What surrounds a sampler's loop: the call that users make, random numbers, inpainting and the record of the way."""
+"""What all samplers share: the call that users make, guidance, random numbers, inpainting and intermediate results."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,11 +13,108 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.models.diffusion.guidance import Condition, GuidedEps, rows
 from ldm.models.diffusion.steps import Step, diffuse
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
+
+# a context [B, L, d], a list of such, or {"c_crossattn": [...], "c_concat": [...]}
+Condition: TypeAlias = Tensor | list | Mapping[str, Any]
+
+
+def to_eps(output: Tensor, x: Tensor, alpha: float, parameterization: str) -> Tensor:
+    """The noise in `x` at level `alpha`, from what a model of that parameterization returned for it.
+
+    Raises:
+        UserError: the parameterization is none of eps, x0, v.
+    """
+    if parameterization == "eps":
+        return output
+    if parameterization == "x0":
+        return (x - math.sqrt(alpha) * output) / math.sqrt(1.0 - alpha)
+    if parameterization == "v":  # v = sqrt(alpha) eps - sqrt(1 - alpha) x0 (Salimans and Ho 2022)
+        return math.sqrt(alpha) * output + math.sqrt(1.0 - alpha) * x
+    raise UserError(
+        f'cannot sample from a model with parameterization "{parameterization}"; known are eps, x0 and v'
+    )
+
+
+def concat_conditions(first: Condition, second: Condition) -> Condition:
+    """Two conditionings of the same make as one, batch after batch.
+
+    Raises:
+        UserError: they are not of the same make.
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.shape[1:] != second.shape[1:]:
+            raise UserError(
+                f"conditionings of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be guided against "
+                "each other; encode both with the same text encoder and length"
+            )
+        return torch.cat([first, second])
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return {key: concat_conditions(first[key], second[key]) for key in first}
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        return [concat_conditions(one, other) for one, other in zip(first, second, strict=True)]
+    raise UserError(
+        f"the unconditional conditioning is {_make(first)} but the conditioning is {_make(second)}; make them alike"
+    )
+
+
+def condition_rows(cond: Condition | None) -> int | None:
+    """Batch size of a conditioning, None where it holds no tensor."""
+    if isinstance(cond, Tensor):
+        return cond.shape[0]
+    parts = cond.values() if isinstance(cond, Mapping) else cond or ()
+    return next((count for count in map(condition_rows, parts) if count is not None), None)
+
+
+@dataclass(frozen=True)
+class GuidedEps:
+    """`eps(x, empty) + scale * (eps(x, cond) - eps(x, empty))` (Ho and Salimans 2022).
+
+    Guidance is linear and so is the conversion to eps, thus the guided output is converted once.
+    `corrector` is an object with `modify_score(model, eps, x, t, cond, **corrector_kwargs) -> eps`.
+    """
+
+    model: Any
+    cond: Condition | None
+    uncond: Condition | None = None
+    scale: float = 1.0
+    corrector: Any = None
+    corrector_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, t: float, alpha: float) -> Tensor:
+        """The guided noise in `x` [B, C, H, W] at timestep `t`, whose level is `alpha`."""
+        # whole timesteps stay integers: a model may use them as an index
+        dtype = torch.long if float(t).is_integer() else torch.float32
+        times = torch.full((x.shape[0],), t, device=x.device, dtype=dtype)  # (B,)
+        output = self._output(x, times).to(x.dtype)
+        eps = to_eps(output, x, alpha, getattr(self.model, "parameterization", "eps"))
+        if self.corrector is not None:
+            eps = self.corrector.modify_score(self.model, eps, x, times, self.cond, **self.corrector_kwargs)
+        return eps
+
+    def _output(self, x: Tensor, times: Tensor) -> Tensor:
+        if self.uncond is None or self.scale == 1.0:
+            return self.model.apply_model(x, times, self.cond)
+        both = self.model.apply_model(
+            torch.cat([x, x]), torch.cat([times, times]), concat_conditions(self.uncond, self.cond)
+        )
+        without, with_cond = both.chunk(2)
+        return without + self.scale * (with_cond - without)
+
+
+def _make(cond: Condition) -> str:
+    """A conditioning's kind, for an error text."""
+    if isinstance(cond, Tensor):
+        return f"a tensor of shape {tuple(cond.shape)}"
+    if isinstance(cond, Mapping):
+        return f"a dict of {', '.join(cond) or 'nothing'}"
+    if isinstance(cond, (list, tuple)):
+        return f"a list of {len(cond)}"
+    return f"of type {type(cond).__name__}"
+
 
 # one generator for the batch, or one for each of its images
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
@@ -36,7 +134,7 @@ def gaussian(like: Tensor, generator: Generators) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class SamplingRun:
     """All that a sampler's loop needs besides the latent."""
 
     steps: Sequence[Step]
@@ -97,7 +195,7 @@ class Sampler:
         """The steps to take, noisiest first."""
         raise NotImplementedError
 
-    def loop(self, x: Tensor, run: Run) -> Tensor:
+    def loop(self, x: Tensor, run: SamplingRun) -> Tensor:
         """From noise `x` [B, C, H, W] to a latent of the same shape."""
         raise NotImplementedError
 
@@ -154,7 +252,7 @@ class Sampler:
         steps = self.schedule(S, eta)
         x = self._start(x_T, (batch_size, *shape), generator)
         self._check_sizes(batch_size, conditioning, unconditional_conditioning, mask, x0, normals_sequence, S)
-        run = Run(
+        run = SamplingRun(
             steps=steps,
             eps=GuidedEps(
                 self.model,
@@ -199,7 +297,7 @@ class Sampler:
         steps: int,
     ) -> None:
         for name, given in (("conditioning", cond), ("unconditional_conditioning", uncond)):
-            count = rows(given)
+            count = condition_rows(given)
             if count is not None and count != batch_size:
                 raise UserError(
                     f"{name} has {count} rows, but batch_size is {batch_size}; give one row per image"

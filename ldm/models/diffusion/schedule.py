@@ -118,21 +118,21 @@ class NoiseSchedule(nn.Module):
         """Noisy x_t given x_0 (Ho et al. 2020, equation 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return (
-            at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-            + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+            at_timesteps(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + at_timesteps(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
         )
 
     def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity (Salimans and Ho 2022, section 4)."""
         return (
-            at(self.sqrt_alphas_cumprod, t, x_start) * noise
-            - at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+            at_timesteps(self.sqrt_alphas_cumprod, t, x_start) * noise
+            - at_timesteps(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
         )
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return (
-            at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-            - at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+            at_timesteps(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+            - at_timesteps(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
         )
 
     def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ class NoiseSchedule(nn.Module):
         if self.parameterization == "x0":
             return output
         return (
-            at(self.sqrt_alphas_cumprod, t, x_t) * x_t
-            - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * output
+            at_timesteps(self.sqrt_alphas_cumprod, t, x_t) * x_t
+            - at_timesteps(self.sqrt_one_minus_alphas_cumprod, t, x_t) * output
         )
 
     def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -158,6 +158,6 @@ class NoiseSchedule(nn.Module):
         return alphas / (1 - alphas)
 
 
-def at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def at_timesteps(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """`values[t]`, shaped to multiply `like`: [T], [B], [B, ...] -> [B, 1, ...]."""
     return values[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.attend import attend
+from ldm.modules.attention import attend
 from ldm.modules.diffusionmodules.util import GroupNorm32
 
 

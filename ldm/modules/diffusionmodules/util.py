@@ -1,4 +1,4 @@
-"""Small pieces that the UNet and the first stage share."""
+"""Convolutions of many channels over few positions, as one matrix product on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 MAX_PERIOD = 10_000
@@ -50,3 +51,28 @@ def checkpoint(function: Callable[..., Tensor], inputs: tuple, enabled: bool) ->
     if enabled and torch.is_grad_enabled():
         return torch_checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
+
+
+# Where the product was faster, forward and backward, measured on an AVX-512 CPU in float32 and bfloat16: the direct
+# algorithm of oneDNN works through blocks of positions, of which an 8x8 map at batch 1 has too few.
+MOST_POSITIONS = 64
+LEAST_CHANNELS = 1280
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1 that keeps the size; weights and results are nn.Conv2d's, up to rounding.
+
+    The innermost levels of a large denoiser at batch 1 take the product of the kernels, [out, in * 9], and the
+    unfolded map, [in * 9, H * W].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        few = batch * height * width <= MOST_POSITIONS and channels >= LEAST_CHANNELS
+        if not few or x.device.type != "cpu":
+            return super().forward(x)
+        found = self.weight.flatten(1) @ F.unfold(x, 3, padding=1)
+        return (found + self.bias[:, None].to(found.dtype)).unflatten(2, (height, width))

@@ -1,4 +1,4 @@
-"""Previews while training: what the model makes of a batch, as pictures on disk and in TensorBoard."""
+"""Previews while training: images of a batch and of fixed prompts, on disk and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,14 +16,40 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
-from ldm import files
-from ldm.images import ImageError, image_grid, to_pil
-from ldm.training import rng
-from ldm.training.prompt_sheet import filled, prompt_sheet
-from ldm.training.signals import Requests
+from ldm import files, random_state
+from ldm.images import ImageError, enlarged, image_grid, labelled, to_pil
+from ldm.training.callbacks.interruption import Requests
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
+
+# Pictures smaller than this are enlarged, so that the words below them can be read.
+SMALLEST = 128
+
+
+def filled_prompts(prompts: Sequence[str], model: Any) -> list[str]:
+    """The prompts with each of the model's placeholders in place of `{}`; what has no `{}` stays as it is."""
+    words = list(getattr(getattr(model, "embedding_manager", None), "placeholders", {})) or ["*"]
+    texts = [prompt.replace("{}", word) for prompt in prompts for word in words]
+    return list(dict.fromkeys(texts))
+
+
+def prompt_sheet(
+    inputs: Sequence[Image.Image], prompts: Sequence[str], pictures: Sequence[Image.Image]
+) -> Image.Image:
+    """A row for each prompt with its pictures, equally many for all, beside one of the inputs."""
+    each = len(pictures) // len(prompts)
+    cells: list[Image.Image] = []
+    for row, prompt in enumerate(prompts):
+        if inputs:
+            cells.append(labelled(_large(inputs[row % len(inputs)]), "input"))
+        cells += [labelled(_large(picture), prompt) for picture in pictures[row * each : (row + 1) * each]]
+    return image_grid(cells, columns=len(cells) // len(prompts), padding=4)
+
+
+def _large(picture: Image.Image) -> Image.Image:
+    return enlarged(picture, max(1, -(-SMALLEST // picture.width)))
+
 
 PREVIEW_SEED = 42
 COLUMNS = 4
@@ -125,7 +151,7 @@ class ImageLogger(Callback):
         arguments = {"N": self.max_images, **self.log_images_kwargs}
         if "split" in inspect.signature(pl_module.log_images).parameters:
             arguments["split"] = split
-        texts = filled(self.prompts, pl_module) if split == "train" else []
+        texts = filled_prompts(self.prompts, pl_module) if split == "train" else []
         if texts:
             arguments |= {"prompts": texts, "images_per_prompt": self.images_per_prompt}
         # The other processes of a run on several GPUs would wait for one that ends here.
@@ -133,7 +159,7 @@ class ImageLogger(Callback):
         with (
             stoppable,
             evaluating(pl_module),
-            rng.isolated(PREVIEW_SEED),
+            random_state.isolated(PREVIEW_SEED),
             torch.no_grad(),
             trainer.precision_plugin.val_step_context(),
         ):
@@ -156,7 +182,7 @@ class ImageLogger(Callback):
 
     def _save(self, trainer: pl.Trainer, split: str, key: str, name: str, grid: Image.Image) -> None:
         path = Path(trainer.default_root_dir) / "images" / split / f"{key}_{name}.jpg"
-        files.write_whole(path, lambda file: grid.save(file, "JPEG", quality=95))
+        files.atomic_write(path, lambda file: grid.save(file, "JPEG", quality=95))
         for log in trainer.loggers:
             if hasattr(log, "log_image"):  # Weights & Biases, Comet, MLflow
                 log.log_image(f"{split}/{key}", [grid], step=trainer.global_step)

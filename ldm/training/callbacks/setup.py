@@ -1,14 +1,15 @@
-"""Makes the run folder and writes down what the run was made of."""
+"""The run folder with its saved YAMLs, and validation that draws the same random numbers each time."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
-from ldm import files
+from ldm import files, random_state
 
 
 class SetupCallback(Callback):
@@ -45,3 +46,25 @@ class SetupCallback(Callback):
         files.write_text(self.cfgdir / f"{self.now}-project.yaml", OmegaConf.to_yaml(self.config))
         files.write_text(self.cfgdir / f"{self.now}-lightning.yaml", OmegaConf.to_yaml(lightning))
         self.ckptdir.mkdir(parents=True, exist_ok=True)
+
+
+VALIDATION_SEED = 4711
+
+
+class ValidationSeed(Callback):
+    """Sets the generators aside while a validation runs, so that its losses can be compared over the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._aside = ExitStack()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._aside.enter_context(random_state.isolated(VALIDATION_SEED, trainer.global_rank))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._aside.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._aside.close()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.images import to_pil
 from ldm.models.features import Features, load_features
-from ldm.modules.insertion import place_after_insertion
+from ldm.modules.embedding_manager import place_after_insertion
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,17 @@ import torch
 from ldm.data.creatures import captions
 from ldm.data.creatures.captions import Names, caption, words
 from ldm.data.creatures.dataset import Creatures
-from ldm.data.creatures.individuals import NAMES, individual, individual_of
 from ldm.data.creatures.renderer import render
-from ldm.data.creatures.world import BODY_COLORS, KINDS, SPLITS, creature, scene
+from ldm.data.creatures.world import (
+    BODY_COLORS,
+    KINDS,
+    NAMES,
+    SPLITS,
+    creature,
+    individual,
+    individual_of,
+    scene,
+)
 
 
 def test_every_individual_has_a_name_that_means_nothing_else(monkeypatch) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.models.diffusion.guidance import GuidedEps, join, rows, to_eps
+from ldm.models.diffusion.sampler import GuidedEps, concat_conditions, condition_rows, to_eps
 from ldm.util import UserError
 
 
@@ -56,9 +56,11 @@ def test_unknown_parameterization_is_named() -> None:
 def test_conditionings_join_as_tensor_list_and_dict() -> None:
     one, other = torch.zeros(2, 3), torch.ones(2, 3)
     both = torch.cat([one, other])
-    torch.testing.assert_close(join(one, other), both)
-    torch.testing.assert_close(join([one], [other])[0], both)
-    joined = join({"c_crossattn": [one], "c_concat": [other]}, {"c_crossattn": [other], "c_concat": [one]})
+    torch.testing.assert_close(concat_conditions(one, other), both)
+    torch.testing.assert_close(concat_conditions([one], [other])[0], both)
+    joined = concat_conditions(
+        {"c_crossattn": [one], "c_concat": [other]}, {"c_crossattn": [other], "c_concat": [one]}
+    )
     torch.testing.assert_close(joined["c_crossattn"][0], both)
     torch.testing.assert_close(joined["c_concat"][0], torch.cat([other, one]))
 
@@ -77,12 +79,12 @@ def test_conditionings_join_as_tensor_list_and_dict() -> None:
 )
 def test_conditionings_of_different_makes_are_named(first, second, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        join(first, second)
+        concat_conditions(first, second)
 
 
 def test_rows_finds_the_batch_size() -> None:
-    assert rows({"c_concat": [], "c_crossattn": [torch.zeros(3, 2)]}) == 3
-    assert rows(None) is None and rows([]) is None
+    assert condition_rows({"c_concat": [], "c_crossattn": [torch.zeros(3, 2)]}) == 3
+    assert condition_rows(None) is None and condition_rows([]) is None
 
 
 def test_corrector_sees_the_guided_noise_and_its_arguments(gaussian_model) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.weighting import (
+from ldm.models.diffusion.loss_weighting import (
     WEIGHTINGS,
-    check,
+    check_loss_options,
     loss_weights,
     noise_bias,
     sample_timesteps,
@@ -82,13 +82,13 @@ def test_the_whole_schedule_draws_the_numbers_it_always_drew() -> None:
 @pytest.mark.parametrize("span", [(0.9, 0.5), (0, 2), (0.1,), ("a", "b")])
 def test_a_span_that_is_none(span) -> None:
     with pytest.raises(ConfigError, match="timestep_range is"):
-        check("none", "uniform", span)
+        check_loss_options("none", "uniform", span)
 
 
 def test_unknown_names() -> None:
     for weighting in WEIGHTINGS:
-        check(weighting, "uniform")
+        check_loss_options(weighting, "uniform")
     with pytest.raises(ConfigError, match="loss_weighting 'snr'.*min_snr"):
-        check("snr", "uniform")
+        check_loss_options("snr", "uniform")
     with pytest.raises(ConfigError, match="timestep_sampling 'even'.*stratified"):
-        check("none", "even")
+        check_loss_options("none", "even")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules.diffusionmodules import convolution
-from ldm.modules.diffusionmodules.convolution import Conv3x3
+from ldm.modules.diffusionmodules import util
+from ldm.modules.diffusionmodules.util import Conv3x3
 
 
 @pytest.fixture
 def many(monkeypatch):
-    monkeypatch.setattr(convolution, "LEAST_CHANNELS", 8)
+    monkeypatch.setattr(util, "LEAST_CHANNELS", 8)
 
 
 def _pair(out: int = 12) -> tuple[Conv3x3, nn.Conv2d]:
@@ -41,14 +41,14 @@ def test_the_product_is_taken_for_small_maps_alone(many, monkeypatch) -> None:
     taken = []
     unfold = torch.nn.functional.unfold
     monkeypatch.setattr(
-        convolution.F, "unfold", lambda x, *rest, **more: taken.append(x.shape) or unfold(x, *rest, **more)
+        util.F, "unfold", lambda x, *rest, **more: taken.append(x.shape) or unfold(x, *rest, **more)
     )
     ours, _ = _pair()
     for side in (8, 9):
         ours(torch.randn(1, 8, side, side))
     ours(torch.randn(2, 8, 8, 8))
     assert taken == [(1, 8, 8, 8)]
-    monkeypatch.setattr(convolution, "LEAST_CHANNELS", 9)
+    monkeypatch.setattr(util, "LEAST_CHANNELS", 9)
     ours(torch.randn(1, 8, 8, 8))
     assert len(taken) == 1
 

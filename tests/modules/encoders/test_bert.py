@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.modules.encoders import bert as bert_module
-from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer
+from ldm.modules.encoders import modules as bert_module
+from ldm.modules.encoders.modules import BERTEmbedder, BERTTokenizer
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
 

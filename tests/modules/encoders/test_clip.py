@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.modules.encoders import clip as clip_module
-from ldm.modules.encoders.clip import FrozenCLIPEmbedder, PromptEmbeddings, open_text_model
+from ldm.modules.encoders import modules as clip_module
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, PromptEmbeddings, open_text_model
 from ldm.util import UserError, skip_pretrained
 from tests.golden_record import GOLDEN
 
@@ -44,7 +44,7 @@ def test_prompts_take_the_plain_product_on_a_cpu(clip, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     assert clip(["a dog"]).isfinite().all()
-    monkeypatch.setattr("ldm.modules.attend.SHORT", 0)
+    monkeypatch.setattr("ldm.modules.attention.SHORT", 0)
     with pytest.raises(AssertionError, match="slower"):
         clip(["a dog"])
 

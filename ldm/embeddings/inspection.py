@@ -1,0 +1,163 @@
+"""What vectors look like beside a text encoder's vocabulary: their norms, and the words nearest to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
+
+# CLIP in LDM checkpoints and in transformers, the BERT of LDM, a BERT of transformers.
+_TABLES = ("token_embedding.weight", "token_emb.weight", "word_embeddings.weight")
+_WORD_END = "</w>"
+_WORD_FILES = ("vocab.txt", "vocab.json", "tokenizer.json")
+
+
+def table_of(state_dict: Mapping[str, Tensor], name: str, width: int | None = None) -> Tensor:
+    """The token embedding table [V, d] in a checkpoint's state dict; of width `width` if there are several.
+
+    Raises EmbeddingError, which calls the checkpoint `name`, if it has none.
+    """
+    tables = {key: value for key, value in state_dict.items() if key.endswith(_TABLES) and value.ndim == 2}
+    if not tables:
+        raise EmbeddingError(
+            f"'{name}' holds no table of token embeddings; name a checkpoint with a text encoder"
+        )
+    fitting = [table for table in tables.values() if table.shape[1] == width]
+    return (fitting or list(tables.values()))[0].detach().float()
+
+
+def words_of(folder: str | Path) -> list[str]:
+    """The words of a tokenizer's folder by token id: from vocab.json, vocab.txt or tokenizer.json.
+
+    Pieces that only start a word are shown as "cat-", those that continue one as "##ing". Raises EmbeddingError.
+    """
+    folder = Path(folder)
+    try:
+        if (path := folder / "vocab.txt").is_file():
+            return path.read_text(encoding="utf-8").splitlines()
+        if (path := folder / "vocab.json").is_file():
+            ids = json.loads(path.read_text(encoding="utf-8"))
+        elif (path := folder / "tokenizer.json").is_file():
+            ids = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        else:
+            raise EmbeddingError(
+                f"'{folder}' is no tokenizer's folder: it has none of vocab.json, vocab.txt, tokenizer.json"
+            )
+        words = [""] * (max(ids.values()) + 1)
+        ends = any(word.endswith(_WORD_END) for word in ids)
+        for word, number in ids.items():
+            words[number] = word.removesuffix(_WORD_END) + (
+                "" if word.endswith(_WORD_END) or not ends else "-"
+            )
+    except EmbeddingError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise EmbeddingError(f"'{path}' is damaged or no vocabulary ({str(error)[:80]})") from error
+    return words
+
+
+def known_folder(source: str) -> Path | None:
+    """The folder of a tokenizer that is named by a path, or on the hub and downloaded before; else None."""
+    if Path(source).is_dir():
+        return Path(source)
+    from transformers.utils import cached_file
+
+    for name in _WORD_FILES:
+        try:
+            found = cached_file(source, name, local_files_only=True)
+        except (OSError, ValueError):  # a path that is not there, or never downloaded
+            continue
+        if found is not None:
+            return Path(found).parent
+    return None
+
+
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class VocabularyNorms:
+    """The spread of the norms of a vocabulary's vectors: the 5th, 50th and 95th percentile."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ConceptReport:
+    """What can be said of one concept; the last two fields are None without a table of the same width.
+
+    `norms` has one number for each vector, `nearest` one list of (word, cosine similarity), best first.
+    """
+
+    trigger: str
+    part: str
+    encoder: str | None
+    models: str
+    vectors: int
+    width: int
+    norms: tuple[float, ...]
+    vocabulary_norms: VocabularyNorms | None = None
+    nearest: tuple[tuple[tuple[str, float], ...], ...] | None = None
+
+
+def inspect_concepts(
+    embeddings: LearnedEmbeddings,
+    table: Tensor | None = None,
+    words: Sequence[str] | None = None,
+    count: int = 5,
+) -> list[ConceptReport]:
+    """A report on every concept.
+
+    `table` [V, d] is a vocabulary's vectors, `words` its V words (token ids are shown without them), `count`
+    how many of the nearest words to name.
+    """
+    return [_report(concept, table, words, count) for concept in embeddings.concepts]
+
+
+def nearest_words(vectors: Tensor, table: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """The `count` rows of `table` [V, d] nearest to each of `vectors` [N, d].
+
+    Returns cosine similarities and row numbers, both [N, count], best first.
+    """
+    wanted = normalize(vectors.float(), dim=1)
+    # In chunks, so that a table in half precision is never whole in memory a second time.
+    similar = torch.cat(
+        [wanted @ normalize(rows.float(), dim=1).T for rows in table.split(_ROWS_AT_ONCE)], dim=1
+    )
+    return similar.topk(min(count, table.shape[0]), dim=1)
+
+
+def _report(concept: Concept, table: Tensor | None, words: Sequence[str] | None, count: int) -> ConceptReport:
+    spread, near = None, None
+    if table is not None and table.shape[1] == concept.width:
+        quantiles = torch.tensor([0.05, 0.5, 0.95])
+        spread = VocabularyNorms(*table.float().norm(dim=1).quantile(quantiles).tolist())
+        similar, rows = nearest_words(concept.vectors, table, count)
+        near = tuple(
+            tuple((_word(words, row), value) for row, value in zip(numbers, values, strict=True))
+            for numbers, values in zip(rows.tolist(), similar.tolist(), strict=True)
+        )
+    return ConceptReport(
+        trigger=concept.trigger,
+        part=concept.part,
+        encoder=concept.encoder,
+        models=concept.models,
+        vectors=len(concept.vectors),
+        width=concept.width,
+        norms=tuple(concept.vectors.norm(dim=1).tolist()),
+        vocabulary_norms=spread,
+        nearest=near,
+    )
+
+
+def _word(words: Sequence[str] | None, row: int) -> str:
+    return words[row] if words is not None and row < len(words) and words[row] else f"#{row}"

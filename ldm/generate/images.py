@@ -1,0 +1,240 @@
+"""Images from prompts, and the numbered files that they are saved in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.files import atomic_write
+from ldm.images import image_grid, to_pil
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import gaussian
+from ldm.models.diffusion.steps import check_eta, check_steps
+from ldm.modules.diffusionmodules.openaimodel import Downsample
+from ldm.util import UserError
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+PRECISIONS = ("full", "autocast")
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: str | Sequence[str],
+    *,
+    steps: int = 50,
+    scale: float = 5.0,
+    eta: float = 0.0,
+    sampler: str = "ddim",
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 42,
+    batch_size: int = 4,
+    precision: str = "full",
+    negative_prompt: str = "",
+    x_T: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_image: Callable[[int, Image.Image], None] | None = None,
+) -> list[Image.Image]:
+    """One picture per prompt.
+
+    A picture follows from `seed`, its number (its place in `prompts`, or what `numbers` says), its prompt and the
+    settings: noise is drawn for each picture by itself and on the CPU, so that neither the batch size nor the device
+    matters, up to rounding.
+
+    Args:
+        model: a LatentDiffusion; its averaged weights are used if it keeps any, and its mode is restored.
+        scale: classifier-free guidance against `negative_prompt`; 1 is none.
+        height, width: in pixels; by default the size the model was trained for.
+        precision: "full", or "autocast" for half precision on an accelerator (on a CPU it is "full").
+        x_T: the noise to start from, [N, C, h, w] for N prompts.
+        progress: called after each step with the number of steps done and their total.
+        on_image: called with the place in `prompts` and the picture as soon as it is there.
+
+    Raises:
+        UserError: a setting out of range, or a size that the model cannot make.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    check_settings(steps, eta, sampler, height, width, batch_size, precision)
+    shape = latent_shape(model, height, width)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    device = model.alphas_cumprod.device
+    total = steps * -(-len(prompts) // batch_size)
+    pictures: list[Image.Image] = []
+    with evaluating(model), model.ema_scope(), half_precision(precision, device):
+        for batch, first in enumerate(range(0, len(prompts), batch_size)):
+            captions = prompts[first : first + batch_size]
+            generators = [noise_source(seed, number) for number in numbers[first : first + batch_size]]
+            blank = model.alphas_cumprod.new_empty((len(captions), *shape))
+            latents, _ = SAMPLERS[sampler](model).sample(
+                steps,
+                len(captions),
+                shape,
+                conditioning=model.get_learned_conditioning(captions),
+                callback=_counter(progress, batch * steps, total),
+                eta=eta,
+                x_T=gaussian(blank, generators) if x_T is None else x_T[first : first + batch_size],
+                unconditional_guidance_scale=scale,
+                unconditional_conditioning=None
+                if scale == 1.0
+                else model.get_learned_conditioning([negative_prompt] * len(captions)),
+                generator=generators,
+            )
+            for decoded in model.decode_first_stage(latents):
+                pictures.append(to_pil(decoded))
+                if on_image is not None:
+                    on_image(len(pictures) - 1, pictures[-1])
+    return pictures
+
+
+def check_settings(
+    steps: int,
+    eta: float,
+    sampler: str,
+    height: int | None,
+    width: int | None,
+    batch_size: int,
+    precision: str,
+) -> None:
+    """Raise UserError for what is wrong with the settings of `generate` whatever the model."""
+    check_steps(steps)
+    check_eta(eta)
+    if sampler not in SAMPLERS:
+        raise UserError(f'unknown sampler "{sampler}"; choose one of {", ".join(SAMPLERS)}')
+    if eta != 0.0 and sampler != "ddim":
+        raise UserError(
+            f"eta is {eta}, but the sampler {sampler} is deterministic; use ddim, or leave eta at 0"
+        )
+    if precision not in PRECISIONS:
+        raise UserError(f'unknown precision "{precision}"; choose one of {", ".join(PRECISIONS)}')
+    for name, value in (("height", height), ("width", width), ("batch size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"the {name} is {value}; it must be at least 1")
+
+
+def latent_shape(model: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of pictures of this size; without a size, of the model's own.
+
+    Raises:
+        UserError: first stage and denoiser do not divide the size evenly.
+    """
+    factor = downsampling_factor(model)
+    own = model.image_size if isinstance(model.image_size, int) else tuple(model.image_size)
+    own_height, own_width = (own, own) if isinstance(own, int) else own
+    # the denoiser halves the latents again, and its skip connections need whole halves
+    multiple = factor * 2 ** sum(isinstance(module, Downsample) for module in model.model.modules())
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < 1 or value % multiple):
+            nearest = max(round(value / multiple), 1) * multiple
+            raise UserError(
+                f"{name} {value} is not a multiple of {multiple}, which this model needs; try {nearest}"
+            )
+    return (
+        model.channels,
+        own_height if height is None else height // factor,
+        own_width if width is None else width // factor,
+    )
+
+
+def downsampling_factor(model: Any) -> int:
+    """Pixels of the first stage's pictures to one of its latents, measured on a single latent."""
+    latent = model.alphas_cumprod.new_zeros((1, model.channels, 1, 1))
+    return model.decode_first_stage(latent).shape[-1]
+
+
+def noise_source(seed: int, number: int) -> torch.Generator:
+    """The random numbers of one picture; those of another seed or number have nothing in common with them."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model is in eval mode within this block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def half_precision(precision: str, device: torch.device) -> AbstractContextManager:
+    """Automatic mixed precision, where "autocast" was asked for and there is an accelerator."""
+    if precision == "full" or device.type == "cpu":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.float16)
+
+
+def _counter(
+    progress: Callable[[int, int], None] | None, before: int, total: int
+) -> Callable[[int], None] | None:
+    return None if progress is None else lambda number: progress(before + number + 1, total)
+
+
+FORMATS = {"png": "PNG", "jpg": "JPEG"}
+_FORBIDDEN = '<>:"/\\|?*' if os.name == "nt" else "/"
+_LONGEST = 200  # bytes, of the 255 that file systems allow
+
+
+class ImageFolder:
+    """A folder of pictures named by numbers of `digits` digits; new ones go on after those that are there.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, format: str = "png", digits: int = 4) -> None:
+        self.folder, self.format, self.digits = Path(folder), format, digits
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder '{folder}' ({error.strerror}); choose another"
+            ) from error
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"cannot write to the folder '{folder}'; choose another")
+        self.next = free_number(self.folder)
+
+    def save(self, picture: Image.Image) -> Path:
+        """Write the picture under the next number."""
+        path = self.folder / f"{self.next:0{self.digits}}.{self.format}"
+        self.next += 1
+        return save_image(picture, path)
+
+
+def save_image(picture: Image.Image, path: Path) -> Path:
+    """Write a picture whole, in the format that its suffix names; JPEGs at high quality."""
+    options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    return atomic_write(path, lambda file: picture.save(file, FORMATS[path.suffix[1:]], **options))
+
+
+def save_grid(pictures: Sequence[Image.Image], columns: int, path: Path) -> Path:
+    """Write one sheet with the pictures in rows of `columns`."""
+    return save_image(image_grid(pictures, columns), path)
+
+
+def free_number(folder: Path, prefix: str = "") -> int:
+    """One more than the largest number of a file `prefix`NUMBER.SUFFIX; 0 without such a file."""
+    stems = (file.stem.removeprefix(prefix) for file in folder.iterdir() if file.name.startswith(prefix))
+    return max((int(stem) + 1 for stem in stems if stem.isascii() and stem.isdigit()), default=0)
+
+
+def name_of(prompt: str) -> str:
+    """A file name for a prompt: dashes for spaces, as short as file systems want it, never hidden or empty."""
+    name = "".join(
+        "-" if c.isspace() else "_" if c in _FORBIDDEN or not c.isprintable() else c for c in prompt
+    )
+    name = name.encode()[:_LONGEST].decode(errors="ignore")
+    return f"_{name[1:]}" if name.startswith(".") else name or "grid"

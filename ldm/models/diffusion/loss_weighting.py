@@ -1,0 +1,80 @@
+"""Which timesteps a training step sees, and how much each counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.util import ConfigError
+
+WEIGHTINGS = ("none", "min_snr", "min_snr_plus_one")
+SAMPLINGS = ("uniform", "stratified", "biased")
+
+
+def check_loss_options(weighting: str, sampling: str, span: Sequence[float] = (0.0, 1.0)) -> None:
+    """Raise ConfigError for names that do not exist, and a span of timesteps that is none."""
+    if weighting not in WEIGHTINGS:
+        raise ConfigError(f"loss_weighting '{weighting}' is unknown; use one of {', '.join(WEIGHTINGS)}")
+    if sampling not in SAMPLINGS:
+        raise ConfigError(f"timestep_sampling '{sampling}' is unknown; use one of {', '.join(SAMPLINGS)}")
+    if (
+        len(span) != 2
+        or not all(isinstance(end, (int, float)) for end in span)
+        or not 0 <= span[0] < span[1] <= 1
+    ):
+        raise ConfigError(
+            f"timestep_range is {list(span)}; give two shares of the schedule such as [0.5, 0.9]"
+        )
+
+
+def loss_weights(weighting: str, gamma: float, snr: Tensor, parameterization: str) -> Tensor | float:
+    """Weight [B] of each sample's squared error, given its signal-to-noise ratio [B].
+
+    In terms of the error of x_0, `min_snr` weighs by min(SNR, gamma) (Hang et al. 2023, equation 5) and
+    `min_snr_plus_one` by 1 + min(SNR, gamma): Salimans and Ho's "SNR + 1" (2022, section 4), truncated. The second
+    keeps the noisiest timesteps, which decide on colours and layout.
+    """
+    if weighting == "none":
+        return 1.0
+    of_x0 = snr.clamp(max=gamma) + (1.0 if weighting == "min_snr_plus_one" else 0.0)
+    natural = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[parameterization]
+    return of_x0 / natural
+
+
+def noise_bias(snr: Tensor) -> Tensor:
+    """Cumulative probabilities [T] of timesteps, of which the noisy ones are the likelier.
+
+    In proportion to the largest log SNR minus that of the timestep, as TextBoost samples them (Park et al. 2024,
+    arXiv 2409.08248): most of what a word means is decided while there is much noise.
+    """
+    share = snr.log().max() - snr.log()
+    return (share / share.sum()).cumsum(0)
+
+
+def sample_timesteps(
+    sampling: str,
+    count: int,
+    num_timesteps: int,
+    device: torch.device,
+    *,
+    span: Sequence[float] = (0.0, 1.0),
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Random timesteps, int64 [count].
+
+    `uniform` draws each by itself, `stratified` one from each of `count` equal ranges, which is the same
+    expectation with less variance. `biased` draws as `stratified` does through the inverse of `bias`, cumulative
+    probabilities [num_timesteps]. `span` keeps to a part of the schedule: ZOODiP (Seo et al., CVPR 2025) learns
+    subjects from [0.5, 0.9], and finds that the less noisy half alone does not learn them.
+    """
+    first, last = int(span[0] * num_timesteps), max(int(span[1] * num_timesteps), 1)
+    if sampling == "uniform":
+        return torch.randint(first, last, (count,), device=device)
+    places = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+    if sampling == "biased" and bias is not None:
+        below = bias[first - 1] if first else torch.zeros((), device=device)
+        places = below + places * (bias[last - 1] - below)
+        return torch.searchsorted(bias, places.to(bias.dtype)).clamp(first, last - 1)
+    return (first + places * (last - first)).long().clamp(max=last - 1)

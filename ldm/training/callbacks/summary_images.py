@@ -1,0 +1,154 @@
+"""Two images of a whole run, made when it ends: its curves and its previews."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+from PIL import Image, ImageDraw, ImageFont
+from pytorch_lightning.callbacks import Callback
+
+from ldm import files
+from ldm.images import image_grid, labelled
+from ldm.training.callbacks.fixed_loss import DeterministicLoss
+from ldm.training.callbacks.guard import VectorStats
+
+logger = logging.getLogger(__name__)
+
+WIDTH, HEIGHT = 720, 180
+LEFT, RIGHT, TOP, BOTTOM = 80, 20, 30, 24
+INK, GREY, LINE, MARK = "black", "#bbbbbb", "#1f5fa8", "#c0392b"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values at steps, both of one length, under a title; values that are not finite are left out."""
+
+    title: str
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+def draw_curves(curves: Sequence[Curve], mark: int | None = None) -> Image.Image:
+    """One panel below the other over the same steps; `mark` is a step with a red line."""
+    last = max((step for curve in curves for step in curve.steps), default=1) or 1
+    sheet = Image.new("RGB", (WIDTH, HEIGHT * max(1, len(curves))), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, curve in enumerate(curves):
+        _panel(draw, curve, HEIGHT * number, last, mark)
+    return sheet
+
+
+def _panel(draw: ImageDraw.ImageDraw, curve: Curve, y: int, last: int, mark: int | None) -> None:
+    font = ImageFont.load_default(size=12)
+    points = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if math.isfinite(v)]
+    low, high = min((v for _, v in points), default=0.0), max((v for _, v in points), default=1.0)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high = low - margin, high + margin
+    top, bottom, right = y + TOP, y + HEIGHT - BOTTOM, WIDTH - RIGHT
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        share = (value - low) / (high - low)
+        return LEFT + (right - LEFT) * step / last, bottom - (bottom - top) * share
+
+    draw.text((LEFT, y + 8), curve.title, fill=INK, font=font)
+    draw.rectangle((LEFT, top, right, bottom), outline=GREY)
+    for value in (low + margin, high - margin):
+        height = place(0, value)[1]
+        draw.line((LEFT - 4, height, LEFT, height), fill=INK)
+        draw.text((LEFT - 8, height), f"{value:.4g}", fill=INK, font=font, anchor="rm")
+    for step, anchor in ((0, "la"), (last, "ra")):
+        draw.text((place(step, low)[0], bottom + 4), f"step {step}", fill=INK, font=font, anchor=anchor)
+    if mark is not None:
+        x = place(mark, low)[0]
+        draw.line((x, top, x, bottom), fill=MARK)
+    places = [place(*point) for point in points]
+    if len(places) > 1:
+        draw.line(places, fill=LINE, width=2)
+    for x, height in places[-1:]:
+        draw.ellipse((x - 3, height - 3, x + 3, height + 3), fill=LINE)
+
+
+LARGEST = 512
+
+
+class SummaryImages(Callback):
+    """Writes `learning_curve.png` and `progress.png` into the run folder at its end, and when it breaks off.
+
+    The first shows the deterministic loss with the best step, the vectors' norm and the rate, as far as they were
+    measured. The second has a row for each preview: the inputs, and what the model made of the same captions, or of
+    the fixed prompts where the run has such; of more than `rows` previews that many are taken, evenly.
+    """
+
+    def __init__(self, rows: int = 12) -> None:
+        super().__init__()
+        self.rows = max(2, rows)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.write(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.write(trainer)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        """Make both pictures out of what there is by now; a run never fails over them."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        try:
+            if curve := learning_curve(trainer):
+                _save(curve, folder / "learning_curve.png")
+            if sheet := progress_sheet(folder / "images" / "train", self.rows):
+                _save(sheet, folder / "progress.png")
+        except (OSError, ValueError) as error:
+            logger.warning("no summary pictures: %s", error)
+
+
+def learning_curve(trainer: pl.Trainer) -> Image.Image | None:
+    """The curves of a run, or None where nothing was measured."""
+    curves, best = [], None
+    for callback in trainer.callbacks:
+        if isinstance(callback, DeterministicLoss) and callback.losses:
+            curves.insert(0, Curve("deterministic loss", callback.steps, callback.losses))
+            best = callback.best_step
+        elif isinstance(callback, VectorStats) and callback.rows:
+            steps, ratios, _, rates = zip(*callback.rows, strict=True)
+            curves.append(Curve("norm of the vectors / mean norm of the vocabulary", steps, ratios))
+            curves.append(Curve("learning rate", steps, rates))
+    return draw_curves(curves, mark=best) if curves else None
+
+
+def progress_sheet(folder: Path, rows: int) -> Image.Image | None:
+    """Inputs and guided samples of the previews in a folder, a row for each step, or None without any.
+
+    Sheets of fixed prompts show their inputs themselves.
+    """
+    sheets = sorted(folder.glob("prompts_gs-*.jpg"))
+    found: dict[int, dict[str, Path]] = {}
+    for path in sheets or folder.glob("samples_scaled_gs-*.jpg"):
+        inputs = path.with_name(path.name.replace("samples_scaled", "inputs"))
+        step = re.search(r"_gs-(\d+)", path.name)
+        if step and inputs.is_file():
+            beside = {} if sheets else {"inputs": inputs}
+            found[int(step[1])] = {**beside, f"step {int(step[1])}": path}
+    steps = sorted(found)
+    if len(steps) > rows:
+        steps = [steps[i * (len(steps) - 1) // (rows - 1)] for i in range(rows)]
+    cells = []
+    for step in steps:
+        for text, path in found[step].items():
+            with Image.open(path) as picture:
+                picture.thumbnail((LARGEST, LARGEST))
+                cells.append(labelled(picture.convert("RGB"), text))
+    return image_grid(cells, columns=3 if sheets else 2, padding=8) if cells else None
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    files.atomic_write(path, lambda file: picture.save(file, "PNG"))

@@ -1,0 +1,43 @@
+"""Reading YAML files, and single values as a YAML would read them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.util import ConfigError
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """Read one YAML; ConfigError names the file, and the line of a syntax error."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such YAML: '{path}'; check --base")
+    try:
+        node = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"'{path}'{line} is no valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"'{path}' must hold a mapping (model:, data:, lightning:), not a list")
+    return node
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML would make of a word on the command line; 1e-3 is a number, and what is no YAML a text."""
+    if is_number(text) and not re.fullmatch(r"[+-]?\d+", text):
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) is not None
