@@ -1,0 +1,142 @@
+"""The plug-in contract: what a personalization must offer, and what the text encoder offers to it.
+
+`personalization_config.target` of a YAML may name any class that fulfils `Personalization`. The rest of the code
+never asks which class it is. Derive from `torch.nn.Module` and from `Personalization`, in this order: the five members
+that every personalization decides for itself have no default; all others do.
+
+    class Word(nn.Module, Personalization):
+        def __init__(self, embedder: TextEncoder, word: str = "*") -> None: ...
+
+The constructor is called as `target(embedder=TextEncoder, **params)` with the `params` of the YAML, before the
+weights of a checkpoint are read. Parameters are trained by the model that holds the personalization; they are
+float32 and saved in the run's state through `state_dict`, as those of any module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.prompt_tokenizer import PromptTokenizer
+from ldm.util import UserError
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What a frozen text encoder offers to models, personalizations and training.
+
+    Attributes:
+        family: "clip" or "bert"; with the width it says which models can use learned vectors.
+        max_length: L, the number of tokens of an encoded prompt, start and end included.
+        prompt_tokenizer: text to token ids, placeholders included.
+    """
+
+    family: str
+    max_length: int
+    prompt_tokenizer: PromptTokenizer
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The vocabulary's vectors, [V, d]."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """The width d of a token embedding."""
+        ...
+
+    def token_ids(
+        self, text: str | Sequence[str], embedding_manager: Personalization | None = None
+    ) -> Tensor:
+        """Token ids [B, L] on the encoder's device, with the personalization's placeholders found in the text."""
+        ...
+
+    def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
+        """Prompts as the context [B, L, d] of the denoiser; the personalization replaces token embeddings."""
+        ...
+
+
+@runtime_checkable
+class Personalization(Protocol):
+    """Learned words: what is trained, how it enters the text encoder, and how it is saved.
+
+    Attributes:
+        string_to_token_dict: placeholder -> the token id (0-dim int64 on the CPU) that stands for it in
+            `tokenized_text`. Use `embedder.prompt_tokenizer.placeholder_id(word, index)` for it.
+        loaded: whether the vectors come from a file or a checkpoint, and must not be initialised anew.
+    """
+
+    string_to_token_dict: dict[str, Tensor]
+    loaded: bool = False
+
+    # Without default: what makes a personalization.
+
+    def __call__(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
+        """Token embeddings to go on with: ids [B, L], embeddings [B, L, d] -> a new [B, L, d].
+
+        Called before position embeddings are added; neither input may be changed. An `nn.Module` defines it by
+        `forward`.
+        """
+        ...
+
+    def embedding_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that are trained."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write what was learned to a file, whole or not at all."""
+        ...
+
+    def load(self, path: str | Path) -> None:
+        """Read a file of `save`; UserError for one that does not fit."""
+        ...
+
+    # With default: override what applies.
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Each placeholder with the number of token positions that it takes up in a prompt at present."""
+        return dict.fromkeys(self.string_to_token_dict, 1)
+
+    def most_positions(self) -> dict[str, int]:
+        """Each placeholder with the most positions that it will take up, for the check of the token limit."""
+        return self.placeholders
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser trains, as torch's parameter groups; a group with "lr" has a rate of its own."""
+        return [{"params": list(self.embedding_parameters())}]
+
+    def absent_parameters(self, captions: Iterable[str]) -> list[nn.Parameter]:
+        """Parameters of words that none of the captions holds; the optimiser leaves them alone in that step."""
+        return []
+
+    def embedding_to_coarse_loss(self) -> Tensor:
+        """The distance from the initializers that `embedding_reg_weight` multiplies: a scalar."""
+        return torch.zeros(())
+
+    def on_optimizer_step(self, step: int) -> None:
+        """Called after each optimizer step with the number of steps done."""
+
+    def reset(self, embedder: TextEncoder) -> None:
+        """Called when the encoder's weights have been read and the vectors did not come with them."""
+
+    def measure(self, embedder: TextEncoder) -> None:
+        """Called when the encoder's weights have been read and the vectors came with them."""
+
+    def export(self) -> dict[str, Tensor]:
+        """Copies [N, d] of the vectors in use by placeholder, float32 on the CPU; empty if there are none to share."""
+        return {}
+
+    def take(self, vectors: Mapping[str, Tensor], source: str) -> None:
+        """Hold these vectors [N, d] of these placeholders in place of the present ones.
+
+        Raises:
+            UserError: they do not fit, or this personalization is not made of such vectors.
+        """
+        raise UserError(
+            f"{source}: {type(self).__name__} cannot use vectors of another tool; load a file of its own"
+        )
