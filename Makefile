@@ -51,13 +51,13 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
 bench: $(READY)  ## step time, overhead and time to concept on the CPU, into benchmarks/results (hours)
-	$(PY) benchmarks/step_time.py embedded
-	$(PY) benchmarks/step_time.py sd-v1
-	$(PY) benchmarks/overhead.py
-	$(PY) benchmarks/time_to_concept.py
+	$(PY) -m benchmarks.step_time embedded
+	$(PY) -m benchmarks.step_time sd-v1
+	$(PY) -m benchmarks.overhead
+	$(PY) -m benchmarks.time_to_concept
 
 bench-gpu: $(READY)  ## step time and memory on a CUDA device, at 512 x 512
-	$(PY) benchmarks/step_time.py sd-v1 --device cuda --size 512 --rounds 50 --warm_up 10
+	$(PY) -m benchmarks.step_time sd-v1 --device cuda --size 512 --rounds 50 --warm_up 10
 
 lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .

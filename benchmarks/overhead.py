@@ -1,6 +1,6 @@
 """What previews and the deterministic loss cost a run on the embedded model, in percent of the rest of it.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
 Each is the time that a whole run spends in its callbacks, against the time that it spends in everything else but
 these: the difference of two runs would drown in the machine's ups and downs.
@@ -16,21 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pytorch_lightning.callbacks import Callback
 
-
-from pytorch_lightning.callbacks import Callback  # noqa: E402
-
-from benchmarks import runs  # noqa: E402
-from benchmarks.pairs import Rounds, Spread  # noqa: E402
-from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.subjects import EMBEDDED  # noqa: E402
-from benchmarks.turns import now  # noqa: E402
-from ldm.console import Parser  # noqa: E402
-from ldm.training.callbacks.fixed_loss import DeterministicLoss  # noqa: E402
-from ldm.training.callbacks.image_logger import ImageLogger  # noqa: E402
-from ldm.training.callbacks.summary_images import SummaryImages  # noqa: E402
-from scripts.common import guarded  # noqa: E402
+from benchmarks import runs
+from benchmarks.pairs import Rounds, Spread
+from benchmarks.report import Report, verdict
+from benchmarks.subjects import EMBEDDED
+from benchmarks.turns import now
+from ldm.console import Parser
+from ldm.training.callbacks.fixed_loss import DeterministicLoss
+from ldm.training.callbacks.image_logger import ImageLogger
+from ldm.training.callbacks.summary_images import SummaryImages
+from scripts.common import guarded
 
 PREVIEWS, LOSS, REST = "previews, with the pictures at the end", "deterministic loss", "everything else"
 PARTS: dict[str, tuple[type[Callback], ...]] = {

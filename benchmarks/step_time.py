@@ -1,8 +1,8 @@
 """How long a training step takes: ours against the original's arithmetic and against a loop like diffusers'.
 
-    python benchmarks/step_time.py embedded
-    python benchmarks/step_time.py sd-v1
-    python benchmarks/step_time.py sd-v1 --device cuda --size 512
+    python -m benchmarks.step_time embedded
+    python -m benchmarks.step_time sd-v1
+    python -m benchmarks.step_time sd-v1 --device cuda --size 512
 
 Ours is a real run, with its loop and callbacks (but for previews and the deterministic loss: see overhead.py).
 """
@@ -17,22 +17,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from benchmarks import runs, supply  # noqa: E402
-from benchmarks.original import OriginalLoop  # noqa: E402
-from benchmarks.pairs import Rounds, Spread  # noqa: E402
-from benchmarks.peer import DiffusersLoop  # noqa: E402
-from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion  # noqa: E402
-from benchmarks.turns import OURS, Turns  # noqa: E402
-from benchmarks.twin import twin  # noqa: E402
-from ldm.console import Parser  # noqa: E402
-from ldm.interop import diffusers_pipeline  # noqa: E402
-from scripts.common import guarded  # noqa: E402
+from benchmarks import runs, supply
+from benchmarks.original import OriginalLoop
+from benchmarks.pairs import Rounds, Spread
+from benchmarks.peer import DiffusersLoop
+from benchmarks.report import Report, verdict
+from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion
+from benchmarks.turns import OURS, Turns
+from benchmarks.twin import twin
+from ldm.console import Parser
+from ldm.interop import diffusers_pipeline
+from scripts.common import guarded
 
 # What main.py is told for each precision.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}

@@ -1,8 +1,8 @@
 """Seconds of training until a word looks like the concept: the recipe `fast` against `paper`, on the embedded model.
 
-    python benchmarks/time_to_concept.py            # goes on where it was stopped
-    python benchmarks/time_to_concept.py --jobs 2 --threads 1    # on two cores: half as long in all
-    python benchmarks/time_to_concept.py --quick    # a check that it works; its figures mean nothing
+    python -m benchmarks.time_to_concept            # goes on where it was stopped
+    python -m benchmarks.time_to_concept --jobs 2 --threads 1    # on two cores: half as long in all
+    python -m benchmarks.time_to_concept --quick    # a check that it works; its figures mean nothing
 
 The aim for a concept is 90 percent of the identity that `paper` has at its end. A recipe is there at the first
 waypoint that reaches the aim together with the one after it.
@@ -24,23 +24,21 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import runs, waypoints  # noqa: E402
-from benchmarks.machine import ROOT  # noqa: E402
-from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.scores import Scorer, creatures  # noqa: E402
-from ldm.checkpoint import load_model_from_config  # noqa: E402
-from ldm.console import Parser, positive  # noqa: E402
-from ldm.evaluation.concepts import read_concept  # noqa: E402
-from ldm.evaluation.judge import AttributeJudge  # noqa: E402
+from benchmarks import runs, waypoints
+from benchmarks.machine import ROOT
+from benchmarks.report import Report, verdict
+from benchmarks.scores import Scorer, creatures
+from ldm.checkpoint import load_model_from_config
+from ldm.console import Parser, positive
+from ldm.evaluation.concepts import read_concept
+from ldm.evaluation.judge import AttributeJudge
 from ldm.files import (
-    file_hash,  # noqa: E402
-    write_text,  # noqa: E402
+    file_hash,
+    write_text,
 )
-from scripts.common import JUDGE, guarded  # noqa: E402
+from scripts.common import JUDGE, guarded
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"

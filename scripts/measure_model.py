@@ -93,11 +93,10 @@ def judge(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     """Right answers of the judge on drawings of the split that only evaluations use."""
     import torch
 
-    from benchmarks.study.judge_training import visible_attributes
     from ldm.data.creatures.dataset import Creatures
     from ldm.data.creatures.world import ATTRIBUTES
-    from ldm.evaluation.judge import AttributeJudge
-    from ldm.evaluation.obedience import TOLD
+    from ldm.evaluation.judge import AttributeJudge, visible_attributes
+    from scripts.obedience import TOLD
 
     reader = AttributeJudge.load(options.judge)
     data = Creatures(reader.size, options.count or 4096, split="evaluation", captions=False)
@@ -120,10 +119,10 @@ def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     from tqdm import tqdm
 
     from ldm.evaluation.judge import AttributeJudge
-    from ldm.evaluation.obedience import TOLD, counted, orders
     from ldm.files import atomic_write
     from ldm.generate import generate
     from ldm.images import image_grid, labelled, to_tensor
+    from scripts.obedience import TOLD, counted, orders
 
     reader, (model, _) = AttributeJudge.load(options.judge), _model(options.model)
     asked = orders(options.count or 1200, options.seed)
@@ -167,7 +166,7 @@ def _share(right: Any) -> tuple[int, int]:
 
 
 def _shares(counts: dict[str, tuple[int, int]]) -> Rows:
-    from ldm.evaluation.obedience import interval
+    from scripts.obedience import interval
 
     return {
         name: {

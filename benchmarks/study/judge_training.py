@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.creatures.world import ATTRIBUTES
-from ldm.evaluation.judge import AttributeJudge
+from ldm.evaluation.judge import AttributeJudge, visible_attributes
 from ldm.models.optimizers import build_optimizer
 
 _COLUMN = {name: column for column, name in enumerate(ATTRIBUTES)}
-_PLAIN, _NEON = ATTRIBUTES["pattern"].index("plain"), ATTRIBUTES["style"].index("neon")
 
 
 class JudgeTraining(pl.LightningModule):
@@ -86,15 +85,3 @@ class JudgeTraining(pl.LightningModule):
     def on_fit_end(self) -> None:
         if self.export_to is not None and self.trainer.is_global_zero:
             self.judge.save(self.export_to)
-
-
-def visible_attributes(name: str, attributes: Tensor) -> Tensor:
-    """Which pictures, bool [B], can show an attribute at all: attributes int64 [B, 8] in the world's order.
-
-    A plain creature has no second colour, and neon is dark whatever stands behind.
-    """
-    if name == "second":
-        return attributes[:, _COLUMN["pattern"]] != _PLAIN
-    if name == "background":
-        return attributes[:, _COLUMN["style"]] != _NEON
-    return torch.ones(len(attributes), dtype=torch.bool, device=attributes.device)

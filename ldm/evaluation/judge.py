@@ -21,6 +21,8 @@ from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
+_COLUMN = {name: column for column, name in enumerate(ATTRIBUTES)}
+_PLAIN, _NEON = ATTRIBUTES["pattern"].index("plain"), ATTRIBUTES["style"].index("neon")
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "judge.json"
 
 
@@ -107,3 +109,15 @@ def _check_world(attributes: Mapping[str, Sequence[Any]], folder: Path) -> None:
     for name, values in ATTRIBUTES.items():
         if list(attributes.get(name, ())) != list(values):
             raise UserError(f"the judge in '{folder}' knows other values of '{name}'; train it again")
+
+
+def visible_attributes(name: str, attributes: Tensor) -> Tensor:
+    """Which pictures, bool [B], can show an attribute at all: attributes int64 [B, 8] in the world's order.
+
+    A plain creature has no second colour, and neon is dark whatever stands behind.
+    """
+    if name == "second":
+        return attributes[:, _COLUMN["pattern"]] != _PLAIN
+    if name == "background":
+        return attributes[:, _COLUMN["style"]] != _NEON
+    return torch.ones(len(attributes), dtype=torch.bool, device=attributes.device)

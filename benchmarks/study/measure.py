@@ -1,4 +1,4 @@
-"""The second phase of scripts/study_inversions.py: generate with what was learned, and judge the pictures."""
+"""The second phase of benchmarks/study/inversions.py: generate with what was learned, and judge the pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.study.invert import inversions
 from benchmarks.study.plan import Inversion, Study, read_record, write_record
 from benchmarks.study.summary import CREATURE, WORDS
 from ldm.embeddings import read
@@ -24,7 +25,6 @@ from ldm.images import image_grid
 from ldm.models.features import load_features
 from ldm.util import UserError
 from scripts.judging import features_of, judge_of, load_model, sampling_of
-from scripts.study_invert import inversions
 
 _SHOWN, _SHOWN_OF_EDIT = 4, 1
 
@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace) -> None:
     there = [one for one in inversions(options) if study.record(one).is_file()]
     if not there:
         raise UserError(
-            f"there is no inversion in '{options.out}'; run: python scripts/study_inversions.py invert"
+            f"there is no inversion in '{options.out}'; run: python -m benchmarks.study.inversions invert"
         )
     settings = settings_of(options)
     names = [

@@ -1,4 +1,4 @@
-"""The phases of scripts/study_inversions.py, with main.py replaced and the model of a golden record."""
+"""The phases of benchmarks/study/inversions.py, with main.py replaced and the model of a golden record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.study import inversions, invert, measure
 from ldm.embeddings import Concept, LearnedEmbeddings, write
-from scripts import study_inversions, study_invert, study_measure
 from tests.evaluation.stand_ins import draw_little
 from tests.golden_record import Golden
 
@@ -64,7 +64,7 @@ class MainPy:
 @pytest.fixture
 def main_py(monkeypatch) -> MainPy:
     stand_in = MainPy()
-    monkeypatch.setattr(study_invert.subprocess, "run", stand_in.run)
+    monkeypatch.setattr(invert.subprocess, "run", stand_in.run)
     return stand_in
 
 
@@ -72,7 +72,7 @@ def main_py(monkeypatch) -> MainPy:
 def run(model, tmp_path, capsys):
     def run(phase: str, *arguments: str):
         base = [phase, "--out", str(tmp_path / "study"), "--ckpt_path", str(model), "--judge", "none"]
-        code = study_inversions.main([*base, *TINY, *arguments])
+        code = inversions.main([*base, *TINY, *arguments])
         return code, capsys.readouterr()
 
     return run
@@ -158,7 +158,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
     def never(options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(study_measure, "make_bench", never)
+    monkeypatch.setattr(measure, "make_bench", never)
     assert run("measure", "--vectors", "1", "2")[0] == 0
     with pytest.raises(AssertionError, match="loaded"):
         run("measure", "--vectors", "1", "2", "--ddim_steps", "2")

@@ -1,4 +1,4 @@
-"""The first phase of scripts/study_inversions.py: draw the concepts, and run main.py for each inversion."""
+"""The first phase of benchmarks/study/inversions.py: draw the concepts, and run main.py for each inversion."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.machine import ROOT
 from benchmarks.study.plan import Inversion, Study, plan, write_record
 from ldm.evaluation.concepts import read_concept
 from ldm.files import atomic_write, file_hash
 from ldm.util import UserError
 from scripts.make_concepts import STYLES, creature_concept, style_concept, write_concept
 
-ROOT = Path(__file__).resolve().parents[1]
 CREATURE_CONFIG = ROOT / "configs/latent-diffusion/txt2img-finetune.yaml"
 STYLE_CONFIG = ROOT / "configs/latent-diffusion/txt2img-finetune_style.yaml"
 _STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)

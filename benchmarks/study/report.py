@@ -1,4 +1,4 @@
-"""The third phase of scripts/study_inversions.py: means, spreads and bars as JSON, Markdown and a contact sheet."""
+"""The third phase of benchmarks/study/inversions.py: means, spreads and bars as JSON, Markdown and a contact sheet."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.study.invert import inversions, picture_size
 from benchmarks.study.plan import Inversion, Study, read_record, write_record
 from benchmarks.study.summary import WORDS, Bar, Summary, bars, color_way, summarize
 from ldm.evaluation.evaluate import REDRAWN
@@ -17,7 +18,6 @@ from ldm.files import write_text
 from ldm.generate.images import save_image
 from ldm.images import enlarged, labelled
 from ldm.util import UserError
-from scripts.study_invert import inversions, picture_size
 
 _CREATURES_SHOWN, _SCALE = 8, 2
 
@@ -29,7 +29,7 @@ def report(options: argparse.Namespace) -> None:
     found = {one: record for one in wanted if (record := read_record(study.figures(one.id)))}
     if not found:
         raise UserError(
-            f"nothing is measured in '{options.out}'; run: python scripts/study_inversions.py measure"
+            f"nothing is measured in '{options.out}'; run: python -m benchmarks.study.inversions measure"
         )
     creatures = {one: record for one, record in found.items() if "edits" in record}
     summaries = {

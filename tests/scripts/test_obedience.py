@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.creatures.world import COLORS, SPECIES, STYLES
-from ldm.evaluation.obedience import TOLD, counted, interval, orders
+from scripts.obedience import TOLD, counted, interval, orders
 
 
 def _truth(order):

@@ -1,9 +1,9 @@
 """Invert many held-out creatures and two held-out styles, and measure what came of it.
 
-    python scripts/study_inversions.py all --creatures 2 --seeds 1 --steps 20 --samples 2 --edit_samples 1   # to try
-    python scripts/study_inversions.py invert       # hours: goes on where it stopped
-    python scripts/study_inversions.py measure      # likewise
-    python scripts/study_inversions.py report       # study.json, study.md and study.png
+    python -m benchmarks.study.inversions all --creatures 2 --seeds 1 --steps 20 --samples 2 --edit_samples 1   # to try
+    python -m benchmarks.study.inversions invert       # hours: goes on where it stopped
+    python -m benchmarks.study.inversions measure      # likewise
+    python -m benchmarks.study.inversions report       # study.json, study.md and study.png
 
 Every inversion runs main.py as a person would. Each is written when it is done, so that a study may be stopped at
 any time, Ctrl-C included, and spread over days: the same command goes on.
@@ -16,9 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# a checkout works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ldm.console import Parser, positive
 from ldm.util import UsageError
 from scripts.common import Profile, guarded
@@ -29,7 +26,7 @@ PHASES = ("invert", "measure", "report", "all")
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="study_inversions.py",
+        prog="python -m benchmarks.study.inversions",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -111,15 +108,15 @@ def run(options: argparse.Namespace) -> None:
 
     console.set_up_logging()
     if options.phase in ("invert", "all"):
-        from scripts.study_invert import invert
+        from benchmarks.study.invert import invert
 
         invert(options)
     if options.phase in ("measure", "all"):
-        from scripts.study_measure import measure
+        from benchmarks.study.measure import measure
 
         measure(options)
     if options.phase in ("report", "all"):
-        from scripts.study_report import report
+        from benchmarks.study.report import report
 
         report(options)
 
