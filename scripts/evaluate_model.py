@@ -79,13 +79,13 @@ def run(options: argparse.Namespace) -> None:
 
     from ldm import console
     from ldm.embeddings import read
-    from ldm.evaluation.concepts import embedding_of, find_concepts, read_concept
+    from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
 
     console.set_up_logging()
     sampling = sampling_of(options)
     concepts = [read_concept(folder) for folder in find_concepts(options.concept)]
     place, several = options.embedding_path, len(concepts) > 1
-    files = [embedding_of(place, one.name, several) if place else None for one in concepts]
+    files = [find_embedding(place, one.name, several) if place else None for one in concepts]
     learned = [read(file).triggers if file else [] for file in files]
     check_prompts(options.prompt, learned)
     sources, judge = features_of(options), judge_of(options)
@@ -115,7 +115,7 @@ def evaluate(
     """Load everything, measure concept after concept, write three files and print their paths."""
     from tqdm import tqdm
 
-    from ldm.evaluation.evaluate import Evaluation, what_to_ask
+    from ldm.evaluation.evaluate import Evaluation, evaluation_prompts
     from ldm.evaluation.judge import AttributeJudge
     from ldm.evaluation.measures import mean_figures
     from ldm.evaluation.report import versions
@@ -128,7 +128,9 @@ def evaluate(
     model, size = load_model(options.ckpt_path, options.config)
     extractors = [load_features(source, model.device) for source in sources]
     bench = Evaluation(model, sampling, judge, extractors, size)
-    asked = [what_to_ask(one, options.prompt, not options.no_edits, size, judge) for one, _, _ in concepts]
+    asked = [
+        evaluation_prompts(one, options.prompt, not options.no_edits, size, judge) for one, _, _ in concepts
+    ]
     found: dict[str, Any] = {}
     rows: list[Any] = []
     total = options.samples * sum(map(len, asked))
@@ -169,16 +171,16 @@ def evaluate_one(
     bench: Any, concept: Any, asked: Sequence[Any], word: str, triggers: list[str], samples: int, done: Any
 ) -> tuple[dict[str, Any], list[Any]]:
     """A concept's figures, with what they are to be compared with, and its rows of the sheet."""
-    prompts, shown = bench.ask(concept, asked, word, triggers, samples, done)
-    references, drawn = bench.references(concept)
+    prompts, shown = bench.measure(concept, asked, word, triggers, samples, done)
+    references, drawn = bench.measure_baselines(concept)
     styled = [one.styled for one in asked if one.styled]
     figures = {"prompts": prompts, "references": references}
     if concept.creature:
-        figures["calibration"] = bench.subject(concept.creature).calibration()
+        figures["calibration"] = bench.creature_reference(concept.creature).calibration()
     drawn += [
-        (f"truth of: {one.prompt.format('the style')}", one.pictures[: len(shown[0][1])]) for one in styled
+        (f"truth of: {one.prompt.format('the style')}", one.images[: len(shown[0][1])]) for one in styled
     ]
-    return figures, [("learned from", concept.pictures), *shown, *drawn]
+    return figures, [("learned from", concept.images), *shown, *drawn]
 
 
 def write(outdir: Path, content: dict[str, Any], told: Sequence[str], rows: Sequence[Any]) -> list[Path]:

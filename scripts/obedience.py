@@ -1,4 +1,4 @@
-"""Are prompts obeyed? Prompts that name attributes, and what a judge sees in the pictures of them."""
+"""How often generated images show what a prompt asks for: prompts with known attributes, and a judge's answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.creatures.builds import pick
-from ldm.data.creatures.captions import Names, naming
+from ldm.data.creatures.captions import Description, attribute_caption
 from ldm.data.creatures.world import ATTRIBUTES, COLORS, SPECIES, STYLES, clash, creature
 from ldm.evaluation.edits import has_background
 
-# What the figures are called; a kind is asked for by the name of a species.
-TOLD = {
+# Titles of the measured attributes. "corners" is a plain background, checked without the judge.
+TITLES = {
     "background": "background",
     "color": "body colour",
     "kind": "species",
@@ -27,73 +27,78 @@ TOLD = {
     "second": "second colour",
     "corners": "plain background, by its corners",
 }
-_STYLED_SHARE = 0.4
-_SOMETIMES = ("pattern", "eyes", "ears")
+# Of every five prompts, so many ask for a style.
+_STYLED_OF_FIVE = 2
+_OPTIONAL = ("pattern", "eyes", "ears")
 
 
 @dataclass(frozen=True)
-class Order:
-    """A prompt and what its picture has to show: `told` are the attributes that the prompt names."""
+class PromptCase:
+    """A prompt, the image it describes, and the attributes that it names."""
 
     prompt: str
-    names: Names
-    told: tuple[str, ...]
+    description: Description
+    attributes: tuple[str, ...]
 
 
-def orders(count: int, seed: int) -> list[Order]:
-    """`count` prompts, the same for a seed: species, colour and background always, three other attributes by halves.
+def draw_prompts(count: int, seed: int) -> list[PromptCase]:
+    """Draw `count` prompts, the same ones for a seed.
 
-    Two in five ask for a style instead of a background, in turn each of those that are no photo.
+    All name species and colour. Three in five also name the background, and each of pattern, eyes and ears with
+    probability 1/2. Two in five name a style instead, because a style may hide small parts; every style in turn.
     """
     rng = random.Random(f"orders {seed}")
     styles = [style for style in STYLES if style != "photo"]
-    made = []
+    prompts = []
     for number in range(count):
-        styled = number % 5 < 5 * _STYLED_SHARE
+        styled = number % 5 < _STYLED_OF_FIVE
         drawn = creature(rng.randrange(2**31), kind=pick(rng, SPECIES))
-        places = [value for value in ATTRIBUTES["background"] if not clash(drawn.color, value)]
+        backgrounds = [value for value in ATTRIBUTES["background"] if not clash(drawn.color, value)]
         style = styles[number // 5 % len(styles)] if styled else "photo"
-        names = Names(
-            drawn.kind, drawn.color, drawn.second, drawn.pattern, drawn.eyes, drawn.ears, pick(rng, places), style
+        description = Description(
+            drawn.kind, drawn.color, drawn.second, drawn.pattern, drawn.eyes, drawn.ears,
+            pick(rng, backgrounds), style,
         )  # fmt: skip
-        told = ["kind", "color", "style" if styled else "background"]
-        # A style may hide what is small: it is asked for in photos.
-        told += [] if styled else [name for name in _SOMETIMES if rng.random() < 0.5]
-        made.append(Order(naming(names, told), names, tuple(told)))
-    return made
+        attributes = ["kind", "color", "style" if styled else "background"]
+        attributes += [] if styled else [name for name in _OPTIONAL if rng.random() < 0.5]
+        prompts.append(PromptCase(attribute_caption(description, attributes), description, tuple(attributes)))
+    return prompts
 
 
-def counted(
-    orders: Sequence[Order], pictures: Iterable[Image.Image], readings: Iterable[Mapping[str, Any]]
+def count_obeyed(
+    prompts: Sequence[PromptCase],
+    images: Iterable[Image.Image],
+    predictions: Iterable[Mapping[str, Any]],
 ) -> dict[str, tuple[int, int]]:
-    """For each key of `TOLD` (obeyed, asked for); `readings` are the judge's of `pictures`, in order.
+    """Return (obeyed, asked for) by key of `TITLES`.
 
-    What a style does to colours is its own affair: colours count in photos alone.
+    predictions: the judge's predictions for `images`, in the order of `prompts`. Colours are counted in photos only,
+        because a style may change them.
     """
-    found = dict.fromkeys(TOLD, (0, 0))
+    counts = dict.fromkeys(TITLES, (0, 0))
 
-    def count(name: str, right: bool) -> None:
-        obeyed, asked = found[name]
-        found[name] = (obeyed + bool(right), asked + 1)
+    def count(name: str, correct: bool) -> None:
+        obeyed, asked = counts[name]
+        counts[name] = (obeyed + bool(correct), asked + 1)
 
-    for order, picture, seen in zip(orders, pictures, readings, strict=True):
-        photo = "style" not in order.told
-        for name in order.told:
+    for prompt, image, predicted in zip(prompts, images, predictions, strict=True):
+        truth, photo = prompt.description, "style" not in prompt.attributes
+        for name in prompt.attributes:
             if photo or name != "color":
-                count(name, seen[name] == getattr(order.names, name))
-        if "pattern" in order.told and order.names.pattern != "plain":
-            count("second", seen["second"] == order.names.second)
-        if photo and order.names.background in COLORS:
-            count("corners", has_background(picture, order.names.background))
-    return found
+                count(name, predicted[name] == getattr(truth, name))
+        if "pattern" in prompt.attributes and truth.pattern != "plain":
+            count("second", predicted["second"] == truth.second)
+        if photo and truth.background in COLORS:
+            count("corners", has_background(image, truth.background))
+    return counts
 
 
-def interval(right: int, of: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson, 1927); (0, 1) of nothing."""
+def confidence_interval(correct: int, of: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share (Wilson, 1927); (0, 1) if `of` is 0."""
     if not of:
         return 0.0, 1.0
     z = 1.96
-    share, weight = right / of, 1 + z * z / of
+    share, weight = correct / of, 1 + z * z / of
     middle = (share + z * z / (2 * of)) / weight
     half = z * sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / weight
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -39,7 +39,7 @@ def invert(options: argparse.Namespace) -> None:
     """Make the inversions that are not there yet, `--jobs` at once; the first failure ends it."""
     study = Study(options.out.absolute())
     wanted = inversions(options)
-    draw_concepts(study, wanted, picture_size(options))
+    draw_concepts(study, wanted, image_size(options))
     settings = {one: settings_of(options, one) for one in wanted}
     todo = [one for one in wanted if not study.done(one, settings[one])]
     with (
@@ -66,7 +66,7 @@ def invert(options: argparse.Namespace) -> None:
 
 
 def draw_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> None:
-    """Five pictures of each concept, where they are not there yet."""
+    """Five images of each concept, where they are not there yet."""
     for name in dict.fromkeys(one.concept for one in wanted):
         if (study.concept(name) / "concept.json").is_file():
             continue
@@ -77,8 +77,8 @@ def draw_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> None:
         write_concept(study.concept(name), *drawn, size)
 
 
-def picture_size(options: argparse.Namespace) -> int:
-    """The side of the pictures that the finetuning YAML learns from."""
+def image_size(options: argparse.Namespace) -> int:
+    """The side of the images that the finetuning YAML learns from."""
     from omegaconf import OmegaConf
 
     size = int(OmegaConf.load(CREATURE_CONFIG).data.params.train.params.size)

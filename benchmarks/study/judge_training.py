@@ -19,10 +19,10 @@ _COLUMN = {name: column for column, name in enumerate(ATTRIBUTES)}
 
 
 class JudgeTraining(pl.LightningModule):
-    """Cross-entropy of every attribute that a picture shows.
+    """Cross-entropy of every attribute that an image shows.
 
     A batch is {"image": [B, H, W, 3] in [-1, 1], "attributes": int64 [B, 8]}, as `Creatures(attributes=True)` gives.
-    `roughen` is the share of pictures blurred or strewn with noise, so that the judge reads what a model generates as
+    `roughen` is the share of images blurred or strewn with noise, so that the judge reads what a model generates as
     well as what the renderer draws. At the end the judge is saved in `export_to`, if it is given.
     """
 

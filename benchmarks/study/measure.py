@@ -1,4 +1,4 @@
-"""The second phase of benchmarks/study/inversions.py: generate with what was learned, and judge the pictures."""
+"""The second phase of benchmarks/study/inversions.py: generate with what was learned, and judge the images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.study.plan import Inversion, Study, read_record, write_record
 from benchmarks.study.summary import CREATURE, WORDS
 from ldm.embeddings import read
 from ldm.evaluation.concepts import ConceptFolder, read_concept
-from ldm.evaluation.evaluate import Asked, Evaluation, Rows, what_to_ask
+from ldm.evaluation.evaluate import Evaluation, EvaluationPrompt, Rows, evaluation_prompts
 from ldm.evaluation.judge import AttributeJudge
 from ldm.files import file_hash
 from ldm.generate import load_embeddings
@@ -91,18 +91,22 @@ def without_inversion(
     bench: Evaluation, concept: ConceptFolder, options: argparse.Namespace
 ) -> tuple[dict[str, Any], Rows]:
     """What a concept's inversions are compared with: drawings, the first stage, and words."""
-    rows: Rows = [("inputs", concept.pictures)]
+    rows: Rows = [("inputs", concept.images)]
     if concept.creature is None:
-        styled = [one.styled for one in what_to_ask(concept, [], True, bench.size, bench.judge) if one.styled]
-        return {}, [*rows, ("truth", [picture for one in styled for picture in one.pictures[:2]])]
-    found, drawn = bench.references(concept)
+        styled = [
+            one.styled for one in evaluation_prompts(concept, [], True, bench.size, bench.judge) if one.styled
+        ]
+        return {}, [*rows, ("truth", [image for one in styled for image in one.images[:2]])]
+    found, drawn = bench.measure_baselines(concept)
     figures: dict[str, Any] = {name: {"likeness": likeness} for name, likeness in found.items()}
     for name, prompt in ((CREATURE, "a photo of a creature"), (WORDS, f"a photo of {concept.words}")):
-        likeness, shown = bench.ask(concept, [Asked(prompt)], "", [], options.samples)
+        likeness, shown = bench.measure(concept, [EvaluationPrompt(prompt)], "", [], options.samples)
         figures[name] = {"likeness": likeness[prompt]}
         drawn += [(name, shown[0][1])]
-    edits = [one for one in what_to_ask(concept, [], True, bench.size, bench.judge) if one.edit]
-    figures[WORDS]["edits"], shown = bench.ask(concept, edits, concept.words or "", [], options.edit_samples)
+    edits = [one for one in evaluation_prompts(concept, [], True, bench.size, bench.judge) if one.edit]
+    figures[WORDS]["edits"], shown = bench.measure(
+        concept, edits, concept.words or "", [], options.edit_samples
+    )
     drawn[-1] = (WORDS, strip(drawn[-1][1], shown))
     return figures, rows + drawn
 
@@ -110,31 +114,31 @@ def without_inversion(
 def of_inversion(
     bench: Evaluation, study: Study, one: Inversion, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Likeness and edits of a creature, or four species in a style; its strip of pictures is written."""
+    """Likeness and edits of a creature, or four species in a style; its strip of images is written."""
     concept = read_concept(study.concept(one.concept))
     load_embeddings(bench.model, study.embedding(one))
     triggers = read(study.embedding(one)).triggers
-    first, *others = what_to_ask(concept, [], True, bench.size, bench.judge)
-    likeness, shown = bench.ask(concept, [first], triggers[0], triggers, options.samples)
-    rest, more = bench.ask(concept, others, triggers[0], triggers, options.edit_samples)
-    pictures = strip(shown[0][1], more) if concept.creature else [p for _, row in more for p in row[:2]]
-    save(study, one.id, pictures)
+    first, *others = evaluation_prompts(concept, [], True, bench.size, bench.judge)
+    likeness, shown = bench.measure(concept, [first], triggers[0], triggers, options.samples)
+    rest, more = bench.measure(concept, others, triggers[0], triggers, options.edit_samples)
+    images = strip(shown[0][1], more) if concept.creature else [p for _, row in more for p in row[:2]]
+    save(study, one.id, images)
     record = read_record(study.record(one)) or {}
     kind = "edits" if concept.creature else "styled"
     return {"seconds": record.get("seconds"), "likeness": next(iter(likeness.values())), kind: rest}
 
 
 def strip(photos: Sequence[Image.Image], edits: Rows) -> list[Image.Image]:
-    """Some pictures of the plain prompt, then one of each edit."""
-    return [*photos[:_SHOWN], *(picture for _, row in edits for picture in row[:_SHOWN_OF_EDIT])]
+    """Some images of the plain prompt, then one of each edit."""
+    return [*photos[:_SHOWN], *(image for _, row in edits for image in row[:_SHOWN_OF_EDIT])]
 
 
 def write(study: Study, name: str, record: dict[str, Any], rows: Rows) -> None:
-    """The pictures first: figures say that all is there."""
-    for label, pictures in rows:
-        save(study, f"{name}-{label}", pictures)
+    """The images first: figures say that all is there."""
+    for label, images in rows:
+        save(study, f"{name}-{label}", images)
     write_record(study.figures(name), record)
 
 
-def save(study: Study, name: str, pictures: Sequence[Image.Image]) -> None:
-    save_image(image_grid(pictures, len(pictures)), study.pictures(name))
+def save(study: Study, name: str, images: Sequence[Image.Image]) -> None:
+    save_image(image_grid(images, len(images)), study.images(name))

@@ -29,7 +29,7 @@ class Inversion:
 class Study:
     """The folder of a study.
 
-    `concepts/NAME` holds pictures, `inversions` what was learned and how, `figures` and `pictures` what came of it.
+    `concepts/NAME` holds images, `inversions` what was learned and how, `figures` and `images` what came of it.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Study:
         """Figures of an inversion by its id, or of a concept without any by its name."""
         return self.folder / "figures" / f"{name}.json"
 
-    def pictures(self, name: str) -> Path:
+    def images(self, name: str) -> Path:
         return self.folder / "pictures" / f"{name}.png"
 
     def done(self, inversion: Inversion, settings: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.study.invert import inversions, picture_size
+from benchmarks.study.invert import image_size, inversions
 from benchmarks.study.plan import Inversion, Study, read_record, write_record
 from benchmarks.study.summary import WORDS, Bar, Summary, bars, color_way, summarize
 from ldm.evaluation.evaluate import REDRAWN
@@ -49,7 +49,7 @@ def report(options: argparse.Namespace) -> None:
     }
     styles = {name: summary for name, summary in styles.items() if summary}
     references = summarize_references(study, [one.concept for one in creatures])
-    reached = bars(summaries, references, picture_size(options)) if creatures else []
+    reached = bars(summaries, references, image_size(options)) if creatures else []
     content = {
         "versions": versions(),
         "measured": next(iter(found.values()))["settings"],
@@ -115,11 +115,11 @@ def contact_sheet(study: Study, wanted: Sequence[Inversion]) -> Image.Image:
     shown = [name for name in names if name not in shown][:_CREATURES_SHOWN] + shown
     for name in shown:
         first = [one for one in wanted if one.concept == name and one.seed == 0]
-        parts = [(label, study.pictures(f"{name}-{label}")) for label in ("inputs", REDRAWN, WORDS, "truth")]
+        parts = [(label, study.images(f"{name}-{label}")) for label in ("inputs", REDRAWN, WORDS, "truth")]
         then = edits_shown(study, name)
         parts[2] = (WORDS + then, parts[2][1])
         parts += [
-            (f"{one.vectors} vector{'s' * (one.vectors > 1)}{then}", study.pictures(one.id)) for one in first
+            (f"{one.vectors} vector{'s' * (one.vectors > 1)}{then}", study.images(one.id)) for one in first
         ]
         strips += [_labelled(f"{name}: {label}", path) for label, path in parts if path.is_file()]
     return stacked(strips)
@@ -133,12 +133,12 @@ def edits_shown(study: Study, name: str) -> str:
 
 
 def _labelled(text: str, path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return labelled(enlarged(picture.convert("RGB"), _SCALE), text)
+    with Image.open(path) as image:
+        return labelled(enlarged(image.convert("RGB"), _SCALE), text)
 
 
 def _is_style(study: Study, name: str) -> bool:
-    return study.pictures(f"{name}-truth").is_file()
+    return study.images(f"{name}-truth").is_file()
 
 
 def _spread_table(title: str, keys: Sequence[str], rows: Sequence[tuple[str, Summary]]) -> str:

@@ -17,7 +17,7 @@ Summary = dict[str, dict[str, Any]]
 CREATURE, WORDS = "a photo of a creature", "best caption in words"
 MEASURES = ("attributes", "identity", "itself", "color_distance", "retrieved", "rank", "clip_i")
 GROUPS = ("plain", "scene", "style")
-# Seconds that an inversion may take, by the side of the pictures.
+# Seconds that an inversion may take, by the side of the images.
 _SECONDS = {32: 60.0, 64: 240.0}
 
 

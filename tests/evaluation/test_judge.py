@@ -32,16 +32,16 @@ def folder(judge, tmp_path):
 def test_it_names_the_likeliest_value_of_every_attribute(judge) -> None:
     pixels = torch.rand(3, 3, 32, 32) * 2 - 1
     seen, mirrored = judge.logits(pixels), judge.logits(pixels.flip(-1))
-    readings = judge.read(pixels)
-    assert list(seen) == list(ATTRIBUTES) and len(readings) == 3
+    predictions = judge.predict(pixels)
+    assert list(seen) == list(ATTRIBUTES) and len(predictions) == 3
     for name, values in ATTRIBUTES.items():
         assert seen[name].shape == (3, len(values))
         together = seen[name].softmax(1) * mirrored[name].softmax(1)
-        assert [one[name] for one in readings] == [values[k] for k in together.argmax(1)]
-    assert judge.read(pixels.flip(-1)) == readings
+        assert [one[name] for one in predictions] == [values[k] for k in together.argmax(1)]
+    assert judge.predict(pixels.flip(-1)) == predictions
 
 
-def test_pictures_of_another_size_are_resized(judge) -> None:
+def test_images_of_another_size_are_resized(judge) -> None:
     pixels = torch.full((1, 3, 32, 32), 0.3)
     larger = torch.full((1, 3, 80, 80), 0.3)
     torch.testing.assert_close(judge.logits(larger)["kind"], judge.logits(pixels)["kind"], atol=1e-4, rtol=0)
@@ -68,7 +68,7 @@ def test_a_judge_that_cannot_be_is_one_line(folder, tmp_path) -> None:
         AttributeJudge.load(folder)
 
 
-def test_what_a_picture_cannot_show_does_not_count() -> None:
+def test_what_a_image_cannot_show_does_not_count() -> None:
     columns = {name: k for k, name in enumerate(ATTRIBUTES)}
     attributes = torch.zeros(4, len(ATTRIBUTES), dtype=torch.int64)
     attributes[:, columns["pattern"]] = torch.tensor([0, 1, 2, 3])

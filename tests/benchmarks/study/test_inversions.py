@@ -99,7 +99,7 @@ def test_each_inversion_is_a_command_that_a_person_could_type(run, main_py, tmp_
     assert not list((tmp_path / "study/runs").glob("*/run"))
 
 
-def test_pictures_are_captioned_where_asked(run, main_py, tmp_path) -> None:
+def test_images_are_captioned_where_asked(run, main_py, tmp_path) -> None:
     assert run("invert", "--vectors", "1", "--captions")[0] == 0
     assert all("data.params.train.params.use_captions=true" in command for command in main_py.commands)
     assert (tmp_path / "study/concepts/c000/05.txt").is_file()
