@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import kornia
 import torch
@@ -98,7 +98,7 @@ def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[I
     decoded = []
     for start in range(0, len(images), _BATCH):
         pixels = torch.stack([to_tensor(image) for image in images[start : start + _BATCH]])
-        encoded = model.encode_first_stage(pixels.to(model.device, model.dtype))
+        encoded = model.encode_first_stage(pixels.to(model.device, cast(torch.dtype, model.dtype)))
         if isinstance(encoded, DiagonalGaussianDistribution):
             encoded = encoded.mode()
         decoded += [
