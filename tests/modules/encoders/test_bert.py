@@ -26,7 +26,7 @@ def test_as_a_first_stage_it_answers_with_codes_last():
 def test_the_manager_sees_ids_and_token_embeddings_before_positions(bert):
     seen = []
     plain = bert("a dog")
-    bert("a dog", embedding_manager=lambda ids, embedded: seen.append((ids, embedded)) or embedded)
+    bert.embed_ids(bert.token_ids("a dog"), lambda ids, embedded: seen.append((ids, embedded)) or embedded)
     ids, embedded = seen[0]
     assert torch.equal(embedded, bert.token_embedding(ids))
     assert bert.width == 64 and plain.shape == (1, 77, 64)
