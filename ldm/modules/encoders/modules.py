@@ -18,10 +18,21 @@ from ldm.modules.encoders.base import (
     require_files,
 )
 from ldm.modules.encoders.clip_text import CLIPText
+from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder
 from ldm.modules.personalization import Personalization
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from ldm.util import UserError, pretrained_wanted
+
+__all__ = [
+    "BERTEmbedder",
+    "BERTTokenizer",
+    "ClassEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "SpatialRescaler",
+    "TransformerEmbedder",
+]
 
 
 class TransformerEmbedder(nn.Module):
