@@ -107,6 +107,7 @@ class Metadata:
     resolution: int | None = None
     tool: str | None = None
     date: str | None = None
+    transferred_from: str | None = None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Metadata:
@@ -166,6 +167,7 @@ class Concept:
     CPU copy. `encoder` is a kind of `ldm.embeddings.concept` or None when it is not known. `part` is "" for
     ordinary vectors; else "negative" (of a DreamArtist pair), "output" (added after the encoder), or the
     layer's name in a per-layer (XTI) file. `token` is the tokenizer's id of the trigger where the file says it.
+    `unused` [M, d] are further vectors that a run with progressive words has not added yet (see `Progress`).
     Raises EmbeddingError for a bad trigger, shape or type, and for NaN and infinity.
     """
 
@@ -174,9 +176,12 @@ class Concept:
     encoder: str | None = None
     part: str = ""
     token: int | None = None
+    unused: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_trigger(self.trigger)
+        if self.unused is not None:
+            object.__setattr__(self, "unused", check_vectors(self.unused, f"'{self.trigger}'"))
         vectors = check_vectors(self.vectors, f"'{self.trigger}'")
         encoder = self.encoder or known_kind(vectors.shape[1])
         if encoder is not None and not fits(encoder, vectors.shape[1]):
@@ -195,14 +200,30 @@ class Concept:
         return models_of(self.encoder, self.width)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run with progressive words is: optimizer steps done, and steps per added vector.
+
+    Of the N vectors of a word min(N, 1 + step // scale) are in use.
+    """
+
+    step: int
+    scale: int
+
+
 @dataclass(frozen=True, eq=False)
 class LearnedEmbeddings:
-    """The concepts of one file (or of several merged), with metadata, the format's name and the source's."""
+    """The concepts of one file, or of several merged ones.
+
+    `format` and `source` name the file's format and the file. `progress` is that of a run with progressive words;
+    only the original's format can hold it, all other formats hold the vectors in use alone.
+    """
 
     concepts: tuple[Concept, ...]
     metadata: Metadata = field(default_factory=Metadata)
     format: str = ""
     source: str = ""
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", tuple(self.concepts))

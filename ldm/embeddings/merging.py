@@ -31,25 +31,31 @@ def merge(
 ) -> LearnedEmbeddings:
     """Join embeddings; the same vectors under the same trigger count once.
 
-    See `plan_renames` for `rename` and `automatic`. Raises EmbeddingError, with the remedy, where two files have
-    different vectors for one trigger, or are for different text encoders.
+    Vectors that are not in use yet are kept only if all parts have the same progress. See `plan_renames` for
+    `rename` and `automatic`.
+
+    Raises:
+        EmbeddingError: two files have different vectors for one trigger, or are for different text encoders.
     """
     if not parts:
         raise EmbeddingError("there is nothing to merge; name at least one file")
     _check_encoders(parts)
     plan = plan_renames(parts, rename, automatic)
-    concepts = []
+    progress = parts[0].progress if len({part.progress for part in parts}) == 1 else None
+    concepts: list[Concept] = []
     for index, part in enumerate(parts):
         names = {step.old: step.new for step in plan if step.index == index}
         for concept in part.renamed(names).concepts:
             same = [c for c in concepts if (c.trigger, c.encoder, c.part) == _key(concept)]
             if not same:
-                concepts.append(concept)
+                unused = None if progress is None else concept.unused
+                concepts.append(dataclasses.replace(concept, unused=unused))
     return LearnedEmbeddings(
         tuple(concepts),
         _common([part.metadata for part in parts]),
         parts[0].format,
         ", ".join(part.source for part in parts if part.source),
+        progress,
     )
 
 

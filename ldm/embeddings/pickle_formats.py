@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.embeddings import image_files
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, Progress
 from ldm.embeddings.payload import Payload
 from ldm.embeddings.records import RECORD_KEY, MetadataRecord, record_of
 from ldm.embeddings.torch_files import save_legacy
@@ -31,6 +31,7 @@ def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
     vectors = as_mapping(held)
     tokens = as_mapping(payload.content.get("string_to_token", {}))
     record = MetadataRecord(payload.content.get(RECORD_KEY))
+    progress = _progress(payload.content)
     concepts = []
     for index, (trigger, value) in enumerate(vectors.items()):
         # The original itself has 1280-wide vectors for one model only, and always in a ParameterDict.
@@ -40,8 +41,24 @@ def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
         concept = record.concept(index, trigger, value, encoder="bert" if wide else None)
         if concept.token is None:
             concept = dataclasses.replace(concept, token=_token_id(tokens.get(trigger)))
-        concepts.append(concept)
-    return LearnedEmbeddings(tuple(concepts), record.metadata, "original")
+        concepts.append(concept if progress is None else _in_use(concept, progress))
+    return LearnedEmbeddings(tuple(concepts), record.metadata, "original", progress=progress)
+
+
+def _progress(content: Mapping[str, Any]) -> Progress | None:
+    """The progress that a run with progressive words has saved; None without, or if it is not two plausible numbers."""
+    step, scale = content.get("progressive_step"), content.get("progressive_scale")
+    if type(step) is not int or type(scale) is not int or step < 0 or scale < 1:
+        return None
+    return Progress(step, scale)
+
+
+def _in_use(concept: Concept, progress: Progress) -> Concept:
+    """The concept with the vectors that are in use apart from those that are not yet."""
+    count = 1 + progress.step // progress.scale
+    if count >= len(concept.vectors):
+        return concept
+    return dataclasses.replace(concept, vectors=concept.vectors[:count], unused=concept.vectors[count:])
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
@@ -75,12 +92,16 @@ def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
         family = "bert" if concept.encoder == "bert" else "clip"
         star = STAR_IDS[family] if concept.trigger == "*" else _UNKNOWN_TOKEN
         tokens[concept.trigger] = torch.tensor(star if concept.token is None else concept.token)
-        vectors[concept.trigger] = nn.Parameter(concept.vectors.clone())
+        rows = [concept.vectors] if concept.unused is None else [concept.vectors, concept.unused]
+        vectors[concept.trigger] = nn.Parameter(torch.cat(rows))
     content = {
         "string_to_token": tokens,
         "string_to_param": _parameter_dict(vectors),
         RECORD_KEY: record_of(embeddings),
     }
+    if embeddings.progress is not None:
+        content["progressive_step"] = embeddings.progress.step
+        content["progressive_scale"] = embeddings.progress.scale
     torch.save(content, file)
 
 
