@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
 from ldm.embeddings.writer import safe_name
@@ -31,31 +32,28 @@ def merge(
 ) -> LearnedEmbeddings:
     """Join embeddings; the same vectors under the same trigger count once.
 
-    Vectors that are not in use yet are kept only if all parts have the same progress. See `plan_renames` for
-    `rename` and `automatic`.
-
-    Raises:
-        EmbeddingError: two files have different vectors for one trigger, or are for different text encoders.
+    If all have the same progress, it and the unused vectors are kept; otherwise the vectors in use are joined.
+    See `plan_renames` for `rename` and `automatic`. Raises EmbeddingError, with the remedy, where two files have
+    different vectors for one trigger, or are for different text encoders.
     """
     if not parts:
         raise EmbeddingError("there is nothing to merge; name at least one file")
     _check_encoders(parts)
+    parts = _with_common_progress(parts)
     plan = plan_renames(parts, rename, automatic)
-    progress = parts[0].progress if len({part.progress for part in parts}) == 1 else None
-    concepts: list[Concept] = []
+    concepts = []
     for index, part in enumerate(parts):
         names = {step.old: step.new for step in plan if step.index == index}
         for concept in part.renamed(names).concepts:
             same = [c for c in concepts if (c.trigger, c.encoder, c.part) == _key(concept)]
             if not same:
-                unused = None if progress is None else concept.unused
-                concepts.append(dataclasses.replace(concept, unused=unused))
+                concepts.append(concept)
     return LearnedEmbeddings(
         tuple(concepts),
         _common([part.metadata for part in parts]),
         parts[0].format,
         ", ".join(part.source for part in parts if part.source),
-        progress,
+        parts[0].progress,
     )
 
 
@@ -70,6 +68,7 @@ def plan_renames(
     order, so that earlier files keep theirs. `automatic` names what still clashes after its file, "<cat>" for
     cat.pt. Raises EmbeddingError for a clash that remains and for a name in `rename` that occurs nowhere.
     """
+    parts = _with_common_progress(parts)
     plan: list[Rename] = []
     for old, new in (rename or {}).items():
         names = [new] if isinstance(new, str) else list(new)
@@ -114,6 +113,13 @@ def split(embeddings: LearnedEmbeddings) -> list[LearnedEmbeddings]:
     return [embeddings.only(trigger) for trigger in embeddings.triggers]
 
 
+def _with_common_progress(parts: Sequence[LearnedEmbeddings]) -> Sequence[LearnedEmbeddings]:
+    """The parts as they are if all have the same progress, else without progress and unused vectors."""
+    if all(part.progress == parts[0].progress for part in parts):
+        return parts
+    return [part.without_progress() for part in parts]
+
+
 def _key(concept: Concept) -> tuple[str, str | None, str]:
     return (concept.trigger, concept.encoder, concept.part)
 
@@ -128,9 +134,18 @@ def _same_vectors(
 ) -> bool:
     """Whether `name` in the first file (by its new name) and `trigger` in the second are the same vectors."""
     before = next((step.old for step in plan if step.index == index and step.new == name), name)
-    ours = {(c.encoder, c.part): c.vectors for c in first.concepts if c.trigger == before}
-    theirs = {(c.encoder, c.part): c.vectors for c in second.concepts if c.trigger == trigger}
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours = {(c.encoder, c.part): c for c in first.concepts if c.trigger == before}
+    theirs = {(c.encoder, c.part): c for c in second.concepts if c.trigger == trigger}
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[key].vectors, theirs[key].vectors) and _equal(ours[key].unused, theirs[key].unused)
+        for key in ours
+    )
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:

@@ -21,6 +21,7 @@ from ldm.images import labelled
 # The word "*" is the placeholder nearly everywhere; its ids in CLIP's and BERT's vocabularies.
 STAR_IDS = {"clip": 265, "bert": 1008}
 _UNKNOWN_TOKEN = -1
+_PROGRESS_KEYS = ("progressive_step", "progressive_scale")
 
 
 def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
@@ -31,7 +32,7 @@ def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
     vectors = as_mapping(held)
     tokens = as_mapping(payload.content.get("string_to_token", {}))
     record = MetadataRecord(payload.content.get(RECORD_KEY))
-    progress = _progress(payload.content)
+    progress = Progress.from_values(*(payload.content.get(key) for key in _PROGRESS_KEYS))
     concepts = []
     for index, (trigger, value) in enumerate(vectors.items()):
         # The original itself has 1280-wide vectors for one model only, and always in a ParameterDict.
@@ -41,24 +42,12 @@ def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
         concept = record.concept(index, trigger, value, encoder="bert" if wide else None)
         if concept.token is None:
             concept = dataclasses.replace(concept, token=_token_id(tokens.get(trigger)))
-        concepts.append(concept if progress is None else _in_use(concept, progress))
+        if progress is not None and (used := progress.in_use(len(concept.vectors))) < len(concept.vectors):
+            concept = dataclasses.replace(
+                concept, vectors=concept.vectors[:used], unused=concept.vectors[used:]
+            )
+        concepts.append(concept)
     return LearnedEmbeddings(tuple(concepts), record.metadata, "original", progress=progress)
-
-
-def _progress(content: Mapping[str, Any]) -> Progress | None:
-    """The progress that a run with progressive words has saved; None without, or if it is not two plausible numbers."""
-    step, scale = content.get("progressive_step"), content.get("progressive_scale")
-    if type(step) is not int or type(scale) is not int or step < 0 or scale < 1:
-        return None
-    return Progress(step, scale)
-
-
-def _in_use(concept: Concept, progress: Progress) -> Concept:
-    """The concept with the vectors that are in use apart from those that are not yet."""
-    count = 1 + progress.step // progress.scale
-    if count >= len(concept.vectors):
-        return concept
-    return dataclasses.replace(concept, vectors=concept.vectors[:count], unused=concept.vectors[count:])
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
@@ -85,7 +74,8 @@ def as_mapping(value: Any) -> dict[str, Any]:
 def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     """Write the file that the original's EmbeddingManager loads; it may hold several triggers.
 
-    Token ids are those the concepts carry, or known for "*"; else -1, which the original cannot match.
+    Token ids are those the concepts carry, or known for "*"; else -1, which the original cannot match. Unused
+    vectors follow those in use, and the progress says how many that are.
     """
     tokens, vectors = {}, {}
     for concept in embeddings.concepts:
@@ -94,14 +84,14 @@ def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
         tokens[concept.trigger] = torch.tensor(star if concept.token is None else concept.token)
         rows = [concept.vectors] if concept.unused is None else [concept.vectors, concept.unused]
         vectors[concept.trigger] = nn.Parameter(torch.cat(rows))
-    content = {
+    content: dict[str, Any] = {
         "string_to_token": tokens,
         "string_to_param": _parameter_dict(vectors),
         RECORD_KEY: record_of(embeddings),
     }
     if embeddings.progress is not None:
-        content["progressive_step"] = embeddings.progress.step
-        content["progressive_scale"] = embeddings.progress.scale
+        step, scale = embeddings.progress.step, embeddings.progress.scale
+        content |= dict(zip(_PROGRESS_KEYS, (step, scale), strict=True))
     torch.save(content, file)
 
 
