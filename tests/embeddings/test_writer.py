@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from ldm.embeddings import (
     FORMATS,
@@ -16,7 +14,6 @@ from ldm.embeddings import (
     LearnedEmbeddings,
     Progress,
     canonical_path,
-    merge,
     paths_for,
     read,
     write,
@@ -168,56 +165,3 @@ def test_file_names_never_leave_the_folder_nor_meet(tmp_path):
         "embedding-3",
     ]
     assert paths[9].stem == "my-cat" and len(paths[10].name) < 120 and paths[8].stem != "con"
-
-
-# -- words that a progressive run has not finished --
-
-
-def half_done() -> LearnedEmbeddings:
-    """Four vectors of which two are in use."""
-    rows = torch.arange(4.0)[:, None].expand(4, 32)
-    concept = Concept("*", rows[:2], encoder="clip", unused=rows[2:])
-    return LearnedEmbeddings((concept,), progress=Progress(step=15, scale=10))
-
-
-def test_the_originals_file_keeps_vectors_not_yet_in_use(tmp_path):
-    found = read(write(half_done(), tmp_path / "e.pt", "original"))
-    assert found.progress == Progress(15, 10)
-    assert found.concepts[0].vectors[:, 0].tolist() == [0, 1]
-    assert found.concepts[0].unused[:, 0].tolist() == [2, 3]
-    with torch.serialization.safe_globals([nn.ParameterDict]):
-        content = torch.load(tmp_path / "e.pt")
-    assert content["string_to_param"]["*"].shape == (4, 32)
-    assert (content["progressive_step"], content["progressive_scale"]) == (15, 10)
-    again = read(write(found, tmp_path / "again.pt", "original"))
-    assert torch.equal(again.concepts[0].unused, found.concepts[0].unused)
-
-
-@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("original", "a1111-png")])
-def test_other_formats_hold_the_vectors_in_use(format, tmp_path):
-    found = read(write(half_done(), tmp_path / f"e{FORMATS[format].suffix}", format))
-    assert found.concepts[0].vectors[:, 0].tolist() == [0, 1]
-    assert found.concepts[0].unused is None and found.progress is None
-
-
-@pytest.mark.parametrize(
-    ("step", "scale"),
-    [(-1, 10), (True, 10), (5, 0), (5.0, 10), ("5", 10), (None, 10), (5, None), (10**30, 10)],
-)
-def test_progress_that_makes_no_sense_is_ignored(step, scale, tmp_path):
-    content = {
-        "string_to_param": {"*": torch.ones(3, 32)},
-        "progressive_step": step,
-        "progressive_scale": scale,
-    }
-    torch.save(content, tmp_path / "e.pt")
-    assert read(tmp_path / "e.pt").concepts[0].vectors.shape == (3, 32)
-
-
-def test_merged_files_keep_unused_vectors_only_with_a_common_progress():
-    other = LearnedEmbeddings((Concept("@", torch.ones(1, 32), encoder="clip"),))
-    same = dataclasses.replace(other, progress=Progress(15, 10))
-    kept = merge([half_done(), same])
-    assert kept.progress == Progress(15, 10) and kept.concepts[0].unused is not None
-    dropped = merge([half_done(), other])
-    assert dropped.progress is None and dropped.concepts[0].unused is None
