@@ -125,7 +125,7 @@ class EmbeddingManager(nn.Module, Personalization):
 
     def table(self) -> Tensor:
         """The vectors of all placeholders, in order: [sum of N, d]."""
-        vectors = [self.vectors(string) for string in self.string_to_token_dict]
+        vectors: list[Tensor] = [self.vectors(string) for string in self.string_to_token_dict]
         return torch.cat(vectors) if vectors else torch.zeros(0, self.width)
 
     def embedding_parameters(self) -> Iterator[nn.Parameter]:

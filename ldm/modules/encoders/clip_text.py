@@ -66,8 +66,7 @@ def _text_model_forward(self: Any, input_ids: Tensor, embedding_manager: Manager
     length = embedded.shape[1]
     fused = _choose_attention(self, length, embedded.device)
     if "causal_attention_mask" in inspect.signature(self.encoder.forward).parameters:  # transformers 4
-        mask = _causal_mask(length, embedded)
-        encoded = self.encoder(inputs_embeds=embedded, causal_attention_mask=mask)
+        encoded = self.encoder(inputs_embeds=embedded, causal_attention_mask=_causal_mask(length, embedded))
     else:
         mask = None if fused else _causal_mask(length, embedded)
         encoded = self.encoder(inputs_embeds=embedded, attention_mask=mask, is_causal=True)

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertTokenizerFast, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel
+
+# In transformers 5 aliases that are made at run time.
+from transformers import BertTokenizerFast, CLIPTokenizerFast  # type: ignore[attr-defined]  # isort: skip
 
 from ldm.modules.encoders.base import (
     WEIGHTS,
@@ -266,7 +269,8 @@ def _read_clip(version: str) -> tuple[CLIPTextConfig, Any, CLIPTextModel]:
         config = CLIPTextConfig.from_pretrained(version)
         if not wanted:
             return config, tokenizer, CLIPTextModel(config)
-        model, report = CLIPTextModel.from_pretrained(version, config=config, output_loading_info=True)
+        read: Any = CLIPTextModel.from_pretrained(version, config=config, output_loading_info=True)
+        model, report = read
     missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise UserError(f"{what} lacks the weight '{missing[0]}' ({len(missing)} in all); download it again")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # in transformers 5 an alias made at run time
 
 from ldm.modules.encoders.base import PromptEncoder, ignore_device, logger, read_tokenizer, require_files
 from ldm.modules.personalization import Personalization
@@ -58,10 +58,8 @@ class OpenCLIPText(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(VOCABULARY, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(POSITIONS, width))
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads) for _ in range(layers)
-        )
+        blocks = (ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, width) * width**-0.5)
         # Of contrastive training; checkpoints hold it.
@@ -77,7 +75,7 @@ class OpenCLIPText(nn.Module):
         x = embed_tokens(self.token_embedding, ids, embedding_manager)
         length = x.shape[1]
         x = x + self.positional_embedding[:length].to(x.dtype)
-        blocks = self.transformer.resblocks
+        blocks = list(self.transformer["resblocks"].children())
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(
             1
         )  # True is not attended to
