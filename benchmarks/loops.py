@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
-
-from ldm.modules import attention
-from ldm.modules.diffusionmodules import model as first_stage
-from ldm.modules.diffusionmodules import openaimodel
-from ldm.modules.encoders import modules
 
 
 def batches(dataset: Any, size: int, device: torch.device, distinct: int = 8) -> Iterator[dict[str, Any]]:
@@ -45,10 +43,6 @@ def twin(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, shared)
 
 
-# Modules that call `attend`.
-_ATTENTION_MODULES = (attention, openaimodel, first_stage)
-
-
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax attention by three operations: q [B, H, N, d], k and v [B, H, M, d] -> [B, H, N, d]."""
     b, h = q.shape[:2]
@@ -57,20 +51,29 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bnm,bmd->bnd", similarity.softmax(dim=-1), v).unflatten(0, (b, h))
 
 
+@cache
+def _replacements() -> list[tuple[ModuleType, str, Callable[..., Any], Callable[..., Any]]]:
+    """List (module, name, function, replacement) for every module of ldm that uses fused attention."""
+    replaced = {"attend": plain_attention, "is_short": lambda queries, keys, device: True}
+    modules = [module for name, module in sys.modules.items() if name.startswith("ldm.")]
+    return [
+        (module, name, getattr(module, name), replacement)
+        for name, replacement in replaced.items()
+        for module in modules
+        if hasattr(module, name)
+    ]
+
+
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Replace fused attention by `plain_attention` in denoisers and first stages, and by its equivalent in CLIP."""
-    fused = {module: module.attend for module in _ATTENTION_MODULES}
-    is_short = modules.is_short
-    for module in _ATTENTION_MODULES:
-        module.attend = plain_attention
-    modules.is_short = lambda queries, keys, device: True
+    """Use `plain_attention` in denoisers and first stages, and the equivalent implementation in CLIP."""
+    for module, name, _, replacement in _replacements():
+        setattr(module, name, replacement)
     try:
         yield
     finally:
-        for module, attend in fused.items():
-            module.attend = attend
-        modules.is_short = is_short
+        for module, name, function, _ in _replacements():
+            setattr(module, name, function)
 
 
 class OriginalLoop:

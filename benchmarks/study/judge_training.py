@@ -1,4 +1,4 @@
-"""Training of the attribute judge, on drawings of seeds that no model is trained on."""
+"""Training of the attribute judge, on images of seeds that no model is trained on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ _COLUMN = {name: column for column, name in enumerate(ATTRIBUTES)}
 
 
 class JudgeTraining(pl.LightningModule):
-    """Cross-entropy of every attribute that an image shows.
+    """Training with the cross-entropy of every attribute that an image shows.
 
-    A batch is {"image": [B, H, W, 3] in [-1, 1], "attributes": int64 [B, 8]}, as `Creatures(attributes=True)` gives.
-    `roughen` is the share of images blurred or strewn with noise, so that the judge reads what a model generates as
-    well as what the renderer draws. At the end the judge is saved in `export_to`, if it is given.
+    A batch is {"image": [B, H, W, 3] in [-1, 1], "attributes": int64 [B, 8]}, as from `Creatures(attributes=True)`.
+
+    roughen: probability of each of shift, blur and noise, so that the judge also suits generated images, which are
+        less clean than rendered ones.
+    export_to: folder in which the judge is saved after training.
     """
 
     def __init__(
@@ -49,16 +51,16 @@ class JudgeTraining(pl.LightningModule):
         )
 
     def shared_step(self, batch: Mapping[str, Any], stage: str) -> Tensor:
-        """The mean loss of the attributes; each one's share of right answers is logged under `stage`."""
+        """Return the mean loss over attributes, and log the accuracy of each attribute under `stage`."""
         pixels = batch["image"].movedim(-1, 1).to(self.device, torch.float32)
         if stage == "train":
             with torch.no_grad():
                 pixels = self.augment(pixels)
-        wanted = batch["attributes"].to(self.device)
+        attributes = batch["attributes"].to(self.device)
         losses, log = [], {}
         for name, logits in self.judge.logits(pixels).items():
-            shown, target = visible_attributes(name, wanted), wanted[:, _COLUMN[name]]
-            weight = shown.float() / shown.sum().clamp(min=1)
+            visible, target = visible_attributes(name, attributes), attributes[:, _COLUMN[name]]
+            weight = visible.float() / visible.sum().clamp(min=1)
             losses.append((F.cross_entropy(logits.float(), target, reduction="none") * weight).sum())
             log[f"{stage}/{name}"] = ((logits.argmax(1) == target) * weight).sum().detach()
         loss = torch.stack(losses).mean()

@@ -1,4 +1,4 @@
-"""The second phase of benchmarks/study/inversions.py: generate with what was learned, and judge the images."""
+"""The second phase of a study: generate images with the learned embeddings, and measure them."""
 
 from __future__ import annotations
 
@@ -26,46 +26,51 @@ from ldm.models.features import load_features
 from ldm.util import UserError
 from scripts.judging import features_of, judge_of, load_model, sampling_of
 
+# Images in a strip: of the plain prompt, and of each edit.
 _SHOWN, _SHOWN_OF_EDIT = 4, 1
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure the inversions that are there and were not measured so before, and what they are compared with."""
+    """Measure all inversions, and the references of their concepts, unless they were measured with these settings."""
     study = Study(options.out.absolute())
-    there = [one for one in inversions(options) if study.record(one).is_file()]
-    if not there:
+    available = [one for one in inversions(options) if study.record(one).is_file()]
+    if not available:
         raise UserError(
-            f"there is no inversion in '{options.out}'; run: python -m benchmarks.study.inversions invert"
+            f"'{options.out}' has no inversions; run: python -m benchmarks.study.inversions invert"
         )
     settings = settings_of(options)
     names = [
-        name for name in dict.fromkeys(one.concept for one in there) if not measured(study, name, settings)
+        name
+        for name in dict.fromkeys(one.concept for one in available)
+        if not is_measured(study, name, settings)
     ]
-    todo = [one for one in there if not measured(study, one.id, settings)]
+    todo = [one for one in available if not is_measured(study, one.id, settings)]
     if not (names or todo):
         return
-    bench = make_bench(options)
+    evaluation = load_evaluation(options)
     with tqdm(total=len(names) + len(todo), desc="measuring", unit="concept", disable=None) as bar:
         for name in names:
             bar.set_postfix_str(name)
             concept = read_concept(study.concept(name))
-            figures, rows = without_inversion(bench, concept, options)
+            figures, rows = measure_references(evaluation, concept, options)
             write(study, name, {"settings": settings, "references": figures}, rows)
             bar.update()
         for one in todo:
             bar.set_postfix_str(one.id)
-            write(study, one.id, {"settings": settings} | of_inversion(bench, study, one, options), [])
+            write(
+                study, one.id, {"settings": settings} | measure_inversion(evaluation, study, one, options), []
+            )
             bar.update()
 
 
-def measured(study: Study, name: str, settings: dict[str, Any]) -> bool:
-    """Whether the figures are there, and were measured like this."""
+def is_measured(study: Study, name: str, settings: dict[str, Any]) -> bool:
+    """Return whether figures exist that were measured with these settings."""
     record = read_record(study.figures(name))
     return record is not None and record["settings"] == settings
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What figures depend on besides the embedding."""
+    """Return the settings that figures depend on, besides the embedding."""
     judge = judge_of(options)
     weights = Path(judge or "") / "model.safetensors"
     return dataclasses.asdict(sampling_of(options)) | {
@@ -78,8 +83,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_bench(options: argparse.Namespace) -> Evaluation:
-    """Model, judge and features, loaded."""
+def load_evaluation(options: argparse.Namespace) -> Evaluation:
+    """Load model, judge and feature extractors."""
     judge_at, sources = judge_of(options), features_of(options)
     judge = AttributeJudge.load(judge_at) if judge_at else None
     model, size = load_model(options.ckpt_path, options.config)
@@ -87,40 +92,44 @@ def make_bench(options: argparse.Namespace) -> Evaluation:
     return Evaluation(model, sampling_of(options), judge, extractors, size)
 
 
-def without_inversion(
-    bench: Evaluation, concept: ConceptFolder, options: argparse.Namespace
+def measure_references(
+    evaluation: Evaluation, concept: ConceptFolder, options: argparse.Namespace
 ) -> tuple[dict[str, Any], Rows]:
-    """What a concept's inversions are compared with: drawings, the first stage, and words."""
+    """Measure what a concept's inversions are compared with: renderings, the first stage, and captions."""
     rows: Rows = [("inputs", concept.images)]
     if concept.creature is None:
         styled = [
-            one.styled for one in evaluation_prompts(concept, [], True, bench.size, bench.judge) if one.styled
+            one.styled
+            for one in evaluation_prompts(concept, [], True, evaluation.size, evaluation.judge)
+            if one.styled
         ]
         return {}, [*rows, ("truth", [image for one in styled for image in one.images[:2]])]
-    found, drawn = bench.measure_baselines(concept)
-    figures: dict[str, Any] = {name: {"likeness": likeness} for name, likeness in found.items()}
+    baselines, strips = evaluation.measure_baselines(concept)
+    figures: dict[str, Any] = {name: {"likeness": likeness} for name, likeness in baselines.items()}
     for name, prompt in ((CREATURE, "a photo of a creature"), (WORDS, f"a photo of {concept.words}")):
-        likeness, shown = bench.measure(concept, [EvaluationPrompt(prompt)], "", [], options.samples)
+        likeness, shown = evaluation.measure(concept, [EvaluationPrompt(prompt)], "", [], options.samples)
         figures[name] = {"likeness": likeness[prompt]}
-        drawn += [(name, shown[0][1])]
-    edits = [one for one in evaluation_prompts(concept, [], True, bench.size, bench.judge) if one.edit]
-    figures[WORDS]["edits"], shown = bench.measure(
+        strips += [(name, shown[0][1])]
+    edits = [
+        one for one in evaluation_prompts(concept, [], True, evaluation.size, evaluation.judge) if one.edit
+    ]
+    figures[WORDS]["edits"], shown = evaluation.measure(
         concept, edits, concept.words or "", [], options.edit_samples
     )
-    drawn[-1] = (WORDS, strip(drawn[-1][1], shown))
-    return figures, rows + drawn
+    strips[-1] = (WORDS, strip(strips[-1][1], shown))
+    return figures, rows + strips
 
 
-def of_inversion(
-    bench: Evaluation, study: Study, one: Inversion, options: argparse.Namespace
+def measure_inversion(
+    evaluation: Evaluation, study: Study, one: Inversion, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Likeness and edits of a creature, or four species in a style; its strip of images is written."""
+    """Measure likeness and edits of a creature, or four species in a style, and write a strip of images."""
     concept = read_concept(study.concept(one.concept))
-    load_embeddings(bench.model, study.embedding(one))
+    load_embeddings(evaluation.model, study.embedding(one))
     triggers = read(study.embedding(one)).triggers
-    first, *others = evaluation_prompts(concept, [], True, bench.size, bench.judge)
-    likeness, shown = bench.measure(concept, [first], triggers[0], triggers, options.samples)
-    rest, more = bench.measure(concept, others, triggers[0], triggers, options.edit_samples)
+    first, *others = evaluation_prompts(concept, [], True, evaluation.size, evaluation.judge)
+    likeness, shown = evaluation.measure(concept, [first], triggers[0], triggers, options.samples)
+    rest, more = evaluation.measure(concept, others, triggers[0], triggers, options.edit_samples)
     images = strip(shown[0][1], more) if concept.creature else [p for _, row in more for p in row[:2]]
     save(study, one.id, images)
     record = read_record(study.record(one)) or {}
@@ -129,12 +138,12 @@ def of_inversion(
 
 
 def strip(photos: Sequence[Image.Image], edits: Rows) -> list[Image.Image]:
-    """Some images of the plain prompt, then one of each edit."""
+    """Return some images of the plain prompt, followed by one of each edit."""
     return [*photos[:_SHOWN], *(image for _, row in edits for image in row[:_SHOWN_OF_EDIT])]
 
 
 def write(study: Study, name: str, record: dict[str, Any], rows: Rows) -> None:
-    """The images first: figures say that all is there."""
+    """Write images and figures; the figures last, because they mark the measurement as complete."""
     for label, images in rows:
         save(study, f"{name}-{label}", images)
     write_record(study.figures(name), record)

@@ -128,7 +128,7 @@ def test_a_study_goes_on_where_it_was_stopped(run, main_py, tmp_path) -> None:
 def test_a_failed_inversion_is_told_with_its_last_line(run, main_py, tmp_path) -> None:
     main_py.fails = 1
     code, said = run("invert", "--vectors", "1", "--no_styles")
-    assert code == 1 and "c000-v1-s0 did not end well (the last line)" in said.err
+    assert code == 1 and "c000-v1-s0 failed (the last line)" in said.err
     assert (tmp_path / "study/runs/c000-v1-s0/output.txt").is_file()
     assert not (tmp_path / "study/inversions/c000-v1-s0.json").exists()
 
@@ -158,7 +158,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
     def never(options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(measure, "make_bench", never)
+    monkeypatch.setattr(measure, "load_evaluation", never)
     assert run("measure", "--vectors", "1", "2")[0] == 0
     with pytest.raises(AssertionError, match="loaded"):
         run("measure", "--vectors", "1", "2", "--ddim_steps", "2")
@@ -167,9 +167,9 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "phase, arguments, said",
     [
-        ("measure", [], "there is no inversion in"),
-        ("report", [], "nothing is measured in"),
-        ("invert", ["--override", "max_steps"], "is no KEY=VALUE"),
+        ("measure", [], "has no inversions"),
+        ("report", [], "has no figures"),
+        ("invert", ["--override", "max_steps"], "is not KEY=VALUE"),
         ("invert", ["--recipe", "absent.yaml"], "'absent.yaml' does not exist"),
         ("invert", ["--vectors", "0"], "no positive whole number"),
         ("draw", [], "invalid choice"),
