@@ -65,7 +65,7 @@ def test_the_diffusers_loop_moves_the_new_word_alone(tiny_model, tiny_config, im
     assert next(loop.denoiser.parameters()).dtype is getattr(torch, precision)
 
 
-def test_the_original_loop_has_vectors_of_its_own(tiny_model, images, cpu, monkeypatch):
+def test_the_original_loop_trains_its_own_vectors(tiny_model, images, cpu, monkeypatch):
     loop = OriginalLoop(tiny_model, batches(images, 2, cpu), cpu, 1e-3)
     (mine,) = tiny_model.embedding_manager.embedding_parameters()
     before = mine.detach().clone()
@@ -105,7 +105,7 @@ def test_a_twin_shares_what_is_frozen_until_it_is_cast(tiny_model):
     assert {parameter.dtype for parameter in tiny_model.parameters()} == {torch.float32}
 
 
-def test_batches_come_again_and_again(images, cpu):
+def test_batches_repeat_without_end(images, cpu):
     supply = batches(images, 2, cpu, distinct=3)
     taken = [next(supply) for _ in range(4)]
     assert taken[0]["image"].shape == (2, 32, 32, 3)

@@ -8,14 +8,14 @@ from benchmarks.overhead import PARTS, PREVIEWS, REST, overhead_percent
 from benchmarks.rounds import Quartiles, Rounds, ratio
 
 
-def test_a_ratio_is_taken_within_each_round():
+def test_ratios_are_computed_within_each_round():
     # The machine was slow in the second round, for both alike.
     assert ratio([3.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == Quartiles(3.0, 3.0, 3.0, 3)
     with pytest.raises(ValueError):
         ratio([1.0, 2.0], [1.0])
 
 
-def test_a_spread_is_median_and_quartiles():
+def test_quartiles_of_numbers():
     spread = Quartiles.of([5.0, 1.0, 2.0, 3.0, 4.0])
     assert (spread.low, spread.median, spread.high, spread.count) == (2.0, 3.0, 4.0, 5)
     assert spread.text(1) == "3.0 (2.0 to 4.0)"
@@ -24,7 +24,7 @@ def test_a_spread_is_median_and_quartiles():
         Quartiles.of([])
 
 
-def test_the_warm_up_is_forgotten():
+def test_warm_up_rounds_are_discarded():
     rounds = Rounds(["ours", "theirs"], warm_up=2)
     for seconds in (9.0, 8.0, 2.0, 1.0):
         rounds.add({"ours": seconds, "theirs": 2 * seconds})
@@ -41,7 +41,7 @@ def test_an_overhead_is_in_percent_of_everything_else():
     assert overhead_percent(rounds, PREVIEWS).median == pytest.approx(15.0)
 
 
-def test_a_callbacks_own_hooks_are_clocked(monkeypatch):
+def test_hooks_of_a_callback_are_timed(monkeypatch):
     class Slow(Callback):
         def on_train_start(self, trainer, pl_module):
             clocked.append("called")

@@ -25,7 +25,7 @@ COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
 
 
 def folder_of(path, colours=COLOURS, size=(24, 16)):
-    """Images with a white left half, so that a mirrored one can be told."""
+    """Images with a white left half, so that flipping can be seen."""
     path.mkdir(exist_ok=True)
     for i, colour in enumerate(colours):
         image = Image.new("RGB", size, colour)
@@ -74,7 +74,7 @@ def test_crop_by_default_stretch_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "bilinear", "bicubic", "lanczos"])
-def test_numbers_are_pillows(tmp_path, interpolation: str):
+def test_pixels_are_those_of_pillow(tmp_path, interpolation: str):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 31, 3), dtype=np.uint8))
     noise.save(tmp_path / "a.png")
     dataset = PersonalizedBase(tmp_path, size=16, interpolation=interpolation, flip_p=0)
@@ -130,7 +130,7 @@ def test_samples_are_the_same_with_workers(folder):
     assert pickle.loads(pickle.dumps(dataset)).draw(3) == dataset.draw(3)
 
 
-def test_image_and_caption_can_be_had_apart(folder):
+def test_image_and_caption_are_available_separately(folder):
     dataset = PersonalizedBase(folder, size=8)
     assert set(dataset.variants()) == {draw.variant for draw in map(dataset.draw, range(300))}
     assert {dataset.draw(i).caption for i in range(3000)} == set(dataset.captions())
@@ -180,7 +180,7 @@ def test_per_image_tokens_end_after_22(tmp_path):
     assert PersonalizedBase(folder).num_images == 23
 
 
-def test_style_differs_in_sentences_only(folder):
+def test_style_differs_in_templates_only(folder):
     style = personalized_style.PersonalizedBase(
         folder, size=8, per_image_tokens=True, coarse_class_text="ink"
     )
@@ -273,13 +273,13 @@ def test_images_are_read_once_while_they_fit(tmp_path, monkeypatch):
     assert reads[3:] == [paths[2], paths[2]]
 
 
-def test_without_a_size_images_keep_theirs(tmp_path):
+def test_without_a_size_images_keep_their_size(tmp_path):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
     assert ImageSet([tmp_path / "a.png"], size=None)[0, 0].shape == (10, 10, 3)
     assert ImageSet([tmp_path / "a.png"], size=None, center_crop=False)[0, 0].shape == (21, 10, 3)
 
 
-def test_squares_of_a_image():
+def test_squares_of_an_image():
     assert squares(30, 20, 1, [1]) == [(5, 0, 20)]
     assert squares(30, 20, 3, [1]) == [(0, 0, 20), (5, 0, 20), (10, 0, 20)]
     assert squares(20, 30, 2, [1]) == [(0, 0, 20), (0, 10, 20)]
@@ -289,7 +289,7 @@ def test_squares_of_a_image():
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 20])
-def test_images_are_cut_as_the_squares_say(tmp_path, memory):
+def test_images_are_cropped_to_the_squares(tmp_path, memory):
     pixels = np.random.RandomState(0).randint(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[:, :20]).save(tmp_path / "b.png")
@@ -302,7 +302,7 @@ def test_images_are_cut_as_the_squares_say(tmp_path, memory):
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "message"),
     [
         ({"crops": 0}, "crops is 0"),
         ({"crops": 1.5}, "crops is 1.5"),
@@ -314,7 +314,7 @@ def test_images_are_cut_as_the_squares_say(tmp_path, memory):
         ({"zooms": [1, 1.5]}, "10x21 pixels: each side needs at least 12 at zoom 1.5; use a larger"),
     ],
 )
-def test_squares_that_cannot_be(tmp_path, params, said):
+def test_invalid_squares_are_user_errors(tmp_path, params, message):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         ImageSet([tmp_path / "a.png"], **{"size": 8, **params})

@@ -16,8 +16,8 @@ from ldm.evaluation import identity
 from ldm.images import to_tensor
 
 
-def draw_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer drawings behind every scale: the figures get rough, and the tests of what is done with them quick."""
+def use_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use fewer renderings for every scale: figures get less precise, and tests faster."""
     for module, name, count in (
         (identity, "IMAGES", 2),
         (identity, "OTHERS", 3),
@@ -27,8 +27,8 @@ def draw_little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, count)
 
 
-class SayingJudge:
-    """Sees the same on every image: what the creature of `seed` is, in one background and style."""
+class FixedJudge:
+    """Predicts the same for every image: the attributes of the creature of `seed`, one background and one style."""
 
     def __init__(self, seed: int, **seen: Any) -> None:
         one = creature(seed)
@@ -43,14 +43,14 @@ class SayingJudge:
 
 
 class MeanColor:
-    """Features that are an image's mean colour; of words there is one feature, or none."""
+    """Features of an image are its mean colour; all texts have the same features, or none."""
 
     def __init__(self, name: str = "mean-color", words: bool = True) -> None:
-        self.name, self.words, self.told = name, words, []
+        self.name, self.words, self.prompts = name, words, []
 
     def image(self, images: Sequence[Image.Image]) -> Tensor:
         return F.normalize(torch.stack([to_tensor(one).mean((1, 2)) + 1.01 for one in images]), dim=-1)
 
     def text(self, prompts: Sequence[str]) -> Tensor | None:
-        self.told += prompts
+        self.prompts += prompts
         return F.normalize(torch.ones(len(prompts), 3), dim=-1) if self.words else None

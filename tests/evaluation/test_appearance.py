@@ -30,7 +30,7 @@ def test_foreground_is_the_disc_whatever_the_background() -> None:
         assert mask.mean() == pytest.approx(3.1416 * 8**2 / 32**2, rel=0.1)
 
 
-def test_overlap_is_of_the_foregrounds_colours() -> None:
+def test_palette_overlap_compares_the_foregrounds() -> None:
     assert palette_overlap([disc("red", "white")], [disc("red", "navy")]) > 0.95
     assert palette_overlap([disc("red")], [disc("blue")]) < 0.05
     near = palette_overlap([disc("#dd2020")], [disc("#bb2020")])
@@ -38,7 +38,7 @@ def test_overlap_is_of_the_foregrounds_colours() -> None:
     assert palette_overlap([disc("red"), disc("blue")], [disc("red")]) == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_image_of_background_alone_shares_nothing() -> None:
+def test_an_image_of_background_alone_shares_nothing() -> None:
     assert palette_overlap([Image.new("RGB", (32, 32), "red")], [disc("red")]) < 0.05
 
 
@@ -50,7 +50,7 @@ def ell(side: int = 40, left: int = 5, top: int = 5, unit: int = 6) -> np.ndarra
     return mask
 
 
-def test_specks_go_and_holes_are_filled() -> None:
+def test_specks_are_removed_and_holes_are_filled() -> None:
     mask = ell()
     dirty = mask.copy()
     dirty[10, 7] = False
@@ -65,7 +65,7 @@ def test_a_shape_at_the_frame_leaves_the_background_outside() -> None:
     assert np.array_equal(largest_component(bridge), bridge)
 
 
-def test_place_size_and_mirroring_do_not_matter_and_shape_does() -> None:
+def test_outlines_ignore_position_size_and_mirroring() -> None:
     outlines = [
         outline(mask)
         for mask in (
@@ -82,7 +82,7 @@ def test_place_size_and_mirroring_do_not_matter_and_shape_does() -> None:
     assert (found[4:] < 0.75).all()
 
 
-def test_nothing_and_everything_are_like_nothing() -> None:
+def test_empty_and_full_masks_overlap_with_nothing() -> None:
     blank = np.stack([outline(np.zeros((8, 8), dtype=bool)), outline(np.ones((8, 8), dtype=bool))])
     assert not outline_iou(blank, blank).any()
 
@@ -122,7 +122,7 @@ def test_the_same_creature_is_more_alike_than_others_in_every_measure() -> None:
     assert len(once) == 8 and np.array_equal(once[2:4].palettes, once.palettes[2:4])
 
 
-def test_a_large_image_looks_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_has_the_features_of_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     small = draw_creatures([creature(EVALUATION_SEEDS[0])], 32, take=0)[0]
     large = small.resize((640, 640), Image.Resampling.NEAREST)
     seen = []
@@ -136,7 +136,7 @@ def test_a_large_image_looks_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert ours.palette_overlap(theirs) > 0.9 and ours.shape_overlap(theirs) > 0.9
 
 
-def test_a_image_without_a_creature_is_compared_by_its_colours() -> None:
+def test_an_image_without_a_creature_is_compared_by_its_colours() -> None:
     empty = AppearanceFeatures.from_images([Image.new("RGB", (32, 32), "red")])
     assert not empty.outlines.any()
     assert empty.color_distance(AppearanceFeatures.from_images([flat(50)])) > 20

@@ -26,24 +26,26 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_creature_is_read_as_it_was_drawn(folder) -> None:
+def test_a_creature_is_read_as_it_was_written(folder) -> None:
     concept = read_concept(folder / "zuzu")
     creatures, _ = creature_concept(43)
     assert concept.name == "zuzu" and len(concept.images) == 5
     assert concept.words.startswith("a ") and " on " not in concept.words
     there = scene(1, creatures[0].color)
-    drawn, told = (render([one], [there], 32).float().numpy() for one in (creatures[0], concept.creature))
-    assert np.abs(drawn - told).mean() < 0.5
+    original, described = (
+        render([one], [there], 32).float().numpy() for one in (creatures[0], concept.creature)
+    )
+    assert np.abs(original - described).mean() < 0.5
     assert concept.init_word == creatures[0].kind
 
 
-def test_a_style_and_photos_of_ones_own(folder) -> None:
+def test_a_style_and_a_folder_without_concept_json(folder) -> None:
     style, mine = read_concept(folder / "draft"), read_concept(folder / "mine")
     assert style.style == HELD_OUT_STYLES[0] and style.creature is None
     assert (mine.creature, mine.style, mine.words) == (None, None, None)
 
 
-def test_one_folder_or_a_folder_of_them(folder, tmp_path) -> None:
+def test_a_concept_folder_or_a_folder_of_concepts(folder, tmp_path) -> None:
     assert find_concepts(folder / "zuzu") == [folder / "zuzu"]
     assert [one.name for one in find_concepts(folder)] == ["draft", "mine", "zuzu"]
     with pytest.raises(UserError, match="does not exist"):
@@ -55,7 +57,7 @@ def test_one_folder_or_a_folder_of_them(folder, tmp_path) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"creature": {"kind": "fox"}}', '{"creature": {"build": {"x": 1}}}']
 )
-def test_a_damaged_truth_is_told_in_a_line(tmp_path, text) -> None:
+def test_an_invalid_concept_json_is_a_one_line_error(tmp_path, text) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     (tmp_path / "concept.json").write_text(text)
     with pytest.raises(UserError, match="is no valid description of a concept .*remove it") as error:
@@ -82,14 +84,14 @@ def test_the_newest_match_of_a_concepts_name(tmp_path) -> None:
     assert find_embedding(f"{tmp_path}/", "bobo", True) == own
 
 
-def test_one_file_serves_one_concept(tmp_path) -> None:
+def test_one_file_is_for_one_concept_only(tmp_path) -> None:
     file = touch(tmp_path / "own.pt")
     assert find_embedding(str(file), "bobo", False) == file
     with pytest.raises(UserError, match="one file for several concepts; write {name}"):
         find_embedding(str(file), "bobo", True)
 
 
-def test_a_name_with_wildcards_is_taken_as_it_is(tmp_path) -> None:
+def test_wildcards_in_a_name_are_literal(tmp_path) -> None:
     touch(tmp_path / "ab.pt")
     with pytest.raises(UserError, match="no embedding for the concept '\\[a\\]\\*'"):
         find_embedding(f"{tmp_path}/{{name}}.pt", "[a]*", False)

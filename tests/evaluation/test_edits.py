@@ -43,7 +43,7 @@ def test_one_corner_may_be_covered_and_two_may_not() -> None:
     assert not has_background(image, "blue")
 
 
-def test_a_plain_background_takes_corners_and_judge_and_a_style_the_judge() -> None:
+def test_a_plain_background_needs_corners_and_judge_and_a_style_the_judge() -> None:
     blue, edit = (
         Image.new("RGB", (32, 32), COLORS["blue"]),
         Edit("{} on a blue background", "background", "blue"),

@@ -23,7 +23,7 @@ from ldm.evaluation.evaluate import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError
-from tests.evaluation.stand_ins import MeanColor, SayingJudge, draw_little
+from tests.evaluation.stand_ins import FixedJudge, MeanColor, use_few_renderings
 from tests.golden_record import Golden
 
 ONE = creature(EVALUATION_SEEDS[1])
@@ -38,34 +38,34 @@ class Identity:
 
 @pytest.fixture
 def prompts(monkeypatch) -> list[str]:
-    """Every prompt asked for; the images are the creature redrawn."""
-    asked: list[str] = []
+    """Every prompt that is generated; the images are the creature redrawn."""
+    cases: list[str] = []
 
     def generate(model, prompts, on_image=None, **settings):
-        asked.extend(prompts)
+        cases.extend(prompts)
         for place, _ in enumerate(prompts if on_image else []):
             on_image(place, None)
         return draw_creatures([ONE] * len(prompts), 32, take=9)
 
-    draw_little(monkeypatch)
+    use_few_renderings(monkeypatch)
     monkeypatch.setattr(evaluate, "generate", generate)
-    return asked
+    return cases
 
 
 def concept(tmp_path, **truth) -> ConceptFolder:
     return ConceptFolder("own", tmp_path, [Image.new("RGB", (40, 40), "red")] * 2, **truth)
 
 
-def test_a_creature_is_asked_for_edited_and_compared(prompts, tmp_path) -> None:
+def test_a_creature_is_generated_edited_and_compared(prompts, tmp_path) -> None:
     features, own = MeanColor(), concept(tmp_path, creature=ONE)
-    bench = Evaluation(Identity(), Sampling(), SayingJudge(ONE.seed), [features], 32)
-    asked = evaluation_prompts(own, ["{} swimming", LIKENESS], True, 32, None)
-    assert len(asked) == 12
+    bench = Evaluation(Identity(), Sampling(), FixedJudge(ONE.seed), [features], 32)
+    cases = evaluation_prompts(own, ["{} swimming", LIKENESS], True, 32, None)
+    assert len(cases) == 12
     done: list[int] = []
-    figures, rows = bench.measure(own, asked[:4], "*", ["*"], 2, lambda: done.append(1))
+    figures, rows = bench.measure(own, cases[:4], "*", ["*"], 2, lambda: done.append(1))
     assert list(figures)[:2] == ["a photo of *", "* swimming"] and len(done) == 8
     assert prompts == [prompt for prompt in figures for _ in range(2)]
-    assert features.told[:2] == ["a photo of", "swimming"]
+    assert features.prompts[:2] == ["a photo of", "swimming"]
     assert figures["a photo of *"]["attributes"] == 1 and figures["a photo of *"]["retrieved"] == 1
     assert figures["a photo of *"]["among"] == 5
     edit = figures[list(figures)[2]]
@@ -84,24 +84,24 @@ def test_a_creature_is_asked_for_edited_and_compared(prompts, tmp_path) -> None:
 def test_photos_without_truth_have_the_protocol_and_colours(prompts, tmp_path) -> None:
     own = concept(tmp_path)
     bench = Evaluation(Identity(), Sampling(), None, [MeanColor()], 32)
-    asked = evaluation_prompts(own, [], True, 32, None)
-    figures, _ = bench.measure(own, asked, "<me>", ["<me>"], 1)
+    cases = evaluation_prompts(own, [], True, 32, None)
+    figures, _ = bench.measure(own, cases, "<me>", ["<me>"], 1)
     assert list(figures) == ["a photo of <me>"]
     assert set(figures["a photo of <me>"]) == {"palette_overlap", "features"}
     assert bench.measure_baselines(own) == ({}, [])
 
 
-def test_a_style_is_tried_on_four_species(prompts, tmp_path) -> None:
+def test_a_style_is_applied_to_four_species(prompts, tmp_path) -> None:
     own = concept(tmp_path, style="sunset")
     bench = Evaluation(Identity(), Sampling(), None, [], 32)
-    asked = evaluation_prompts(own, [], True, 32, None)
-    figures, _ = bench.measure(own, asked, "*", ["*"], 1)
+    cases = evaluation_prompts(own, [], True, 32, None)
+    figures, _ = bench.measure(own, cases, "*", ["*"], 1)
     assert len(figures) == 5 and "a painting in the style of *" in figures
     assert sum("in_style" in found for found in figures.values()) == 4
     assert len(evaluation_prompts(own, [], False, 32, None)) == 1
 
 
-def test_settings_that_make_no_sense_are_told() -> None:
+def test_invalid_settings_are_user_errors() -> None:
     with pytest.raises(UserError, match="sampler"):
         Sampling(sampler="euler")
 
@@ -138,7 +138,7 @@ class Halving:
         return z / 5
 
 
-def test_images_come_back_through_the_posteriors_mode(monkeypatch) -> None:
+def test_images_are_decoded_from_the_posteriors_mode(monkeypatch) -> None:
     monkeypatch.setattr(evaluate, "_BATCH", 2)
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "navy")]
     found = reconstruct(Halving(), images)

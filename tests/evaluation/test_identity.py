@@ -19,7 +19,7 @@ from ldm.evaluation.identity import (
     predict_attributes,
     style_test_creatures,
 )
-from tests.evaluation.stand_ins import SayingJudge
+from tests.evaluation.stand_ins import FixedJudge
 
 ONE = creature(EVALUATION_SEEDS[1])
 
@@ -36,14 +36,14 @@ def test_the_scale_runs_from_other_creatures_to_the_same_one(subject) -> None:
     assert subject.calibrated(subject.raw(third_time)).mean() == pytest.approx(1, abs=0.1)
 
 
-def test_the_threshold_tells_the_creature_from_others(subject) -> None:
-    told = subject.calibration()
-    assert told["itself_taken"] == 1.0 and told["others_taken"] < 0.1
-    assert told["floor"] < told["ceiling"]
+def test_the_threshold_separates_the_creature_from_others(subject) -> None:
+    calibration = subject.calibration()
+    assert calibration["itself_taken"] == 1.0 and calibration["others_taken"] < 0.1
+    assert calibration["floor"] < calibration["ceiling"]
 
 
 @pytest.mark.parametrize("sight", [{"style": "sketch"}, {"style": "blueprint"}, {"background": "forest"}])
-def test_in_another_style_or_scene_the_scale_is_drawn_there(sight) -> None:
+def test_another_style_or_scene_has_a_scale_of_its_own(sight) -> None:
     there = CreatureReference(ONE, 32, None, **sight)
     photos = draw_creatures([ONE] * 8, 32, take=9)
     assert there.calibration()["itself_taken"] >= 0.75
@@ -52,7 +52,7 @@ def test_in_another_style_or_scene_the_scale_is_drawn_there(sight) -> None:
 
 
 def test_agreement_counts_what_belongs_to_the_creature() -> None:
-    judge = SayingJudge(ONE.seed, background="gray", style="neon")
+    judge = FixedJudge(ONE.seed, background="gray", style="neon")
     images = draw_creatures([ONE] * 3, 32, take=0)
     assert attribute_agreement(predict_attributes(judge, images), ONE).tolist() == [1, 1, 1]
     judge.seen["eyes"] = ONE.eyes % 3 + 1
@@ -64,26 +64,26 @@ def test_agreement_counts_what_belongs_to_the_creature() -> None:
 
 def test_a_judge_that_sees_the_creature_everywhere_raises_raw_likeness(subject) -> None:
     images = draw_creatures(other_creatures(3), 32, take=0)
-    with_judge = CreatureReference(ONE, 32, SayingJudge(ONE.seed))
+    with_judge = CreatureReference(ONE, 32, FixedJudge(ONE.seed))
     without = subject.raw(images)
     assert with_judge.raw(images) == pytest.approx((2 * without + 1) / 3)
 
 
-def test_images_are_read_in_batches(monkeypatch) -> None:
+def test_images_are_classified_in_batches(monkeypatch) -> None:
     monkeypatch.setattr(identity, "_BATCH", 2)
-    judge = SayingJudge(ONE.seed)
+    judge = FixedJudge(ONE.seed)
     assert len(predict_attributes(judge, draw_creatures([ONE] * 3, 32, take=0))) == 3
     assert judge.batches == [2, 1]
     assert predict_attributes(None, []) is None
 
 
-def test_drawings_are_the_same_each_time_and_others_each_take() -> None:
+def test_renderings_are_deterministic_and_differ_by_take() -> None:
     first, same, other = (np.asarray(draw_creatures([ONE], 32, take=take)[0]) for take in (0, 0, 1))
     assert np.array_equal(first, same) and not np.array_equal(first, other)
-    strangers = other_creatures(5)
-    assert len(set(strangers)) == 5
-    assert strangers[2] not in other_creatures(5, unlike=strangers[2])
-    assert strangers[0].color not in {one.color for one in other_creatures(5, background=strangers[0].color)}
+    others = other_creatures(5)
+    assert len(set(others)) == 5
+    assert others[2] not in other_creatures(5, unlike=others[2])
+    assert others[0].color not in {one.color for one in other_creatures(5, background=others[0].color)}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def gallery() -> Gallery:
     return Gallery.render(32, count=12)
 
 
-def test_a_creature_drawn_anew_is_found_and_another_is_not(gallery) -> None:
+def test_a_new_rendering_is_retrieved_and_another_creature_is_not(gallery) -> None:
     subject = CreatureReference(creature(EVALUATION_SEEDS[1]), 32, None)
     assert gallery.ranks(AppearanceFeatures.from_images(subject.again[:3]), None, subject).tolist() == [
         1,
@@ -102,7 +102,7 @@ def test_a_creature_drawn_anew_is_found_and_another_is_not(gallery) -> None:
     assert (gallery.ranks(AppearanceFeatures.from_images(rival), None, subject) > 1).all()
 
 
-def test_the_true_one_is_one_of_the_number_and_no_rival_of_itself(gallery) -> None:
+def test_the_true_creature_is_counted_once(gallery) -> None:
     foreign, own = (
         CreatureReference(creature(EVALUATION_SEEDS[1]), 32, None),
         CreatureReference(gallery.creatures[2], 32, None),
@@ -113,7 +113,7 @@ def test_the_true_one_is_one_of_the_number_and_no_rival_of_itself(gallery) -> No
     assert gallery.ranks(gallery.features[2], None, own).tolist() == [1] * 4
 
 
-def test_attributes_count_beside_the_looks(gallery) -> None:
+def test_attributes_count_besides_appearance(gallery) -> None:
     subject, rival = CreatureReference(creature(EVALUATION_SEEDS[1]), 32, None), gallery.creatures[4]
     seen = AppearanceFeatures.from_images(draw_creatures([rival] * 2, 32, take=8))
     predictions = [vars(subject.creature)] * 2
@@ -127,7 +127,7 @@ def test_four_species_of_four_colours() -> None:
 
 
 @pytest.mark.parametrize("style", HELD_OUT_STYLES)
-def test_the_style_is_told_from_photos_and_from_other_styles(style) -> None:
+def test_the_style_is_distinguished_from_photos_and_from_other_styles(style) -> None:
     one = style_test_creatures()[0]
     subject = StyleReference(one, style, 32, None)
     assert subject.prompt.endswith(f"{one.color} {one.kind} in the style of {{}}")

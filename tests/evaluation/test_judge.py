@@ -29,7 +29,7 @@ def folder(judge, tmp_path):
     return tmp_path / "judge"
 
 
-def test_it_names_the_likeliest_value_of_every_attribute(judge) -> None:
+def test_predict_returns_the_most_likely_value_of_every_attribute(judge) -> None:
     pixels = torch.rand(3, 3, 32, 32) * 2 - 1
     seen, mirrored = judge.logits(pixels), judge.logits(pixels.flip(-1))
     predictions = judge.predict(pixels)
@@ -47,7 +47,7 @@ def test_images_of_another_size_are_resized(judge) -> None:
     torch.testing.assert_close(judge.logits(larger)["kind"], judge.logits(pixels)["kind"], atol=1e-4, rtol=0)
 
 
-def test_what_is_saved_reads_the_same(judge, folder) -> None:
+def test_a_saved_judge_predicts_the_same(judge, folder) -> None:
     pixels = torch.rand(4, 3, 32, 32) * 2 - 1
     again = AttributeJudge.load(folder)
     assert not again.training and next(again.parameters()).dtype == torch.float32
@@ -55,7 +55,7 @@ def test_what_is_saved_reads_the_same(judge, folder) -> None:
         torch.testing.assert_close(again.logits(pixels)[name], logits, atol=2e-2, rtol=0)
 
 
-def test_a_judge_that_cannot_be_is_one_line(folder, tmp_path) -> None:
+def test_a_missing_or_damaged_judge_is_a_one_line_error(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="no judge in .*nowhere"):
         AttributeJudge.load(tmp_path / "nowhere")
     described = json.loads((folder / "judge.json").read_text())
@@ -68,7 +68,7 @@ def test_a_judge_that_cannot_be_is_one_line(folder, tmp_path) -> None:
         AttributeJudge.load(folder)
 
 
-def test_what_a_image_cannot_show_does_not_count() -> None:
+def test_invisible_attributes_do_not_count() -> None:
     columns = {name: k for k, name in enumerate(ATTRIBUTES)}
     attributes = torch.zeros(4, len(ATTRIBUTES), dtype=torch.int64)
     attributes[:, columns["pattern"]] = torch.tensor([0, 1, 2, 3])

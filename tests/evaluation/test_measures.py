@@ -21,13 +21,13 @@ from ldm.evaluation.measures import (
     similarity,
     without_placeholders,
 )
-from tests.evaluation.stand_ins import MeanColor, SayingJudge
+from tests.evaluation.stand_ins import FixedJudge, MeanColor
 
 ONE = creature(EVALUATION_SEEDS[1])
 
 
-def test_a_creature_drawn_again_and_another() -> None:
-    subject, gallery = CreatureReference(ONE, 32, SayingJudge(ONE.seed)), Gallery.render(32, count=5)
+def test_figures_of_the_same_creature_and_of_another() -> None:
+    subject, gallery = CreatureReference(ONE, 32, FixedJudge(ONE.seed)), Gallery.render(32, count=5)
     again = identity_figures(draw_creatures([ONE] * 4, 32, take=6), subject, gallery)
     other = identity_figures(
         draw_creatures(other_creatures(4), 32, take=6), dataclasses.replace(subject, judge=None), gallery
@@ -47,7 +47,7 @@ def test_a_creature_drawn_again_and_another() -> None:
     assert other["color_distance"] > 2 * again["color_distance"]
 
 
-def test_an_edit_is_obeyed_and_the_creature_itself_or_not() -> None:
+def test_edit_figures_of_obeyed_lost_and_ignored_edits() -> None:
     edit = edits_of(ONE)[0]
     there = CreatureReference(ONE, 32, None, background=edit.background)
     done = edit_figures(edit, draw_creatures([ONE] * 4, 32, take=6, background=edit.value), there)
@@ -69,23 +69,23 @@ def test_an_edit_is_obeyed_and_the_creature_itself_or_not() -> None:
     assert blind["obeyed"] is None and blind["both"] is None
 
 
-def test_the_protocol_asks_every_extractor() -> None:
+def test_the_protocol_uses_every_extractor() -> None:
     words, blind = MeanColor("clip"), MeanColor("dino", words=False)
     images = draw_creatures([ONE] * 3, 32, take=0)
     inputs = [features.image(images) for features in (words, blind)]
     found = protocol_figures([words, blind], images, inputs, "a photo of")
     assert found["clip"]["clip_i"]["averaged"] == pytest.approx(1)
     assert set(found["clip"]) == {"clip_i", "clip_t"} and set(found["dino"]) == {"clip_i"}
-    assert words.told == ["a photo of"]
+    assert words.prompts == ["a photo of"]
 
 
-def test_means_go_into_nested_figures_and_over_those_that_have_one() -> None:
+def test_mean_figures_are_recursive_and_skip_missing_values() -> None:
     several = [{"a": 1.0, "b": {"c": 2, "d": "x"}, "e": None}, {"a": 3.0, "b": {"c": 4, "d": "x"}, "f": 5}]
     assert mean_figures(several) == {"a": 2.0, "b": {"c": 3.0, "d": "x"}, "e": None, "f": 5.0}
     assert mean_figures([{"d": "x"}, {"d": "y"}]) == {"d": None}
 
 
-def test_both_readings_of_the_paper() -> None:
+def test_both_definitions_of_similarity() -> None:
     ours = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     theirs = torch.tensor([[1.0, 0.0]])
     assert similarity(ours, theirs) == pytest.approx({"pairwise": 0.5, "averaged": 0.5**0.5})
@@ -103,9 +103,9 @@ def test_both_readings_of_the_paper() -> None:
         ("a <cat> and a <cat-2>", ["<cat>", "<cat-2>"], "a and a"),
     ],
 )
-def test_the_text_is_the_prompt_without_the_word(prompt, names, text) -> None:
+def test_the_text_is_the_prompt_without_placeholders(prompt, names, text) -> None:
     assert without_placeholders(prompt, names) == text
 
 
-def test_the_papers_settings() -> None:
+def test_the_settings_of_the_paper() -> None:
     assert (SAMPLES, STEPS, SCALE) == (64, 50, 5.0)

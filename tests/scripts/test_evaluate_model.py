@@ -14,7 +14,7 @@ from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.evaluation.judge import AttributeJudge
 from scripts import evaluate_model
 from scripts.make_concepts import creature_concept, style_concept, write_concept
-from tests.evaluation.stand_ins import SayingJudge, draw_little
+from tests.evaluation.stand_ins import FixedJudge, use_few_renderings
 from tests.golden_record import Golden
 
 QUICK = ["--samples", "2", "--ddim_steps", "1", "--scale", "1"]
@@ -49,8 +49,8 @@ def run(folder, tmp_path, capsys):
 
 
 def test_a_folder_of_concepts_each_by_its_truth(run, folder, tmp_path, monkeypatch) -> None:
-    draw_little(monkeypatch)
-    judge = SayingJudge(SPLITS["concepts"][43])
+    use_few_renderings(monkeypatch)
+    judge = FixedJudge(SPLITS["concepts"][43])
     monkeypatch.setattr(AttributeJudge, "load", lambda folder: judge)
     arguments = [
         "--concept",

@@ -62,5 +62,5 @@ def test_prompts_are_measured_and_shown(judge, tmp_path) -> None:
 )
 def test_mistakes_are_one_line(words, line, capsys) -> None:
     assert measure_model.main(words) != 0
-    said = capsys.readouterr().err
-    assert line in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1

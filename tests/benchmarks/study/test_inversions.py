@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.study import inversions, invert, measure
 from ldm.embeddings import Concept, LearnedEmbeddings, write
-from tests.evaluation.stand_ins import draw_little
+from tests.evaluation.stand_ins import use_few_renderings
 from tests.golden_record import Golden
 
 TINY = [
@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> Path:
 
 
 class MainPy:
-    """Does at once what main.py takes minutes for; the run numbered `fails` ends with `code` and learns nothing."""
+    """Stands in for main.py; run number `fails` exits with `code` and writes nothing."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -78,9 +78,9 @@ def run(model, tmp_path, capsys):
     return run
 
 
-def test_each_inversion_is_a_command_that_a_person_could_type(run, main_py, tmp_path, model) -> None:
-    code, said = run("invert", "--vectors", "1", "2", "--steps", "20", "--threads", "3")
-    assert code == 0, said.err
+def test_each_inversion_is_a_command_that_a_user_could_type(run, main_py, tmp_path, model) -> None:
+    code, output = run("invert", "--vectors", "1", "2", "--steps", "20", "--threads", "3")
+    assert code == 0, output.err
     assert [main_py.value(k, "-n") for k in range(8)] == [
         f"{name}-v{vectors}-s0" for vectors in (1, 2) for name in ("c000", "c001", "draft", "dusk")
     ]
@@ -92,51 +92,51 @@ def test_each_inversion_is_a_command_that_a_person_could_type(run, main_py, tmp_
     assert main_py.value(2, "--base").endswith("txt2img-finetune_style.yaml") and "painting" in style
     assert "--scale_lr" not in first and "model.base_learning_rate=0.01" in several
     assert main_py.env["OMP_NUM_THREADS"] == "3"
-    told = json.loads((tmp_path / "study/concepts/c000/concept.json").read_text())
-    assert 12_000_000 <= told["creature"]["seed"] < 13_000_000
+    truth = json.loads((tmp_path / "study/concepts/c000/concept.json").read_text())
+    assert 12_000_000 <= truth["creature"]["seed"] < 13_000_000
     record = json.loads((tmp_path / "study/inversions/c000-v2-s0.json").read_text())
     assert record["seconds"] >= 0 and record["settings"]["steps"] == 20 and record["vectors"] == 2
     assert not list((tmp_path / "study/runs").glob("*/run"))
 
 
-def test_images_are_captioned_where_asked(run, main_py, tmp_path) -> None:
+def test_captions_are_used_on_request(run, main_py, tmp_path) -> None:
     assert run("invert", "--vectors", "1", "--captions")[0] == 0
     assert all("data.params.train.params.use_captions=true" in command for command in main_py.commands)
     assert (tmp_path / "study/concepts/c000/05.txt").is_file()
-    code, said = run("invert", "--vectors", "1")
-    assert code == 1 and "captions" in said.err
+    code, output = run("invert", "--vectors", "1")
+    assert code == 1 and "captions" in output.err
 
 
-def test_a_study_goes_on_where_it_was_stopped(run, main_py, tmp_path) -> None:
+def test_an_interrupted_study_continues(run, main_py, tmp_path) -> None:
     main_py.fails, main_py.code = 2, 130
     arguments = ["--vectors", "1", "--no_styles"]
     assert run("invert", *arguments)[0] == 130
-    code, said = run("invert", *arguments)
-    assert code == 0, said.err
+    code, output = run("invert", *arguments)
+    assert code == 0, output.err
     made = len(main_py.commands)
     assert sorted(p.stem for p in (tmp_path / "study/inversions").glob("*.pt")) == [
         "c000-v1-s0",
         "c001-v1-s0",
     ]
     assert run("invert", *arguments)[0] == 0 and len(main_py.commands) == made
-    code, said = run("invert", *arguments, "--rate", "0.1")
-    assert code == 1 and "made with rate None, not 0.1" in said.err and said.err.count("error: ") == 1
+    code, output = run("invert", *arguments, "--rate", "0.1")
+    assert code == 1 and "made with rate None, not 0.1" in output.err and output.err.count("error: ") == 1
     run("invert", *arguments, "--seeds", "2")
     assert len(main_py.commands) == made + 2
 
 
-def test_a_failed_inversion_is_told_with_its_last_line(run, main_py, tmp_path) -> None:
+def test_a_failed_inversion_reports_its_last_line(run, main_py, tmp_path) -> None:
     main_py.fails = 1
-    code, said = run("invert", "--vectors", "1", "--no_styles")
-    assert code == 1 and "c000-v1-s0 failed (the last line)" in said.err
+    code, output = run("invert", "--vectors", "1", "--no_styles")
+    assert code == 1 and "c000-v1-s0 failed (the last line)" in output.err
     assert (tmp_path / "study/runs/c000-v1-s0/output.txt").is_file()
     assert not (tmp_path / "study/inversions/c000-v1-s0.json").exists()
 
 
 def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatch) -> None:
-    draw_little(monkeypatch)
-    code, said = run("all", "--vectors", "1", "2")
-    assert code == 0, said.err
+    use_few_renderings(monkeypatch)
+    code, output = run("all", "--vectors", "1", "2")
+    assert code == 0, output.err
     found = json.loads((tmp_path / "study/study.json").read_text())
     assert found["inversions"] == {"planned": 8, "measured": 8}
     assert set(found["vectors"]) == {"1", "2"} and found["vectors"]["1"]["identity"]["n"] == 2
@@ -165,7 +165,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "phase, arguments, said",
+    "phase, arguments, message",
     [
         ("measure", [], "has no inversions"),
         ("report", [], "has no figures"),
@@ -175,7 +175,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
         ("draw", [], "invalid choice"),
     ],
 )
-def test_mistakes_are_one_line(phase, arguments, said, run, main_py) -> None:
-    code, told = run(phase, *arguments)
-    assert code in (1, 2) and said in told.err and told.err.count("\n") == 1
+def test_mistakes_are_one_line(phase, arguments, message, run, main_py) -> None:
+    code, output = run(phase, *arguments)
+    assert code in (1, 2) and message in output.err and output.err.count("\n") == 1
     assert not main_py.commands

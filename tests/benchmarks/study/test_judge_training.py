@@ -37,5 +37,5 @@ def test_training_learns_and_exports(tmp_path) -> None:
     AttributeJudge.load(tmp_path / "judge")
 
 
-def test_the_yaml_is_whole() -> None:
+def test_the_yaml_is_valid() -> None:
     check_config(OmegaConf.load("configs/creatures/judge.yaml").model)

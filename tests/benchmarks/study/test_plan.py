@@ -13,7 +13,7 @@ def test_every_inversion_once_and_all_concepts_before_another_seed() -> None:
     assert {one.seed for one in planned[:6]} == {0}
 
 
-def test_done_is_what_has_record_and_vectors_of_the_same_settings(tmp_path) -> None:
+def test_an_inversion_is_done_if_its_files_have_the_same_settings(tmp_path) -> None:
     study, one = Study(tmp_path), Inversion("c0", 8, 2)
     assert not study.done(one, {"steps": 20})
     write_record(study.record(one), {"settings": {"steps": 20}})

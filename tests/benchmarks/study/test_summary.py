@@ -45,7 +45,7 @@ def references(redrawn: float, chance: float) -> dict[str, Any]:
     return {name: summarize({Inversion("c0", 0, 0): record(value)}) for name, value in values.items()}
 
 
-def test_the_way_from_the_ceiling_to_any_creature() -> None:
+def test_relative_color_distance_of_references_and_results() -> None:
     summary = summarize({Inversion("c0", 1, 0): record(16.0)})
     assert relative_color_distance(summary, references(6.0, 46.0)) == pytest.approx(0.25)
     assert relative_color_distance(summary, {}) is None

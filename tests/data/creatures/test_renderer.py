@@ -22,7 +22,7 @@ def test_images_and_masks_have_their_shapes_and_do_not_depend_on_the_batch():
     assert render(creatures[:2], scenes[:2], 64).shape == (2, 3, 64, 64)
 
 
-def test_the_creature_is_large_and_its_colour_is_there():
+def test_the_creature_is_large_and_shows_its_colour():
     creatures, scenes = _few(64, style="photo")
     images, masks = render_with_masks(creatures, scenes, 32)
     assert (masks.mean((1, 2)) > 0.15).all()
