@@ -41,7 +41,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt' is damaged"),
         ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is damaged"),
         ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
-        ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a text or HTML page"),
+        ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a web page"),
         ("--actual_resume stranger.safetensors", 1, "use the config that belongs to it"),
         ("--actual_resume wide.pt", 1, "is it an embedding file?"),
         ("--actual_resume .", 1, "is a folder"),
@@ -60,7 +60,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--data_root broken", 1, "half.png"),
         ("data.params.train.params.placeholder_token=@", 1, "none of the captions holds the placeholder '*'"),
         ("--embedding_manager_ckpt wide.pt", 1, "width 768, the text encoder has width 32"),
-        ("--embedding_manager_ckpt page.ckpt", 1, "HTML page"),
+        ("--embedding_manager_ckpt page.ckpt", 1, "is a web page"),
         ("--max_steps -5", 2, "max_steps is -5"),
         ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
         ("model.base_learning_rate=0 --actual_resume gone.ckpt", 1, "base_learning_rate is 0"),
