@@ -98,7 +98,7 @@ def load_image_payload(path: Path) -> dict[str, Any]:
                 payload = None if text else find_hidden_bytes(np.asarray(image.convert("RGB")))
     except EmbeddingError:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many classes
         raise EmbeddingError(f"the image is damaged ({str(error)[:80]})") from error
     if text is None and payload is None:
         raise EmbeddingError("the image carries no embedding (web sites that re-save images remove it)")
@@ -131,7 +131,7 @@ def save_image_payload(content: dict[str, Any], preview: Image.Image, shades: Te
 
 
 def _inflate(payload: bytes | None) -> bytes:
-    """Decompress at most `_MAX_JSON` + 1 bytes, whatever the size that the stream has."""
+    """Decompress at most `_MAX_JSON` + 1 bytes."""
     stream = zlib.decompressobj()
     encoded = stream.decompress(payload or b"", _MAX_JSON + 1)
     if not stream.eof and len(encoded) <= _MAX_JSON:

@@ -50,7 +50,7 @@ def merge(
                 concepts.append(concept)
     return LearnedEmbeddings(
         tuple(concepts),
-        _common([part.metadata for part in parts]),
+        _common_metadata([part.metadata for part in parts]),
         parts[0].format,
         ", ".join(part.source for part in parts if part.source),
         parts[0].progress,
@@ -184,7 +184,7 @@ def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:
             )
 
 
-def _common(all_metadata: Sequence[Metadata]) -> Metadata:
+def _common_metadata(all_metadata: Sequence[Metadata]) -> Metadata:
     """Return the metadata in which all agree."""
     names = [field.name for field in dataclasses.fields(Metadata)]
     values = {name: {getattr(metadata, name) for metadata in all_metadata} for name in names}

@@ -29,8 +29,8 @@ def parse_original(payload: Payload) -> LearnedEmbeddings | None:
     if "string_to_param" not in payload.names or isinstance(payload.content.get("name"), str):
         return None
     held = payload.content["string_to_param"]
-    vectors = as_mapping(held)
-    tokens = as_mapping(payload.content.get("string_to_token", {}))
+    vectors = _entries(held, "string_to_param")
+    tokens = _entries(payload.content.get("string_to_token", {}), "string_to_token")
     record = MetadataRecord(payload.content.get(RECORD_KEY))
     progress = Progress.from_values(*(payload.content.get(key) for key in _PROGRESS_KEYS))
     concepts = []
@@ -50,8 +50,11 @@ def parse_original(payload: Payload) -> LearnedEmbeddings | None:
     return LearnedEmbeddings(tuple(concepts), record.metadata, "original", progress=progress)
 
 
-def as_mapping(value: Any) -> dict[str, Any]:
-    """Return the dict in a dict or a ParameterDict; those saved by torch 1.11 and older have no list of keys."""
+def _entries(value: Any, name: str) -> dict[str, Any]:
+    """Return the entries of a dict or a ParameterDict; raises EmbeddingError, naming it `name`, for anything else.
+
+    A ParameterDict saved by torch 1.11 or older has no list of its keys.
+    """
     if isinstance(value, nn.ParameterDict):
         inner = value.__dict__.get("_parameters")
         keys = value.__dict__.get("_keys")
@@ -63,11 +66,12 @@ def as_mapping(value: Any) -> dict[str, Any]:
         }
         value = {**(inner if isinstance(inner, Mapping) else {}), **plain}
     if not isinstance(value, Mapping):
-        raise EmbeddingError("its string_to_param is not a mapping from words to vectors; it is damaged")
-    if len(value) > 4096 or not all(isinstance(key, str) for key in value):
-        raise EmbeddingError("its string_to_param does not map words to vectors; it is damaged")
-    if not all(tensor is None or isinstance(tensor, (Tensor, int)) for tensor in value.values()):
-        raise EmbeddingError("its string_to_param does not map words to tensors; it is damaged")
+        raise EmbeddingError(f"its {name} is not a mapping from words to tensors; the file is damaged")
+    words_only = len(value) <= 4096 and all(isinstance(key, str) for key in value)
+    if not words_only or not all(
+        tensor is None or isinstance(tensor, (Tensor, int)) for tensor in value.values()
+    ):
+        raise EmbeddingError(f"its {name} does not map words to tensors; the file is damaged")
     return dict(value)
 
 
@@ -90,8 +94,7 @@ def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
         RECORD_KEY: record_text(embeddings),
     }
     if embeddings.progress is not None:
-        step, scale = embeddings.progress.step, embeddings.progress.scale
-        content |= dict(zip(_PROGRESS_KEYS, (step, scale), strict=True))
+        content |= dict(zip(_PROGRESS_KEYS, dataclasses.astuple(embeddings.progress), strict=True))
     torch.save(content, file)
 
 
@@ -125,7 +128,7 @@ def parse_a1111(payload: Payload) -> LearnedEmbeddings | None:
     if "string_to_param" not in payload.names or not isinstance(payload.content.get("name"), str):
         return None
     content = payload.content
-    vectors = as_mapping(content["string_to_param"])
+    vectors = _entries(content["string_to_param"], "string_to_param")
     if len(vectors) != 1:
         raise EmbeddingError(f"it should hold one embedding and holds {len(vectors)}; it is damaged")
     record = MetadataRecord(content.get(RECORD_KEY))

@@ -97,7 +97,7 @@ def scan(data: bytes, start: int = 0, limit: int = 2**21) -> Scan:
             del recent[:-8]
     except EmbeddingError:
         raise
-    except Exception as error:  # genops raises many kinds on damaged streams
+    except Exception as error:  # genops raises many classes on damaged streams
         raise EmbeddingError(f"it is damaged or not a PyTorch file ({str(error)[:80]})") from error
     result.end = start + stream.tell()
     return result
@@ -215,7 +215,7 @@ def _clean_zip(data: bytes) -> bytes:
                     copy.writestr(f"archive/data/{key}", _record(archive, entry)[:size])
     except EmbeddingError:
         raise
-    except Exception as error:  # zipfile raises half a dozen kinds on damaged archives
+    except Exception as error:  # zipfile raises many classes on damaged archives
         raise EmbeddingError(f"it is damaged or cut off ({str(error)[:80]}); download it again") from error
     return clean.getvalue()
 

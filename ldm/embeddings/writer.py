@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -36,7 +35,7 @@ def safe_name(trigger: str) -> str:
 class Format:
     """How a format is written: the function, the file suffix, and what one file can hold."""
 
-    save: Callable[..., Any]
+    save: Callable[..., None]
     suffix: str
     several_triggers: bool = False
     several_encoders: bool = False
@@ -65,7 +64,7 @@ def write(
     Raises EmbeddingError for an unknown format and for embeddings that the format cannot hold.
     """
     chosen = format_named(format)
-    _check(embeddings, format, chosen)
+    _check_supported(embeddings, format, chosen)
     save = chosen.save
     if preview is not None and format == "a1111-png":
         save = functools.partial(save, preview=preview)
@@ -87,7 +86,7 @@ def write_all(
         return [write(embeddings, Path(folder) / f"embeddings{chosen.suffix}", format)]
     parts = {trigger: embeddings.only(trigger) for trigger in embeddings.triggers}
     for part in parts.values():
-        _check(part, format, chosen)
+        _check_supported(part, format, chosen)
     paths = paths_for(list(parts), folder, format)
     return [write(part, path, format, preview) for part, path in zip(parts.values(), paths, strict=True)]
 
@@ -114,7 +113,7 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def _check(embeddings: LearnedEmbeddings, name: str, chosen: Format) -> None:
+def _check_supported(embeddings: LearnedEmbeddings, name: str, chosen: Format) -> None:
     """Raise EmbeddingError for embeddings that the format cannot hold."""
     unsupported = sorted({concept.part for concept in embeddings.concepts} - {"", "negative"})
     if unsupported:
