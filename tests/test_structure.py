@@ -19,8 +19,8 @@ LIBRARY = {
     "base": set(),
     "data": {"base"},
     "embeddings": {"base"},
-    "modules": {"base"},
-    "models": {"base", "modules"},
+    "modules": {"base", "embeddings"},
+    "models": {"base", "embeddings", "modules"},
 }
 USES = {
     "base",

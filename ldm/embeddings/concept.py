@@ -114,6 +114,7 @@ class Metadata:
     resolution: int | None = None
     tool: str | None = None
     date: str | None = None
+    transferred_from: str | None = None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Metadata:
