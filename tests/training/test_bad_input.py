@@ -59,7 +59,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--data_root pixel", 1, "dot.png is 1x1 pixels"),
         ("--data_root broken", 1, "half.png"),
         ("data.params.train.params.placeholder_token=@", 1, "none of the captions holds the placeholder '*'"),
-        ("--embedding_manager_ckpt wide.pt", 1, "width 768, the text encoder has width 32"),
+        ("--embedding_manager_ckpt wide.pt", 1, "this model's text encoder has width 32"),
         ("--embedding_manager_ckpt page.ckpt", 1, "is a web page"),
         ("--max_steps -5", 2, "max_steps is -5"),
         ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
