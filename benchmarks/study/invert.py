@@ -39,7 +39,7 @@ def invert(options: argparse.Namespace) -> None:
     """Run all missing inversions, `--jobs` in parallel; the first failure ends the phase."""
     study = Study(options.out.absolute())
     wanted = inversions(options)
-    render_concepts(study, wanted, image_size(options))
+    render_concepts(study, wanted, image_size())
     settings = {one: settings_of(options, one) for one in wanted}
     todo = [one for one in wanted if not study.done(one, settings[one])]
     with (
@@ -77,7 +77,7 @@ def render_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> Non
         write_concept(study.concept(name), *drawn, size)
 
 
-def image_size(options: argparse.Namespace) -> int:
+def image_size() -> int:
     """Return the image size of the finetuning YAML, rounded up to a size that can be rendered."""
     from omegaconf import OmegaConf
 

@@ -97,12 +97,9 @@ def measure_references(
 ) -> tuple[dict[str, Any], Rows]:
     """Measure what a concept's inversions are compared with: renderings, the first stage, and captions."""
     rows: Rows = [("inputs", concept.images)]
+    prompts = evaluation_prompts(concept, [], True, evaluation.size, evaluation.judge)
     if concept.creature is None:
-        styled = [
-            one.styled
-            for one in evaluation_prompts(concept, [], True, evaluation.size, evaluation.judge)
-            if one.styled
-        ]
+        styled = [one.styled for one in prompts if one.styled]
         return {}, [*rows, ("truth", [image for one in styled for image in one.images[:2]])]
     baselines, strips = evaluation.measure_baselines(concept)
     figures: dict[str, Any] = {name: {"likeness": likeness} for name, likeness in baselines.items()}
@@ -110,9 +107,7 @@ def measure_references(
         likeness, shown = evaluation.measure(concept, [EvaluationPrompt(prompt)], "", [], options.samples)
         figures[name] = {"likeness": likeness[prompt]}
         strips += [(name, shown[0][1])]
-    edits = [
-        one for one in evaluation_prompts(concept, [], True, evaluation.size, evaluation.judge) if one.edit
-    ]
+    edits = [one for one in prompts if one.edit]
     figures[WORDS]["edits"], shown = evaluation.measure(
         concept, edits, concept.words or "", [], options.edit_samples
     )

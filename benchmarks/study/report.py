@@ -47,7 +47,7 @@ def report(options: argparse.Namespace) -> None:
     }
     styles = {name: summary for name, summary in styles.items() if summary}
     references = summarize_references(study, [one.concept for one in creatures])
-    reached = bars(summaries, references, image_size(options)) if creatures else []
+    reached = bars(summaries, references, image_size()) if creatures else []
     content = {
         "versions": versions(),
         "measured": next(iter(found.values()))["settings"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import kornia
 import torch
@@ -145,7 +145,7 @@ class Evaluation:
     judge: Judge | None
     extractors: Sequence[Features]
     size: int
-    _references: dict[Any, CreatureReference] = field(default_factory=dict)
+    _references: dict[tuple[Creature, str | None, str], CreatureReference] = field(default_factory=dict)
 
     @cached_property
     def gallery(self) -> Gallery:
