@@ -26,11 +26,11 @@ from benchmarks.pairs import Rounds, Spread  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.subjects import EMBEDDED  # noqa: E402
 from benchmarks.turns import now  # noqa: E402
+from ldm.commands.base import guarded  # noqa: E402
 from ldm.console import Parser  # noqa: E402
 from ldm.training.callbacks.fixed_loss import DeterministicLoss  # noqa: E402
 from ldm.training.callbacks.image_logger import ImageLogger  # noqa: E402
 from ldm.training.callbacks.summary_images import SummaryImages  # noqa: E402
-from scripts.common import guarded  # noqa: E402
 
 PREVIEWS, LOSS, REST = "previews, with the pictures at the end", "deterministic loss", "everything else"
 PARTS: dict[str, tuple[type[Callback], ...]] = {

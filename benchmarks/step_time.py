@@ -30,9 +30,9 @@ from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion  # noqa: E402
 from benchmarks.turns import OURS, Turns  # noqa: E402
 from benchmarks.twin import twin  # noqa: E402
+from ldm.commands.base import guarded  # noqa: E402
 from ldm.console import Parser  # noqa: E402
 from ldm.interop import diffusers_pipeline  # noqa: E402
-from scripts.common import guarded  # noqa: E402
 
 # What main.py is told for each precision.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}

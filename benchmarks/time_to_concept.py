@@ -33,6 +33,7 @@ from benchmarks.machine import ROOT  # noqa: E402
 from benchmarks.report import Report, verdict  # noqa: E402
 from benchmarks.scores import Scorer, creatures  # noqa: E402
 from ldm.checkpoint import load_model_from_config  # noqa: E402
+from ldm.commands.base import JUDGE, guarded  # noqa: E402
 from ldm.console import Parser, positive  # noqa: E402
 from ldm.evaluation.concepts import read_concept  # noqa: E402
 from ldm.evaluation.judge import AttributeJudge  # noqa: E402
@@ -40,7 +41,6 @@ from ldm.files import (
     file_hash,  # noqa: E402
     write_text,  # noqa: E402
 )
-from scripts.common import JUDGE, guarded  # noqa: E402
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"

@@ -16,13 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# a checkout works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
+from ldm.commands.base import WEIGHTS, check_files, guarded
+from ldm.commands.evaluate import add_sampling_options
 from ldm.console import Parser, positive
 from ldm.util import UsageError
-from scripts.common import Profile, guarded
-from scripts.judging import add_how, check_files
 
 PHASES = ("invert", "measure", "report", "all")
 
@@ -45,7 +45,7 @@ def make_parser() -> Parser:
     what.add_argument("--no_styles", action="store_true", help="creatures alone")
     learning = parser.add_argument_group("how it is inverted")
     learning.add_argument(
-        "--ckpt_path", "--ckpt", default=Profile().ckpt, metavar="FILE", help="default: %(default)s"
+        "--ckpt_path", "--ckpt", default=WEIGHTS, metavar="FILE", help="default: %(default)s"
     )
     learning.add_argument("--config", metavar="YAML", help="of the model (default: config.yaml beside it)")
     learning.add_argument(
@@ -84,7 +84,7 @@ def make_parser() -> Parser:
     learning.add_argument(
         "--threads", type=positive, default=1, metavar="N", help="of each (default: %(default)s)"
     )
-    add_how(parser, samples=12, steps=25, scale=3.0)
+    add_sampling_options(parser, samples=12, steps=25, scale=3.0)
     parser.add_argument(
         "--edit_samples",
         type=positive,

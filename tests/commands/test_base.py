@@ -1,0 +1,59 @@
+"""Exit codes, and errors of one line."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+from ldm.commands.base import check_files, guarded
+from ldm.console import Interrupted
+from ldm.util import UsageError, UserError
+
+
+def failing(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "output"),
+    [
+        (UserError("the seed is red"), 1, "error: the seed is red\n"),
+        (UsageError("no such flag"), 2, "error: no such flag\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory; try fewer images at once"),
+        (MemoryError(), 1, "error: out of memory; try"),
+        (KeyboardInterrupt(), 130, ""),
+        (Interrupted(signal.SIGTERM), 143, ""),
+    ],
+)
+def test_a_failure_that_the_user_can_fix_has_no_traceback(capsys, error, code: int, output: str) -> None:
+    assert guarded(failing(error)) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(output) and shown.count("\n") == bool(output)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="mat1"):
+        guarded(failing(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+
+
+def test_debugging_shows_the_traceback_of_a_user_error(capsys) -> None:
+    assert guarded(failing(UserError("the seed is red")), debug=True) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith("error: the seed is red\n")
+
+
+def test_the_result_of_a_command_is_its_exit_code() -> None:
+    assert guarded(lambda: None) == 0 and guarded(lambda: 3) == 3
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    check_files(None, __file__)
+    with pytest.raises(UserError, match="'gone.pt' does not exist; check the path"):
+        check_files(__file__, "gone.pt")
+    with pytest.raises(UserError, match="does not exist"):
+        check_files(tmp_path)
