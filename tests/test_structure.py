@@ -279,6 +279,7 @@ def test_every_module_imports_by_itself_without_torchvision():
 def test_a_circular_import_and_a_missing_package_are_found(tmp_path):
     package = tmp_path / "ldm"
     package.mkdir()
+    (package / "__init__.py").touch()
     (package / "a.py").write_text("import ldm.b\nx = 1")
     (package / "b.py").write_text("from ldm.a import x")
     (package / "c.py").write_text("import torchvision")
