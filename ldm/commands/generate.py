@@ -33,8 +33,6 @@ _STABLE_DESCRIPTION = """Generate images with Stable Diffusion v1 and embeddings
 The same as scripts/txt2img.py, with Stable Diffusion's defaults. Images are numbered in OUTDIR/samples, and OUTDIR
 holds a numbered grid of them that is named after the prompt. Every path is printed."""
 
-MANAGER = "ldm.modules.embedding_manager.EmbeddingManager"
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -231,7 +229,8 @@ def load(
     from omegaconf import OmegaConf
 
     from ldm.embeddings import read
-    from ldm.generate.embeddings import check_mentions, load_embeddings
+    from ldm.generate.embeddings import check_mentions, load_embeddings, takes_vectors
+    from ldm.util import get_obj_from_str
 
     config = read_model_config(options.ckpt_path, options.config)
     node = OmegaConf.select(config, "model.params.personalization_config") or {}
@@ -239,8 +238,8 @@ def load(
     configured = [str(word) for word in params.get("placeholder_strings") or []]
     learned = configured if params.get("embedding_manager_ckpt") else []
     prompts = lines or [options.prompt or profile.prompt]
-    # The files and placeholders of another class are known only to that class.
-    if node.get("target", MANAGER) == MANAGER:
+    # Another kind of personalization alone knows its files and its placeholders.
+    if "target" not in node or takes_vectors(get_obj_from_str(node["target"])):
         if options.embedding_path:
             learned = [trigger for path in options.embedding_path for trigger in read(path).triggers]
         if learned and not (lines or options.prompt):

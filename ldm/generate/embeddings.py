@@ -23,9 +23,8 @@ _LIKE_A_PLACEHOLDER = re.compile(r"<[^<>\s]+>|(?<![\w*])\*(?![\w*])")
 def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | Path]) -> list[str]:
     """Replace what the model's personalization has learned by the contents of one or several files.
 
-    A personalization that overrides `Personalization.take` consists of vectors by placeholder: files of any tool are
-    read, merged and given to it. Any other class loads one file of its own. A model without personalization gets an
-    `EmbeddingManager`.
+    A personalization that consists of vectors (see `takes_vectors`) gets the merged vectors of all files, which may be
+    those of any tool. Any other loads one file of its own. A model without personalization gets an `EmbeddingManager`.
 
     Returns:
         the placeholders, for use in prompts.
@@ -35,7 +34,7 @@ def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | P
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     encoder, personalization = text_encoder_of(model), personalization_of(model)
-    if type(personalization).take is Personalization.take:
+    if not takes_vectors(type(personalization)):
         if len(paths) != 1:
             kind = type(personalization).__name__
             raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
@@ -50,6 +49,14 @@ def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | P
     if isinstance(personalization, nn.Module):
         personalization.to(model.alphas_cumprod.device)
     return list(personalization.placeholders)
+
+
+def takes_vectors(personalization: type[Personalization]) -> bool:
+    """Whether a class of personalizations consists of vectors by placeholder, as the files of other tools do.
+
+    Such a class overrides `Personalization.take`.
+    """
+    return personalization.take is not Personalization.take
 
 
 def check_prompts(
