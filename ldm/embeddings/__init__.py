@@ -4,7 +4,14 @@ Everything from a file is treated as hostile: sizes are checked before memory is
 through and then read by torch's weights-only loader, and no text from a file becomes a path.
 """
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, encoder_kind
+from ldm.embeddings.concept import (
+    Concept,
+    EmbeddingError,
+    LearnedEmbeddings,
+    Metadata,
+    Progress,
+    encoder_kind,
+)
 from ldm.embeddings.merging import Rename, merge, plan_renames, renames_from, split
 from ldm.embeddings.reader import read
 from ldm.embeddings.writer import (
@@ -24,6 +31,7 @@ __all__ = [
     "EmbeddingError",
     "LearnedEmbeddings",
     "Metadata",
+    "Progress",
     "Rename",
     "canonical_path",
     "encoder_kind",

@@ -163,7 +163,8 @@ class Concept:
     """A trigger and its vectors.
 
     `vectors` may be given as [d] or [N, d] of any floating type on any device; it is kept as a [N, d] float32
-    CPU copy. `encoder` is a kind of `ldm.embeddings.concept` or None when it is not known. `part` is "" for
+    CPU copy. `unused` [M, d] are further vectors that a progressive run has not added yet: no prompt uses them.
+    `encoder` is a kind of `ldm.embeddings.concept` or None when it is not known. `part` is "" for
     ordinary vectors; else "negative" (of a DreamArtist pair), "output" (added after the encoder), or the
     layer's name in a per-layer (XTI) file. `token` is the tokenizer's id of the trigger where the file says it.
     Raises EmbeddingError for a bad trigger, shape or type, and for NaN and infinity.
@@ -174,10 +175,20 @@ class Concept:
     encoder: str | None = None
     part: str = ""
     token: int | None = None
+    unused: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_trigger(self.trigger)
         vectors = check_vectors(self.vectors, f"'{self.trigger}'")
+        if self.unused is not None:
+            unused = check_vectors(self.unused, f"'{self.trigger}', vectors not in use,")
+            if unused.shape[1] != vectors.shape[1]:
+                raise EmbeddingError(
+                    f"'{self.trigger}': vectors in use are {vectors.shape[1]} wide, those not in use "
+                    f"{unused.shape[1]}; all must have the same width"
+                )
+            check_shape((len(vectors) + len(unused), vectors.shape[1]), f"'{self.trigger}'")
+            object.__setattr__(self, "unused", unused)
         encoder = self.encoder or known_kind(vectors.shape[1])
         if encoder is not None and not fits(encoder, vectors.shape[1]):
             raise EmbeddingError(
@@ -195,14 +206,51 @@ class Concept:
         return models_of(self.encoder, self.width)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run with progressive vectors has come: it begins with one vector and adds one every `scale` steps.
+
+    `step` is the number of optimizer steps done, `scale` the number of steps for each added vector.
+    Raises EmbeddingError for numbers that no run can have.
+    """
+
+    step: int
+    scale: int
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("step", self.step, 0), ("scale", self.scale, 1)):
+            if type(value) is not int or not least <= value < 2**31:
+                raise EmbeddingError(
+                    f"the progress has the {name} {value!r:.40}; it is a whole number from {least}"
+                )
+
+    @classmethod
+    def from_values(cls, step: Any, scale: Any) -> Progress | None:
+        """The progress that a file states; None if it states none, or values that no run can have."""
+        try:
+            return cls(step, scale)
+        except EmbeddingError:
+            return None
+
+    def in_use(self, count: int) -> int:
+        """How many of `count` vectors are in use."""
+        return min(count, 1 + self.step // self.scale)
+
+
 @dataclass(frozen=True, eq=False)
 class LearnedEmbeddings:
-    """The concepts of one file (or of several merged), with metadata, the format's name and the source's."""
+    """The concepts of one file (or of several merged), with metadata, the format's name and the source's.
+
+    `progress` is set for a run with progressive vectors. Only then may concepts have `unused` vectors, and the
+    number of their `vectors` must be the one that the progress gives. Raises EmbeddingError otherwise, and for no
+    concept or the same trigger twice.
+    """
 
     concepts: tuple[Concept, ...]
     metadata: Metadata = field(default_factory=Metadata)
     format: str = ""
     source: str = ""
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", tuple(self.concepts))
@@ -210,6 +258,13 @@ class LearnedEmbeddings:
             raise EmbeddingError("there is no concept in it")
         seen = set()
         for concept in self.concepts:
+            total = len(concept.vectors) + (0 if concept.unused is None else len(concept.unused))
+            expected = total if self.progress is None else self.progress.in_use(total)
+            if len(concept.vectors) != expected:
+                raise EmbeddingError(
+                    f"'{concept.trigger}': {len(concept.vectors)} of {total} vectors are in use; "
+                    f"its progress ({self.progress}) gives {expected}"
+                )
             key = (concept.trigger, concept.encoder, concept.part)
             if key in seen:
                 raise EmbeddingError(f"the trigger '{concept.trigger}' occurs twice; rename one of them")
@@ -225,6 +280,11 @@ class LearnedEmbeddings:
         if not kept:
             raise EmbeddingError(f"there is no trigger '{trigger}'; there is {quoted(self.triggers)}")
         return dataclasses.replace(self, concepts=tuple(kept))
+
+    def without_progress(self) -> LearnedEmbeddings:
+        """The same vectors in use, without the unused ones and the progress."""
+        concepts = tuple(dataclasses.replace(concept, unused=None) for concept in self.concepts)
+        return dataclasses.replace(self, concepts=concepts, progress=None)
 
     def with_encoder(self, encoder: str) -> LearnedEmbeddings:
         """The same vectors said to belong to this encoder; refused if their width says otherwise."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
 from ldm.embeddings.writer import safe_name
@@ -31,12 +32,14 @@ def merge(
 ) -> LearnedEmbeddings:
     """Join embeddings; the same vectors under the same trigger count once.
 
+    If all have the same progress, it and the unused vectors are kept; otherwise the vectors in use are joined.
     See `plan_renames` for `rename` and `automatic`. Raises EmbeddingError, with the remedy, where two files have
     different vectors for one trigger, or are for different text encoders.
     """
     if not parts:
         raise EmbeddingError("there is nothing to merge; name at least one file")
     _check_encoders(parts)
+    parts = _with_common_progress(parts)
     plan = plan_renames(parts, rename, automatic)
     concepts = []
     for index, part in enumerate(parts):
@@ -50,6 +53,7 @@ def merge(
         _common([part.metadata for part in parts]),
         parts[0].format,
         ", ".join(part.source for part in parts if part.source),
+        parts[0].progress,
     )
 
 
@@ -64,6 +68,7 @@ def plan_renames(
     order, so that earlier files keep theirs. `automatic` names what still clashes after its file, "<cat>" for
     cat.pt. Raises EmbeddingError for a clash that remains and for a name in `rename` that occurs nowhere.
     """
+    parts = _with_common_progress(parts)
     plan: list[Rename] = []
     for old, new in (rename or {}).items():
         names = [new] if isinstance(new, str) else list(new)
@@ -108,6 +113,13 @@ def split(embeddings: LearnedEmbeddings) -> list[LearnedEmbeddings]:
     return [embeddings.only(trigger) for trigger in embeddings.triggers]
 
 
+def _with_common_progress(parts: Sequence[LearnedEmbeddings]) -> Sequence[LearnedEmbeddings]:
+    """The parts as they are if all have the same progress, else without progress and unused vectors."""
+    if all(part.progress == parts[0].progress for part in parts):
+        return parts
+    return [part.without_progress() for part in parts]
+
+
 def _key(concept: Concept) -> tuple[str, str | None, str]:
     return (concept.trigger, concept.encoder, concept.part)
 
@@ -122,9 +134,18 @@ def _same_vectors(
 ) -> bool:
     """Whether `name` in the first file (by its new name) and `trigger` in the second are the same vectors."""
     before = next((step.old for step in plan if step.index == index and step.new == name), name)
-    ours = {(c.encoder, c.part): c.vectors for c in first.concepts if c.trigger == before}
-    theirs = {(c.encoder, c.part): c.vectors for c in second.concepts if c.trigger == trigger}
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours = {(c.encoder, c.part): c for c in first.concepts if c.trigger == before}
+    theirs = {(c.encoder, c.part): c for c in second.concepts if c.trigger == trigger}
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[key].vectors, theirs[key].vectors) and _equal(ours[key].unused, theirs[key].unused)
+        for key in ours
+    )
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:

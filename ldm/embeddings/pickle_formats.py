@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.embeddings import image_files
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, Progress
 from ldm.embeddings.payload import Payload
 from ldm.embeddings.records import RECORD_KEY, MetadataRecord, record_of
 from ldm.embeddings.torch_files import save_legacy
@@ -21,6 +21,7 @@ from ldm.images import labelled
 # The word "*" is the placeholder nearly everywhere; its ids in CLIP's and BERT's vocabularies.
 STAR_IDS = {"clip": 265, "bert": 1008}
 _UNKNOWN_TOKEN = -1
+_PROGRESS_KEYS = ("progressive_step", "progressive_scale")
 
 
 def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
@@ -31,6 +32,7 @@ def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
     vectors = as_mapping(held)
     tokens = as_mapping(payload.content.get("string_to_token", {}))
     record = MetadataRecord(payload.content.get(RECORD_KEY))
+    progress = Progress.from_values(*(payload.content.get(key) for key in _PROGRESS_KEYS))
     concepts = []
     for index, (trigger, value) in enumerate(vectors.items()):
         # The original itself has 1280-wide vectors for one model only, and always in a ParameterDict.
@@ -40,8 +42,12 @@ def recognise_original(payload: Payload) -> LearnedEmbeddings | None:
         concept = record.concept(index, trigger, value, encoder="bert" if wide else None)
         if concept.token is None:
             concept = dataclasses.replace(concept, token=_token_id(tokens.get(trigger)))
+        if progress is not None and (used := progress.in_use(len(concept.vectors))) < len(concept.vectors):
+            concept = dataclasses.replace(
+                concept, vectors=concept.vectors[:used], unused=concept.vectors[used:]
+            )
         concepts.append(concept)
-    return LearnedEmbeddings(tuple(concepts), record.metadata, "original")
+    return LearnedEmbeddings(tuple(concepts), record.metadata, "original", progress=progress)
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
@@ -68,19 +74,24 @@ def as_mapping(value: Any) -> dict[str, Any]:
 def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     """Write the file that the original's EmbeddingManager loads; it may hold several triggers.
 
-    Token ids are those the concepts carry, or known for "*"; else -1, which the original cannot match.
+    Token ids are those the concepts carry, or known for "*"; else -1, which the original cannot match. Unused
+    vectors follow those in use, and the progress says how many that are.
     """
     tokens, vectors = {}, {}
     for concept in embeddings.concepts:
         family = "bert" if concept.encoder == "bert" else "clip"
         star = STAR_IDS[family] if concept.trigger == "*" else _UNKNOWN_TOKEN
         tokens[concept.trigger] = torch.tensor(star if concept.token is None else concept.token)
-        vectors[concept.trigger] = nn.Parameter(concept.vectors.clone())
-    content = {
+        rows = [concept.vectors] if concept.unused is None else [concept.vectors, concept.unused]
+        vectors[concept.trigger] = nn.Parameter(torch.cat(rows))
+    content: dict[str, Any] = {
         "string_to_token": tokens,
         "string_to_param": _parameter_dict(vectors),
         RECORD_KEY: record_of(embeddings),
     }
+    if embeddings.progress is not None:
+        step, scale = embeddings.progress.step, embeddings.progress.scale
+        content |= dict(zip(_PROGRESS_KEYS, (step, scale), strict=True))
     torch.save(content, file)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ldm.embeddings import Concept, LearnedEmbeddings, Metadata
+from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, Progress
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 WIDTH = 768
@@ -36,6 +36,16 @@ def learned(trigger: str = "<cat>", count: int = 2, width: int = WIDTH, seed: in
     )
     encoder = "bert" if width == 1280 else None
     return LearnedEmbeddings((Concept(trigger, vectors(count, width, seed), encoder),), metadata)
+
+
+def progressive(
+    trigger: str = "<cat>", step: int = 150, scale: int = 100, count: int = 4, seed: int = 0
+) -> LearnedEmbeddings:
+    """Embeddings of a run that adds a vector every `scale` steps, after `step` steps; by default 2 of 4 in use."""
+    progress, rows = Progress(step, scale), vectors(count, seed=seed)
+    used = progress.in_use(count)
+    concept = Concept(trigger, rows[:used], unused=rows[used:] if used < count else None)
+    return LearnedEmbeddings((concept,), progress=progress)
 
 
 def clip_folder(folder: Path) -> Path:

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, encoder_kind
+from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, Progress, encoder_kind
 from ldm.embeddings.concept import KINDS, architecture_of, kind_of_architecture, models_of
-from tests.embeddings.samples import learned, vectors
+from tests.embeddings.samples import learned, progressive, vectors
 
 
 def test_vectors_are_a_float32_copy_of_their_own():
@@ -84,6 +84,67 @@ def test_only_and_renamed():
         found.only("x")
     with pytest.raises(EmbeddingError, match="no trigger 'x'"):
         found.renamed({"x": "y"})
+
+
+def test_progress_gives_the_number_of_vectors_in_use():
+    assert [Progress(step, 100).in_use(4) for step in (0, 99, 100, 299, 300, 10**6)] == [1, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("step", "scale"),
+    [
+        (-1, 100),
+        (5, 0),
+        (5, -3),
+        (True, 100),
+        (5, True),
+        (2**80, 1),
+        (5, 2**80),
+        (5.0, 100),
+        (5, None),
+        ("5", 1),
+    ],
+)
+def test_progress_that_no_run_can_have(step, scale):
+    assert Progress.from_values(step, scale) is None
+    with pytest.raises(EmbeddingError, match="the progress has the (step|scale)") as error:
+        Progress(step, scale)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("unused", "match"),
+    [
+        (vectors(1, 8), "768 wide, those not in use 8"),
+        (torch.full((1, 768), float("nan")), "not in use, holds NaN"),
+        (torch.zeros(0, 768), "shape"),
+        ([1.0], "no tensor"),
+        (vectors(1023), "is 1025 x 768; at most 1024"),
+    ],
+)
+def test_unused_vectors_are_checked_like_those_in_use(unused, match):
+    with pytest.raises(EmbeddingError, match=match):
+        Concept("x", vectors(), unused=unused)
+
+
+def test_unused_vectors_and_progress_must_agree():
+    concept = Concept("x", vectors(2), unused=vectors(2, seed=1))
+    LearnedEmbeddings((concept,), progress=Progress(150, 100))
+    for progress in (None, Progress(50, 100), Progress(250, 100)):
+        with pytest.raises(EmbeddingError, match="'x': 2 of 4 vectors are in use"):
+            LearnedEmbeddings((concept,), progress=progress)
+    with pytest.raises(EmbeddingError, match="'x': 3 of 3 vectors are in use"):
+        LearnedEmbeddings((Concept("x", vectors(3)),), progress=Progress(150, 100))
+
+
+def test_renaming_and_choosing_keep_unused_vectors_and_progress():
+    start = progressive("x")
+    for found in (start.renamed({"x": "y"}), start.only("x"), start.with_encoder("clip")):
+        assert found.progress == Progress(150, 100)
+        assert torch.equal(found.concepts[0].unused, vectors(4)[2:])
+    plain = start.without_progress()
+    assert plain.progress is None and plain.concepts[0].unused is None
+    assert torch.equal(plain.concepts[0].vectors, vectors(4)[:2])
 
 
 def test_metadata_takes_what_it_can():

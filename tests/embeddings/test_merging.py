@@ -10,13 +10,14 @@ from ldm.embeddings import (
     EmbeddingError,
     LearnedEmbeddings,
     Metadata,
+    Progress,
     merge,
     plan_renames,
     renames_from,
     split,
 )
 from ldm.util import UsageError
-from tests.embeddings.samples import learned, vectors
+from tests.embeddings.samples import learned, progressive, vectors
 
 
 def part(source: str, *triggers: str, seed: int = 0, **metadata) -> LearnedEmbeddings:
@@ -88,6 +89,31 @@ def test_other_text_encoders_are_refused():
 def test_metadata_that_all_share_is_kept():
     merged = merge([part("a", "x", steps=5, base_model="m"), part("b", "y", steps=6, base_model="m")])
     assert merged.metadata == Metadata(base_model="m")
+
+
+def test_the_same_progress_is_kept_with_the_unused_vectors():
+    merged = merge([progressive("x"), progressive("x", seed=1), progressive("y", seed=2)], {"x": "z"})
+    assert merged.triggers == ["x", "z", "y"] and merged.progress == Progress(150, 100)
+    for concept, seed in zip(merged.concepts, range(3), strict=True):
+        assert torch.equal(concept.unused, vectors(4, seed=seed)[2:])
+
+
+def test_another_progress_leaves_the_vectors_in_use():
+    for other in (progressive("y", step=250), part("b.pt", "y")):
+        merged = merge([progressive("x"), other])
+        assert merged.progress is None and [concept.unused for concept in merged.concepts] == [None, None]
+        assert torch.equal(merged.concepts[0].vectors, vectors(4)[:2])
+        assert torch.equal(merged.concepts[1].vectors, other.concepts[0].vectors)
+
+
+def test_unused_vectors_count_for_a_clash_while_they_are_kept():
+    first = progressive("x")
+    concept = dataclasses.replace(first.concepts[0], unused=vectors(2, seed=9))
+    second = dataclasses.replace(first, concepts=(concept,))
+    with pytest.raises(EmbeddingError, match="both have the trigger 'x'"):
+        merge([first, second])
+    assert merge([first, progressive("x")]).triggers == ["x"]
+    assert merge([first, second.without_progress()]).triggers == ["x"]
 
 
 def test_nothing_to_merge():

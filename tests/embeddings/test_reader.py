@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.embeddings import EmbeddingError, read, write
+from ldm.embeddings import EmbeddingError, Progress, read, write
 from tests.embeddings.samples import FOREIGN, GOLDEN, a1111_dict, learned, vectors
 
 
@@ -45,6 +45,45 @@ def test_reads_the_layout_of_old_torch():
     assert star.vectors.sum().item() == pytest.approx(-0.16457687)
     assert at.vectors.sum().item() == pytest.approx(-0.02920608)
     assert (star.token, at.token) == (265, 287)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_progressive_run_of_the_original(plain, tmp_path):
+    """The file's vectors are divided into those in use and the rest, whatever the number of each word."""
+    words = {"a": vectors(4), "b": vectors(1, seed=1), "c": vectors(2, seed=2)}
+    content = {
+        "string_to_token": {},
+        "string_to_param": words if plain else torch.nn.ParameterDict(words),
+        "progressive_step": 150,
+        "progressive_scale": 100,
+    }
+    torch.save(content, tmp_path / "a.pt")
+    found = read(tmp_path / "a.pt")
+    assert found.progress == Progress(150, 100)
+    assert [len(concept.vectors) for concept in found.concepts] == [2, 1, 2]
+    assert torch.equal(found.concepts[0].unused, vectors(4)[2:])
+    assert [concept.unused for concept in found.concepts[1:]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("step", "scale"),
+    [
+        (-1, 100),
+        (True, 100),
+        (2**80, 100),
+        (150.0, 100),
+        ("150", 100),
+        (150, 0),
+        (150, -1),
+        (150, None),
+        (None, 9),
+    ],
+)
+def test_progress_that_no_run_can_have_is_ignored(step, scale, tmp_path):
+    content = {"string_to_param": {"a": vectors(4)}, "progressive_step": step, "progressive_scale": scale}
+    torch.save(content, tmp_path / "a.pt")
+    found = read(tmp_path / "a.pt")
+    assert found.progress is None and torch.equal(found.concepts[0].vectors, vectors(4))
 
 
 def test_the_suffix_does_not_matter(tmp_path, every_file):

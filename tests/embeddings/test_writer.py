@@ -12,13 +12,14 @@ from ldm.embeddings import (
     Concept,
     EmbeddingError,
     LearnedEmbeddings,
+    Progress,
     canonical_path,
     paths_for,
     read,
     write,
     write_all,
 )
-from tests.embeddings.samples import learned, vectors
+from tests.embeddings.samples import learned, progressive, vectors
 
 PAIRS = list(itertools.product(FORMATS, FORMATS))
 
@@ -91,6 +92,28 @@ def test_the_originals_file_is_what_its_manager_loads(tmp_path):
     token = content["string_to_token"]["*"]
     assert token == 265 and token.dtype == torch.int64 and token.shape == ()
     assert read(path).triggers == ["*", "@"]
+
+
+def test_the_originals_file_keeps_unused_vectors_and_progress(tmp_path):
+    path = write(progressive(), tmp_path / "a.pt", "original")
+    with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+        content = torch.load(path, weights_only=True)
+    assert (content["progressive_step"], content["progressive_scale"]) == (150, 100)
+    assert torch.equal(content["string_to_param"]["<cat>"], vectors(4))
+    found = read(write(read(path), tmp_path / "b.pt", "original"))
+    assert found.progress == Progress(150, 100)
+    assert torch.equal(found.concepts[0].vectors, vectors(4)[:2])
+    assert torch.equal(found.concepts[0].unused, vectors(4)[2:])
+    without = torch.load(write(learned(), tmp_path / "c.pt", "original"), weights_only=False)
+    assert not {"progressive_step", "progressive_scale"} & set(without)
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "original"])
+def test_other_formats_hold_the_vectors_in_use(format, tmp_path):
+    path = write(progressive(), tmp_path / "cat", format)
+    found = read(write(read(path), tmp_path / "again", "original"))
+    assert torch.equal(found.concepts[0].vectors, vectors(4)[:2])
+    assert found.progress is None and found.concepts[0].unused is None
 
 
 def test_token_ids_are_kept_until_the_trigger_changes(tmp_path):
