@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.embeddings import LearnedEmbeddings, merge, read
+from ldm.embeddings import merge, read
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
@@ -40,10 +39,10 @@ def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | P
             raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
         personalization.load(paths[0])
         return list(personalization.placeholders)
-    merged = merge([_in_use(read(path), path, personalization) for path in paths])
+    merged = merge([read(path) for path in paths])
     vectors = merged.vectors_for(encoder.width, encoder.family)
     personalization.take(vectors, source=f"'{merged.source}'")
-    # Use all vectors of a file, even if the config adds them one after another during training.
+    # All vectors of a file that are in use there are used here, even if the config adds vectors during training.
     personalization.on_optimizer_step(sys.maxsize)
     # A personalization that held no vectors before could not know the model's device.
     if isinstance(personalization, nn.Module):
@@ -113,14 +112,3 @@ def personalization_of(model: LatentDiffusion) -> Personalization:
     if model.embedding_manager is None:
         model.embedding_manager = EmbeddingManager(text_encoder_of(model))
     return model.embedding_manager
-
-
-def _in_use(part: LearnedEmbeddings, path: str | Path, personalization: Personalization) -> LearnedEmbeddings:
-    """`part` without the vectors that a progressive run had not started to use: only `load` knows them."""
-    if part.format != "original":
-        return part
-    personalization.load(path)
-    used = personalization.export()
-    return dataclasses.replace(
-        part, concepts=tuple(dataclasses.replace(c, vectors=used[c.trigger]) for c in part.concepts)
-    )
