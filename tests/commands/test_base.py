@@ -1,4 +1,4 @@
-"""Exit codes, and errors of one line."""
+"""Exit codes, errors of one line, and the check of the model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import signal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from ldm.commands.base import check_files, guarded
+from ldm.checkpoint import save_state_dict
+from ldm.commands.base import check_files, guarded, load_latent_diffusion
 from ldm.console import Interrupted
 from ldm.util import UsageError, UserError
+from tests.golden_record import Golden
 
 
 def failing(error: BaseException):
@@ -57,3 +60,12 @@ def test_a_missing_file_is_named(tmp_path) -> None:
         check_files(__file__, "gone.pt")
     with pytest.raises(UserError, match="does not exist"):
         check_files(tmp_path)
+
+
+def test_a_model_that_cannot_generate_is_named(tmp_path) -> None:
+    golden = Golden("clip_one_vector")
+    first_stage = OmegaConf.create({"model": golden.config().params.first_stage_config})
+    weights = golden.model(load_embeddings=False).first_stage_model.state_dict()
+    path = save_state_dict(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="describes AutoencoderKL, which cannot generate images"):
+        load_latent_diffusion(first_stage, str(path))

@@ -94,3 +94,12 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path, arguments, message) -> 
     assert code in (1, 2) and lines == []
     assert message in error and "\n" not in error and error.startswith("error: ")
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_a_personalization_without_vectors_cannot_be_exported(run, folder, tmp_path) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.params.personalization_config = {"target": "tests.commands.own_word.OwnWord"}
+    OmegaConf.save(config, tmp_path / "own.yaml")
+    torch.save({"<own>": vectors(1, 32)}, tmp_path / "own.pt")
+    code, lines, error = run("--config", tmp_path / "own.yaml", "--embedding_path", tmp_path / "own.pt")
+    assert (code, lines) == (1, []) and "'<own>' has no vectors that diffusers can use" in error

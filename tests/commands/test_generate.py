@@ -10,12 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from ldm.checkpoint import config_of
 from ldm.commands import generate
 from ldm.embeddings import Concept, LearnedEmbeddings, write
-from ldm.modules.personalization import Personalization
 from tests.golden_record import Golden
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,34 +270,9 @@ def test_a_prompt_may_use_a_learned_placeholder_of_the_config(run, folder, tmp_p
     assert run("--config", tmp_path / "learned.yaml", "--prompt", "a photo of *")[0] == 0
 
 
-class OwnWord(nn.Module, Personalization):
-    """A user's personalization that does not take vectors; its file looks like one of another tool."""
-
-    def __init__(self, embedder) -> None:
-        super().__init__()
-        self.vector = nn.Parameter(torch.zeros(embedder.width))
-        token = embedder.prompt_tokenizer.placeholder_id("<own>", 0)
-        self.string_to_token_dict = {"<own>": torch.tensor(token)}
-
-    def forward(self, tokenized_text, embedded_text):
-        here = tokenized_text == self.string_to_token_dict["<own>"]
-        return torch.where(here[..., None], self.vector, embedded_text)
-
-    def embedding_parameters(self):
-        return [self.vector]
-
-    def save(self, path) -> None:
-        torch.save({"<own>": self.vector.detach()[None]}, path)
-
-    def load(self, path) -> None:
-        self.vector.data = torch.load(path)["<own>"][0]
-
-
 def test_a_personalization_of_the_users_own(run, folder, tmp_path) -> None:
     config = OmegaConf.load(folder / "config.yaml")
-    config.model.params.personalization_config = {
-        "target": f"tests.commands.{__name__.rpartition('.')[2]}.OwnWord"
-    }
+    config.model.params.personalization_config = {"target": "tests.commands.own_word.OwnWord"}
     OmegaConf.save(config, tmp_path / "own.yaml")
     arguments = ["--config", tmp_path / "own.yaml", "--prompt", "a photo of <own>", "--skip_grid"]
     for value in (1, -1):
