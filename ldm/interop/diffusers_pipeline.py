@@ -205,8 +205,7 @@ def _params(node: Mapping[str, Any]) -> dict[str, Any]:
 def _with_defaults(factory: type, params: Mapping[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(factory).bind(**params)
     bound.apply_defaults()
-    # The converters treat the model as class-conditional whenever there is a key num_classes.
-    return {key: value for key, value in bound.arguments.items() if value is not None or key != "num_classes"}
+    return dict(bound.arguments)
 
 
 def _heads(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,8 @@ def test_merge_and_split(cat, tmp_path, capsys):
         "cat.safetensors",
         "dog.safetensors",
     ]
+    assert "cat.safetensors' exists already" in fails(capsys, 1, "split", out, "-o", tmp_path / "words")
+    run(["split", str(out), "-o", str(tmp_path / "words"), "--overwrite"])
     run(["merge", str(cat), str(dog), "-o", str(tmp_path / "m"), "--auto_rename", "--to", "diffusers"])
     assert sorted(path.name for path in (tmp_path / "m" / "diffusers").iterdir()) == [
         "cat.safetensors",

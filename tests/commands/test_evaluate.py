@@ -89,6 +89,14 @@ def test_words_instead_of_an_embedding(run, folder, tmp_path) -> None:
     assert found["concepts"]["mine"]["embedding"] is None
 
 
+def test_edits_are_optional(run, folder, monkeypatch) -> None:
+    draw_little(monkeypatch)
+    arguments = ["--concept", folder / "concepts" / "zuzu", "--embedding_path", folder / "learned"]
+    code, output, found = run(*arguments, "--judge", "none", "--no_edits")
+    assert code == 0, output.err
+    assert list(found["concepts"]["zuzu"]["prompts"]) == ["a photo of <zuzu>"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -12,6 +12,8 @@ import pytest
 from ldm import commands
 
 ROOT = Path(__file__).resolve().parents[2]
+# Without site-packages and PYTHONPATH: neither torch nor an installed copy of the library can be imported.
+BARE_PYTHON = (sys.executable, "-S", "-E")
 SCRIPTS = {
     "txt2img": "generate:main",
     "stable_txt2img": "generate:stable_main",
@@ -31,22 +33,21 @@ def test_a_script_is_a_command_of_the_library(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_from_any_folder_of_a_checkout_that_is_not_installed(name: str, tmp_path) -> None:
-    """Without site-packages, so that the help text can need neither the installed library nor torch."""
     script = ROOT / "scripts" / f"{name}.py"
     done = subprocess.run(
-        [sys.executable, "-S", script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*BARE_PYTHON, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {name}.py ")
 
 
 def test_a_script_ends_with_the_exit_code_of_its_command(tmp_path) -> None:
-    command = [sys.executable, "-S", ROOT / "scripts" / "txt2img.py", "--ckpt", "gone.ckpt"]
+    command = [*BARE_PYTHON, ROOT / "scripts" / "txt2img.py", "--ckpt", "gone.ckpt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: 'gone.ckpt' does not exist; check the path\n")
 
 
 def test_a_script_runs_as_a_module_too(tmp_path) -> None:
-    command = [sys.executable, "-S", "-m", "scripts.merge_embeddings", "--help"]
+    command = [*BARE_PYTHON, "-m", "scripts.merge_embeddings", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
