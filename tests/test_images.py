@@ -78,7 +78,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation: int):
     assert np.array_equal(np.asarray(open_image(path)), np.asarray(upright))
 
 
-def test_transparency_lies_over_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     rgba = np.full((2, 3, 4), (*RED, 255), dtype=np.uint8)
     rgba[:, 0, 3] = 0
     rgba[:, 1, 3] = 128
@@ -97,7 +97,7 @@ def test_transparency_lies_over_white(tmp_path):
     assert opened[0].tolist() == [[255, 255, 255], list(RED)]
 
 
-def test_deep_greys_are_scaled_not_clipped(tmp_path):
+def test_high_bit_depths_are_scaled_not_clipped(tmp_path):
     ramp = np.array([[0, 257, 128 * 257, 65535]])
     for name, array in (
         ("a.png", ramp.astype(np.uint16)),

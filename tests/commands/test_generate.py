@@ -163,7 +163,7 @@ def test_every_option_reaches_generate(run, monkeypatch) -> None:
         assert seen["sampler"] == flag
 
 
-def test_stable_diffusions_names(run, folder) -> None:
+def test_grids_of_stable_diffusion_are_numbered(run, folder) -> None:
     arguments = ["--config", folder / "config.yaml", "--prompt", "a dog", "--C", 4, "--f", 8]
     for number in range(2):
         code, _, files = run(*arguments, command=generate.stable_main, options=[*QUICK, "--n_iter", "1"])
@@ -171,7 +171,7 @@ def test_stable_diffusions_names(run, folder) -> None:
     assert "samples/00003.png" in files
 
 
-def test_stable_diffusions_defaults(monkeypatch) -> None:
+def test_defaults_of_stable_diffusion(monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(generate, "run", lambda options, profile: seen.append(options))
     assert generate.stable_main([]) == generate.stable_main(["--laion400m"]) == 0
