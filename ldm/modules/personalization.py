@@ -55,6 +55,10 @@ class TextEncoder(Protocol):
         """Token ids [B, L] on the encoder's device, with the personalization's placeholders found in the text."""
         ...
 
+    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None = None) -> Tensor:
+        """Token ids [B, L] as the context [B, L, d] of the denoiser."""
+        ...
+
     def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
         """Prompts as the context [B, L, d] of the denoiser; the personalization replaces token embeddings."""
         ...

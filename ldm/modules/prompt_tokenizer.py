@@ -7,18 +7,18 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.embeddings.concept import check_trigger
 from ldm.util import UserError
 
 
 @dataclass(frozen=True)
 class CutOff:
-    """A placeholder that the token limit cuts off: `kept` of its `vectors` remain. Occurrences count from 1."""
+    """A placeholder that the token limit truncates: `kept` of its `vectors` remain; occurrences count from 1."""
 
     placeholder: str
     occurrence: int
@@ -27,12 +27,20 @@ class CutOff:
 
 
 class PromptTokenizer:
-    """A Hugging Face tokenizer that reads a placeholder as one id, whatever stands beside it.
+    """A Hugging Face tokenizer that reads a placeholder as one token id, whatever characters are beside it.
 
-    A tokenizer alone joins a placeholder to its neighbours (CLIP reads "*," as one token), so the prompt is
-    split at the placeholders first and the pieces are tokenised one by one. A placeholder that begins or ends
-    in a letter, digit or underscore needs a neighbour of another kind on that side; all others match anywhere.
-    The longest placeholder wins.
+    A plain tokenizer joins a placeholder with its neighbours (CLIP reads "*," as one token). Therefore the prompt is
+    split at the placeholders first, and the pieces are tokenised one by one. A placeholder that begins (or ends) with
+    a letter, digit or underscore only matches where no such character precedes (or follows). Where several
+    placeholders match, the longest is taken.
+
+    Args:
+        tokenizer: of transformers.
+        max_length: L, the number of tokens of an encoded prompt, start and end included.
+        vocab_size: number of rows of the encoder's embedding table.
+        start_id, end_id, pad_id: special token ids.
+    Raises:
+        UserError: the tokenizer has ids beyond `vocab_size`.
     """
 
     def __init__(
@@ -58,38 +66,38 @@ class PromptTokenizer:
         self.ignores_case = self.token_ids("Ab") == self.token_ids("ab")
 
     def token_ids(self, text: str) -> list[int]:
-        """Tokenise text as it is: no placeholders, no start, end or padding, no limit."""
+        """The token ids of a text without placeholders, special tokens, padding and limit."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def placeholder_id(self, string: str, index: int) -> int:
-        """The tokenizer's own id of a placeholder that is exactly one token, else the id `vocab_size + index`.
+        """The tokenizer's own id of a placeholder that is exactly one token, else `vocab_size + index`.
 
-        The latter has no row in the embedding table; `embed_tokens` looks up another row in its place.
+        An id from `vocab_size` on has no row in the embedding table; `embed_tokens` handles it.
         """
         own = self._own_id(string)
         return self.vocab_size + index if own is None else own
 
     def is_word(self, string: str) -> bool:
-        """Whether a placeholder is one token made of letters, so that it may mean something already."""
+        """Whether a placeholder is one token of letters, which probably has a meaning already."""
         return string.isalpha() and self._own_id(string) is not None
 
     def folded(self, string: str) -> str:
-        """What the text is matched as: two placeholders with equal results are the same one."""
+        """The form in which texts are compared: placeholders with equal folded forms are the same one."""
         words = " ".join(unicodedata.normalize("NFC", string).split())
         return words.lower() if self.ignores_case else words
 
     def encode(self, texts: str | Sequence[str], placeholders: Mapping[str, int] | None = None) -> Tensor:
-        """Token ids [B, max_length] on the CPU: start, tokens, end, padding; what is too long is cut."""
+        """Token ids [B, max_length] on the CPU: start, tokens, end, padding. Text beyond the limit is truncated."""
         texts = [texts] if isinstance(texts, str) else texts
         return torch.tensor([self._row(text, placeholders or {}) for text in texts], dtype=torch.long)
 
     def truncated(
         self, text: str, placeholders: Mapping[str, int], widths: Mapping[str, int]
     ) -> list[CutOff]:
-        """Which occurrences of placeholders do not fit, wholly or in part.
+        """The occurrences of placeholders in a prompt that the token limit truncates, wholly or in part.
 
-        `widths` says how many vectors stand for each placeholder (1 where it has no entry). Tokens are cut at
-        the limit before the vectors are inserted, and once more after.
+        `widths` maps each placeholder to its number of vectors (default 1). The prompt is truncated twice: its tokens
+        before the vectors are inserted, and the result of the insertion.
         """
         cut: list[CutOff] = []
         seen: dict[str, int] = {}
@@ -105,22 +113,50 @@ class PromptTokenizer:
             position += vectors
         return cut
 
+    def overflow(self, text: str, placeholders: Mapping[str, int], widths: Mapping[str, int]) -> str:
+        """The ordinary text of a prompt that the token limit truncates; empty if everything fits."""
+        lost: list[int] = []
+        position = 1
+        for index, (token, placeholder) in enumerate(self._content(text, placeholders)):
+            if placeholder is None and (position >= self.max_length or index >= self.max_length - 2):
+                lost.append(token)
+            position += 1 if placeholder is None else widths.get(placeholder, 1)
+        return self.tokenizer.decode(lost).strip() if lost else ""
+
+    def encode_weighted(
+        self,
+        segments: Sequence[tuple[str, float]],
+        placeholders: Mapping[str, int],
+        widths: Mapping[str, int],
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and the weight of each encoded position, both [max_length], for a prompt in weighted segments.
+
+        The weights are those after vectors were inserted: a placeholder with `widths` vectors has as many weights.
+        Start, end and padding have weight 1.
+        """
+        content = [
+            (token, word, weight)
+            for text, weight in segments
+            for token, word in self._content(text, placeholders)
+        ]
+        content = content[: self.max_length - 2]
+        weights = [1.0]
+        for _, word, weight in content:
+            weights += [weight] * (1 if word is None else widths.get(word, 1))
+        weights = (weights + [1.0] * self.max_length)[: self.max_length]
+        ids = [self.start_id, *(token for token, _, _ in content), self.end_id]
+        ids += [self.pad_id] * (self.max_length - len(ids))
+        return torch.tensor(ids), torch.tensor(weights)
+
     def found(self, texts: Iterable[str], placeholders: Iterable[str]) -> set[str]:
-        """Those of the placeholders that one of the texts holds."""
-        longest_first = sorted(placeholders, key=len, reverse=True)
-        if not longest_first:
-            return set()
-        pattern = _pattern(tuple(longest_first), self.ignores_case)
-        return {
-            longest_first[match.lastindex - 1]
-            for text in texts
-            for match in pattern.finditer(unicodedata.normalize("NFC", text))
-        }
+        """The placeholders that occur in at least one of the texts."""
+        words = list(placeholders)
+        return {word for text in texts for _, word in self.split(text, words) if word is not None}
 
     def _own_id(self, string: str) -> int | None:
         ids = self.token_ids(string)
         if len(ids) != 1 or ids[0] in self.tokenizer.all_special_ids:
-            return None  # an unknown word is the special token [UNK], which other words share
+            return None  # all unknown words share the special token [UNK]
         spelled = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
         return ids[0] if self.folded(spelled) == self.folded(string) else None
 
@@ -129,35 +165,42 @@ class PromptTokenizer:
         row = [self.start_id, *content, self.end_id]
         return row + [self.pad_id] * (self.max_length - len(row))
 
+    def split(self, text: str, placeholders: Iterable[str]) -> list[tuple[str, str | None]]:
+        """The pieces of a prompt in order: (text, None) for ordinary text, (text, placeholder) for a placeholder.
+
+        Together the texts are the prompt in Unicode's composed form (NFC).
+        """
+        text = unicodedata.normalize("NFC", text)
+        longest_first = sorted(placeholders, key=len, reverse=True)
+        pieces: list[tuple[str, str | None]] = []
+        end = 0
+        if longest_first:
+            for match in _pattern(tuple(longest_first), self.ignores_case).finditer(text):
+                placeholder = longest_first[(match.lastindex or 0) - 1]  # each alternative is one group
+                pieces += [(text[end : match.start()], None), (match[0], placeholder)]
+                end = match.end()
+        pieces.append((text[end:], None))
+        return [(piece, placeholder) for piece, placeholder in pieces if piece]
+
     def _content(self, text: str, placeholders: Mapping[str, int]) -> list[tuple[int, str | None]]:
-        """The ids of a prompt, each with the placeholder it stands for (None for ordinary tokens)."""
+        """The token ids of a prompt, each with its placeholder (None for ordinary tokens)."""
         if not placeholders:
             return [(token, None) for token in self.token_ids(text)]
-        longest_first = sorted(placeholders, key=len, reverse=True)
-        pattern = _pattern(tuple(longest_first), self.ignores_case)
-        text = unicodedata.normalize("NFC", text)
-        matches = list(pattern.finditer(text))
-        pieces = [
-            text[start:end]
-            for start, end in zip(
-                [0, *(m.end() for m in matches)], [*(m.start() for m in matches), len(text)], strict=True
-            )
-        ]
         content: list[tuple[int, str | None]] = []
-        for piece, match in zip_longest(pieces, matches):
-            content += [(token, None) for token in self.token_ids(piece)] if piece.strip() else []
-            if match is not None:
-                placeholder = longest_first[match.lastindex - 1]  # each alternative is one group
+        for piece, placeholder in self.split(text, placeholders):
+            if placeholder is not None:
                 content.append((placeholders[placeholder], placeholder))
+            elif piece.strip():
+                content += [(token, None) for token in self.token_ids(piece)]
         return content
 
 
 def embed_tokens(
     table: nn.Embedding, ids: Tensor, embedding_manager: Callable[[Tensor, Tensor], Tensor] | None
 ) -> Tensor:
-    """Look up token ids [B, L] as [B, L, d] and let the embedding manager replace placeholders.
+    """Look up token ids [B, L] as [B, L, d], and let the embedding manager replace placeholders.
 
-    Ids beyond the table (see `PromptTokenizer.placeholder_id`) are looked up as row 0; the manager sees them
+    For ids beyond the table (see `PromptTokenizer.placeholder_id`) row 0 is looked up; the manager gets the ids
     unchanged.
     """
     embedded = table(ids.masked_fill(ids >= table.num_embeddings, 0))
@@ -177,23 +220,13 @@ def _alternative(placeholder: str) -> str:
     return f"({before}{spaced}{after})"
 
 
-_DOT, _TAKEN = "\ue02e", "\ue000"  # private characters, which no prompt holds
-_TAKEN_NAMES = frozenset(dir(nn.ParameterDict())) | frozenset(dir(nn.Module()))
-
-
-def parameter_key(placeholder: str) -> str:
-    """The name of a placeholder in a state dict: its own, but for dots and names such as "train"."""
-    key = placeholder.replace(".", _DOT)
-    return _TAKEN + key if key in _TAKEN_NAMES else key
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list from a YAML's list, a single string or nothing."""
-    return [value] if isinstance(value, str) else list(value or ())
-
-
 def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> None:
-    """Raise UserError for a placeholder that is no text, is blank, or reads as another one does."""
+    """Check the words to learn, before anything is trained.
+
+    Raises:
+        UserError: a placeholder is no text, is blank, could not be saved to an embedding file, or equals another one
+            for this tokenizer.
+    """
     seen: dict[str, str] = {}
     for string in strings:
         if not isinstance(string, str):
@@ -202,39 +235,10 @@ def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> No
             raise UserError(f"placeholder '{string}' is empty; choose a word such as '*'")
         if string != string.strip():
             raise UserError(f"placeholder '{string}' begins or ends in a space; write it without")
+        check_trigger(string)
         folded = tokenizer.folded(string)
         if folded in seen:
             raise UserError(
                 f"placeholder '{string}' is there twice, first as '{seen[folded]}'; choose another word"
             )
         seen[folded] = string
-
-
-def vector_counts(
-    configured: Sequence[str],
-    every: Sequence[str],
-    wanted: int | Sequence[int] | Mapping[str, int],
-    limit: int,
-) -> dict[str, int]:
-    """The number of vectors of each placeholder of `every`, which begins with the `configured` ones.
-
-    A list counts the configured ones in order, a mapping names them; those not counted have one vector.
-    """
-    if isinstance(wanted, Mapping):
-        strangers = [string for string in wanted if string not in every]
-        if strangers:
-            raise UserError(f"num_vectors_per_token names '{strangers[0]}', which is no placeholder")
-        counts = {string: wanted.get(string, 1) for string in every}
-    elif isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        if len(wanted) != len(configured):
-            raise UserError(
-                f"num_vectors_per_token has {len(wanted)} entries for {len(configured)} placeholder_strings; "
-                f"give one for each"
-            )
-        counts = dict.fromkeys(every, 1) | dict(zip(configured, wanted, strict=True))
-    else:
-        counts = dict.fromkeys(every, wanted)
-    for string, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= limit:
-            raise UserError(f"num_vectors_per_token of '{string}' is {count}; use a number from 1 to {limit}")
-    return counts

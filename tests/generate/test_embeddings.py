@@ -11,7 +11,7 @@ from torch import nn
 from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.generate import check_mentions, check_prompts, load_embeddings
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.personalization import Personalization
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 from tests.golden_record import Golden
 
@@ -90,15 +90,10 @@ def test_a_file_for_another_family_of_text_encoders_is_refused(tmp_path) -> None
         load_embeddings(bert, path)
 
 
-class WideEncoder(nn.Module):
+class WideEncoder(nn.Module, TextEncoder):
     """A text encoder as wide as LDM's BERT, without its weights."""
 
-    family, width, max_length = "bert", 1280, 77
-    prompt_tokenizer = token_embedding = None
-
-    def token_ids(self, text, embedding_manager=None): ...
-
-    def encode(self, text, embedding_manager=None): ...
+    family, width = "bert", 1280
 
 
 class TakingPersonalization(nn.Module, Personalization):

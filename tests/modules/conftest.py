@@ -7,31 +7,31 @@ from typing import Any
 import pytest
 
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.encoders.modules import TextEncoder
+from ldm.modules.encoders.base import PromptEncoder
 from ldm.util import instantiate_from_config, skip_pretrained
 from tests.golden_record import Golden, fill
 
 
-def build_encoder(case: str) -> TextEncoder:
+def build_encoder(case: str) -> PromptEncoder:
     with skip_pretrained():
         encoder = instantiate_from_config(Golden(case).config().params.cond_stage_config)
     return fill(encoder, "cond_stage_model.")
 
 
-def manager_of(encoder: TextEncoder, *strings: str, **options: Any) -> EmbeddingManager:
+def manager_of(encoder: PromptEncoder, *strings: str, **options: Any) -> EmbeddingManager:
     return EmbeddingManager(encoder, placeholder_strings=strings, **options)
 
 
 @pytest.fixture(scope="session")
-def clip() -> TextEncoder:
+def clip() -> PromptEncoder:
     return build_encoder("clip_one_vector").freeze()
 
 
 @pytest.fixture(scope="session")
-def bert() -> TextEncoder:
+def bert() -> PromptEncoder:
     return build_encoder("bert_one_vector").freeze()
 
 
 @pytest.fixture(params=["clip", "bert"])
-def encoder(request: pytest.FixtureRequest) -> TextEncoder:
+def encoder(request: pytest.FixtureRequest) -> PromptEncoder:
     return request.getfixturevalue(request.param)

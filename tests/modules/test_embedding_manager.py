@@ -1,3 +1,5 @@
+"""The embedding manager: insertion, options, initial vectors, norm control, progressive words."""
+
 from __future__ import annotations
 
 import logging
@@ -137,7 +139,7 @@ def test_an_ordinary_word_is_allowed_with_a_warning(clip, caplog):
     with caplog.at_level(logging.WARNING):
         manager_of(clip, "dog", "*", "<cat>")
     assert [record.getMessage() for record in caplog.records if "ordinary word" in record.getMessage()] == [
-        "placeholder 'dog' is an ordinary word, which prompts can then not mean"
+        "placeholder 'dog' is an ordinary word, and prompts lose its ordinary meaning"
     ]
 
 
@@ -279,3 +281,123 @@ def test_norms_and_the_distance_to_the_initial_vectors(clip):
     loss.backward()
     assert manager.vectors("*").grad[0, 0] == pytest.approx(2.0)
     assert manager_of(clip, "*").embedding_to_coarse_loss() == 0
+
+
+# -- What vectors are before they are trained --
+
+
+def test_an_initializer_is_the_token_embedding_alone(clip):
+    manager = manager_of(clip, "*", initializer_words=["sculpture"])
+    (token,) = clip.prompt_tokenizer.token_ids("sculpture")
+    assert torch.equal(manager.vectors("*")[0], clip.token_embedding.weight[token])
+
+
+def test_several_initializer_tokens_are_spread_and_repeats_differ_a_little(clip):
+    tokens = clip.prompt_tokenizer.token_ids("photo of dog")
+    table = clip.token_embedding.weight
+    manager = manager_of(clip, "*", initializer_words=["photo of dog"], num_vectors_per_token=6)
+    vectors = manager.vectors("*")
+    assert torch.equal(vectors[::2], table[tokens])
+    moved = (vectors[1::2] - table[tokens]).std() / table.std()
+    assert 0.05 < moved < 0.2
+    assert len(vectors.unique(dim=0)) == 6
+
+
+def test_without_initializer_vectors_look_like_the_vocabulary(clip):
+    manager = manager_of(clip, "*", "@", initializer_words=["", None], num_vectors_per_token=60)
+    table = clip.token_embedding.weight
+    vectors = torch.cat(list(manager.embedding_parameters()))
+    assert (vectors.mean() - table.mean()).abs() < 0.2 * table.std()
+    assert 0.9 < vectors.std() / table.std() < 1.1
+    assert not torch.equal(manager.vectors("*"), manager.vectors("@"))
+
+
+def test_draws_follow_the_seed_and_leave_the_global_generator_alone(clip):
+    state = torch.get_rng_state()
+    first, same, other = (manager_of(clip, "*", seed=seed).export()["*"] for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reset_follows_weights_that_come_later_but_keeps_those_of_a_file():
+    encoder = build_encoder("clip_one_vector")
+    drawn = manager_of(encoder, "*", initializer_words=["dog"])
+    file = Golden("clip_one_vector").embeddings
+    loaded = manager_of(encoder, "*", initializer_words=["dog"], embedding_manager_ckpt=file)
+    with torch.no_grad():
+        encoder.token_embedding.weight.add_(1)
+    drawn.reset(encoder)
+    loaded.reset(encoder)
+    assert torch.equal(drawn.vectors("*")[0], encoder.token_embedding.weight[1929])
+    assert torch.equal(drawn.initial_embeddings.get_buffer("*"), drawn.vectors("*"))
+    assert torch.equal(loaded.vectors("*"), Golden("clip_one_vector").io["param/*"])
+    assert torch.equal(loaded.initial("*")[0], encoder.token_embedding.weight[1929])
+
+
+def test_it_is_built_on_the_meta_device():
+    with torch.device("meta"):
+        encoder = build_encoder("clip_one_vector")
+        manager = manager_of(encoder, "*", initializer_words=["photo of dog"], num_vectors_per_token=2)
+    assert manager.vectors("*").is_meta and manager.vectors("*").shape == (2, 32)
+
+
+def manager(clip, kind: str | None, **options) -> EmbeddingManager:
+    return EmbeddingManager(clip, ["*"], ["cat"], num_vectors_per_token=3, norm_control=kind, **options)
+
+
+def norms(held: EmbeddingManager) -> torch.Tensor:
+    return held.vectors("*").detach().norm(dim=1)
+
+
+def usual(clip) -> float:
+    return float(clip.token_embedding.weight.detach().norm(dim=1).mean())
+
+
+def test_fixed_keeps_the_vocabularys_mean_norm_and_the_direction(clip) -> None:
+    held = manager(clip, "fixed")
+    assert norms(held).tolist() == pytest.approx([usual(clip)] * 3, rel=1e-5), "from the beginning"
+    torch.testing.assert_close(held.initial("*"), held.vectors("*").detach())
+    before = held.vectors("*").detach().clone()
+    parameter = held.vectors("*")
+    with torch.no_grad():
+        parameter *= torch.tensor([[50.0], [0.1], [1.0]])
+    held.on_optimizer_step(1)
+    assert held.vectors("*") is parameter, "the optimiser goes on with the same parameter"
+    torch.testing.assert_close(parameter.detach(), before, rtol=1e-5, atol=1e-6)
+
+
+def test_limited_cuts_only_what_is_longer(clip) -> None:
+    held = manager(clip, "limited", norm_ratio=2.0)
+    vectors = held.vectors("*")
+    with torch.no_grad():
+        vectors.copy_(torch.nn.functional.normalize(vectors, dim=1) * torch.tensor([[50.0], [0.1], [0.0]]))
+    held.on_optimizer_step(1)
+    assert norms(held).tolist() == pytest.approx([2 * usual(clip), 0.1, 0.0], rel=1e-5)
+
+
+def test_off_it_touches_nothing(clip) -> None:
+    plain, off = EmbeddingManager(clip, ["*"], ["cat"], num_vectors_per_token=3), manager(clip, None)
+    assert torch.equal(plain.vectors("*"), off.vectors("*"))
+    with torch.no_grad():
+        off.vectors("*").mul_(50)
+    before = off.vectors("*").detach().clone()
+    off.on_optimizer_step(1)
+    assert torch.equal(off.vectors("*"), before)
+
+
+def test_it_is_measured_anew_where_vectors_came_with_the_weights(clip) -> None:
+    held = manager(clip, "fixed")
+
+    class Other:
+        token_embedding = torch.nn.Embedding(4, 32, _weight=torch.ones(4, 32))
+
+    held.measure(Other)
+    held.on_optimizer_step(1)
+    assert norms(held).tolist() == pytest.approx([32**0.5] * 3, rel=1e-5)
+
+
+def test_nonsense(clip) -> None:
+    with pytest.raises(UserError, match="norm_control is 'sphere'; use fixed"):
+        manager(clip, "sphere")
+    with pytest.raises(UserError, match="norm_ratio is 0"):
+        manager(clip, "fixed", norm_ratio=0)

@@ -1,16 +1,23 @@
-"""What all text encoders share: reading from folders and the hub, token ids, and the call with an embedding manager."""
+"""What all text encoders share: the call with an embedding manager, and reading from folders and the hub."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
+from ldm.modules.personalization import Personalization
+from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.util import UserError
 
+logger = logging.getLogger(__name__)
+
+# A folder of transformers holds the weights in one of these files.
 WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -19,11 +26,75 @@ WEIGHTS = (
 )
 
 
-def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
-    """Check that the folder `source` holds one file of each of `alternatives`.
+class PromptEncoder(nn.Module):
+    """Base of the text encoders: prompts to token ids, and both ways to call an encoder.
 
-    A `source` that is no folder is a hub name and passes, unless it can only be meant as a path. Raises
-    UserError that names `what` and what is missing.
+    It fulfils `ldm.modules.personalization.TextEncoder`. A subclass sets `family`, `max_length`, `prompt_tokenizer`
+    and `token_embedding`, and implements `embed_ids`.
+    """
+
+    family: str
+    max_length: int
+    prompt_tokenizer: PromptTokenizer
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The vocabulary's vectors, [V, d]."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """The width d of a token embedding."""
+        return self.token_embedding.embedding_dim
+
+    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None) -> Tensor:
+        """Token ids [B, L] to the context [B, L, d] of the denoiser."""
+        raise NotImplementedError
+
+    def token_ids(
+        self, text: str | Sequence[str], embedding_manager: Personalization | None = None
+    ) -> Tensor:
+        """Token ids [B, L] on the encoder's device, with the manager's placeholders found in the text."""
+        placeholders = {}
+        if embedding_manager is not None:
+            # The ids are scalars on the CPU, so reading them does not wait for a GPU.
+            placeholders = {
+                word: int(token) for word, token in embedding_manager.string_to_token_dict.items()
+            }
+        ids = self.prompt_tokenizer.encode(text, placeholders)
+        # Non-blocking: a GPU may still be busy with the steps before.
+        return ids.to(self.token_embedding.weight.device, non_blocking=True)
+
+    def forward(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
+        """Encode prompts as [B, max_length, d].
+
+        The manager is called with the token ids [B, L] and the token embeddings [B, L, d] before position
+        embeddings are added, and returns the token embeddings to continue with.
+        """
+        return self.embed_ids(self.token_ids(text, embedding_manager), embedding_manager)
+
+    def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
+        """The same as calling the encoder."""
+        return self(text, embedding_manager=embedding_manager)
+
+    def freeze(self) -> PromptEncoder:
+        """Switch to evaluation mode and exclude every parameter from training."""
+        return self.eval().requires_grad_(False)
+
+
+def ignore_device(owner: str, device: Any) -> None:
+    """Accept the `device` of old YAMLs without effect: a module is moved by its owner."""
+    if device is not None:
+        logger.debug("%s: 'device: %s' is ignored, the encoder is where its model is", owner, device)
+
+
+def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
+    """Check that the folder `source` holds at least one file of each of `alternatives`.
+
+    A `source` that is no folder is taken for a hub name and accepted, unless it can only be a path.
+
+    Raises:
+        UserError: it names `what` and the missing folder or file.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -39,12 +110,12 @@ def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
 
 @contextmanager
 def reading(what: str, source: str) -> Iterator[None]:
-    """Turn whatever the Hugging Face readers raise within into one UserError with a remedy.
+    """Turn any exception of the Hugging Face readers in this block into one UserError with a remedy.
 
-    They show a bar only where they download something.
+    Progress bars appear only for downloads, not for local folders.
     """
     try:
-        with _without_bars() if Path(source).is_dir() else nullcontext():
+        with _without_progress_bars() if Path(source).is_dir() else nullcontext():
             yield
     except UserError:
         raise
@@ -59,23 +130,24 @@ def reading(what: str, source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
-def read_tokenizer(kind: Any, what: str, source: str) -> Any:
-    """Read a tokenizer of the class `kind`; one without words is a UserError too.
+def read_tokenizer(tokenizer_class: Any, what: str, source: str) -> Any:
+    """Read a tokenizer of a transformers class from a folder or the hub.
 
-    transformers 5 makes up a tokenizer of special tokens alone where it finds no vocabulary.
+    Raises:
+        UserError: it cannot be read, or has no vocabulary (transformers 5 then makes a tokenizer of special tokens).
     """
     with reading(what, source):
-        tokenizer = kind.from_pretrained(source)
+        tokenizer = tokenizer_class.from_pretrained(source)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise OSError("no vocabulary was found")
     return tokenizer

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.modules.encoders import modules as clip_module
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder, PromptEmbeddings, open_text_model
+from ldm.modules.encoders.clip_text import CLIPText
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.personalization import TextEncoder
 from ldm.util import UserError, skip_pretrained
 from tests.golden_record import GOLDEN
 
@@ -51,7 +54,7 @@ def test_prompts_take_the_plain_product_on_a_cpu(clip, monkeypatch):
 
 def test_the_manager_sees_ids_and_token_embeddings_before_positions(clip):
     seen = []
-    clip("a dog", embedding_manager=lambda ids, embedded: seen.append((ids, embedded)) or embedded)
+    clip.embed_ids(clip.token_ids("a dog"), lambda ids, embedded: seen.append((ids, embedded)) or embedded)
     ids, embedded = seen[0]
     assert torch.equal(ids, clip.prompt_tokenizer.encode("a dog"))
     assert torch.equal(embedded, clip.token_embedding(ids))
@@ -72,12 +75,17 @@ def test_a_manager_is_forgotten_after_its_call(clip):
     plain = clip("a dog")
     for manager, error in ((lambda ids, embedded: embedded + 1, None), (_raise, "mine")):
         with pytest.raises(RuntimeError, match=error) if error else nullcontext():
-            clip("a dog", embedding_manager=manager)
-        assert torch.equal(clip.transformer.text_model(input_ids=ids).last_hidden_state, plain)
+            clip.embed_ids(ids, manager)
+        assert torch.equal(clip.transformer(ids), plain)
 
 
 def _raise(*_):
     raise RuntimeError("mine")
+
+
+def test_it_is_a_text_encoder_of_the_contract(clip):
+    assert isinstance(clip, TextEncoder)
+    assert not isinstance(nn.Linear(1, 1), TextEncoder)
 
 
 def test_names_and_shapes_are_those_of_stable_diffusion(folder):
@@ -122,12 +130,48 @@ class LayoutFour(nn.Module):
 def test_both_layouts_of_transformers_give_the_same_names_and_numbers(clip):
     model = CLIPTextModel(CLIPTextConfig.from_pretrained(TINY))
     inner = getattr(model, "text_model", model)
-    opened = [open_text_model(layout) for layout in (copy.deepcopy(inner), LayoutFour(copy.deepcopy(inner)))]
-    for holder in opened:
-        assert isinstance(holder.text_model.embeddings, PromptEmbeddings)
-        holder.load_state_dict(clip.transformer.state_dict())
-        ids = clip.prompt_tokenizer.encode("a dog")
-        torch.testing.assert_close(holder.eval().text_model(input_ids=ids).last_hidden_state, clip("a dog"))
+    for layout in (copy.deepcopy(inner), LayoutFour(copy.deepcopy(inner))):
+        text = CLIPText(layout)
+        text.load_state_dict(clip.transformer.state_dict())
+        torch.testing.assert_close(text.eval()(clip.token_ids("a dog")), clip("a dog"))
+
+
+def test_the_modules_stay_those_of_transformers(clip):
+    model = CLIPTextModel(CLIPTextConfig.from_pretrained(TINY))
+    inner = getattr(model, "text_model", model)
+    ours = {name: type(module) for name, module in clip.transformer.text_model.named_modules()}
+    assert ours == {name: type(module) for name, module in inner.named_modules()}
+
+
+class EncoderFour(nn.Module):
+    """The transformer with the arguments of transformers 4."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.layers, self._encoder = encoder.layers, [encoder]
+
+    def forward(self, inputs_embeds, attention_mask=None, causal_attention_mask=None):
+        assert attention_mask is None
+        return self._encoder[0](inputs_embeds=inputs_embeds, attention_mask=causal_attention_mask)
+
+
+def test_the_arguments_of_both_versions_give_the_same_numbers(clip):
+    other = copy.deepcopy(clip)
+    other.transformer.text_model.encoder = EncoderFour(other.transformer.text_model.encoder)
+    torch.testing.assert_close(other("a photo of a dog"), clip("a photo of a dog"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))])
+def test_the_forwards_of_a_copy_are_its_own(clip, copied):
+    other = copied(clip)
+    with torch.no_grad():
+        other.token_embedding.weight.zero_()
+        other.transformer.text_model.final_layer_norm.bias.add_(1)
+    ids = clip.token_ids("a dog")
+    seen = []
+    other.embed_ids(ids, lambda ids, embedded: seen.append(embedded) or embedded)
+    assert not seen[0].any()
+    assert not torch.allclose(other("a dog"), clip("a dog"))
 
 
 def test_it_is_frozen_stays_so_and_can_be_trained_from_scratch():
@@ -139,13 +183,6 @@ def test_it_is_frozen_stays_so_and_can_be_trained_from_scratch():
     encoder.requires_grad_(True)
     encoder("a dog").sum().backward()
     assert encoder.token_embedding.weight.grad.any()
-
-
-def test_copies_do_not_share(clip):
-    other = copy.deepcopy(clip)
-    with torch.no_grad():
-        other.token_embedding.weight.zero_()
-    assert not torch.equal(other("a dog"), clip("a dog"))
 
 
 def test_weights_of_a_folder_are_read_unless_a_checkpoint_brings_them(folder, monkeypatch):

@@ -1,4 +1,4 @@
-"""Metadata as embedding files carry it: our own JSON record and the ModelSpec 1.0.1 header."""
+"""Metadata inside embedding files: the JSON record of this project and the ModelSpec 1.0.1 header."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.embeddings.concept import KINDS, Concept, LearnedEmbeddings, Metadata, architecture_of, fits
+from ldm.embeddings.concept import (
+    ENCODER_KINDS,
+    Concept,
+    LearnedEmbeddings,
+    Metadata,
+    architecture_of,
+    is_possible_width,
+)
 
 RECORD_KEY = "textual_inversion"
 _MAX_CHARACTERS = 2**18
 
 
-def record_of(embeddings: LearnedEmbeddings) -> str:
-    """The JSON text that goes into a file beside the vectors."""
+def record_text(embeddings: LearnedEmbeddings) -> str:
+    """Return the JSON text that is written into a file beside the vectors."""
     concepts = [
         {"trigger": c.trigger, "encoder": c.encoder, "part": c.part, "token": c.token}
         for c in embeddings.concepts
@@ -27,7 +34,7 @@ def record_of(embeddings: LearnedEmbeddings) -> str:
 
 
 class MetadataRecord:
-    """What our record in a file says; empty for a file of another tool. Nothing in it is trusted."""
+    """The JSON record of a file, not trusted; false if the file has none, as those of other tools."""
 
     def __init__(self, text: Any) -> None:
         self._values: Mapping[str, Any] = {}
@@ -46,26 +53,28 @@ class MetadataRecord:
         return Metadata.from_values(self._values)
 
     def concept(self, index: int, trigger: str, vectors: Tensor, encoder: str | None = None) -> Concept:
-        """The concept of these vectors, with what the record says of the index-th in place of the given."""
+        """Build the concept of these vectors; values in the record's entry `index` replace the given ones."""
         concepts = self._values.get("concepts")
-        said = concepts[index] if isinstance(concepts, list) and index < len(concepts) else None
-        said = said if isinstance(said, dict) else {}
+        entry = concepts[index] if isinstance(concepts, list) and index < len(concepts) else None
+        entry = entry if isinstance(entry, dict) else {}
         width = vectors.shape[-1] if isinstance(vectors, Tensor) and vectors.ndim else 0
-        kind, part, token = said.get("encoder"), said.get("part"), said.get("token")
+        kind, part, token = entry.get("encoder"), entry.get("part"), entry.get("token")
         return Concept(
-            trigger=said["trigger"] if isinstance(said.get("trigger"), str) else trigger,
+            trigger=entry["trigger"] if isinstance(entry.get("trigger"), str) else trigger,
             vectors=vectors,
-            encoder=kind if isinstance(kind, str) and fits(kind, width) else encoder,
+            encoder=kind if isinstance(kind, str) and is_possible_width(kind, width) else encoder,
             part=part if part == "negative" else "",
             token=token if type(token) is int and 0 <= token < 2**31 else None,
         )
 
 
 def modelspec_header(embeddings: LearnedEmbeddings, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The header's texts; the date is the metadata's, or now."""
+    """Return the ModelSpec texts of a header for these tensors; the date is the metadata's, or now."""
     widest = max(embeddings.concepts, key=lambda concept: concept.width)
     metadata = embeddings.metadata
-    side = metadata.resolution or (KINDS[widest.encoder].resolution if widest.encoder in KINDS else None)
+    side = metadata.resolution or (
+        ENCODER_KINDS[widest.encoder].resolution if widest.encoder in ENCODER_KINDS else None
+    )
     trigger = widest.trigger
     values = {
         "sai_model_spec": "1.0.1",
@@ -85,7 +94,7 @@ def modelspec_header(embeddings: LearnedEmbeddings, tensors: Mapping[str, Tensor
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the numbers as the file holds them: one tensor after another, by name."""
+    """Return the SHA-256 of the tensors' bytes, in the order of their names, as the file stores them."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().tobytes())

@@ -27,7 +27,7 @@ def test_saved_files_have_the_originals_structure(clip, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["e.pt"]
     with torch.serialization.safe_globals([nn.ParameterDict]):
         data = torch.load(tmp_path / "new" / "e.pt")
-    assert list(data) == ["string_to_token", "string_to_param"]
+    assert list(data) == ["string_to_token", "string_to_param", "textual_inversion"]
     tokens, params = data["string_to_token"], data["string_to_param"]
     assert type(params) is nn.ParameterDict
     assert {string: token.item() for string, token in tokens.items()} == {
@@ -52,7 +52,7 @@ def test_what_a_vector_begins_at_follows_the_count_of_a_file(clip):
 def test_vectors_of_another_width_are_refused(bert):
     manager = manager_of(bert, "*")
     before = manager.export()
-    with pytest.raises(UserError, match="embeddings.pt': '\\*' has width 32, the text encoder has width 64"):
+    with pytest.raises(UserError, match="'\\*' \\(32 wide\\) is for .* text encoder takes width 64"):
         manager.load(Golden("clip_one_vector").embeddings)
     assert torch.equal(manager.export()["*"], before["*"])
 
@@ -68,14 +68,14 @@ def test_a_file_to_begin_from_must_hold_the_placeholders(clip):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}}, "holds no 'string_to_param'"),
-        ([1, 2], "holds no 'string_to_param'"),
-        ({"string_to_param": {}}, "holds no 'string_to_param'"),
-        ({"string_to_param": {"*": torch.zeros(1, 2, 32)}}, r"'\*' is \(1, 2, 32\), not vectors \[N, d\]"),
-        ({"string_to_param": {"*": torch.zeros(2, 32, dtype=torch.long)}}, "not vectors"),
-        ({"string_to_param": {"*": "text"}}, "'\\*' is str, not vectors"),
-        ({"string_to_param": {"*": torch.full((1, 32), float("nan"))}}, "is empty or holds NaN"),
-        ({"string_to_param": {"*": torch.zeros(0, 32)}}, "is empty or holds NaN"),
+        ({"state_dict": {}}, "it is a model or LoRA, not an embedding"),
+        ([1, 2], "of an unknown kind: it is a list"),
+        ({"string_to_param": {}}, "there is no concept in it"),
+        ({"string_to_param": {"*": torch.zeros(1, 2, 32)}}, r"'\*' has the shape \[1, 2, 32\]"),
+        ({"string_to_param": {"*": torch.zeros(2, 32, dtype=torch.long)}}, "'\\*' is of type int64"),
+        ({"string_to_param": {"*": "text"}}, "does not map words to tensors"),
+        ({"string_to_param": {"*": torch.full((1, 32), float("nan"))}}, "'\\*' holds NaN"),
+        ({"string_to_param": {"*": torch.zeros(0, 32)}}, r"'\*' has the shape \[0, 32\]"),
         ({"string_to_param": {"*": torch.zeros(76, 32)}}, "has 76 vectors, a prompt has room for 75"),
     ],
 )
