@@ -118,18 +118,17 @@ def unwanted_packages(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[i
                 yield line, "taming is imported where a VQ model is built, not when the module is imported"
 
 
-# These are still to be run as `python -m benchmarks.NAME`, which needs no such line.
-OWN_INSERT = {
-    "scripts/checkout.py",
-    *(f"benchmarks/{n}.py" for n in ("overhead", "step_time", "time_to_concept")),
-}
+OWN_INSERT = "scripts/checkout.py"
 
 
 def path_changes(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
     for node in calls(tree):
         inserts = ast.unparse(node.func) == "sys.path.insert"
-        if inserts and path.relative_to(root).as_posix() not in OWN_INSERT:
-            yield node.lineno, "sys.path.insert: import scripts/checkout.py as the other scripts do"
+        if inserts and path.relative_to(root).as_posix() != OWN_INSERT:
+            yield (
+                node.lineno,
+                "sys.path.insert: use scripts/checkout.py as the other scripts do, or python -m",
+            )
 
 
 def addresses(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ from ldm.util import UsageError, UserError
 
 if TYPE_CHECKING:
     from ldm.evaluation.concepts import ConceptFolder
-    from ldm.evaluation.evaluate import Asked, Evaluation, Rows, Sampling
+    from ldm.evaluation.evaluate import Evaluation, EvaluationPrompt, Rows, Sampling
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 _DESCRIPTION = """Measure learned concepts in generated images: likeness, edits, and the paper's CLIP-I and CLIP-T.
@@ -157,13 +157,13 @@ def run(options: argparse.Namespace) -> None:
 
     from ldm import console
     from ldm.embeddings import read
-    from ldm.evaluation.concepts import embedding_of, find_concepts, read_concept
+    from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
 
     console.set_up_logging()
     sampling = sampling_of(options)
     concepts = [read_concept(folder) for folder in find_concepts(options.concept)]
     place, several = options.embedding_path, len(concepts) > 1
-    files = [embedding_of(place, concept.name, several) if place else None for concept in concepts]
+    files = [find_embedding(place, concept.name, several) if place else None for concept in concepts]
     triggers = [read(file).triggers if file else [] for file in files]
     check_prompts(options.prompt, triggers)
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]
@@ -202,7 +202,7 @@ def evaluate(
     """Load everything, measure one concept after another, write three files and print their paths."""
     from tqdm import tqdm
 
-    from ldm.evaluation.evaluate import Evaluation, what_to_ask
+    from ldm.evaluation.evaluate import Evaluation, evaluation_prompts
     from ldm.evaluation.judge import AttributeJudge
     from ldm.evaluation.measures import mean_figures
     from ldm.evaluation.report import versions
@@ -215,7 +215,10 @@ def evaluate(
     model, size = load_model(options.ckpt_path, options.config)
     extractors = [load_features(source, model.device) for source in sources]
     evaluation = Evaluation(model, sampling, judge, extractors, size)
-    asked = [what_to_ask(one.concept, options.prompt, not options.no_edits, size, judge) for one in evaluated]
+    asked = [
+        evaluation_prompts(one.concept, options.prompt, not options.no_edits, size, judge)
+        for one in evaluated
+    ]
     results: dict[str, Any] = {}
     rows: Rows = []
     total = options.samples * sum(map(len, asked))
@@ -253,24 +256,24 @@ def evaluate(
 def evaluate_one(
     evaluation: Evaluation,
     one: EvaluatedConcept,
-    asked: Sequence[Asked],
+    prompts: Sequence[EvaluationPrompt],
     word: str,
     samples: int,
     done: Callable[[], object],
 ) -> tuple[dict[str, Any], Rows]:
     """The figures of a concept with their references for comparison, and its rows of the contact sheet."""
     concept = one.concept
-    prompts, shown = evaluation.ask(concept, asked, word, one.triggers, samples, done)
-    references, drawn = evaluation.references(concept)
-    figures: dict[str, Any] = {"prompts": prompts, "references": references}
+    measured, shown = evaluation.measure(concept, prompts, word, one.triggers, samples, done)
+    references, drawn = evaluation.measure_baselines(concept)
+    figures: dict[str, Any] = {"prompts": measured, "references": references}
     if concept.creature:
-        figures["calibration"] = evaluation.subject(concept.creature).calibration()
+        figures["calibration"] = evaluation.creature_reference(concept.creature).calibration()
     drawn += [
-        (f"truth of: {one.prompt.format('the style')}", one.pictures[: len(shown[0][1])])
-        for one in (asking.styled for asking in asked)
-        if one
+        (f"truth of: {styled.prompt.format('the style')}", styled.images[: len(shown[0][1])])
+        for styled in (prompt.styled for prompt in prompts)
+        if styled
     ]
-    return figures, [("learned from", concept.pictures), *shown, *drawn]
+    return figures, [("learned from", concept.images), *shown, *drawn]
 
 
 def write(outdir: Path, content: dict[str, Any], notes: Sequence[str], rows: Rows) -> list[Path]:

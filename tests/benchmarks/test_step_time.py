@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import step_time
+from benchmarks.rounds import OURS
 from benchmarks.step_time import Bench
 from benchmarks.subjects import EMBEDDED, fill_zeros, stable_diffusion
-from benchmarks.turns import OURS
 from ldm.training import command_line, run
 
 

@@ -110,7 +110,7 @@ def test_another_recipe_or_model_begins_anew(tmp_path, monkeypatch):
 def test_a_score_is_of_the_evaluation(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "edits_of", lambda creature: edits_of(creature)[:1])
     tiny_model.embedding_manager.save(tmp_path / "e.pt")
-    scorer = Scorer(tiny_model, None, pictures=2, edit_pictures=1, steps=2)
+    scorer = Scorer(tiny_model, None, images=2, edit_images=1, steps=2)
     concept = read_concept(CONCEPT)
     identity = scorer.identity(tmp_path / "e.pt", concept)
     assert identity == scorer.identity(tmp_path / "e.pt", concept)

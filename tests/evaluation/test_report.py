@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from ldm.evaluation.report import concept_report, table, versions
+from PIL import Image
+
+from ldm.evaluation.report import concept_report, sheet, table, versions
 
 
 def test_columns_nobody_has_are_left_out_and_gaps_stay_empty() -> None:
@@ -30,3 +32,17 @@ def test_a_concepts_tables_keep_likeness_edits_and_styles_apart() -> None:
 
 def test_versions_name_what_figures_depend_on() -> None:
     assert {"python", "torch", "transformers"} <= set(versions())
+
+
+def test_rows_stand_below_each_other_with_their_labels() -> None:
+    rows = [
+        ("learned from", [Image.new("RGB", (8, 8), "red")] * 3),
+        ("a photo", [Image.new("RGB", (8, 8), "blue")]),
+    ]
+    image = sheet(rows, scale=2)
+    assert image.width == 3 * 18 + 2
+    column = [image.getpixel((5, y)) for y in range(image.height)]
+    red, blue = column.index((255, 0, 0)), column.index((0, 0, 255))
+    assert red < blue and column.count((255, 0, 0)) == column.count((0, 0, 255)) == 16
+    between = image.crop((0, red + 16, image.width, blue)).convert("L")
+    assert between.getextrema()[0] < 128

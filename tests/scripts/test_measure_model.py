@@ -1,4 +1,4 @@
-"""scripts/measure_model.py on the shipped model, with few pictures."""
+"""scripts/measure_model.py on the shipped model, with few images."""
 
 from __future__ import annotations
 

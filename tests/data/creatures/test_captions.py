@@ -5,14 +5,14 @@ import re
 
 import pytest
 
-from ldm.data.creatures.captions import NUMBERS, Names, articled, caption, foil, full_caption
+from ldm.data.creatures.captions import NUMBERS, Description, caption, fix_articles, foil, full_caption
 from ldm.data.creatures.world import BODY_COLORS, KINDS, PLAIN_BACKGROUNDS, SCENES, SPECIES, creature, scene
 
 
 def _told(count: int):
     for seed in range(count):
         c = creature(seed)
-        names = Names.of(c, scene(seed, c.color))
+        names = Description.of(c, scene(seed, c.color))
         yield names, caption(names, random.Random(seed))
 
 
@@ -52,14 +52,15 @@ def test_captions_vary_and_cover_the_short_and_the_long():
 @pytest.mark.parametrize("species", SPECIES)
 def test_the_full_caption_names_everything(species):
     c = creature(5, kind=species, pattern="stripes", ears="long", eyes=3)
-    text = full_caption(Names.of(c, scene(5, c.color, background="snow", style="photo")))
+    text = full_caption(Description.of(c, scene(5, c.color, background="snow", style="photo")))
     for word in (c.color, species, f"{c.second} stripes", "three eyes", "long ears", "in the snow"):
         assert word in text
 
 
 def test_articles():
     assert (
-        articled("a orange fox and a red one on an blue one") == "an orange fox and a red one on a blue one"
+        fix_articles("a orange fox and a red one on an blue one")
+        == "an orange fox and a red one on a blue one"
     )
 
 
@@ -67,7 +68,7 @@ def test_a_foil_differs_in_one_attribute_and_is_false():
     differing = 0
     for seed in range(500):
         c = creature(seed)
-        names = Names.of(c, scene(seed, c.color))
+        names = Description.of(c, scene(seed, c.color))
         text, wrong = caption(names, random.Random(f"s {seed}")), foil(names, f"s {seed}")
         assert wrong == foil(names, f"s {seed}")
         differing += text != wrong

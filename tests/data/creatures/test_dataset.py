@@ -9,13 +9,13 @@ from ldm.data.creatures.dataset import ATTRIBUTES, Creatures
 from ldm.util import UserError
 
 
-def test_an_item_is_a_picture_and_a_caption():
+def test_an_item_is_a_image_and_a_caption():
     data = Creatures(32, 5, attributes=True)
     item = data[4]
     assert len(data) == 5 and item["image"].shape == (32, 32, 3) and item["image"].dtype == torch.float32
     assert -1 <= item["image"].min() < item["image"].max() <= 1
     assert isinstance(item["caption"], str)
-    assert list(ATTRIBUTES["kind"])[item["attributes"][0]] == data.names(4).kind
+    assert list(ATTRIBUTES["kind"])[item["attributes"][0]] == data.description(4).kind
     assert len(list(data)) == 5
     with pytest.raises(IndexError):
         data[-1]
@@ -34,9 +34,11 @@ def test_training_captions_vary_by_epoch_and_validation_captions_do_not():
 
 def test_the_cache_is_painted_once_and_serves_smaller_counts(tmp_path, monkeypatch):
     first = Creatures(32, 6, cache=tmp_path)
-    monkeypatch.setattr(dataset, "_paint", None)  # a second painting would fail
+    monkeypatch.setattr(dataset, "_render_into", None)  # a second painting would fail
     again = Creatures(32, 4, cache=tmp_path)
-    assert np.array_equal(again[3]["image"], first[3]["image"]) and again.names(3) == first.names(3)
+    assert np.array_equal(again[3]["image"], first[3]["image"]) and again.description(3) == first.description(
+        3
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "train-32-v1-6.labels.npy",
         "train-32-v1-6.npy",
@@ -47,7 +49,7 @@ def test_an_interrupted_painting_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "_paint", stop)
+    monkeypatch.setattr(dataset, "_render_into", stop)
     with pytest.raises(KeyboardInterrupt):
         Creatures(32, 6, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -60,10 +62,10 @@ def test_a_wrong_parameter_is_one_clear_line(wrong):
 
 
 def test_can_be_cached_as_latents(tmp_path) -> None:
-    """What ldm.training's latent cache asks of a dataset: pictures by variant, and draws that name them."""
+    """What ldm.training's latent cache asks of a dataset: images by variant, and draws that name them."""
     data = Creatures(32, 6, "train", cache=tmp_path)
-    pictures = {variant: data.image(*variant) for variant in data.variants()}
+    images = {variant: data.image(*variant) for variant in data.variants()}
     for index in (0, 5, 7):
         drawn, item = data.draw(index), data[index]
-        assert torch.equal(pictures[drawn.variant], item["image"]) and drawn.caption == item["caption"]
+        assert torch.equal(images[drawn.variant], item["image"]) and drawn.caption == item["caption"]
     assert torch.equal(data.image(1, flipped=True), data.image(1).flip(1))

@@ -1,4 +1,4 @@
-"""The first phase of scripts/study_inversions.py: draw the concepts, and run main.py for each inversion."""
+"""The first phase of a study: render the concepts, and run main.py for each inversion."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.machine import ROOT
 from benchmarks.study.plan import Inversion, Study, plan, write_record
 from ldm.evaluation.concepts import read_concept
 from ldm.files import atomic_write, file_hash
 from ldm.util import UserError
 from scripts.make_concepts import STYLES, creature_concept, style_concept, write_concept
 
-ROOT = Path(__file__).resolve().parents[1]
 CREATURE_CONFIG = ROOT / "configs/latent-diffusion/txt2img-finetune.yaml"
 STYLE_CONFIG = ROOT / "configs/latent-diffusion/txt2img-finetune_style.yaml"
-_STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+_INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
 def inversions(options: argparse.Namespace) -> list[Inversion]:
-    """The plan that the options describe."""
+    """Return the inversions that the options describe."""
     creatures = [f"c{index:03d}" for index in range(options.creatures)]
     styles = [] if options.no_styles else list(STYLES)
     return plan(creatures, styles, options.vectors, range(options.seeds))
 
 
 def invert(options: argparse.Namespace) -> None:
-    """Make the inversions that are not there yet, `--jobs` at once; the first failure ends it."""
+    """Run all missing inversions, `--jobs` in parallel; the first failure ends the phase."""
     study = Study(options.out.absolute())
     wanted = inversions(options)
-    draw_concepts(study, wanted, picture_size(options))
+    render_concepts(study, wanted, image_size(options))
     settings = {one: settings_of(options, one) for one in wanted}
     todo = [one for one in wanted if not study.done(one, settings[one])]
     with (
@@ -65,8 +65,8 @@ def invert(options: argparse.Namespace) -> None:
             future.result()
 
 
-def draw_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> None:
-    """Five pictures of each concept, where they are not there yet."""
+def render_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> None:
+    """Render five images of each concept that does not exist yet."""
     for name in dict.fromkeys(one.concept for one in wanted):
         if (study.concept(name) / "concept.json").is_file():
             continue
@@ -77,8 +77,8 @@ def draw_concepts(study: Study, wanted: Sequence[Inversion], size: int) -> None:
         write_concept(study.concept(name), *drawn, size)
 
 
-def picture_size(options: argparse.Namespace) -> int:
-    """The side of the pictures that the finetuning YAML learns from."""
+def image_size(options: argparse.Namespace) -> int:
+    """Return the image size of the finetuning YAML, rounded up to a size that can be rendered."""
     from omegaconf import OmegaConf
 
     size = int(OmegaConf.load(CREATURE_CONFIG).data.params.train.params.size)
@@ -86,7 +86,7 @@ def picture_size(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
-    """What an inversion depends on, as its record says it."""
+    """Return the settings that an inversion depends on, as its record has them."""
     several = inversion.vectors > 1
     return {
         "model_sha256": file_hash(options.ckpt_path),
@@ -102,7 +102,7 @@ def settings_of(options: argparse.Namespace, inversion: Inversion) -> dict[str, 
 def command_of(
     options: argparse.Namespace, study: Study, inversion: Inversion, settings: dict[str, Any]
 ) -> list[str]:
-    """The command line of an inversion, as a person would type it."""
+    """Return the command of an inversion, as a user would type it."""
     concept = read_concept(study.concept(inversion.concept))
     config = STYLE_CONFIG if concept.style else CREATURE_CONFIG
     command = [sys.executable, str(ROOT / "main.py"), "--base", str(config)]
@@ -123,13 +123,13 @@ def command_of(
 def invert_one(
     options: argparse.Namespace, study: Study, inversion: Inversion, settings: dict[str, Any]
 ) -> None:
-    """Run main.py and keep what it learned, and the seconds it took, start-up included."""
+    """Run main.py; keep its embedding, and its seconds including the start-up."""
     runs = study.runs(inversion)
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir(parents=True)
     log = runs / "output.txt"
     threads = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    begun = time.monotonic()
+    started = time.monotonic()
     with log.open("w") as file:
         code = subprocess.run(
             command_of(options, study, inversion, settings),
@@ -138,13 +138,13 @@ def invert_one(
             stdout=file,
             stderr=subprocess.STDOUT,
         ).returncode
-    seconds = time.monotonic() - begun
-    if code in _STOPPED:
+    seconds = time.monotonic() - started
+    if code in _INTERRUPTED:
         raise KeyboardInterrupt
     found = list(runs.glob(f"*/checkpoints/{options.take}"))
     if code or len(found) != 1:
-        said = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"the inversion {inversion.id} did not end well ({said}); all it said is in '{log}'")
+        last_line = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"the inversion {inversion.id} failed ({last_line}); its output is in '{log}'")
     atomic_write(study.embedding(inversion), lambda file: file.write(found[0].read_bytes()))
     record = {
         **vars(inversion),

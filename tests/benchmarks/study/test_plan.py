@@ -23,5 +23,5 @@ def test_done_is_what_has_record_and_vectors_of_the_same_settings(tmp_path) -> N
     with pytest.raises(UserError, match="was made with steps 20, not 400; .*another --out"):
         study.done(one, {"steps": 400})
     study.record(one).write_text("{")
-    with pytest.raises(UserError, match="remove it to have it made again"):
+    with pytest.raises(UserError, match="remove it, and it is made again"):
         read_record(study.record(one))

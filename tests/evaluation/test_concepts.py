@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import HELD_OUT_STYLES, scene
-from ldm.evaluation.concepts import find_concepts, read_concept
+from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
 from ldm.util import UserError
 from scripts.make_concepts import creature_concept, style_concept, write_concept
 
@@ -28,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 def test_a_creature_is_read_as_it_was_drawn(folder) -> None:
     concept = read_concept(folder / "zuzu")
     creatures, _ = creature_concept(43)
-    assert concept.name == "zuzu" and len(concept.pictures) == 5
+    assert concept.name == "zuzu" and len(concept.images) == 5
     assert concept.words.startswith("a ") and " on " not in concept.words
     there = scene(1, creatures[0].color)
     drawn, told = (render([one], [there], 32).float().numpy() for one in (creatures[0], concept.creature))
@@ -47,7 +48,7 @@ def test_one_folder_or_a_folder_of_them(folder, tmp_path) -> None:
     assert [one.name for one in find_concepts(folder)] == ["draft", "mine", "zuzu"]
     with pytest.raises(UserError, match="does not exist"):
         find_concepts(folder / "absent")
-    with pytest.raises(UserError, match="no pictures in"):
+    with pytest.raises(UserError, match="no images in"):
         find_concepts(tmp_path)
 
 
@@ -57,8 +58,40 @@ def test_one_folder_or_a_folder_of_them(folder, tmp_path) -> None:
 def test_a_damaged_truth_is_told_in_a_line(tmp_path, text) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     (tmp_path / "concept.json").write_text(text)
-    with pytest.raises(UserError, match="does not tell the truth about a concept .*remove it") as error:
+    with pytest.raises(UserError, match="is no valid description of a concept .*remove it") as error:
         read_concept(tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "concept.json").write_text(json.dumps({"name": "cat"}))
     assert read_concept(tmp_path).creature is None
+
+
+def touch(path: Path, age: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+def test_the_newest_match_of_a_concepts_name(tmp_path) -> None:
+    touch(tmp_path / "bobo_1/checkpoints/embeddings.pt", age=9)
+    newest = touch(tmp_path / "bobo_2/checkpoints/embeddings.pt")
+    touch(tmp_path / "kiko_3/checkpoints/embeddings.pt")
+    assert find_embedding(f"{tmp_path}/{{name}}*/checkpoints/embeddings.pt", "bobo", True) == newest
+    assert find_embedding(str(tmp_path), "bobo", True) == newest
+    own = touch(tmp_path / "bobo.safetensors", age=99)
+    assert find_embedding(f"{tmp_path}/", "bobo", True) == own
+
+
+def test_one_file_serves_one_concept(tmp_path) -> None:
+    file = touch(tmp_path / "own.pt")
+    assert find_embedding(str(file), "bobo", False) == file
+    with pytest.raises(UserError, match="one file for several concepts; write {name}"):
+        find_embedding(str(file), "bobo", True)
+
+
+def test_a_name_with_wildcards_is_taken_as_it_is(tmp_path) -> None:
+    touch(tmp_path / "ab.pt")
+    with pytest.raises(UserError, match="no embedding for the concept '\\[a\\]\\*'"):
+        find_embedding(f"{tmp_path}/{{name}}.pt", "[a]*", False)
+    with pytest.raises(UserError, match="does not exist"):
+        find_embedding(str(tmp_path / "absent.pt"), "bobo", False)

@@ -1,4 +1,4 @@
-"""The phases of scripts/study_inversions.py, with main.py replaced and the model of a golden record."""
+"""The phases of benchmarks/study/inversions.py, with main.py replaced and the model of a golden record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.study import inversions, invert, measure
 from ldm.embeddings import Concept, LearnedEmbeddings, write
-from scripts import study_inversions, study_invert, study_measure
 from tests.evaluation.stand_ins import draw_little
 from tests.golden_record import Golden
 
@@ -64,7 +64,7 @@ class MainPy:
 @pytest.fixture
 def main_py(monkeypatch) -> MainPy:
     stand_in = MainPy()
-    monkeypatch.setattr(study_invert.subprocess, "run", stand_in.run)
+    monkeypatch.setattr(invert.subprocess, "run", stand_in.run)
     return stand_in
 
 
@@ -72,7 +72,7 @@ def main_py(monkeypatch) -> MainPy:
 def run(model, tmp_path, capsys):
     def run(phase: str, *arguments: str):
         base = [phase, "--out", str(tmp_path / "study"), "--ckpt_path", str(model), "--judge", "none"]
-        code = study_inversions.main([*base, *TINY, *arguments])
+        code = inversions.main([*base, *TINY, *arguments])
         return code, capsys.readouterr()
 
     return run
@@ -99,7 +99,7 @@ def test_each_inversion_is_a_command_that_a_person_could_type(run, main_py, tmp_
     assert not list((tmp_path / "study/runs").glob("*/run"))
 
 
-def test_pictures_are_captioned_where_asked(run, main_py, tmp_path) -> None:
+def test_images_are_captioned_where_asked(run, main_py, tmp_path) -> None:
     assert run("invert", "--vectors", "1", "--captions")[0] == 0
     assert all("data.params.train.params.use_captions=true" in command for command in main_py.commands)
     assert (tmp_path / "study/concepts/c000/05.txt").is_file()
@@ -128,7 +128,7 @@ def test_a_study_goes_on_where_it_was_stopped(run, main_py, tmp_path) -> None:
 def test_a_failed_inversion_is_told_with_its_last_line(run, main_py, tmp_path) -> None:
     main_py.fails = 1
     code, said = run("invert", "--vectors", "1", "--no_styles")
-    assert code == 1 and "c000-v1-s0 did not end well (the last line)" in said.err
+    assert code == 1 and "c000-v1-s0 failed (the last line)" in said.err
     assert (tmp_path / "study/runs/c000-v1-s0/output.txt").is_file()
     assert not (tmp_path / "study/inversions/c000-v1-s0.json").exists()
 
@@ -158,7 +158,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
     def never(options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(study_measure, "make_bench", never)
+    monkeypatch.setattr(measure, "load_evaluation", never)
     assert run("measure", "--vectors", "1", "2")[0] == 0
     with pytest.raises(AssertionError, match="loaded"):
         run("measure", "--vectors", "1", "2", "--ddim_steps", "2")
@@ -167,9 +167,9 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "phase, arguments, said",
     [
-        ("measure", [], "there is no inversion in"),
-        ("report", [], "nothing is measured in"),
-        ("invert", ["--override", "max_steps"], "is no KEY=VALUE"),
+        ("measure", [], "has no inversions"),
+        ("report", [], "has no figures"),
+        ("invert", ["--override", "max_steps"], "is not KEY=VALUE"),
         ("invert", ["--recipe", "absent.yaml"], "'absent.yaml' does not exist"),
         ("invert", ["--vectors", "0"], "no positive whole number"),
         ("draw", [], "invalid choice"),

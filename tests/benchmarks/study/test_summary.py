@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.study.plan import Inversion
-from benchmarks.study.summary import CREATURE, WORDS, Bar, bars, color_way, summarize
+from benchmarks.study.summary import CREATURE, WORDS, Bar, bars, relative_color_distance, summarize
 from ldm.evaluation.evaluate import REDRAWN
 
 
@@ -47,9 +47,9 @@ def references(redrawn: float, chance: float) -> dict[str, Any]:
 
 def test_the_way_from_the_ceiling_to_any_creature() -> None:
     summary = summarize({Inversion("c0", 1, 0): record(16.0)})
-    assert color_way(summary, references(6.0, 46.0)) == pytest.approx(0.25)
-    assert color_way(summary, {}) is None
-    assert color_way(summary, references(46.0, 6.0)) is None
+    assert relative_color_distance(summary, references(6.0, 46.0)) == pytest.approx(0.25)
+    assert relative_color_distance(summary, {}) is None
+    assert relative_color_distance(summary, references(46.0, 6.0)) is None
 
 
 def test_bars_are_met_missed_or_not_measured() -> None:

@@ -5,23 +5,23 @@ from pytorch_lightning.callbacks import Callback
 
 from benchmarks import overhead
 from benchmarks.overhead import PARTS, PREVIEWS, REST, overhead_percent
-from benchmarks.pairs import Rounds, Spread, ratio
+from benchmarks.rounds import Quartiles, Rounds, ratio
 
 
 def test_a_ratio_is_taken_within_each_round():
     # The machine was slow in the second round, for both alike.
-    assert ratio([3.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == Spread(3.0, 3.0, 3.0, 3)
+    assert ratio([3.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == Quartiles(3.0, 3.0, 3.0, 3)
     with pytest.raises(ValueError):
         ratio([1.0, 2.0], [1.0])
 
 
 def test_a_spread_is_median_and_quartiles():
-    spread = Spread.of([5.0, 1.0, 2.0, 3.0, 4.0])
+    spread = Quartiles.of([5.0, 1.0, 2.0, 3.0, 4.0])
     assert (spread.low, spread.median, spread.high, spread.count) == (2.0, 3.0, 4.0, 5)
     assert spread.text(1) == "3.0 (2.0 to 4.0)"
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+    assert Quartiles.of([7.0]) == Quartiles(7.0, 7.0, 7.0, 1)
     with pytest.raises(ValueError, match="nothing was measured"):
-        Spread.of([])
+        Quartiles.of([])
 
 
 def test_the_warm_up_is_forgotten():
