@@ -22,11 +22,11 @@ from benchmarks import runs
 from benchmarks.report import Report, verdict
 from benchmarks.rounds import Quartiles, Rounds, now
 from benchmarks.subjects import EMBEDDED
+from ldm.commands.base import guarded
 from ldm.console import Parser
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.summary_images import SummaryImages
-from scripts.common import guarded
 
 PREVIEWS, LOSS, REST = "previews, with the images at the end", "deterministic loss", "everything else"
 PARTS: dict[str, tuple[type[Callback], ...]] = {

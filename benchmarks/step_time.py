@@ -25,9 +25,9 @@ from benchmarks.loops import DiffusersLoop, OriginalLoop, batches, twin
 from benchmarks.report import Report, verdict
 from benchmarks.rounds import OURS, Quartiles, Rounds, Turns
 from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion
+from ldm.commands.base import guarded
 from ldm.console import Parser
 from ldm.interop import diffusers_pipeline
-from scripts.common import guarded
 
 # The trainer's name of each precision.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}

@@ -31,6 +31,7 @@ from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
 from benchmarks.scores import Scorer, creatures
 from ldm.checkpoint import load_model_from_config
+from ldm.commands.base import JUDGE, guarded
 from ldm.console import Parser, positive
 from ldm.evaluation.concepts import read_concept
 from ldm.evaluation.judge import AttributeJudge
@@ -38,7 +39,6 @@ from ldm.files import (
     file_hash,
     write_text,
 )
-from scripts.common import JUDGE, guarded
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"

@@ -103,3 +103,10 @@ def set_up_logging(debug: bool = False) -> None:
     # A run without validation pictures is no mistake.
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+
+
+def write_line(text: str) -> None:
+    """Write a line of a command's results to stdout, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text)

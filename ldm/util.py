@@ -43,6 +43,12 @@ _MOVED = {
     "ldm.training.callbacks.compiled.CompiledDenoiser": "ldm.training.callbacks.performance.CompiledDenoiser",
     "ldm.training.callbacks.compiled.ChannelsLast": "ldm.training.callbacks.performance.ChannelsLast",
     "ldm.training.callbacks.cuda.CUDACallback": "ldm.training.callbacks.performance.CUDACallback",
+    # main.py re-exports these; the installed command runs in folders from which no main.py can be imported.
+    "main.DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
+    "main.WrappedDataset": "ldm.training.data.WrappedDataset",
+    "main.ImageLogger": "ldm.training.callbacks.image_logger.ImageLogger",
+    "main.SetupCallback": "ldm.training.callbacks.setup.SetupCallback",
+    "main.CUDACallback": "ldm.training.callbacks.performance.CUDACallback",
 }
 
 

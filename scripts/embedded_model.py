@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# a checkout works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
+from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser
 from ldm.util import UserError
-from scripts.common import JUDGE, MODEL, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("first-stage", "decoder", "clip", "ldm", "judge")

@@ -15,10 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
 from PIL import Image  # noqa: E402
 
+from ldm.commands.base import guarded  # noqa: E402
 from ldm.console import Parser  # noqa: E402
 from ldm.data.creatures.captions import Description, attribute_caption, background_phrase, full_caption  # noqa: E402
 from ldm.data.creatures.dataset import WORLD_VERSION  # noqa: E402
@@ -35,7 +37,6 @@ from ldm.data.creatures.world import (
     scene,
 )
 from ldm.files import atomic_write, write_text  # noqa: E402
-from scripts.common import guarded  # noqa: E402
 
 IMAGES = 5
 # Selected from the first hundred held-out creatures so that different kinds, colours and patterns occur.

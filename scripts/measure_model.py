@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# a checkout works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
+from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser, positive
-from scripts.common import JUDGE, MODEL, guarded
 
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
 
@@ -156,7 +156,8 @@ def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
 
 
 def _model(folder: Path) -> tuple[Any, int]:
-    from scripts.judging import check_files, load_model
+    from ldm.commands.base import check_files
+    from ldm.commands.evaluate import load_model
 
     weights = str(folder / "model.safetensors")
     check_files(weights)

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.commands.base import WEIGHTS, check_files, guarded
+from ldm.commands.evaluate import add_sampling_options
 from ldm.console import Parser, positive
 from ldm.util import UsageError
-from scripts.common import Profile, guarded
-from scripts.judging import add_how, check_files
 
 PHASES = ("invert", "measure", "report", "all")
 
@@ -42,7 +42,7 @@ def make_parser() -> Parser:
     what.add_argument("--no_styles", action="store_true", help="creatures only")
     learning = parser.add_argument_group("how it is inverted")
     learning.add_argument(
-        "--ckpt_path", "--ckpt", default=Profile().ckpt, metavar="FILE", help="default: %(default)s"
+        "--ckpt_path", "--ckpt", default=WEIGHTS, metavar="FILE", help="default: %(default)s"
     )
     learning.add_argument("--config", metavar="YAML", help="of the model (default: config.yaml beside it)")
     learning.add_argument(
@@ -83,7 +83,7 @@ def make_parser() -> Parser:
     learning.add_argument(
         "--threads", type=positive, default=1, metavar="N", help="threads per run (default: %(default)s)"
     )
-    add_how(parser, samples=12, steps=25, scale=3.0)
+    add_sampling_options(parser, samples=12, steps=25, scale=3.0)
     parser.add_argument(
         "--edit_samples",
         type=positive,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from benchmarks.study.invert import inversions
 from benchmarks.study.plan import Inversion, Study, read_record, write_record
 from benchmarks.study.summary import CREATURE, WORDS
+from ldm.commands.evaluate import features_of, judge_of, load_model, sampling_of
 from ldm.embeddings import read
 from ldm.evaluation.concepts import ConceptFolder, read_concept
 from ldm.evaluation.evaluate import Evaluation, EvaluationPrompt, Rows, evaluation_prompts
@@ -24,7 +25,6 @@ from ldm.generate.images import save_image
 from ldm.images import image_grid
 from ldm.models.features import load_features
 from ldm.util import UserError
-from scripts.judging import features_of, judge_of, load_model, sampling_of
 
 # Images in a strip: of the plain prompt, and of each edit.
 _SHOWN, _SHOWN_OF_EDIT = 4, 1

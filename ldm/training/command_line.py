@@ -143,9 +143,9 @@ def trainer_options() -> list[str]:
     return list(inspect.signature(Trainer).parameters)
 
 
-def make_parser() -> Parser:
+def make_parser(prog: str = "main.py") -> Parser:
     parser = Parser(
-        prog="main.py",
+        prog=prog,
         description="Learn the vectors of a new word from a few images, or train a model from a YAML.",
         epilog="Any key of the YAMLs is set by a dotted override, as model.base_learning_rate=1e-3; any option "
         "of Lightning's Trainer by a flag of its name, as --max_steps 500. "
@@ -188,7 +188,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
     """Read a command line.
 
     The result holds every flag by its name and, further, `overrides` (a list of "dotted.key=value") and
@@ -199,7 +199,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     flags = {f"--{key}" for key in RUN_KEYS}
     is_override = [bool(OVERRIDE.match(word)) and word.partition("=")[0] not in flags for word in argv]
     words = [word for word, taken in zip(argv, is_override, strict=True) if not taken]
-    options, rest = make_parser().parse_known_args(words)
+    options, rest = make_parser(prog).parse_known_args(words)
     options.overrides = [
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
     ]

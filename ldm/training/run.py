@@ -59,12 +59,12 @@ class Plan:
     state: Path | None
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], prog: str = "main.py") -> int:
     """Do what a command line says and return the exit code of a run that did not fail.
 
     Raises UserError (exit codes 1 and 2) for what the user can mend.
     """
-    plan = make_plan(command_line.parse(argv))
+    plan = make_plan(command_line.parse(argv, prog))
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}

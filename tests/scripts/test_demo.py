@@ -1,4 +1,4 @@
-"""What scripts/demo.py makes of the two commands it runs."""
+"""What scripts/demo.py does with the results of the two commands that it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from scripts import demo
 
 
-def test_the_image_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch, capsys) -> None:
+def test_the_sheet_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "out" / "logs" / "zuzu_earlier").mkdir(parents=True)
     used = []
 

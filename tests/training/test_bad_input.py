@@ -90,7 +90,7 @@ def test_a_text_among_the_images_is_skipped_in_one_line(tiny_yaml, tmp_path, cap
     shown = capsys.readouterr()
     assert "learning '*' (1 vector) from 1 image" in shown.out
     skipped = [line for line in shown.out.splitlines() if "notes.md" in line]
-    assert set(skipped) == {f"{folder}: skipped what is not an image: notes.md"}
+    assert set(skipped) == {f"{folder}: skipped entries that are not images: notes.md"}
     assert "Traceback" not in shown.err
 
 

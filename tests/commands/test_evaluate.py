@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.commands import evaluate
 from ldm.data.creatures.world import SPLITS
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.evaluation.judge import AttributeJudge
-from scripts import evaluate_model
 from scripts.make_concepts import creature_concept, style_concept, write_concept
 from tests.evaluation.stand_ins import FixedJudge, use_few_renderings
 from tests.golden_record import Golden
@@ -37,18 +37,18 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(folder, tmp_path, capsys):
-    """Run the script; returns its exit code, what it said, and the JSON it wrote."""
+    """Run the command; returns its exit code, its output, and the JSON that it wrote."""
 
     def run(*arguments: str | Path):
         base = ["--ckpt_path", str(folder / "model.ckpt"), "--outdir", str(tmp_path / "out"), *QUICK]
-        code = evaluate_model.main([*base, *map(str, arguments)])
+        code = evaluate.main([*base, *map(str, arguments)])
         written = tmp_path / "out" / "evaluation.json"
         return code, capsys.readouterr(), json.loads(written.read_text()) if written.is_file() else None
 
     return run
 
 
-def test_a_folder_of_concepts_each_by_its_truth(run, folder, tmp_path, monkeypatch) -> None:
+def test_concepts_of_a_folder_are_measured_by_their_descriptions(run, folder, tmp_path, monkeypatch) -> None:
     use_few_renderings(monkeypatch)
     judge = FixedJudge(SPLITS["concepts"][43])
     monkeypatch.setattr(AttributeJudge, "load", lambda folder: judge)
@@ -60,9 +60,9 @@ def test_a_folder_of_concepts_each_by_its_truth(run, folder, tmp_path, monkeypat
         "--judge",
         tmp_path,
     ]
-    code, said, found = run(*arguments)
-    assert code == 0, said.err
-    assert said.out.split() == [
+    code, output, found = run(*arguments)
+    assert code == 0, output.err
+    assert output.out.split() == [
         str(tmp_path / "out" / f"evaluation.{kind}") for kind in ("json", "md", "png")
     ]
     concepts = found["concepts"]
@@ -77,20 +77,28 @@ def test_a_folder_of_concepts_each_by_its_truth(run, folder, tmp_path, monkeypat
     assert set(concepts["mine"]["prompts"]["a photo of <mine>"]) == {"palette_overlap", "features"}
     assert found["settings"]["steps"] == 1 and len(found["settings"]["model_sha256"]) == 64
     text = (tmp_path / "out" / "evaluation.md").read_text()
-    assert "there is no truth" in text and "no CLIP-I" in text and f"judge: {tmp_path}" in text
+    assert "without concept.json" in text and "no CLIP-I" in text and f"judge: {tmp_path}" in text
     assert Image.open(tmp_path / "out" / "evaluation.png").width >= 5 * 96
 
 
-def test_words_in_place_of_an_embedding(run, folder, tmp_path) -> None:
+def test_words_instead_of_an_embedding(run, folder, tmp_path) -> None:
     arguments = ["--concept", folder / "concepts" / "mine", "--word", "a cat", "--prompt", "{} at night"]
-    code, said, found = run(*arguments, "--judge", "none")
-    assert code == 0, said.err
+    code, output, found = run(*arguments, "--judge", "none")
+    assert code == 0, output.err
     assert list(found["concepts"]["mine"]["prompts"]) == ["a photo of a cat", "a cat at night"]
     assert found["concepts"]["mine"]["embedding"] is None
 
 
+def test_edits_are_optional(run, folder, monkeypatch) -> None:
+    use_few_renderings(monkeypatch)
+    arguments = ["--concept", folder / "concepts" / "zuzu", "--embedding_path", folder / "learned"]
+    code, output, found = run(*arguments, "--judge", "none", "--no_edits")
+    assert code == 0, output.err
+    assert list(found["concepts"]["zuzu"]["prompts"]) == ["a photo of <zuzu>"]
+
+
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["--concept", "absent", "--word", "x"], "concept folder 'absent' does not exist"),
         (["--concept", "CONCEPTS", "--embedding_path", "LEARNED/mine.pt"], "one file for several concepts"),
@@ -105,11 +113,11 @@ def test_words_in_place_of_an_embedding(run, folder, tmp_path) -> None:
         (["--concept", "MINE", "--word", "x", "--samples", "0"], "no positive whole number"),
     ],
 )
-def test_mistakes_are_one_line_before_the_model_is_read(arguments, said, run, folder, monkeypatch) -> None:
+def test_mistakes_are_one_line_before_the_model_is_read(arguments, message, run, folder, monkeypatch) -> None:
     def never(*arguments):
         raise AssertionError("the model was read")
 
-    monkeypatch.setattr(evaluate_model, "load_model", never)
+    monkeypatch.setattr(evaluate, "load_model", never)
     places = {
         "CONCEPTS": folder / "concepts",
         "LEARNED": folder / "learned",
@@ -117,6 +125,7 @@ def test_mistakes_are_one_line_before_the_model_is_read(arguments, said, run, fo
     }
     for name, path in places.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
-    code, told, found = run(*arguments)
+    code, output, found = run(*arguments)
     assert code in (1, 2) and found is None
-    assert said in told.err and told.err.count("\n") == 1 and told.err.startswith("error: ")
+    assert message in output.err and output.err.count("\n") == 1
+    assert output.err.startswith("error: ")

@@ -1,4 +1,4 @@
-"""`generate` on the small model of a golden record: pictures of 32 x 32, first stage of factor 4."""
+"""`generate` on the small model of a golden record (images of 32 x 32, first stage of factor 4), and saved files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from ldm.generate import generate
-from ldm.generate.images import downsampling_factor, half_precision, latent_shape, noise_source
+from ldm.generate.images import (
+    ImageFolder,
+    downsampling_factor,
+    free_number,
+    half_precision,
+    latent_shape,
+    name_of,
+    noise_source,
+    save_grid,
+)
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import UserError
 from tests.golden_record import Golden
@@ -28,15 +37,15 @@ def difference(first: Image.Image, second: Image.Image) -> int:
     return np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max()
 
 
-def test_one_picture_per_prompt_in_the_models_own_size(model) -> None:
-    pictures = generate(model, ["a photo of *", "a dog", "a dog"], **FAST)
-    assert [picture.size for picture in pictures] == [(32, 32)] * 3
-    assert difference(pictures[1], pictures[2]) > 0  # another number, other noise
+def test_one_image_per_prompt_in_the_models_own_size(model) -> None:
+    images = generate(model, ["a photo of *", "a dog", "a dog"], **FAST)
+    assert [image.size for image in images] == [(32, 32)] * 3
+    assert difference(images[1], images[2]) > 0  # another number, other noise
     assert generate(model, "a dog", **FAST)[0].mode == "RGB"
 
 
-def test_a_picture_is_the_decoded_sample_of_its_noise(model) -> None:
-    picture = generate(model, "a photo of *", steps=3, scale=4.0, seed=7)[0]
+def test_an_image_is_the_decoded_sample_of_its_noise(model) -> None:
+    image = generate(model, "a photo of *", steps=3, scale=4.0, seed=7)[0]
     with torch.no_grad():
         latent, _ = DDIMSampler(model).sample(
             3,
@@ -49,7 +58,7 @@ def test_a_picture_is_the_decoded_sample_of_its_noise(model) -> None:
         )
         decoded = model.decode_first_stage(latent)[0]
     exact = decoded.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
-    assert difference(picture, exact) <= 1
+    assert difference(image, exact) <= 1
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -61,12 +70,12 @@ def test_the_batch_size_does_not_matter(model, eta: float) -> None:
     assert difference(together[0], together[2]) > 1
 
 
-def test_eta_decides_the_picture(model) -> None:
+def test_eta_changes_the_image(model) -> None:
     first, other = (generate(model, "a dog", steps=3, eta=eta)[0] for eta in (0.0, 1.0))
     assert difference(first, other) > 0
 
 
-def test_seed_number_and_negative_prompt_decide_the_picture(model) -> None:
+def test_seed_number_and_negative_prompt_change_the_image(model) -> None:
     first = generate(model, "a dog", **FAST)[0]
     assert difference(first, generate(model, "a dog", **FAST)[0]) == 0
     assert difference(first, generate(model, "a dog", seed=43, **FAST)[0]) > 0
@@ -83,19 +92,19 @@ def test_given_noise_is_used(model) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["plms", "dpm_solver"])
-def test_every_sampler_makes_its_own_picture(model, sampler: str) -> None:
+def test_every_sampler_generates_another_image(model, sampler: str) -> None:
     ddim, other = (generate(model, "a dog", sampler=name, **FAST)[0] for name in ("ddim", sampler))
     assert difference(ddim, other) > 0
 
 
-def test_progress_and_pictures_are_reported_as_they_come(model) -> None:
+def test_progress_and_images_are_reported_immediately(model) -> None:
     events = []
     generate(
         model,
         ["a dog"] * 3,
         batch_size=2,
         progress=lambda done, total: events.append((done, total)),
-        on_image=lambda place, picture: events.append((place, picture.size)),
+        on_image=lambda place, image: events.append((place, image.size)),
         **FAST,
     )
     size = (32, 32)
@@ -118,10 +127,10 @@ def test_every_batch_has_its_own_prompts(model, monkeypatch) -> None:
     assert encoded == [["a dog", "a photo"], ["no", "no"], ["a *"], ["no"]]
 
 
-def test_the_model_is_in_eval_mode_and_its_mode_comes_back(model) -> None:
+def test_the_model_is_in_eval_mode_and_its_mode_is_restored(model) -> None:
     model.train()
     modes = []
-    generate(model, "a dog", on_image=lambda place, picture: modes.append(model.training), **FAST)
+    generate(model, "a dog", on_image=lambda place, image: modes.append(model.training), **FAST)
     assert model.training and modes == [False]
     model.eval()
 
@@ -137,21 +146,21 @@ def test_averaged_weights_are_used(model, monkeypatch) -> None:
             inside.append("left")
 
     monkeypatch.setattr(model, "ema_scope", Scope)
-    generate(model, "a dog", steps=1, on_image=lambda place, picture: inside.append("picture"))
-    assert inside == ["entered", "picture", "left"]
+    generate(model, "a dog", steps=1, on_image=lambda place, image: inside.append("image"))
+    assert inside == ["entered", "image", "left"]
 
 
-def test_the_size_is_the_callers(model) -> None:
+def test_the_size_is_an_argument(model) -> None:
     assert generate(model, "a dog", steps=1, height=48, width=64)[0].size == (64, 48)
 
 
-def test_the_factor_is_the_first_stages(model) -> None:
+def test_the_downsampling_factor_of_the_first_stage(model) -> None:
     assert downsampling_factor(model) == 4
     assert latent_shape(model, None, None) == (4, 8, 8)
     assert latent_shape(model, 64, None) == (4, 16, 8)
 
 
-def test_a_model_of_oblong_pictures_keeps_its_own_size(model, monkeypatch) -> None:
+def test_a_model_of_images_that_are_not_square_keeps_its_size(model, monkeypatch) -> None:
     monkeypatch.setattr(model, "image_size", [8, 16])
     assert latent_shape(model, None, None) == (4, 8, 16)
 
@@ -171,12 +180,12 @@ def test_a_model_of_oblong_pictures_keeps_its_own_size(model, monkeypatch) -> No
         ({"height": 1}, "height 1 is not a multiple of 8, which this model needs; try 8"),
     ],
 )
-def test_impossible_settings_are_named(model, settings: dict, message: str) -> None:
+def test_wrong_settings_are_named(model, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate(model, "a dog", **settings)
 
 
-def test_noise_of_one_picture_is_not_that_of_another_seed() -> None:
+def test_noise_differs_between_seeds_and_numbers() -> None:
     drawn = {
         (seed, number): torch.randn(4, generator=noise_source(seed, number))
         for seed in (-1, 42, 43)
@@ -192,3 +201,55 @@ def test_autocast_is_for_accelerators(monkeypatch) -> None:
     assert half_precision("autocast", SimpleNamespace(type="cuda")) == ("cuda", torch.float16)
     assert isinstance(half_precision("autocast", SimpleNamespace(type="cpu")), nullcontext)
     assert isinstance(half_precision("full", SimpleNamespace(type="cuda")), nullcontext)
+
+
+RED = Image.new("RGB", (8, 6), "red")
+
+
+def test_saved_images_continue_the_numbers_of_existing_files(tmp_path) -> None:
+    for name in ("0002.jpg", "0007.png", "notes.txt", "12b.png"):
+        (tmp_path / name).touch()
+    folder = ImageFolder(tmp_path)
+    assert [folder.save(RED).name for _ in range(2)] == ["0008.png", "0009.png"]
+    assert Image.open(tmp_path / "0008.png").getpixel((0, 0)) == (255, 0, 0)
+    assert ImageFolder(tmp_path / "new" / "one", "jpg", digits=5).save(RED).name == "00000.jpg"
+
+
+def test_a_jpeg_keeps_its_colours(tmp_path) -> None:
+    image = RED.copy()
+    image.putpixel((3, 3), (0, 0, 255))  # a single pixel, which subsampled colour would blur
+    saved = Image.open(ImageFolder(tmp_path, "jpg").save(image))
+    assert all(abs(a - b) < 12 for a, b in zip(saved.getpixel((3, 3)), (0, 0, 255), strict=True))
+
+
+def test_numbers_after_a_prefix(tmp_path) -> None:
+    for name in ("a-dog-0003.png", "a-dog-big-0008.png", "a-dog.png", "0009.png"):
+        (tmp_path / name).touch()
+    assert free_number(tmp_path, "a-dog-") == 4 and free_number(tmp_path, "cat-") == 0
+
+
+def test_a_grid_has_rows_of_columns(tmp_path) -> None:
+    path = save_grid([RED] * 3, 2, tmp_path / "grid.png")
+    assert Image.open(path).size == (2 * 10 + 2, 2 * 8 + 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a photo of *, small", "a-photo-of-*,-small"),
+        ("../../etc/passwd", "_._.._etc_passwd"),
+        ("a\tb\nc\0d", "a-b-c_d"),
+        (".hidden", "_hidden"),
+        ("", "grid"),
+        ("é" * 300, "é" * 100),
+    ],
+)
+def test_a_file_name_for_a_prompt(tmp_path, prompt: str, name: str) -> None:
+    assert name_of(prompt) == name
+    (tmp_path / f"{name}-0000.png").touch()
+
+
+def test_a_folder_that_cannot_be_created_is_named(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot create the folder '.*file/samples' \(Not a directory\)"):
+        ImageFolder(tmp_path / "file" / "samples")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.checkpoint import config_of
+from ldm.commands import generate
 from ldm.embeddings import Concept, LearnedEmbeddings, write
-from scripts import stable_txt2img, txt2img
 from tests.golden_record import Golden
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,25 +33,25 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, tmp_path, capsys):
-    """Run a script; returns its exit code, the lines it printed, and the files it wrote."""
+    """Run a command; returns its exit code, its output, and the files it wrote."""
 
-    def run(*arguments: str, script=txt2img, options=QUICK):
+    def run(*arguments: str, command=generate.main, options=QUICK):
         base = ["--ckpt_path", str(folder / "model.ckpt"), "--outdir", str(tmp_path / "out")]
-        code = script.main([*base, *options, *map(str, arguments)])
-        said = capsys.readouterr()
+        code = command([*base, *options, *map(str, arguments)])
+        output = capsys.readouterr()
         files = sorted(str(p.relative_to(tmp_path / "out")) for p in tmp_path.glob("out/**/*") if p.is_file())
-        return code, said, files
+        return code, output, files
 
     return run
 
 
-def test_pictures_are_numbered_and_the_grid_has_the_prompts_name(run, folder, tmp_path) -> None:
+def test_images_are_numbered_and_the_grid_is_named_after_the_prompt(run, folder, tmp_path) -> None:
     arguments = ["--embedding_path", folder / "cat.pt", "--prompt", "a photo of <cat>, small"]
-    code, said, files = run(*arguments, "--n_iter", 2)
+    code, output, files = run(*arguments, "--n_iter", 2)
     grid = "a-photo-of-<cat>,-small.png"
     assert code == 0
     assert files == [grid, *(f"samples/000{n}.png" for n in range(4))]
-    printed = [line for line in said.out.splitlines() if line.startswith(str(tmp_path))]
+    printed = [line for line in output.out.splitlines() if line.startswith(str(tmp_path))]
     assert printed == [str(tmp_path / "out" / name) for name in [*files[1:], grid]]
     assert Image.open(tmp_path / "out/samples/0003.png").size == (32, 32)
     assert Image.open(tmp_path / "out" / grid).size == (70, 70)  # two rows of two, with a padding of 2
@@ -60,7 +59,7 @@ def test_pictures_are_numbered_and_the_grid_has_the_prompts_name(run, folder, tm
     assert files[-1] == "samples/0005.png" and len(files) == 7
 
 
-def test_the_default_prompt_is_what_was_learned(run, folder) -> None:
+def test_the_default_prompt_names_the_first_learned_placeholder(run, folder) -> None:
     assert run("--embedding_path", folder / "cat.pt")[2][0] == "a-photo-of-<cat>.png"
     assert run()[2][0] == "a-photo-of-<cat>.png"
     assert run()[2][1] == "a-photo-of-a-creature.png"
@@ -73,22 +72,22 @@ def test_several_embedding_files(run, folder) -> None:
     assert code == 0 and files == ["<cat>-and-<dog>.png"]
 
 
-def test_prompts_from_a_file_are_one_picture_each(run, tmp_path) -> None:
+def test_each_prompt_of_a_file_gives_one_image(run, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("a dog\n\na photo\n a sculpture \n")
-    assert txt2img.read_lines(tmp_path / "prompts.txt") == ["a dog", "a photo", "a sculpture"]
+    assert generate.read_lines(tmp_path / "prompts.txt") == ["a dog", "a photo", "a sculpture"]
     arguments = ["--from-file", tmp_path / "prompts.txt", "--n_rows", 3]
     assert run(*arguments)[2] == ["grid-0000.png", *(f"samples/000{n}.png" for n in range(3))]
     assert Image.open(tmp_path / "out/grid-0000.png").size == (104, 36)
     assert run(*arguments, "--skip_save")[2][:2] == ["grid-0000.png", "grid-0001.png"]
 
 
-def test_what_to_leave_out_and_the_format(run, tmp_path) -> None:
+def test_skipping_files_and_choosing_the_format(run, tmp_path) -> None:
     assert run("--skip_grid", "--format", "jpg")[2] == ["samples/0000.jpg", "samples/0001.jpg"]
     assert Image.open(tmp_path / "out/samples/0000.jpg").format == "JPEG"
     assert len(run("--skip_grid", "--skip_save")[2]) == 2
 
 
-def test_the_same_command_draws_the_same_pictures(run, tmp_path) -> None:
+def test_the_same_command_generates_the_same_images(run, tmp_path) -> None:
     run("--prompt", "a dog", "--seed", 3)
     run("--prompt", "a dog", "--seed", 3, "--H", 32)
     run("--prompt", "a dog", "--seed", 4)
@@ -98,10 +97,10 @@ def test_the_same_command_draws_the_same_pictures(run, tmp_path) -> None:
     assert first == again != other
 
 
-def test_fixed_code_starts_every_round_alike(run, tmp_path) -> None:
+def test_fixed_code_uses_the_same_noise_in_every_round(run, tmp_path) -> None:
     run("--prompt", "a dog", "--n_iter", 2, "--fixed_code")
-    pictures = [path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir())]
-    assert pictures[:2] == pictures[2:] and pictures[0] != pictures[1]
+    images = [path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir())]
+    assert images[:2] == images[2:] and images[0] != images[1]
 
 
 @pytest.mark.parametrize("sampler", ["--plms", "--dpm_solver", "--ddim_eta=1"])
@@ -109,7 +108,7 @@ def test_samplers(run, sampler: str) -> None:
     assert run(sampler, "--skip_grid")[0] == 0
 
 
-def test_every_setting_reaches_the_sampler(run, monkeypatch) -> None:
+def test_every_option_reaches_generate(run, monkeypatch) -> None:
     seen = {}
 
     def record(model, prompts, **settings):
@@ -164,18 +163,18 @@ def test_every_setting_reaches_the_sampler(run, monkeypatch) -> None:
         assert seen["sampler"] == flag
 
 
-def test_stable_diffusions_names(run, folder) -> None:
+def test_grids_of_stable_diffusion_are_numbered(run, folder) -> None:
     arguments = ["--config", folder / "config.yaml", "--prompt", "a dog", "--C", 4, "--f", 8]
     for number in range(2):
-        code, _, files = run(*arguments, script=stable_txt2img, options=[*QUICK, "--n_iter", "1"])
+        code, _, files = run(*arguments, command=generate.stable_main, options=[*QUICK, "--n_iter", "1"])
         assert code == 0 and f"a-dog-000{number}.png" in files
     assert "samples/00003.png" in files
 
 
-def test_stable_diffusions_defaults(monkeypatch) -> None:
+def test_defaults_of_stable_diffusion(monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(stable_txt2img, "run", lambda options, profile: seen.append(options))
-    assert stable_txt2img.main([]) == stable_txt2img.main(["--laion400m"]) == 0
+    monkeypatch.setattr(generate, "run", lambda options, profile: seen.append(options))
+    assert generate.stable_main([]) == generate.stable_main(["--laion400m"]) == 0
     stable, laion = seen
     assert (stable.ddim_steps, stable.scale, stable.n_iter, stable.n_samples) == (50, 7.5, 2, 3)
     assert stable.precision == "autocast" and stable.config.endswith("v1-inference.yaml")
@@ -193,7 +192,7 @@ def test_stable_diffusions_defaults(monkeypatch) -> None:
         (["--ddim_eta", "2"], 2, "argument --ddim_eta: '2' is no number from 0 to 1"),
         (["--ddim_eta", "much"], 2, "'much' is no number"),
         (["--plms", "--dpm_solver"], 2, "not allowed with argument --plms"),
-        (["--plms", "--ddim_eta", "0.5"], 2, "--ddim_eta 0.5 needs DDIM; leave --plms out"),
+        (["--plms", "--ddim_eta", "0.5"], 2, "--ddim_eta 0.5 needs DDIM; remove --plms"),
         (["--precision", "half"], 2, "invalid choice: 'half'"),
         (["--colour"], 2, "unrecognized arguments: --colour"),
         (["--ckpt_path", "gone.ckpt"], 1, "'gone.ckpt' does not exist"),
@@ -208,14 +207,13 @@ def test_stable_diffusions_defaults(monkeypatch) -> None:
     ],
 )
 def test_mistakes_are_one_line(run, arguments: list[str], code: int, message: str) -> None:
-    returned, said, files = run(*arguments, options=[])
+    returned, output, files = run(*arguments, options=[])
     assert returned == code and files == []
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(said.err)
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert re.search(message, output.err)
 
 
-def test_files_that_are_something_else_are_one_line(run, folder, tmp_path) -> None:
+def test_files_of_another_kind_are_errors_of_one_line(run, folder, tmp_path) -> None:
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html>")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "list.yaml").write_text("- a")
@@ -243,38 +241,11 @@ def test_files_that_are_something_else_are_one_line(run, folder, tmp_path) -> No
         (["--ckpt_path", tmp_path / "other.safetensors", "--outdir", tmp_path / "o"], "with --config"),
         (["--config", tmp_path / "list.yaml", "--outdir", tmp_path / "o"], "must hold a mapping"),
         (["--from-file", tmp_path / "empty.txt"], "holds no prompt"),
-        (["--from-file", folder / "cat.pt"], "no UTF-8 text file"),
-        ([], "cannot make the folder"),
+        (["--from-file", folder / "cat.pt"], "not a UTF-8 text file"),
+        ([], "cannot create the folder"),
     ):
-        code, said, _ = run(*arguments)
-        assert code == 1 and message in said.err and said.err.count("\n") == 1, said.err
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory; try"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_running_out_of_memory_and_ctrl_c_end_without_traceback(
-    monkeypatch, capsys, error, code, said
-) -> None:
-    def fail(options, profile):
-        raise error
-
-    monkeypatch.setattr(txt2img, "run", fail)
-    assert txt2img.main([]) == code
-    assert capsys.readouterr().err.startswith(said)
-
-
-def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
-    def fail(options, profile):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(txt2img, "run", fail)
-    with pytest.raises(RuntimeError, match="mat1"):
-        txt2img.main([])
+        code, output, _ = run(*arguments)
+        assert code == 1 and message in output.err and output.err.count("\n") == 1, output.err
 
 
 @pytest.mark.parametrize(
@@ -290,7 +261,7 @@ def test_a_published_checkpoint_finds_its_config(tmp_path, key: str, config: str
     assert found.name == config and found.is_file()
 
 
-def test_a_learned_word_of_the_config_may_be_prompted(run, folder, tmp_path) -> None:
+def test_a_prompt_may_use_a_learned_placeholder_of_the_config(run, folder, tmp_path) -> None:
     config = OmegaConf.load(folder / "config.yaml")
     config.model.params.personalization_config.params.embedding_manager_ckpt = str(
         Golden("clip_one_vector").embeddings
@@ -299,15 +270,13 @@ def test_a_learned_word_of_the_config_may_be_prompted(run, folder, tmp_path) -> 
     assert run("--config", tmp_path / "learned.yaml", "--prompt", "a photo of *")[0] == 0
 
 
-@pytest.mark.parametrize("script", ["txt2img.py", "stable_txt2img.py"])
-def test_a_mistake_is_told_at_once_and_from_any_folder(script: str, tmp_path) -> None:
-    """Without the seconds that torch takes to import; the checkout need not be installed."""
-    code = (
-        "import runpy, sys; sys.argv = ['x', '--ckpt', 'gone.ckpt'];"
-        f"sys.path[:] = [p for p in sys.path if 'site-packages' not in p];"
-        f"runpy.run_path({str(ROOT / 'scripts' / script)!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (1, "error: 'gone.ckpt' does not exist; check the path\n")
+def test_a_personalization_of_the_users_own(run, folder, tmp_path) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.params.personalization_config = {"target": "tests.commands.own_word.OwnWord"}
+    OmegaConf.save(config, tmp_path / "own.yaml")
+    arguments = ["--config", tmp_path / "own.yaml", "--prompt", "a photo of <own>", "--skip_grid"]
+    for value in (1, -1):
+        torch.save({"<own>": value * torch.linspace(-1, 1, 32)[None]}, tmp_path / "own.pt")
+        assert run(*arguments, "--embedding_path", tmp_path / "own.pt")[0] == 0
+    first, _, other, _ = (path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir()))
+    assert first != other
