@@ -1,6 +1,6 @@
 """Learn the vectors of a new word from a few images, or train a model: python main.py --base YAML -t --gpus 0,
 
-YAMLs name the classes re-exported here as main.DataModuleFromConfig and so on.
+YAMLs refer to the classes imported here as `main.DataModuleFromConfig` and so on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["CUDACallback", "DataModuleFromConfig", "ImageLogger", "SetupCallback
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code, after one line on stderr if the run failed."""
+    """Run a command line and return its exit code; a failure prints one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv or "-d" in argv
     console.set_up_logging(debug)
-    # Targets of the user's own lie beside where the command is typed.
+    # Classes of the user are imported from the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
 from ldm.models.diffusion.steps import check_eta, check_steps
 from ldm.modules.diffusionmodules.openaimodel import Downsample
-from ldm.util import UserError
+from ldm.util import UserError, evaluating
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -157,17 +157,6 @@ def noise_source(seed: int, number: int) -> torch.Generator:
     """The random numbers of one picture; those of another seed or number have nothing in common with them."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model is in eval mode within this block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def half_precision(precision: str, device: torch.device) -> AbstractContextManager:

@@ -182,6 +182,10 @@ class LearnedVectors(nn.Module):
             limit = 1 + self.progressive_step // self.progressive_scale
         return {string: min(len(self.vectors(string)), limit) for string in self.string_to_token_dict}
 
+    def most_positions(self) -> dict[str, int]:
+        """Each placeholder with the number of all its vectors, in use or not yet."""
+        return {string: len(self.vectors(string)) for string in self.string_to_token_dict}
+
     def vectors(self, placeholder: str) -> nn.Parameter:
         """All vectors [N, d] of a placeholder, in use or not yet."""
         return self.string_to_param_dict[parameter_key(placeholder)]

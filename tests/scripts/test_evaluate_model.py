@@ -102,7 +102,7 @@ def test_words_in_place_of_an_embedding(run, folder, tmp_path) -> None:
         (["--concept", "MINE", "--word", "x", "--judge", "absent"], "--judge 'absent' does not exist"),
         (["--concept", "MINE", "--word", "x", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
         (["--concept", "MINE"], "--embedding_path --word"),
-        (["--concept", "MINE", "--word", "x", "--samples", "0"], "no positive whole number"),
+        (["--concept", "MINE", "--word", "x", "--samples", "0"], "not a positive whole number"),
     ],
 )
 def test_mistakes_are_one_line_before_the_model_is_read(arguments, said, run, folder, monkeypatch) -> None:

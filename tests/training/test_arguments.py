@@ -94,7 +94,7 @@ def test_diffusers_spellings():
 
 @pytest.mark.parametrize("flag", sorted(ELSEWHERE))
 def test_flags_without_a_meaning_here_say_what_has(flag):
-    with pytest.raises(UsageError, match="no counterpart here: "):
+    with pytest.raises(UsageError, match="is not supported: "):
         parse([flag, "1"])
 
 
@@ -103,7 +103,7 @@ def test_flags_without_a_meaning_here_say_what_has(flag):
     [
         ("--dataroot x", "did you mean --data_root"),
         ("--scale_lr perhaps", "neither true nor false"),
-        ("--num_vectors 0", "no positive whole number"),
+        ("--num_vectors 0", "not a positive whole number"),
         ("-t stray", "neither true nor false"),
         ("--gpus 0, stray", "neither a flag nor an override"),
         ("-n a -r b", "exclude each other"),

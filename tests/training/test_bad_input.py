@@ -58,17 +58,21 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--data_root text", 1, "no images in text: it holds notes.txt"),
         ("--data_root pixel", 1, "dot.png is 1x1 pixels"),
         ("--data_root broken", 1, "half.png"),
-        ("data.params.train.params.placeholder_token=@", 1, "none of the captions holds the placeholder '*'"),
+        (
+            "data.params.train.params.placeholder_token=@",
+            1,
+            "none of the captions contains the placeholder '*'",
+        ),
         ("--embedding_manager_ckpt wide.pt", 1, "width 768, the text encoder has width 32"),
         ("--embedding_manager_ckpt page.ckpt", 1, "HTML page"),
         ("--max_steps -5", 2, "max_steps is -5"),
         ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
         ("model.base_learning_rate=0 --actual_resume gone.ckpt", 1, "base_learning_rate is 0"),
-        ("--max_train_steps -5", 2, "'-5' is no positive whole number"),
+        ("--max_train_steps -5", 2, "'-5' is not a positive whole number"),
         ("lightning.trainer.max_steps=-5", 2, "max_steps is -5"),
-        ("--train_batch_size 0", 2, "'0' is no positive whole number"),
+        ("--train_batch_size 0", 2, "'0' is not a positive whole number"),
         ("model.params.personalization_config.params.initializer_words[7]=cat", 1, "does not fit the YAML"),
-        ("data.params.train=[1]", 1, "a list where there is a mapping"),
+        ("data.params.train=[1]", 1, "a list where a mapping is needed"),
     ],
 )
 def test_one_line_and_an_exit_code(tiny_yaml, files, capsys, words: str, code: int, said: str) -> None:

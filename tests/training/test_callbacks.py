@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from ldm import random_state
 from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
-from ldm.training.callbacks.image_logger import ImageLogger, evaluating
+from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.performance import CUDACallback
 from ldm.training.callbacks.progress import RunProgress, duration
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
-from ldm.util import UserError
+from ldm.util import UserError, evaluating
 
 
 def train(model, numbers, folder, callbacks, steps=4, validate=False, ckpt=None, **options):
@@ -45,7 +45,7 @@ class TestImageLogger:
         for step in range(1, steps + 1):
             if logger.is_due("train", step, (step - 1) % 5):
                 found.append(step)
-                logger._last["train"] = step
+                logger._last_step["train"] = step
         return found
 
     def test_steps(self):

@@ -69,7 +69,9 @@ def test_torchs_own_graph_gives_the_same_gradient(model) -> None:
 def test_a_short_run_does_without_in_one_line(model, caplog) -> None:
     caplog.set_level(logging.INFO, logger=room.__name__)
     CompiledDenoiser().on_train_start(trainer(5000, done=3500), model)
-    assert caplog.messages == ["compiled: not for 1500 steps, which would not repay it (least_steps: 2000)"]
+    assert caplog.messages == [
+        "compiled: not used, because compiling takes longer than it saves in 1500 steps (least_steps: 2000)"
+    ]
     assert "forward" not in vars(model.model.diffusion_model)
     CompiledDenoiser().on_train_start(trainer(), torch.nn.Identity())
 

@@ -146,5 +146,5 @@ def test_wrap_is_for_what_is_no_dataset():
     "params", [{"batch_size": 0}, {"batch_size": "4"}, {"batch_size": 1, "num_workers": -1}]
 )
 def test_numbers_that_make_no_sense(params):
-    with pytest.raises(UserError, match="whole number from"):
+    with pytest.raises(UserError, match="whole number of at least"):
         DataModuleFromConfig(**params)

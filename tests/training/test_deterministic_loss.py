@@ -57,7 +57,7 @@ def test_the_training_is_the_same_with_it_and_the_best_is_kept(tiny_yaml, capsys
     of_step = embeddings.read(folder / f"embeddings_gs-{found['best_step']}.pt")
     assert torch.equal(best, of_step.concepts[0].vectors)
     assert embeddings.read(folder / "embedding_best.safetensors").metadata.steps == found["best_step"]
-    assert f"; step {found['best_step']} is best" in lines[-1] and "that is its limit" in lines[-1]
+    assert f"; step {found['best_step']} is best" in lines[-1] and "it reached its limit" in lines[-1]
     assert any("fixed loss" in line for line in lines if line.startswith("step "))
     (csv,) = only_run("with").glob("csv/*/metrics.csv")
     assert "val/loss_deterministic" in csv.read_text().splitlines()[0]
@@ -90,13 +90,13 @@ def test_a_resumed_run_has_measured_the_same(tiny_yaml):
 
 def test_what_is_said_where_no_step_is_best(tiny_yaml, capsys, monkeypatch):
     assert start("--base", tiny_yaml, "-t", "-l", "short", "--max_steps", 1) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "ended at step 1 because that is its limit"
+    assert capsys.readouterr().out.splitlines()[-1] == "ended at step 1 because it reached its limit"
     folder = only_run("short") / "checkpoints"
     assert not (folder / "embeddings_best.pt").exists()
     rising = iter([1.0, 1.1, 1.2])
     monkeypatch.setattr(FixedNoiseLoss, "measure", lambda self, model: next(rising))
     assert start("--base", tiny_yaml, "-t", "-l", "worse", *OFTEN, "--max_steps", 2) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("; no step was better than the first vectors")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; no step was better than the initial vectors")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from pytorch_lightning.strategies.launchers import subprocess_script
 
 import main
-from ldm.training.fitting import alone_at_last, is_out_of_memory
+from ldm.training.fitting import is_out_of_memory, kill_others_on_failure
 
 ROOT = Path(main.__file__).parent
 # What Lightning starts beside the processes of a run; it lies in a package of no name in setup.py.
@@ -50,10 +50,10 @@ def test_the_first_process_takes_the_others_with_it_and_lives_on(error, monkeypa
     observer = Observer(os.getpid(), trainer.strategy.launcher.procs, 0.05)
     observer.start()
     try:
-        with alone_at_last(trainer):
+        with kill_others_on_failure(trainer):
             pass
         assert other.poll() is None
-        with pytest.raises(type(error)), alone_at_last(trainer):
+        with pytest.raises(type(error)), kill_others_on_failure(trainer):
             raise error
         assert other.wait(10) != 0
         time.sleep(0.5)
@@ -64,7 +64,10 @@ def test_the_first_process_takes_the_others_with_it_and_lives_on(error, monkeypa
 
 
 def test_a_single_process_has_no_launcher() -> None:
-    with pytest.raises(OSError), alone_at_last(SimpleNamespace(strategy=SimpleNamespace(launcher=None))):
+    with (
+        pytest.raises(OSError),
+        kill_others_on_failure(SimpleNamespace(strategy=SimpleNamespace(launcher=None))),
+    ):
         raise OSError("disk full")
 
 

@@ -11,7 +11,7 @@ from ldm import embeddings
 from ldm.training.callbacks.guard import VectorStats
 from ldm.util import UserError
 
-OFTEN = ["lightning.callbacks.health.params.every_n_train_steps=2"]
+OFTEN = ["lightning.callbacks.vector_stats.params.every_n_train_steps=2"]
 
 
 def start(*words: object) -> int:

@@ -124,7 +124,7 @@ def test_pictures_of_different_sizes_are_encoded_at_every_step() -> None:
 
 def test_previews_find_the_pictures_again() -> None:
     cached = LatentCache().cached(Golden("clip_one_vector").model(), Pictures(), torch.device("cpu"))
-    shown = cached.with_pictures(batch(cached, [4, 1]), "image")
+    shown = cached.with_images(batch(cached, [4, 1]), "image")
     assert torch.equal(shown["image"][0], Pictures().image(1, False))
     assert torch.equal(shown["image"][1], Pictures().image(1, True))
 

@@ -21,7 +21,7 @@ def state_of(folder: str = "logs") -> dict:
 
 def test_rates_by_steps(tiny_yaml, capsys):
     words = ["model.base_learning_rate=1e-3:2, 5e-4:4, 1e-4", "--scale_lr", "false"]
-    often = "lightning.callbacks.health.params.every_n_train_steps=1"
+    often = "lightning.callbacks.vector_stats.params.every_n_train_steps=1"
     assert start("--base", tiny_yaml, "-t", "-l", "a", often, *words) == 0
     assert "learning rate 1.00e-03; by steps: 1e-3:2, 5e-4:4, 1e-4" in capsys.readouterr().out
     rows = next(value for key, value in state_of("a")["callbacks"].items() if "Health" in key)["rows"]
@@ -34,14 +34,14 @@ def test_rates_by_steps(tiny_yaml, capsys):
 
 def test_a_rate_that_makes_no_sense(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", "model.base_learning_rate=quick") == 1
-    assert "'quick' is no RATE:STEPS" in capsys.readouterr().err
+    assert "'quick' is not RATE:STEPS" in capsys.readouterr().err
 
 
 def test_rates_by_steps_take_the_place_of_a_schedule(tiny_yaml, capsys):
     schedule = "model.params.scheduler_config"
     words = [f"{schedule}.target=ldm.lr_scheduler.LambdaStepScheduler", f"{schedule}.params.rates=7"]
     assert start("--base", tiny_yaml, "-t", "-l", "a", "model.base_learning_rate=1e-3:2, 5e-4", *words) == 0
-    assert "take the place of the YAML's scheduler_config" in capsys.readouterr().err
+    assert "replaces the YAML's scheduler_config" in capsys.readouterr().err
     (group,) = state_of("a")["optimizer_states"][0]["param_groups"]
     assert (group["initial_lr"], group["lr"]) == pytest.approx((2e-3, 1e-3))
 

@@ -59,7 +59,8 @@ def test_twenty_steps_of_the_multistep_solver(monkeypatch) -> None:
 
 
 def test_prompts_name_every_placeholder() -> None:
-    model = SimpleNamespace(embedding_manager=SimpleNamespace(placeholders={"<a>": 1, "<b>": 2}))
+    model = Golden("clip_one_vector").model()
+    model.embedding_manager.take({"<a>": torch.ones(1, 32), "<b>": torch.ones(1, 32)}, "test")
     prompts = ["a photo of {}", "a dog"]
     assert filled_prompts(prompts, model) == ["a photo of <a>", "a photo of <b>", "a dog"]
     assert filled_prompts(prompts, nn.Identity()) == ["a photo of *", "a dog"]

@@ -211,7 +211,7 @@ def test_a_stop_waits_for_the_step_and_saves_everything(tiny_yaml, capsys, name,
     assert (run / "checkpoints" / "embeddings_gs-3.pt").is_file()
     shown = capsys.readouterr()
     assert f"stopped by {name} at step 3" in shown.out
-    assert f"go on with: python main.py -r {run} -t" in shown.out
+    assert f"resume with: python main.py -r {run} -t" in shown.out
     assert "Traceback" not in shown.err
 
 
@@ -221,7 +221,7 @@ def test_a_stop_between_a_step_and_the_validation(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", *words) == 143
     assert state_of(only_run())["global_step"] == 3
     assert (only_run() / "checkpoints" / "embeddings_gs-3.pt").is_file()
-    assert "go on with" in capsys.readouterr().out
+    assert "resume with" in capsys.readouterr().out
 
 
 def test_a_preview_is_broken_off_at_once(tiny_yaml, monkeypatch):
@@ -255,7 +255,7 @@ def test_sigterm_from_outside_ends_a_process_cleanly(tiny_yaml):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err
-    assert "go on with" in out
+    assert "resume with" in out
     step = state_of(only_run())["global_step"]
     assert step > 0
     assert (only_run() / "checkpoints" / f"embeddings_gs-{step}.pt").is_file()
@@ -319,7 +319,7 @@ def test_out_of_memory_keeps_what_was_learned(tiny_yaml, monkeypatch, capsys):
         (
             ["data.params.train.params.placeholder_token=@"],
             1,
-            "none of the captions holds the placeholder '*'",
+            "none of the captions contains the placeholder '*'",
         ),
         (["lightning.trainer.precision=5"], 1, "lightning.trainer"),
         (["-r", "nowhere"], 1, "does not exist"),
@@ -349,7 +349,7 @@ def test_a_state_of_another_placeholder(tiny_yaml, capsys):
 def test_no_base_at_all(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert start("-t") == 2
-    assert "name a YAML with --base" in capsys.readouterr().err
+    assert "give a YAML with --base" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tiny_yaml, capsys):

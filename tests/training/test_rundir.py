@@ -59,7 +59,7 @@ def test_resuming_by_folder_file_and_latest(tmp_path):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         run_folder.existing_run_folder(tmp_path / "no")
-    with pytest.raises(UserError, match="no run with a last.ckpt"):
+    with pytest.raises(UserError, match="no run in .* has a last.ckpt"):
         run_folder.existing_run_folder("latest", logdir=tmp_path)
     folder = made(tmp_path / "one")
     (folder / "checkpoints" / "last.ckpt").unlink()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from torch import nn
 
 from ldm.training import config, preflight
+from tests.golden_record import Golden
 
 MANAGER = "ldm.modules.embedding_manager.EmbeddingManager"
 
@@ -33,11 +34,10 @@ def test_the_seed_reaches_the_vectors_unless_the_yaml_names_one() -> None:
     ("steps", "told"), [(400, True), (2000, True), (6100, False), (None, False), (-1, False)]
 )
 def test_a_progressive_run_that_ends_before_its_second_vector(steps, told: bool, caplog) -> None:
-    manager = SimpleNamespace(progressive_step=0, progressive_scale=2000)
+    model = Golden("clip_one_vector").model()
+    model.embedding_manager.progressive_step, model.embedding_manager.progressive_scale = 0, 2000
     with caplog.at_level(logging.WARNING):
-        preflight.check_progress(SimpleNamespace(embedding_manager=manager), steps)
-        preflight.check_progress(
-            SimpleNamespace(embedding_manager=SimpleNamespace(progressive_step=None)), steps
-        )
-        preflight.check_progress(SimpleNamespace(), steps)
+        preflight.check_progress(model, steps)
+        preflight.check_progress(Golden("clip_one_vector").model(), steps)
+        preflight.check_progress(nn.Identity(), steps)
     assert bool(caplog.records) is told

@@ -32,7 +32,7 @@ def test_one_stop_goes_on_to_the_savers() -> None:
     guard.on_before_optimizer_step(*hook, None)
     requests.on_stop(signal.SIGINT)
     guard.on_train_batch_end(*hook, None, None, 0)
-    assert requests.stop == signal.SIGINT and not requests.writing
+    assert requests.stop == signal.SIGINT and not requests.updating
 
 
 def test_a_step_that_failed_holds_nothing_back() -> None:
@@ -40,4 +40,4 @@ def test_a_step_that_failed_holds_nothing_back() -> None:
     guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
     guard.on_before_optimizer_step(*hook, None)
     guard.on_exception(*hook, RuntimeError())
-    assert not requests.writing
+    assert not requests.updating

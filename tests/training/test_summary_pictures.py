@@ -56,11 +56,11 @@ def test_sheets_of_fixed_prompts_stand_for_themselves(tmp_path):
 def test_a_run_ends_with_both(tiny_yaml):
     images = "lightning.callbacks.image_logger.params"
     often = [f"{images}.batch_frequency=3", f"{images}.log_images_kwargs.ddim_steps=1"]
-    often.append("lightning.callbacks.health.params.every_n_train_steps=2")
+    often.append("lightning.callbacks.vector_stats.params.every_n_train_steps=2")
     assert start("--base", tiny_yaml, "-t", *often) == 0
     (run,) = Path("logs").iterdir()
     with Image.open(run / "learning_curve.png") as curve, Image.open(run / "progress.png") as sheet:
         assert curve.height == 3 * 180
         assert sheet.height > sheet.width / 2
-    assert start("--base", tiny_yaml, "-t", "-l", "none", "lightning.callbacks.summary_pictures=null") == 0
+    assert start("--base", tiny_yaml, "-t", "-l", "none", "lightning.callbacks.summary_images=null") == 0
     assert not list(Path("none").glob("*/*.png"))

@@ -163,7 +163,7 @@ def test_missing_parts_are_named(tmp_path, base):
         check(load(tmp_path))
     with pytest.raises(ConfigError, match="there is no data node"):
         check(load(tmp_path, "", {"model": {"target": "torch.nn.Identity"}}))
-    with pytest.raises(ConfigError, match="no value is given for model.params.ema_decay"):
+    with pytest.raises(ConfigError, match="there is no value for model.params.ema_decay"):
         check(load(tmp_path, "", base, {"model": {"params": {"ema_decay": "???"}}}))
     rootless = OmegaConf.create(base)
     del rootless["data_root"]
@@ -179,7 +179,7 @@ def test_a_word_for_a_model_that_learns_none(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", r"line \d is no valid YAML"), ("- a\n- b\n", "must hold a mapping")]
+    ("text", "message"), [("a: [", r"line \d is not a valid YAML"), ("- a\n- b\n", "must hold a mapping")]
 )
 def test_files_that_are_no_configuration(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):

@@ -14,7 +14,7 @@ from ldm.training.callbacks.guard import TrainingGuard
 from ldm.util import UserError
 
 OFTEN = [
-    "lightning.callbacks.tripwires.params.every_n_train_steps=2",
+    "lightning.callbacks.training_guard.params.every_n_train_steps=2",
     "lightning.callbacks.deterministic_loss=null",
     "lightning.modelcheckpoint.params.every_n_train_steps=1",
     "lightning.trainer.limit_val_batches=0",
@@ -61,7 +61,7 @@ def loss_times(monkeypatch):
             ],
             "the learning rate is 0",
         ),
-        (["model.base_learning_rate=1e-30"], "the vectors do not move at a learning rate of 2.0e-30"),
+        (["model.base_learning_rate=1e-30"], "the vectors do not change at a learning rate of 2.0e-30"),
     ],
 )
 def test_a_run_that_learns_nothing_ends_at_the_first_look(tiny_yaml, capsys, words, message):
@@ -87,7 +87,10 @@ def test_a_loss_that_is_no_number_is_taken_back(tiny_yaml, capsys, loss_times):
     loss_times(lambda step: float("nan") if step == 3 else 1)
     assert start("--base", tiny_yaml, "-t", "-l", "straight", *OFTEN) == 0
     shown = capsys.readouterr().err
-    assert "not finite at step 4: going on from the vectors of step 2 with half the learning rate" in shown
+    assert (
+        "not finite at step 4: training continues from the vectors of step 2 with half the learning rate"
+        in shown
+    )
     straight = state_of("straight")
     (vectors,) = (v for k, v in straight["state_dict"].items() if "string_to_param_dict" in k)
     assert vectors.isfinite().all()
@@ -123,9 +126,9 @@ def test_the_rate_of_a_schedule_is_halved_too(tiny_yaml, loss_times):
 
 def test_it_gives_up_after_some_times(tiny_yaml, capsys, loss_times):
     loss_times(lambda step: float("nan") if step >= 2 else 1)
-    words = ["lightning.callbacks.tripwires.params.rollbacks=1"]
+    words = ["lightning.callbacks.training_guard.params.rollbacks=1"]
     assert start("--base", tiny_yaml, "-t", *OFTEN, *words) == 1
-    assert "error: the loss is not finite at step 6, for the 2. time" in capsys.readouterr().err
+    assert "error: the loss is not finite at step 6 (rollbacks: 1)" in capsys.readouterr().err
     last = embeddings.read(only_run() / "checkpoints" / "embeddings.pt").concepts[0].vectors
     second = embeddings.read(only_run() / "checkpoints" / "embeddings_gs-2.pt").concepts[0].vectors
     assert torch.equal(last, second)

@@ -17,7 +17,7 @@ from ldm.training.callbacks.warm_start import WarmStart, end_states, features_of
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
 
-WARM, SAID = "lightning.callbacks.warm_start.params.steps=4", "warm start: captions and pictures agree by"
+WARM, SAID = "lightning.callbacks.warm_start.params.steps=4", "warm start: cosine of captions and images"
 
 
 def make_clip(folder: Path, width: int = 32) -> Path:
@@ -70,7 +70,7 @@ def test_captions_come_to_mean_the_pictures(clip, pictures):
     features = load_features(clip, "cpu", "image_tower")
     dataset = PersonalizedBase(pictures, size=32, seed=0)
     generator = torch.get_rng_state()
-    first, last = WarmStart(steps=30).approach(encoder, manager, dataset, features)
+    first, last = WarmStart(steps=30).train_vectors(encoder, manager, dataset, features)
     assert last > first + 0.2
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -86,7 +86,7 @@ def test_of_a_large_set_only_what_is_drawn_is_read(clip, pictures, monkeypatch):
     shown = []
     image = dataset.image
     monkeypatch.setattr(dataset, "image", lambda *variant: shown.append(variant) or image(*variant))
-    WarmStart(steps=2, captions=4).approach(
+    WarmStart(steps=2, captions=4).train_vectors(
         encoder, EmbeddingManager(encoder, ["*"], ["dog"]), dataset, load_features(clip, "cpu")
     )
     assert len(dataset.variants()) > 100
@@ -149,7 +149,7 @@ def test_vectors_keep_the_length_that_is_allowed(clip, pictures):
     manager = EmbeddingManager(encoder, ["*"], ["dog"], norm_control="fixed")
     dataset = PersonalizedBase(pictures, size=32, seed=0)
     first = manager.export()["*"]
-    WarmStart(steps=5).approach(encoder, manager, dataset, load_features(clip, "cpu"))
+    WarmStart(steps=5).train_vectors(encoder, manager, dataset, load_features(clip, "cpu"))
     usual = encoder.token_embedding.weight.norm(dim=1).mean()
     assert float(manager.export()["*"].norm()) == pytest.approx(float(usual), rel=1e-3)
     assert not torch.allclose(manager.export()["*"], first, atol=1e-3)
@@ -158,15 +158,15 @@ def test_vectors_keep_the_length_that_is_allowed(clip, pictures):
 @pytest.mark.parametrize("case", ["clip_one_vector", "bert_one_vector"])
 def test_without_a_picture_tower_there_is_none(case):
     encoder = Golden(case).model(load_embeddings=False).cond_stage_model
-    reason = "image_tower" if case.startswith("clip") else "BERTEmbedder has no picture tower"
+    reason = "image_tower" if case.startswith("clip") else "BERTEmbedder has no image tower"
     with pytest.raises(UserError, match=reason):
         features_of(encoder, SimpleNamespace(draw=1, image=1))
-    with pytest.raises(UserError, match="SimpleNamespace does not give pictures|no picture tower"):
+    with pytest.raises(UserError, match="SimpleNamespace does not give images|no image tower"):
         features_of(encoder, SimpleNamespace())
 
 
 @pytest.mark.parametrize(
-    ("width", "said"), [(32, "of another CLIP than the text encoder"), (16, "width 16, not 32")]
+    ("width", "said"), [(32, "belongs to another CLIP than the text encoder"), (16, "width 16, not 32")]
 )
 def test_the_picture_tower_of_another_clip_is_refused_in_a_line(width, said, tiny_yaml, tmp_path, capsys):
     other = make_clip(tmp_path / "stranger", width)
@@ -174,7 +174,7 @@ def test_the_picture_tower_of_another_clip_is_refused_in_a_line(width, said, tin
     assert start("--base", tiny_yaml, "-t", "-l", "without") == 0
     assert start("--base", tiny_yaml, "-t", "-l", "other", WARM, tower) == 0
     told = capsys.readouterr()
-    assert "no warm start, the vectors begin at their initializers: " in told.out + told.err
+    assert "no warm start, the vectors keep their initial values: " in told.out + told.err
     assert said in told.out + told.err
     assert torch.equal(learned("other"), learned("without"))
 

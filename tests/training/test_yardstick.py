@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.training.callbacks.fixed_loss import FixedNoiseLoss, copy_of_state, holding_state
+from ldm.training.callbacks.fixed_loss import FixedNoiseLoss, copy_of_state, temporary_state
 from tests.golden_record import Golden
 
 
@@ -81,7 +81,7 @@ def test_it_feels_the_vectors(model) -> None:
     state = {key: value * 2 for key, value in copy_of_state(model.embedding_manager).items()}
     vector = next(model.embedding_manager.embedding_parameters())
     start = vector.detach().clone()
-    with holding_state(model.embedding_manager, state):
+    with temporary_state(model.embedding_manager, state):
         assert torch.equal(vector, start * 2)
         assert yardstick.measure(model) != before
     assert torch.equal(vector, start) and yardstick.measure(model) == before

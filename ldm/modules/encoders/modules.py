@@ -193,6 +193,8 @@ class BERTEmbedder(TextEncoder):
     Raises UserError as BERTTokenizer does, and for a tokenizer with more words than `vocab_size`.
     """
 
+    family = "bert"
+
     def __init__(
         self,
         n_embed: int,
@@ -283,6 +285,8 @@ class FrozenCLIPEmbedder(TextEncoder):
     mode. Raises UserError for a folder that lacks something, a hub that cannot be reached, and a `max_length` beyond
     the positions.
     """
+
+    family = "clip"
 
     def __init__(
         self,
