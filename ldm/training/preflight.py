@@ -49,8 +49,8 @@ def check_captions(model: pl.LightningModule, dataset: Any) -> None:
     for word in getattr(dataset, "placeholders", ()):
         if word in ids and word not in found:
             raise UserError(
-                f"none of the captions contains the placeholder '{word}' (one caption is '{captions[0]}'); write {{}} or "
-                "[name] in the templates, or the word in the captions"
+                f"none of the captions contains the placeholder '{word}' (one caption is '{captions[0]}'); write "
+                "{} or [name] in the templates, or the word in the captions"
             )
     if without:
         logger.warning(
