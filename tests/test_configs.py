@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in SHIPPED if path.parent.name == "personalization"]
-# What is laid over another YAML; recipes are checked in tests/training/test_recipes.py.
+# What is laid over another YAML; recipes are checked in tests/training/test_shipped_configs.py.
 FRAGMENTS = ("personalization", "recipes")
 TRAINABLE = [p for p in SHIPPED if p.parent.name not in FRAGMENTS and "data" in OmegaConf.load(p)]
 MODELS = [path for path in SHIPPED if "target" in (OmegaConf.load(path).get("model") or {})]

@@ -76,10 +76,10 @@ def test_rates_by_steps():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "'fast' is no RATE:STEPS"),
+        ("fast", "'fast' is not RATE:STEPS"),
         ("1e-3:x", "'1e-3:x' is no"),
-        ("1e-3:100, 1e-4:50, 1e-5", "must rise"),
-        ("1e-3, 1e-4:50", "must rise"),
+        ("1e-3:100, 1e-4:50, 1e-5", "must increase"),
+        ("1e-3, 1e-4:50", "must increase"),
         ("0:10, 1e-3", "above 0"),
     ],
 )
@@ -89,7 +89,7 @@ def test_rates_that_make_no_sense(text, message):
 
 
 def test_a_cycle_without_steps_is_an_error():
-    with pytest.raises(ConfigError, match="a cycle of -1 steps"):
+    with pytest.raises(ConfigError, match="a cycle has -1 steps"):
         LambdaWarmUpCosineScheduler(
             warm_up_steps=10, lr_min=0.2, lr_max=2.0, lr_start=0.0, max_decay_steps=-1
         )

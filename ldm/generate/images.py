@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.files import atomic_write
 from ldm.images import image_grid, to_pil
@@ -22,7 +22,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
 from ldm.models.diffusion.steps import check_eta, check_steps
 from ldm.modules.diffusionmodules.openaimodel import Downsample
-from ldm.util import UserError
+from ldm.util import UserError, evaluating
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -158,17 +158,6 @@ def noise_source(seed: int, number: int) -> torch.Generator:
     """The random generator of one image, independent of that of any other seed or number."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode within this block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def half_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:

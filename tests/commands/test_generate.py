@@ -185,12 +185,12 @@ def test_defaults_of_stable_diffusion(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--ddim_steps", "-5"], 2, "argument --ddim_steps: '-5' is no positive whole number"),
-        (["--ddim_steps", "0"], 2, "'0' is no positive"),
-        (["--n_samples", "some"], 2, "'some' is no positive"),
+        (["--ddim_steps", "-5"], 2, "argument --ddim_steps: '-5' is not a positive whole number"),
+        (["--ddim_steps", "0"], 2, "'0' is not a positive"),
+        (["--n_samples", "some"], 2, "'some' is not a positive"),
         (["--H", "-32"], 2, "argument --H"),
-        (["--ddim_eta", "2"], 2, "argument --ddim_eta: '2' is no number from 0 to 1"),
-        (["--ddim_eta", "much"], 2, "'much' is no number"),
+        (["--ddim_eta", "2"], 2, "argument --ddim_eta: '2' is not a number from 0 to 1"),
+        (["--ddim_eta", "much"], 2, "'much' is not a number"),
         (["--plms", "--dpm_solver"], 2, "not allowed with argument --plms"),
         (["--plms", "--ddim_eta", "0.5"], 2, "--ddim_eta 0.5 needs DDIM; remove --plms"),
         (["--precision", "half"], 2, "invalid choice: 'half'"),

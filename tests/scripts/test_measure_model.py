@@ -57,7 +57,7 @@ def test_prompts_are_measured_and_shown(judge, tmp_path) -> None:
     [
         (["prompts", "--judge", "nowhere"], "no judge in 'nowhere'"),
         (["first-stage", "--model", "nowhere"], "'nowhere/model.safetensors' does not exist"),
-        (["prompts", "--count", "0"], "'0' is no positive whole number"),
+        (["prompts", "--count", "0"], "'0' is not a positive whole number"),
     ],
 )
 def test_mistakes_are_one_line(words, line, capsys) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ldm import random_state
 from ldm.images import text_image, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -52,7 +52,7 @@ def preview_images(
     few = {key: value[: len(x)] for key, value in batch.items()}
     if not hasattr(model, "first_stage_model"):
         return shown
-    with _own_random_state(seed, model.device), model.first_stage_on(model.device):
+    with random_state.isolated(seed), model.first_stage_on(model.device):
         z, raw = model.get_input(few, images)
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):
@@ -110,11 +110,3 @@ def _samples(
 def _noise(shape: Sequence[int], seed: int) -> Tensor:
     """Noise of one picture, the same on every device."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers are seeded within this block, and the training's stay as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

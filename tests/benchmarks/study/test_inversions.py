@@ -171,7 +171,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
         ("report", [], "has no figures"),
         ("invert", ["--override", "max_steps"], "is not KEY=VALUE"),
         ("invert", ["--recipe", "absent.yaml"], "'absent.yaml' does not exist"),
-        ("invert", ["--vectors", "0"], "no positive whole number"),
+        ("invert", ["--vectors", "0"], "not a positive whole number"),
         ("draw", [], "invalid choice"),
     ],
 )

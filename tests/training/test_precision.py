@@ -1,4 +1,4 @@
-"""Half precision is for what is frozen."""
+"""Half precision for frozen weights only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gradient(model, plugin) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["clip_one_vector", "bert_one_vector"])
-def test_the_numbers_are_autocasts_but_each_weight_is_converted_once(case) -> None:
+def test_same_numbers_as_autocast(case) -> None:
     model = Golden(case).model().train()
     expected = gradient(model, pl.plugins.precision.MixedPrecision("bf16-mixed", "cpu"))
     plugin = FrozenHalf("bf16-mixed", "cpu")
@@ -37,6 +37,8 @@ def test_the_numbers_are_autocasts_but_each_weight_is_converted_once(case) -> No
     assert sum(p.numel() for p in half) > 0.95 * sum(p.numel() for p in model.model.parameters())
     assert model.cond_stage_model.token_embedding.weight.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in model.first_stage_model.parameters())
+    norms = [part for part in model.modules() if isinstance(part, (nn.GroupNorm, nn.LayerNorm))]
+    assert norms and all(p.dtype == torch.float32 for norm in norms for p in norm.parameters())
     loss, found = gradient(model, plugin)
     assert torch.equal(loss, expected[0]) and torch.equal(found, expected[1])
     assert loss.dtype == found.dtype == torch.float32
@@ -44,7 +46,7 @@ def test_the_numbers_are_autocasts_but_each_weight_is_converted_once(case) -> No
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_what_is_trained_is_not_converted() -> None:
+def test_trained_weights_are_not_converted() -> None:
     model = nn.Module()
     model.model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     FrozenHalf("bf16-mixed", "cpu").convert_module(model)
@@ -53,20 +55,20 @@ def test_what_is_trained_is_not_converted() -> None:
 
 def test_names_of_precisions() -> None:
     assert plugin_for(None, "cpu") is plugin_for("32-true", "gpu") is plugin_for(5, "cpu") is None
-    for said in ("bf16", "bf16-mixed", "bf16-true"):
-        assert plugin_for(said, "gpu").precision == "bf16-mixed"
-        assert plugin_for(said, "gpu").device == "cuda"
+    for name in ("bf16", "bf16-mixed", "bf16-true"):
+        assert plugin_for(name, "gpu").precision == "bf16-mixed"
+        assert plugin_for(name, "gpu").device == "cuda"
     assert plugin_for(16, "cpu").precision == plugin_for("16-true", "cpu").precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize(("native", "kind"), [(True, "bf16-mixed"), (False, "16-mixed")])
-def test_a_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
+def test_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert plugin_for("bf16-mixed", "gpu").precision == kind
 
 
-class Look(pl.Callback):
+class RecordTypes(pl.Callback):
     """Notes what a step is made of."""
 
     seen: list[set[torch.dtype]] = []
@@ -79,15 +81,18 @@ class Look(pl.Callback):
         self.seen.append(({value.dtype for value in learned}, frozen.dtype))
 
 
-def test_a_run_in_bf16_true_learns_in_float32(tiny_yaml, monkeypatch) -> None:
-    monkeypatch.setattr(Look, "seen", [])
+def test_run_in_bf16_true_trains_in_float32(tiny_yaml, monkeypatch) -> None:
+    monkeypatch.setattr(RecordTypes, "seen", [])
     models, make = [], run_module.make_model
     monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
-    words = ["lightning.trainer.precision=bf16-true", f"lightning.callbacks.look.target={__name__}.Look"]
+    words = [
+        "lightning.trainer.precision=bf16-true",
+        f"lightning.callbacks.look.target={__name__}.RecordTypes",
+    ]
     images = "lightning.callbacks.image_logger.params"
     words += [f"{images}.batch_frequency=2", f"{images}.log_images_kwargs.ddim_steps=1", "--max_steps", "2"]
     assert main.main(["--base", str(tiny_yaml), "-t", *words]) == 0
-    assert Look.seen == [({torch.float32}, torch.bfloat16)] * 2
+    assert RecordTypes.seen == [({torch.float32}, torch.bfloat16)] * 2
     (run,) = Path("logs").iterdir()
     assert list((run / "images" / "train").glob("samples_*")), "previews work in it too"
     assert {p.dtype for p in models[0].parameters()} == {torch.float32}

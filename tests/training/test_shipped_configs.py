@@ -1,4 +1,4 @@
-"""The stages of the embedded model through `main`, three steps each: the shipped YAMLs with small parts."""
+"""Shipped YAMLs in training: the recipes, and the stages of the embedded model with small parts, three steps each."""
 
 from __future__ import annotations
 
@@ -6,21 +6,63 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import main
 from ldm.checkpoint import read_state_dict, save_state_dict
 from ldm.models.two_towers import TwoTowers
+from ldm.training import command_line, config
+from ldm.training.trainer import OLD_TRAINER_KEYS
+
+CONFIGS = Path(main.__file__).parent / "configs"
+
+
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+
+
+BASES = [*CONFIGS.glob("latent-diffusion/*finetune*.yaml"), *CONFIGS.glob("stable-diffusion/*finetune*.yaml")]
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_fits(recipe, base):
+    options = command_line.parse(["--base", str(base), str(recipe), "--data_root", "x"])
+    merged = config.load_run_config(options, options.base)
+    config.check_run_config(merged, [*command_line.trainer_options(), *OLD_TRAINER_KEYS])
+    # It changes values, and takes away no part.
+    for key in ("model.params.first_stage_config.target", "data.params.train.target"):
+        assert OmegaConf.select(merged, key) == OmegaConf.select(OmegaConf.load(base), key)
+
+
+def test_learning_rate_of_the_paper():
+    paper = OmegaConf.load(CONFIGS / "recipes" / "paper.yaml")
+    batch = paper.data.params.batch_size * paper.lightning.trainer.accumulate_grad_batches
+    assert batch * paper.model.base_learning_rate == pytest.approx(0.04)
+    assert paper.lightning.trainer.max_steps == 5000
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains(recipe, tiny_yaml, capsys):
+    assert main.main(["--base", str(tiny_yaml), str(recipe), "-t", "--max_steps", "2"]) == 0
+    assert "ended at step 2" in capsys.readouterr().out.splitlines()[-1]
+
 
 ROOT = Path(main.__file__).parent
+
+
 TEXT_ENCODER = ROOT / "models" / "ldm" / "creatures" / "text_encoder"
+
+
 TOWER = {"target": "ldm.models.two_towers.ResidualTower", "params": {"channels": [8], "width": 16}}
+
+
 SMALL_AUTOENCODER = ("ddconfig.ch=8", "ddconfig.ch_mult=[1,1,1]")
 
 
 def train(stage: str, *words: str) -> Path:
     """Three steps of a stage in the working directory; returns its run folder."""
-    few = [f"data.params.{split}.params.count=8" for split in ("train", "validation")]
-    few += [
+    small = [f"data.params.{split}.params.count=8" for split in ("train", "validation")]
+    small += [
         "data.params.batch_size=4",
         "--max_steps",
         "3",
@@ -29,7 +71,7 @@ def train(stage: str, *words: str) -> Path:
         stage,
     ]
     yaml = ROOT / "configs" / "creatures" / f"{stage}.yaml"
-    assert main.main(["-b", str(yaml), "-t", "--scale_lr", "false", *few, *words]) == 0
+    assert main.main(["-b", str(yaml), "-t", "--scale_lr", "false", *small, *words]) == 0
     (run,) = Path(stage).iterdir()
     return run
 
@@ -40,11 +82,11 @@ def weights(run: Path, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_first_stage_and_a_denoiser_with_its_text_encoder() -> None:
+def test_first_stage_and_denoiser_with_its_text_encoder() -> None:
     run = train("first-stage", *(f"model.params.{word}" for word in SMALL_AUTOENCODER))
     first_stage = {key: value for key, value in weights(run).items() if not key.startswith("loss.")}
     assert list((run / "images" / "train").glob("reconstruction_gs-000001*.jpg"))
@@ -70,7 +112,7 @@ def test_a_first_stage_and_a_denoiser_with_its_text_encoder() -> None:
     assert list((run / "images" / "train").glob("samples_scaled_gs-000001*.jpg"))
 
 
-def test_a_text_encoder() -> None:
+def test_text_encoder() -> None:
     words = [f"model.params.image_tower.params.{key}={value}" for key, value in TOWER["params"].items()]
     train("clip", *words, f"model.params.text_encoder={TEXT_ENCODER}", "model.params.export_to=towers")
     features = TwoTowers.load("towers").text_features(["a photo of a cat", "a dog"])

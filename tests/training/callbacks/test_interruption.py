@@ -1,4 +1,4 @@
-"""Stops that come at the wrong moment."""
+"""Stop requests during the optimizer's update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.console import Interrupted
 from ldm.training.callbacks.interruption import Requests, StepGuard
 
 
-def test_a_second_stop_ends_a_step_but_not_while_vectors_are_written() -> None:
+def test_second_stop_request_waits_for_the_update() -> None:
     requests = Requests()
     guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
     requests.stepping = True
@@ -25,19 +25,19 @@ def test_a_second_stop_ends_a_step_but_not_while_vectors_are_written() -> None:
         requests.on_stop(signal.SIGTERM)
 
 
-def test_one_stop_goes_on_to_the_savers() -> None:
+def test_one_stop_request_waits_for_saving() -> None:
     requests = Requests()
     guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
     requests.stepping = True
     guard.on_before_optimizer_step(*hook, None)
     requests.on_stop(signal.SIGINT)
     guard.on_train_batch_end(*hook, None, None, 0)
-    assert requests.stop == signal.SIGINT and not requests.writing
+    assert requests.stop == signal.SIGINT and not requests.updating
 
 
-def test_a_step_that_failed_holds_nothing_back() -> None:
+def test_failed_step_ends_the_update() -> None:
     requests = Requests()
     guard, hook = StepGuard(requests), (SimpleNamespace(), SimpleNamespace())
     guard.on_before_optimizer_step(*hook, None)
     guard.on_exception(*hook, RuntimeError())
-    assert not requests.writing
+    assert not requests.updating

@@ -1,4 +1,6 @@
-"""Command lines, as the original's users and those of other tools write them."""
+"""Command lines of the original and of other tools."""
+
+from __future__ import annotations
 
 from shlex import split
 
@@ -8,7 +10,7 @@ from ldm.training.command_line import ELSEWHERE, alias_overrides, make_parser, p
 from ldm.util import UsageError
 
 
-def test_the_originals_command():
+def test_original_command():
     options = parse(
         split(
             "--base a.yaml b.yaml -t --actual_resume m.ckpt -n cat --gpus 0, --data_root pics --init_word toy"
@@ -20,7 +22,7 @@ def test_the_originals_command():
     assert (options.data_root, options.init_word) == ("pics", "toy")
 
 
-def test_every_flag_of_the_original_is_there():
+def test_all_flags_of_the_original_exist():
     flags = {flag for action in make_parser()._actions for flag in action.option_strings}
     assert flags >= set(
         split(
@@ -35,29 +37,29 @@ def test_every_flag_of_the_original_is_there():
     ("words", "value"),
     [("--scale_lr false", False), ("--scale_lr", True), ("", None), ("--scale_lr yes", True)],
 )
-def test_switches_take_a_word_or_none(words, value):
+def test_switches_with_and_without_value(words, value):
     assert parse(words.split()).scale_lr is value
 
 
 @pytest.mark.parametrize("gpus", ["0,", "0", "-1", "0,1"])
-def test_gpus_stay_text(gpus):
+def test_gpus_is_text(gpus):
     assert parse(["--gpus", gpus, "-t"]).gpus == gpus
 
 
-def test_overrides_may_stand_anywhere():
+def test_overrides_at_any_position():
     options = parse(["-t", "model.base_learning_rate=1e-3", "--base", "a.yaml", "data.params.batch_size=1"])
     assert options.base == ["a.yaml"]
     assert options.train is True
     assert options.overrides == ["model.base_learning_rate=1e-3", "data.params.batch_size=1"]
 
 
-def test_a_flag_with_equals_is_no_override():
+def test_flag_with_equals_sign_is_not_an_override():
     options = parse(["--data_root=pics", "actual_resume=m.ckpt"])
     assert options.data_root == "pics"
     assert options.overrides == ["actual_resume=m.ckpt"]
 
 
-def test_trainer_flags_become_numbers_and_words():
+def test_types_of_trainer_flags():
     options = parse(
         split("--max_steps 10 --precision bf16-mixed --num_nodes=2 --gradient_clip_val 1e-1 --deterministic")
     )
@@ -71,7 +73,7 @@ def test_trainer_flags_become_numbers_and_words():
     assert parse(["--max_steps", "-1"]).trainer == {"max_steps": -1}
 
 
-def test_diffusers_spellings():
+def test_diffusers_flags():
     options = parse(
         split(
             "--train_data_dir d --pretrained_model_name_or_path m --placeholder_token <cat> "
@@ -93,8 +95,8 @@ def test_diffusers_spellings():
 
 
 @pytest.mark.parametrize("flag", sorted(ELSEWHERE))
-def test_flags_without_a_meaning_here_say_what_has(flag):
-    with pytest.raises(UsageError, match="no counterpart here: "):
+def test_unsupported_flags_name_an_alternative(flag):
+    with pytest.raises(UsageError, match="is not supported: "):
         parse([flag, "1"])
 
 
@@ -103,7 +105,7 @@ def test_flags_without_a_meaning_here_say_what_has(flag):
     [
         ("--dataroot x", "did you mean --data_root"),
         ("--scale_lr perhaps", "neither true nor false"),
-        ("--num_vectors 0", "no positive whole number"),
+        ("--num_vectors 0", "not a positive whole number"),
         ("-t stray", "neither true nor false"),
         ("--gpus 0, stray", "neither a flag nor an override"),
         ("-n a -r b", "exclude each other"),

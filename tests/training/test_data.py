@@ -1,4 +1,6 @@
-"""The data module: splits, batches, and samples that do not depend on when or where they are drawn."""
+"""The data module: splits, batches, and reproducible samples."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -48,11 +50,11 @@ def drawn(loader):
     ]
 
 
-def test_yamls_name_it_through_main():
+def test_main_has_the_same_class():
     assert Named is DataModuleFromConfig
 
 
-def test_last_batch_is_kept_even_if_there_are_fewer_images_than_it_holds():
+def test_incomplete_batch_is_kept():
     data = module(batch_size=16)
     batches = list(data.train_dataloader())
     assert [len(batch["index"]) for batch in batches] == [7]
@@ -60,7 +62,7 @@ def test_last_batch_is_kept_even_if_there_are_fewer_images_than_it_holds():
     assert data.test_dataloader() == [] == data.predict_dataloader()
 
 
-def test_an_epoch_is_each_sample_once_in_another_order():
+def test_each_epoch_has_each_sample_once_in_another_order():
     loader = module().train_dataloader()
     first = drawn(loader)
     loader.sampler.set_epoch(1)
@@ -70,14 +72,14 @@ def test_an_epoch_is_each_sample_once_in_another_order():
     assert not {d for _, d in first} & {d for _, d in second}
 
 
-def test_samples_do_not_depend_on_workers_or_on_what_else_draws():
+def test_samples_depend_on_neither_workers_nor_other_draws():
     expected = drawn(module().train_dataloader())
     torch.rand(5)
     assert drawn(module().train_dataloader()) == expected
     assert drawn(module(num_workers=2).train_dataloader()) == expected
 
 
-def test_loading_leaves_the_trainings_generators_alone():
+def test_loading_does_not_change_the_generators():
     loader = module().train_dataloader()
     torch.manual_seed(1)
     np.random.seed(1)
@@ -90,7 +92,7 @@ def test_loading_leaves_the_trainings_generators_alone():
 
 
 @pytest.mark.parametrize("done", [1, 3, 4, 6])
-def test_a_resumed_run_goes_on_with_the_next_batch(done):
+def test_resumed_run_continues_with_the_next_batch(done):
     straight = module().train_dataloader()
     batches = []
     for epoch in range(2):
@@ -106,7 +108,7 @@ def test_a_resumed_run_goes_on_with_the_next_batch(done):
     assert len(list(resumed.train_dataloader())) == 4, "the next epoch is a whole one"
 
 
-def test_validation_is_the_same_every_time():
+def test_validation_samples_never_change():
     loader = module().val_dataloader()
     first = drawn(loader)
     loader.sampler.set_epoch(5)
@@ -122,7 +124,7 @@ def test_replicas_share_the_batch_of_one_process():
     assert [len(list(sampler)) for sampler in odd] == [4, 4] == [len(sampler) for sampler in odd]
 
 
-def test_a_dataset_that_counts_on_is_asked_beyond_its_length():
+def test_dataset_with_draw_gets_indices_beyond_its_length():
     class Counting(Drawing):
         def draw(self, index):
             return index
@@ -133,7 +135,7 @@ def test_a_dataset_that_counts_on_is_asked_beyond_its_length():
     assert SeededDataset(Counting(5), 0)[3, 2] == 13
 
 
-def test_wrap_is_for_what_is_no_dataset():
+def test_wrap():
     node = {"target": f"{__name__}.Plain"}
     data = DataModuleFromConfig(2, train=node, wrap=True, num_workers=0)
     data.setup()
@@ -145,6 +147,6 @@ def test_wrap_is_for_what_is_no_dataset():
 @pytest.mark.parametrize(
     "params", [{"batch_size": 0}, {"batch_size": "4"}, {"batch_size": 1, "num_workers": -1}]
 )
-def test_numbers_that_make_no_sense(params):
-    with pytest.raises(UserError, match="whole number from"):
+def test_invalid_numbers(params):
+    with pytest.raises(UserError, match="whole number of at least"):
         DataModuleFromConfig(**params)

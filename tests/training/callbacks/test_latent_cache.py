@@ -1,3 +1,5 @@
+"""Training images that are encoded once."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,13 +17,13 @@ from ldm.util import UserError
 from tests.golden_record import Golden
 
 
-class Pictures:
-    """Three pictures, shown as they are or mirrored in turn."""
+class Images:
+    """Three images, stacked as they are or mirrored in turn."""
 
     placeholders = ["*"]
 
     def __init__(self) -> None:
-        self.pictures = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.images = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
         self.read = 0
 
     def __len__(self) -> int:
@@ -32,8 +34,8 @@ class Pictures:
 
     def image(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
         self.read += 1
-        picture = self.pictures[image]
-        return picture.flip(1) if flipped else picture
+        pixels = self.images[image]
+        return pixels.flip(1) if flipped else pixels
 
     def draw(self, index: int) -> Sample:
         return Sample(index % 3, index % 2 == 1, f"a photo of * {index}")
@@ -51,30 +53,30 @@ def batch(dataset, indices) -> dict:
     }
 
 
-def test_a_cached_step_has_the_very_numbers_of_an_encoded_one(model) -> None:
-    pictures = Pictures()
-    cached = LatentCache(batch_size=4).cached(model, pictures, torch.device("cpu"))
-    assert len(cached) == 6 and cached.placeholders == ["*"] and pictures.read == 6 + 1, (
+def test_cached_latents_equal_encoded_ones(model) -> None:
+    images = Images()
+    cached = LatentCache(batch_size=4).cached(model, images, torch.device("cpu"))
+    assert len(cached) == 6 and cached.placeholders == ["*"] and images.read == 6 + 1, (
         "and one to see the size"
     )
     indices = [0, 1, 5]
-    drawn = [pictures.draw(i) for i in indices]
-    shown = torch.stack([pictures.image(*d.variant) for d in drawn])
+    drawn = [images.draw(i) for i in indices]
+    stacked = torch.stack([images.image(*d.variant) for d in drawn])
     torch.manual_seed(3)
-    expected, captions = model.get_input({"image": shown, "caption": [d.caption for d in drawn]}, "image")
+    expected, captions = model.get_input({"image": stacked, "caption": [d.caption for d in drawn]}, "image")
     torch.manual_seed(3)
     got, got_captions = model.get_input(batch(cached, indices), "image")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert got_captions == captions
-    assert pictures.read == 7 + 3
+    assert images.read == 7 + 3
 
 
-def test_draws_are_fresh_and_have_the_posteriors_moments() -> None:
+def test_posterior_is_sampled_at_every_step() -> None:
     model = Golden("clip_one_vector").model()
-    cached = LatentCache().cached(model, Pictures(), torch.device("cpu"))
+    cached = LatentCache().cached(model, Images(), torch.device("cpu"))
     torch.manual_seed(0)
     draws = torch.stack([model.get_input(batch(cached, [2]), "image")[0] for _ in range(2000)])
-    posterior = model.encode_first_stage(Pictures().image(2).movedim(-1, 0)[None])
+    posterior = model.encode_first_stage(Images().image(2).movedim(-1, 0)[None])
     torch.testing.assert_close(draws.mean(0) / model.scale_factor, posterior.mean, atol=0.15, rtol=0.1)
     torch.testing.assert_close(draws.std(0) / model.scale_factor, posterior.std, atol=0.05, rtol=0.1)
 
@@ -86,9 +88,9 @@ def trainer(dataset) -> SimpleNamespace:
     )
 
 
-def test_takes_the_place_of_the_training_pictures_where_it_can() -> None:
+def test_which_datasets_are_cached() -> None:
     model = Golden("vq_one_vector").model()
-    fit = trainer(Pictures())
+    fit = trainer(Images())
     LatentCache().on_fit_start(fit, model)
     assert isinstance(fit.datamodule.datasets["train"], CachedLatents)
     assert fit.datamodule.datasets["train"].key == LATENT
@@ -96,45 +98,45 @@ def test_takes_the_place_of_the_training_pictures_where_it_can() -> None:
     fit = trainer(plain)
     LatentCache().on_fit_start(fit, model)
     assert fit.datamodule.datasets["train"] is plain
-    fit = trainer(Pictures())
+    fit = trainer(Images())
     LatentCache().on_fit_start(fit, torch.nn.Identity())
-    assert isinstance(fit.datamodule.datasets["train"], Pictures)
+    assert isinstance(fit.datamodule.datasets["train"], Images)
 
 
-def test_beyond_the_memory_it_lies_in_a_file(tmp_path: Path, monkeypatch) -> None:
+def test_large_cache_is_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     model = Golden("clip_one_vector").model()
-    in_memory = LatentCache().cached(model, Pictures(), torch.device("cpu"))
-    on_disk = LatentCache(memory_mib=0).cached(model, Pictures(), torch.device("cpu"))
+    in_memory = LatentCache().cached(model, Images(), torch.device("cpu"))
+    on_disk = LatentCache(memory_mib=0).cached(model, Images(), torch.device("cpu"))
     assert isinstance(on_disk.encoded, np.memmap) and not isinstance(in_memory.encoded, np.memmap)
     assert torch.equal(on_disk[4][POSTERIOR], in_memory[4][POSTERIOR])
 
 
-def test_bad_batch_size() -> None:
+def test_invalid_batch_size() -> None:
     with pytest.raises(UserError, match="batch_size is 0"):
         LatentCache(batch_size=0)
 
 
-def test_pictures_of_different_sizes_are_encoded_at_every_step() -> None:
-    pictures = Pictures()
-    pictures.image = lambda image, flipped=False, view=0: torch.zeros(32 + 8 * image, 32, 3)
+def test_images_of_different_sizes_are_not_cached() -> None:
+    images = Images()
+    images.image = lambda image, flipped=False, view=0: torch.zeros(32 + 8 * image, 32, 3)
     model = Golden("clip_one_vector").model()
-    assert LatentCache(batch_size=4).cached(model, pictures, torch.device("cpu")) is pictures
+    assert LatentCache(batch_size=4).cached(model, images, torch.device("cpu")) is images
 
 
-def test_previews_find_the_pictures_again() -> None:
-    cached = LatentCache().cached(Golden("clip_one_vector").model(), Pictures(), torch.device("cpu"))
-    shown = cached.with_pictures(batch(cached, [4, 1]), "image")
-    assert torch.equal(shown["image"][0], Pictures().image(1, False))
-    assert torch.equal(shown["image"][1], Pictures().image(1, True))
+def test_images_for_previews() -> None:
+    cached = LatentCache().cached(Golden("clip_one_vector").model(), Images(), torch.device("cpu"))
+    stacked = cached.with_images(batch(cached, [4, 1]), "image")
+    assert torch.equal(stacked["image"][0], Images().image(1, False))
+    assert torch.equal(stacked["image"][1], Images().image(1, True))
 
 
-def test_the_first_stage_rests_on_the_cpu_and_comes_back_for_what_needs_it() -> None:
+def test_first_stage_stays_on_the_cpu() -> None:
     """The device called meta stands in for an accelerator: what is moved there has no numbers any more."""
     accelerator = torch.device("meta")
     model = Golden("clip_one_vector").model()
     before = {key: value.clone() for key, value in model.first_stage_model.state_dict().items()}
-    fit = trainer(Pictures())
+    fit = trainer(Images())
     cache = LatentCache()
     cache.on_fit_start(fit, model)
     moved: list[object] = []
@@ -144,9 +146,9 @@ def test_the_first_stage_rests_on_the_cpu_and_comes_back_for_what_needs_it() -> 
     del model.first_stage_model.to
 
     resting = model.first_stage_model
-    pictures = torch.zeros(2, 3, 32, 32, device=accelerator)
-    assert model.encode_first_stage(pictures).parameters.device == accelerator
-    latents = torch.zeros(2, *model.encode_first_stage(pictures).mean.shape[1:], device=accelerator)
+    images = torch.zeros(2, 3, 32, 32, device=accelerator)
+    assert model.encode_first_stage(images).parameters.device == accelerator
+    latents = torch.zeros(2, *model.encode_first_stage(images).mean.shape[1:], device=accelerator)
     assert model.decode_first_stage(latents).device == accelerator
     assert model.first_stage_model is resting
     after = resting.state_dict()
@@ -157,14 +159,14 @@ def test_the_first_stage_rests_on_the_cpu_and_comes_back_for_what_needs_it() -> 
     assert model.first_stage_model is resting
 
 
-def test_a_first_stage_that_is_still_needed_stays() -> None:
+def test_first_stage_stays_without_a_cache() -> None:
     model = Golden("clip_one_vector").model()
     model.first_stage_model.to = lambda place: pytest.fail(f"moved to {place}")
     LatentCache().on_train_start(trainer([1, 2]), model)
 
 
-@pytest.mark.parametrize("broken_off", [False, True])
-def test_a_validation_brings_the_first_stage_once(broken_off: bool) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_validation_moves_the_first_stage_once(fails: bool) -> None:
     accelerator = torch.device("meta")
     model = Golden("clip_one_vector").model()
     resting = model.first_stage_model
@@ -175,7 +177,7 @@ def test_a_validation_brings_the_first_stage_once(broken_off: bool) -> None:
     assert there is not resting and next(there.parameters()).device == accelerator
     model.encode_first_stage(torch.zeros(1, 3, 32, 32, device=accelerator))
     assert model.first_stage_model is there
-    if broken_off:
+    if fails:
         cache.on_exception(fit, model, KeyboardInterrupt())
     else:
         cache.on_validation_end(fit, model)

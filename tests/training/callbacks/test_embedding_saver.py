@@ -1,4 +1,4 @@
-"""What the embedding files of a run say about it, and in which formats they are."""
+"""The embedding files of a run: metadata and formats."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def checkpoints(*words: object) -> Path:
     return run / "checkpoints"
 
 
-def test_a_file_says_what_it_was_learned_with(tiny_yaml, tiny_model, pictures) -> None:
+def test_metadata(tiny_yaml, tiny_model, image_folder) -> None:
     folder = checkpoints(tiny_yaml, "--init_word", "photo", "--scale_lr", "false")
     for name in ("embedding.safetensors", "embedding_gs-2.safetensors"):
-        said = embeddings.read(folder / name).metadata
-        assert (said.base_model, said.steps, said.seed) == ("model.safetensors", 2, 23)
-        assert said.base_model_hash == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
-        assert (said.images, said.resolution, said.initializer) == (3, 32, "photo")
-        assert said.images_fingerprint == images_fingerprint(sorted(pictures.iterdir()))
-        assert said.learning_rate == pytest.approx(5e-3)
+        metadata = embeddings.read(folder / name).metadata
+        assert (metadata.base_model, metadata.steps, metadata.seed) == ("model.safetensors", 2, 23)
+        assert metadata.base_model_hash == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+        assert (metadata.images, metadata.resolution, metadata.initializer) == (3, 32, "photo")
+        assert metadata.images_fingerprint == images_fingerprint(sorted(image_folder.iterdir()))
+        assert metadata.learning_rate == pytest.approx(5e-3)
 
 
-def test_other_formats_by_a_list_in_the_yaml(tiny_yaml) -> None:
+def test_formats(tiny_yaml) -> None:
     config = OmegaConf.load(tiny_yaml)
     config.lightning.callbacks.embedding_saver = {"params": {"formats": ["a1111", "a1111-png", "diffusers"]}}
     OmegaConf.save(config, tiny_yaml)
@@ -47,16 +47,14 @@ def test_other_formats_by_a_list_in_the_yaml(tiny_yaml) -> None:
             assert concept.trigger == "<my-cat>"
 
 
-def test_the_canonical_file_is_always_written() -> None:
+def test_default_format_is_always_written() -> None:
     assert EmbeddingSaver().formats == ["safetensors"]
     assert EmbeddingSaver(formats=["onetrainer", "safetensors"]).formats == ["safetensors", "onetrainer"]
 
 
-def test_what_cannot_be_read_any_more_is_left_unsaid(
-    tiny_yaml, tiny_model, pictures, tmp_path, caplog
-) -> None:
+def test_metadata_without_unreadable_files(tiny_yaml, tiny_model, image_folder, tmp_path, caplog) -> None:
     mine = shutil.copy(tiny_model, tmp_path / "mine.safetensors")
-    shutil.copytree(pictures, tmp_path / "mine")
+    shutil.copytree(image_folder, tmp_path / "mine")
     config = OmegaConf.load(tiny_yaml)
     config.actual_resume, config.data_root = str(mine), str(tmp_path / "mine")
     OmegaConf.save(config, tiny_yaml)
@@ -68,12 +66,12 @@ def test_what_cannot_be_read_any_more_is_left_unsaid(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EmbeddingSaver, "on_train_start", lambda self, *rest: gone())
         folder = checkpoints(tiny_yaml)
-    said = embeddings.read(folder / "embedding.safetensors").metadata
-    assert (said.base_model, said.steps, said.images) == ("mine.safetensors", 2, 3)
-    assert said.base_model_hash is None and said.images_fingerprint is None
+    metadata = embeddings.read(folder / "embedding.safetensors").metadata
+    assert (metadata.base_model, metadata.steps, metadata.images) == ("mine.safetensors", 2, 3)
+    assert metadata.base_model_hash is None and metadata.images_fingerprint is None
 
 
-def test_the_canonical_file_becomes_the_originals_again(tiny_yaml, tmp_path) -> None:
+def test_conversion_to_the_original_format(tiny_yaml, tmp_path) -> None:
     """The original finds a placeholder by the tokenizer's id, which only the run knows."""
     folder = checkpoints(tiny_yaml, "--placeholder_string", "sculpture", "--init_word", "photo")
     (first,) = embeddings.read(folder / "embeddings.pt").concepts

@@ -1,4 +1,4 @@
-"""What users get wrong, through the real command line: one line, exit code 2 for usage and 1 for the rest."""
+"""Mistakes of users through the real command line: one line and an exit code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,55 @@ from safetensors.torch import load_file, save_file
 
 import main
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from tests.training.runs import only_run, start
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--max_steps", "-5"], 2, "max_steps is -5"),
+        (["--gpuz", "0,"], 2, "did you mean --gpus"),
+        (["--gpus", "all"], 2, "not understood"),
+        (["--data_root", "nowhere"], 1, "image folder not found: nowhere"),
+        (["--actual_resume", "no.ckpt"], 1, "checkpoint 'no.ckpt' does not exist"),
+        (["model.params.nonsense=1"], 1, "'nonsense'"),
+        (["model.target=ldm.models.nothing.At"], 1, "no module 'ldm.models.nothing'"),
+        (["model.base_learning_rate=0"], 1, "base_learning_rate is 0"),
+        (["data.params.batch_size=0"], 1, "batch_size is 0"),
+        (["--base", "absent.yaml"], 1, "no such YAML: 'absent.yaml'"),
+        (
+            ["data.params.train.params.placeholder_token=@"],
+            1,
+            "none of the captions contains the placeholder '*'",
+        ),
+        (["lightning.trainer.precision=5"], 1, "lightning.trainer"),
+        (["-r", "nowhere"], 1, "does not exist"),
+    ],
+)
+def test_mistakes(tiny_yaml, capsys, words, code, message):
+    assert start("--base", tiny_yaml, "-t", *words) == code
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, shown.err
+    assert lines[0].startswith("error: ") and message in lines[0]
+    assert not Path("logs").exists() or not list(Path("logs").glob("*/checkpoints/*"))
+
+
+def test_resume_with_another_placeholder(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml, "-t", "--max_steps", 1) == 0
+    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 1
+    assert "does not fit the configuration" in capsys.readouterr().err
+
+
+def test_missing_base(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert start("-t") == 2
+    assert "give a YAML with --base" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml, "-t", "--debug", "model.params.nonsense=1") == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -28,14 +77,14 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
     write(LearnedEmbeddings((Concept("*", torch.zeros(1, 768)),)), tmp_path / "wide.pt", "original")
     for folder in ("empty", "text", "pixel", "broken"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "text" / "notes.txt").write_text("no picture")
+    (tmp_path / "text" / "notes.txt").write_text("no image")
     Image.new("RGB", (1, 1)).save(tmp_path / "pixel" / "dot.png")
     (tmp_path / "broken" / "half.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 20)
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         ("--actual_resume gone.ckpt", 1, "checkpoint 'gone.ckpt' does not exist"),
         ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt' is damaged"),
@@ -58,29 +107,33 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--data_root text", 1, "no images in text: it holds notes.txt"),
         ("--data_root pixel", 1, "dot.png is 1x1 pixels"),
         ("--data_root broken", 1, "half.png"),
-        ("data.params.train.params.placeholder_token=@", 1, "none of the captions holds the placeholder '*'"),
+        (
+            "data.params.train.params.placeholder_token=@",
+            1,
+            "none of the captions contains the placeholder '*'",
+        ),
         ("--embedding_manager_ckpt wide.pt", 1, "this model's text encoder has width 32"),
         ("--embedding_manager_ckpt page.ckpt", 1, "is a web page"),
         ("--max_steps -5", 2, "max_steps is -5"),
         ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
         ("model.base_learning_rate=0 --actual_resume gone.ckpt", 1, "base_learning_rate is 0"),
-        ("--max_train_steps -5", 2, "'-5' is no positive whole number"),
+        ("--max_train_steps -5", 2, "'-5' is not a positive whole number"),
         ("lightning.trainer.max_steps=-5", 2, "max_steps is -5"),
-        ("--train_batch_size 0", 2, "'0' is no positive whole number"),
+        ("--train_batch_size 0", 2, "'0' is not a positive whole number"),
         ("model.params.personalization_config.params.initializer_words[7]=cat", 1, "does not fit the YAML"),
-        ("data.params.train=[1]", 1, "a list where there is a mapping"),
+        ("data.params.train=[1]", 1, "a list where a mapping is needed"),
     ],
 )
-def test_one_line_and_an_exit_code(tiny_yaml, files, capsys, words: str, code: int, said: str) -> None:
+def test_wrong_files_and_keys(tiny_yaml, files, capsys, words: str, code: int, message: str) -> None:
     assert main.main(["--base", str(tiny_yaml), "-t", *words.split()]) == code
     shown = capsys.readouterr()
     lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, shown.err
-    assert lines[0].startswith("error: ") and said in lines[0]
+    assert lines[0].startswith("error: ") and message in lines[0]
     assert not Path("logs").exists()
 
 
-def test_a_text_among_the_images_is_skipped_in_one_line(tiny_yaml, tmp_path, capsys) -> None:
+def test_text_file_among_the_images_is_skipped(tiny_yaml, tmp_path, capsys) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     pixels = np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8)
@@ -94,7 +147,7 @@ def test_a_text_among_the_images_is_skipped_in_one_line(tiny_yaml, tmp_path, cap
     assert "Traceback" not in shown.err
 
 
-def test_a_validation_interval_beyond_an_epoch_is_one_line(tiny_yaml, files, capsys) -> None:
+def test_validation_interval_beyond_an_epoch(tiny_yaml, files, capsys) -> None:
     words = ["lightning.trainer.val_check_interval=5000", "lightning.trainer.limit_val_batches=1"]
     code = main.main(["--base", str(tiny_yaml), "-t", "--max_steps", "2", *words])
     shown = capsys.readouterr()

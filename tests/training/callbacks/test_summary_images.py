@@ -1,17 +1,56 @@
+"""Learning curve and progress sheet."""
+
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-import main
-from ldm.training.callbacks.summary_images import progress_sheet
+from ldm.training.callbacks.summary_images import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Curve,
+    draw_curves,
+    progress_sheet,
+)
+from tests.training.runs import start
+
+LINE_BLUE, RED = (31, 95, 168), (192, 57, 43)
+
+
+def pixels_of(image, colour) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = np.nonzero((np.asarray(image) == colour).all(axis=-1))
+    return rows, columns
+
+
+def test_line_and_mark() -> None:
+    image = draw_curves([Curve("loss", [0, 50, 100], [3.0, 2.0, 1.0])], mark=50)
+    assert image.size == (WIDTH, HEIGHT)
+    rows, columns = pixels_of(image, LINE_BLUE)
+    assert rows[columns == columns.min()].mean() < rows[columns == columns.max()].mean()
+    assert columns.min() <= LEFT + 2 and columns.max() >= WIDTH - RIGHT - 2
+    _, marked = pixels_of(image, RED)
+    assert abs(marked.mean() - (LEFT + WIDTH - RIGHT) / 2) < 2
+
+
+def test_panels_and_unusual_values() -> None:
+    curves = [
+        Curve("flat", [0, 10], [1.0, 1.0]),
+        Curve("gap", [0, 5, 10], [1.0, math.nan, math.inf]),
+        Curve("zero", [5], [0.0]),
+        Curve("empty", [], []),
+    ]
+    image = draw_curves(curves)
+    assert image.size == (WIDTH, 4 * HEIGHT)
+    rows, _ = pixels_of(image, LINE_BLUE)
+    assert {int(row) // HEIGHT for row in rows} == {0, 1, 2}
+
 
 GREEN, BLUE = (0, 120, 0), (0, 0, 120)
-
-
-def start(*words: object) -> int:
-    return main.main([str(word) for word in words])
 
 
 def previews(folder: Path, steps) -> None:
@@ -22,7 +61,7 @@ def previews(folder: Path, steps) -> None:
             )
 
 
-def test_a_row_for_each_step_beside_its_inputs(tmp_path):
+def test_one_row_per_step(tmp_path):
     previews(tmp_path, (200, 50))
     Image.new("RGB", (40, 20)).save(tmp_path / "samples_scaled_gs-000300_e-000000_b-000001.jpg")
     sheet = progress_sheet(tmp_path, rows=12)
@@ -33,7 +72,7 @@ def test_a_row_for_each_step_beside_its_inputs(tmp_path):
         assert abs(right[2] - step) < 10 and right[1] < 20
 
 
-def test_many_previews_are_thinned_and_none_is_no_sheet(tmp_path):
+def test_number_of_rows(tmp_path):
     assert progress_sheet(tmp_path / "absent", rows=3) is None
     previews(tmp_path, range(10, 100, 10))
     previews(tmp_path, (5,))
@@ -43,7 +82,7 @@ def test_many_previews_are_thinned_and_none_is_no_sheet(tmp_path):
     assert abs(first - 5) < 8 and abs(last - 90) < 8
 
 
-def test_sheets_of_fixed_prompts_stand_for_themselves(tmp_path):
+def test_sheets_of_fixed_prompts(tmp_path):
     previews(tmp_path, (50,))
     for step in (100, 200):
         Image.new("RGB", (60, 40), (0, 0, step)).save(
@@ -53,14 +92,14 @@ def test_sheets_of_fixed_prompts_stand_for_themselves(tmp_path):
     assert [round(sheet.getpixel((x, 30))[2], -1) for x in (30, 100)] == [100, 200]
 
 
-def test_a_run_ends_with_both(tiny_yaml):
+def test_run_writes_both_images(tiny_yaml):
     images = "lightning.callbacks.image_logger.params"
     often = [f"{images}.batch_frequency=3", f"{images}.log_images_kwargs.ddim_steps=1"]
-    often.append("lightning.callbacks.health.params.every_n_train_steps=2")
+    often.append("lightning.callbacks.vector_stats.params.every_n_train_steps=2")
     assert start("--base", tiny_yaml, "-t", *often) == 0
     (run,) = Path("logs").iterdir()
     with Image.open(run / "learning_curve.png") as curve, Image.open(run / "progress.png") as sheet:
         assert curve.height == 3 * 180
         assert sheet.height > sheet.width / 2
-    assert start("--base", tiny_yaml, "-t", "-l", "none", "lightning.callbacks.summary_pictures=null") == 0
+    assert start("--base", tiny_yaml, "-t", "-l", "none", "lightning.callbacks.summary_images=null") == 0
     assert not list(Path("none").glob("*/*.png"))
