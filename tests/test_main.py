@@ -13,7 +13,7 @@ def test_yaml_targets_are_classes_of_the_library(name):
     assert found.__module__.startswith("ldm.training."), "or __main__ and main would have different classes"
 
 
-def test_help_names_flags_exit_codes_and_overrides(capsys):
+def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["--help"])
     assert ended.value.code == 0
@@ -30,7 +30,7 @@ def test_help_names_flags_exit_codes_and_overrides(capsys):
         assert word in text
 
 
-def test_a_wrong_command_line_is_one_line(capsys):
+def test_wrong_command_line(capsys):
     assert main.main(["--nonsense"]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: unknown flag --nonsense") and shown.err.count("\n") == 1

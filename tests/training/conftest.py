@@ -68,7 +68,7 @@ def tiny_yaml(tiny_model: Path, image_folder: Path, tmp_path: Path, monkeypatch:
 
 
 class Line(pl.LightningModule):
-    """The smallest thing that trains: a line through numbers; `log_images` paints its slope."""
+    """A minimal model: a line through numbers; `log_images` shows its slope."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def line() -> Line:
 
 
 class Numbers(torch.utils.data.Dataset):
-    """0, 1, 2, ... under the key x."""
+    """A dataset of the numbers 0, 1, 2, ... under the key x."""
 
     def __init__(self, length: int = 6) -> None:
         self.length = length
@@ -119,7 +119,7 @@ def numbers() -> type[Numbers]:
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """Signals, log levels and generators are left as they were found."""
+    """Check signal handlers, and restore log levels and the random state, after each test."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     levels = {
         name: logging.getLogger(name).level for name in ("ldm", "pytorch_lightning", "lightning_fabric")

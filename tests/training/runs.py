@@ -63,7 +63,7 @@ def fit_line(
         return DataLoader(numbers(), batch_size=2, generator=torch.Generator())
 
     with warnings.catch_warnings():
-        # A run ignores the first two as well, and these loaders do resume in the middle of an epoch.
+        # Runs ignore the first two as well. The third is about resuming in the middle of an epoch, as intended here.
         warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         warnings.filterwarnings(

@@ -13,7 +13,7 @@ from main import DataModuleFromConfig as Named
 
 
 class Drawing(Dataset):
-    """Says which index was asked for and what every generator drew."""
+    """Items with their index and a draw of every generator."""
 
     def __init__(self, length=7):
         self.length = length
@@ -26,7 +26,7 @@ class Drawing(Dataset):
 
 
 class Plain:
-    """A sequence that is no torch dataset."""
+    """A sequence that is not a torch dataset."""
 
     def __len__(self):
         return 3

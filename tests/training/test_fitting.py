@@ -26,11 +26,11 @@ from tests.training.runs import only_run, start, state_of
 ROOT = Path(main.__file__).parent
 
 
-# What Lightning starts beside the processes of a run; it lies in a package of no name in setup.py.
+# The thread with which Lightning watches the processes of a run; its module has no public name.
 Observer = sys.modules[subprocess_script._launch_process_observer.__module__]._ChildProcessObserver
 
 
-# Breaks off in the first process alone, while the other goes on to wait for it; takes its time to say so.
+# Fails in the first process only; the other one waits for it, and handles exceptions slowly.
 BREAKS = """
 import time
 from pytorch_lightning.callbacks import Callback
@@ -54,7 +54,7 @@ def trainer_with(*processes: subprocess.Popen) -> SimpleNamespace:
 def test_first_process_kills_the_others_and_survives(error, monkeypatch) -> None:
     killed: list[int] = []
     kill = os.kill
-    # The others die for real; of this process the attempt is enough.
+    # Really kill the other process, but only record an attempt to kill this one.
     monkeypatch.setattr(os, "kill", lambda pid, n: killed.append(pid) if pid == os.getpid() else kill(pid, n))
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     trainer = trainer_with(other)
@@ -109,7 +109,7 @@ def test_out_of_memory_messages(text: str) -> None:
 IMAGES = "lightning.callbacks.image_logger.params"
 
 
-# Does away with the data after the second step.
+# Deletes the images after the second step.
 THIEF = """
 import shutil
 import pytorch_lightning as pl
@@ -123,7 +123,7 @@ class Thief(pl.Callback):
 
 @pytest.fixture
 def start_run(tiny_yaml: Path, image_folder: Path, tmp_path: Path):
-    """Starts a run of 6 steps on a data folder of its own that saves every second one."""
+    """Starts a run of 6 steps that saves every second step, with its own copy of the images in `data`."""
     shutil.copytree(image_folder, "data")
     Path("thief.py").write_text(THIEF)
 
@@ -150,7 +150,7 @@ def error_of(capsys) -> str:
 
 
 def saved(step: int) -> Path:
-    """The run folder, with the state and the vectors of a step and nothing half-done."""
+    """The run folder, after checking that it holds the state and vectors of a step and no partial file."""
     (run,) = Path("logs").iterdir()
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
     for name in ("embeddings.pt", f"embeddings_gs-{step}.pt", "embedding.safetensors"):
@@ -162,7 +162,7 @@ def saved(step: int) -> Path:
 
 def test_full_disk(start_run, capsys, monkeypatch) -> None:
     def fsync(file: int) -> None:
-        if list(Path("logs").glob("*/checkpoints/last.ckpt")):  # what step 2 saves is saved
+        if list(Path("logs").glob("*/checkpoints/last.ckpt")):  # step 2 is already saved
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:

@@ -28,7 +28,7 @@ DRAWS = 64
 
 @torch.no_grad()
 def loss(model, image: torch.Tensor) -> float:
-    """The mean loss of a image [3, H, W] at fixed timesteps with fixed noise, under the vectors the model holds."""
+    """The mean loss of an image [3, H, W] at fixed timesteps with fixed noise and the model's current vectors."""
     latent = model.get_first_stage_encoding(model.encode_first_stage(image[None]).mode())
     latents = latent.expand(DRAWS, -1, -1, -1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def model():
 
 
 def samples_of(words: str) -> tuple[Tensor, list[str], Tensor, Tensor]:
-    """Latents, captions, timesteps and noise of some samples_of; a concept's are the same wherever they stand."""
+    """Latents, captions, timesteps and noise of samples; those of a word do not depend on their position."""
     generators = {A: torch.Generator().manual_seed(1), B: torch.Generator().manual_seed(2)}
     drawn = [
         (
@@ -96,7 +96,7 @@ def gradients(model, words: str) -> dict[str, Tensor]:
 def test_gradient_comes_from_the_words_own_samples(model) -> None:
     alone = gradients(model, A + A)[A].clone()
     mixed = gradients(model, A + B + A + B)[A]
-    # The mean over twice as many samples_of.
+    # The loss is the mean over twice as many samples.
     torch.testing.assert_close(mixed * 2, alone, rtol=2e-3, atol=2e-4 * float(alone.abs().max()))
 
 
@@ -111,7 +111,7 @@ def step(model, optimizer, words: str) -> None:
 
 
 def test_absent_word_and_its_moments_do_not_change(model, monkeypatch) -> None:
-    """Under AdamW with weight decay, and after steps that have given it momentum."""
+    """With AdamW, weight decay, and momentum from an earlier step."""
     monkeypatch.setattr(type(model), "trainer", type("One", (), {"world_size": 1}))
     torch.manual_seed(0)
     optimizer = model.configure_optimizers()
@@ -172,7 +172,7 @@ def test_mixed_batches_and_one_file_per_concept(tiny_yaml, tmp_path, image_folde
 ROOT = Path(main.__file__).parent
 
 
-# Noise and timestep follow from the caption, and posteriors have no noise: the same in whatever process.
+# Noise and timesteps depend only on the captions, and posteriors are not sampled: the same in every process.
 FIXED = """
 import zlib
 import torch

@@ -15,7 +15,7 @@ def test_rates_by_steps(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", "-l", "a", often, *words) == 0
     assert "learning rate 1.00e-03; by steps: 1e-3:2, 5e-4:4, 1e-4" in capsys.readouterr().out
     rows = next(value for key, value in state_of("a")["callbacks"].items() if "Health" in key)["rows"]
-    # What is found after a step is the rate of the next one.
+    # The rate measured after a step is that of the next step.
     assert [rate for *_, rate in rows] == pytest.approx([1e-3, 5e-4, 5e-4, 1e-4, 1e-4, 1e-4])
     assert start("--base", tiny_yaml, "-t", "-l", "b", "model.base_learning_rate=1e-3:2, 5e-4") == 0
     (group,) = state_of("b")["optimizer_states"][0]["param_groups"]

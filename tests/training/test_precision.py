@@ -69,7 +69,7 @@ def test_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
 
 
 class RecordTypes(pl.Callback):
-    """Notes what a step is made of."""
+    """Records the dtypes of what a step uses."""
 
     seen: list[set[torch.dtype]] = []
 

@@ -83,8 +83,10 @@ def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatc
     word = before["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
     (learned,) = embeddings.read(run / "checkpoints" / "embeddings.pt").concepts
     assert learned.trigger == "*" and learned.vectors.shape == (1, 32)
-    assert not torch.isin(learned.vectors, word).all(), "the vector has moved"
-    assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, "but began at a word of the checkpoint"
+    assert not torch.isin(learned.vectors, word).all(), "the vector has changed"
+    assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, (
+        "but its initial value is a word of the checkpoint"
+    )
     canonical = embeddings.read(run / "checkpoints" / "embedding.safetensors")
     assert torch.equal(canonical.concepts[0].vectors, learned.vectors)
     assert (canonical.metadata.steps, canonical.metadata.seed) == (6, 23)
@@ -106,7 +108,7 @@ def test_without_t_the_run_is_only_checked(tiny_yaml, capsys):
 
 @pytest.fixture
 def copy_states(monkeypatch):
-    """Keeps the state of every step beside last.ckpt, as a run that is killed there would leave it."""
+    """Copies the state of every step, as a run that is killed after this step leaves it."""
     save = LastCheckpoint.save_now
 
     def save_and_copy(self, trainer):
@@ -217,7 +219,7 @@ def test_stop_request_between_step_and_validation(tiny_yaml, capsys):
 def test_stop_request_ends_a_preview_at_once(tiny_yaml, monkeypatch):
     monkeypatch.setattr(
         "ldm.models.diffusion.ddpm.LatentDiffusion.log_images",
-        lambda *args, **kwargs: signal.raise_signal(signal.SIGINT) or pytest.fail("not broken off"),
+        lambda *args, **kwargs: signal.raise_signal(signal.SIGINT) or pytest.fail("not interrupted"),
     )
     images = "lightning.callbacks.image_logger.params"
     often = [f"{images}.batch_frequency=2", f"{images}.increase_log_steps=false"]
@@ -254,7 +256,7 @@ def test_sigterm_from_another_process(tiny_yaml):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
 def test_killed_runs_resume_exactly(tiny_yaml):
-    """Ten runs, each killed at a random moment and gone on with, against one that was left alone."""
+    """Ten runs, each killed at a random time and resumed, compared with an uninterrupted run."""
     program = [sys.executable, str(ROOT / "main.py")]
     words = ["--base", str(tiny_yaml), "-t", "--max_steps", "60", "data.params.num_workers=1"]
     words.append("lightning.modelcheckpoint.params.every_n_train_steps=7")

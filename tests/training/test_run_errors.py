@@ -65,7 +65,7 @@ def test_debug_shows_the_traceback(tiny_yaml, capsys):
 
 @pytest.fixture
 def files(tiny_model: Path, tmp_path: Path) -> Path:
-    """A folder with everything that can be wrong with a file."""
+    """A folder with wrong files of all kinds."""
     weights = load_file(tiny_model)
     torch.save({"state_dict": weights}, tmp_path / "whole.ckpt")
     whole = (tmp_path / "whole.ckpt").read_bytes()

@@ -104,7 +104,7 @@ with locked(sys.argv[1]):
 
 @pytest.fixture
 def hold():
-    """Starts a process that holds a folder."""
+    """Starts a process that holds the lock of a folder."""
     started = []
 
     def start(folder):

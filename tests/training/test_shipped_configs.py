@@ -29,7 +29,7 @@ def test_recipe_fits(recipe, base):
     options = command_line.parse(["--base", str(base), str(recipe), "--data_root", "x"])
     merged = config.load_run_config(options, options.base)
     config.check_run_config(merged, [*command_line.trainer_options(), *OLD_TRAINER_KEYS])
-    # It changes values, and takes away no part.
+    # A recipe changes values and removes no part.
     for key in ("model.params.first_stage_config.target", "data.params.train.target"):
         assert OmegaConf.select(merged, key) == OmegaConf.select(OmegaConf.load(base), key)
 
@@ -60,7 +60,7 @@ SMALL_AUTOENCODER = ("ddconfig.ch=8", "ddconfig.ch_mult=[1,1,1]")
 
 
 def train(stage: str, *words: str) -> Path:
-    """Three steps of a stage in the working directory; returns its run folder."""
+    """Run three steps of a stage in the working directory and return its run folder."""
     small = [f"data.params.{split}.params.count=8" for split in ("train", "validation")]
     small += [
         "data.params.batch_size=4",

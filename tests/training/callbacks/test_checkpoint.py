@@ -84,4 +84,4 @@ def test_new_noise_with_another_number_of_processes(tmp_path):
         return torch.rand(4)
 
     assert not torch.equal(first_noise(0, 5), first_noise(1, 5)), "two processes draw the same"
-    assert not torch.equal(first_noise(0, 5), first_noise(0, 6)), "the noise of the beginning once more"
+    assert not torch.equal(first_noise(0, 5), first_noise(0, 6)), "the first noise is repeated"

@@ -17,7 +17,7 @@ from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 
 
 def checkpoints(*words: object) -> Path:
-    """Run 2 steps; returns the folder of what was saved."""
+    """Run 2 steps and return the checkpoints folder."""
     assert main.main([str(word) for word in ("--max_steps", 2, "-t", "--base", *words)]) == 0
     (run,) = Path("logs").iterdir()
     return run / "checkpoints"

@@ -21,7 +21,7 @@ from tests.training.runs import only_run, start, state_of
 
 
 class Images:
-    """Six images, each three times with a caption of its own; a draw takes random numbers."""
+    """Six images, each three times with its own caption; reading an item draws random numbers."""
 
     num_images = 6
 
@@ -155,7 +155,7 @@ def test_training_is_unchanged_and_the_best_step_is_saved(tiny_yaml, capsys):
     assert found["best_loss"] == min(means) and found["best_step"] == means.index(min(means))
     folder = only_run("with") / "checkpoints"
     best = embeddings.read(folder / "embeddings_best.pt").concepts[0].vectors
-    assert found["best_step"] > 0, "the first vectors are worse"
+    assert found["best_step"] > 0, "the initial vectors are worse"
     (kept,) = (value for key, value in found["best"].items() if "string_to_param_dict" in key)
     assert torch.equal(best, kept)
     of_step = embeddings.read(folder / f"embeddings_gs-{found['best_step']}.pt")

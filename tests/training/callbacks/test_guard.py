@@ -28,7 +28,7 @@ ZERO = "model.params.scheduler_config"
 
 @pytest.fixture
 def loss_times(monkeypatch):
-    """Multiplies the training loss by what a function makes of the step."""
+    """Multiplies the training loss by a function of the step."""
     p_losses = LatentDiffusion.p_losses
 
     def install(factor):
@@ -123,7 +123,9 @@ def test_too_many_rollbacks_are_an_error(tiny_yaml, capsys, loss_times):
     last = embeddings.read(only_run() / "checkpoints" / "embeddings.pt").concepts[0].vectors
     second = embeddings.read(only_run() / "checkpoints" / "embeddings_gs-2.pt").concepts[0].vectors
     assert torch.equal(last, second)
-    assert not (only_run() / "checkpoints" / "embeddings_gs-3.pt").exists(), "no file of scaled vectors"
+    assert not (only_run() / "checkpoints" / "embeddings_gs-3.pt").exists(), (
+        "no file of vectors that are not finite"
+    )
 
 
 def test_invalid_guard():
@@ -157,7 +159,7 @@ def test_norm_ratio_and_cosine(tiny_yaml, tiny_model, capsys):
         assert ratio == pytest.approx(float(vectors.norm() / table.norm(dim=1).mean()), rel=1e-5)
         assert cosine == pytest.approx(float(torch.cosine_similarity(vectors, first)), rel=1e-5)
         assert rate == pytest.approx(1e-2)
-    assert found[-1][2] < 0.9999, "it has turned"
+    assert found[-1][2] < 0.9999, "the direction has changed"
     last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 6/6")]
     assert f"norm x{found[-1][1]:.2f}, cos {found[-1][2]:.2f}" in last[0]
     (csv,) = run.glob("csv/*/metrics.csv")

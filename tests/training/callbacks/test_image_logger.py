@@ -134,7 +134,7 @@ def test_run_with_previews_learns_the_same(tiny_yaml) -> None:
     sheets = sorted(path.name[:17] for path in (run / "images" / "train").glob("prompts_*"))
     assert sheets == ["prompts_gs-000002", "prompts_gs-000004", "prompts_gs-000006"]
     assert (run / "progress.png").is_file()
-    assert not list((run / "images" / "train").glob("samples_*")), "in place of what the batch says"
+    assert not list((run / "images" / "train").glob("samples_*")), "prompts replace the captions"
     shown, blind = state_of("shown"), state_of("blind")
     (vectors,) = (v for k, v in shown["state_dict"].items() if "string_to_param" in k)
     assert torch.equal(vectors, next(v for k, v in blind["state_dict"].items() if "string_to_param" in k))

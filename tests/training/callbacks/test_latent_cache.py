@@ -18,7 +18,7 @@ from tests.golden_record import Golden
 
 
 class Images:
-    """Three images, stacked as they are or mirrored in turn."""
+    """Three images, each also mirrored."""
 
     placeholders = ["*"]
 
@@ -132,7 +132,7 @@ def test_images_for_previews() -> None:
 
 
 def test_first_stage_stays_on_the_cpu() -> None:
-    """The device called meta stands in for an accelerator: what is moved there has no numbers any more."""
+    """The meta device stands for an accelerator; what is moved there loses its values."""
     accelerator = torch.device("meta")
     model = Golden("clip_one_vector").model()
     before = {key: value.clone() for key, value in model.first_stage_model.state_dict().items()}

@@ -72,7 +72,7 @@ def test_captions_describe_the_images(clip, image_folder):
     assert last > first + 0.2
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in model.parameters())
-    # What is learned holds for every caption and image, not for those alone that came last.
+    # The vectors fit all captions and images, not only the last ones drawn.
     shown = features.image([to_pil(dataset.image(number).movedim(-1, 0)) for number in range(3)])
     message = features.of_states(end_states(encoder, manager, ["a photo of a *", "the photo of a small *"]))
     assert (message @ shown.T).mean() > first + 0.15
