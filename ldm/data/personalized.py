@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +127,6 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
             use_captions,
         )
         self.templates, self.dual_templates = self._captions.templates, self._captions.dual_templates
-        self.check_placeholder()
         self.image_paths = [image.path for image in images]
         self._images = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms)
 
@@ -181,10 +180,6 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
     def captions(self) -> list[str]:
         """Return every possible caption once."""
         return self._captions.all()
-
-    def check_placeholder(self, placeholders: Iterable[str] | None = None) -> None:
-        """Raises UserError when one of the placeholders (default: its own) is in no caption at all."""
-        self._captions.check(self.placeholders if placeholders is None else placeholders)
 
 
 def _folders(data_root: object, placeholder: str) -> dict[str, Path]:
