@@ -30,10 +30,11 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> None:
-    """Raise `error` unless the value called `name` is an int of at least `minimum` (a bool is not an int here)."""
+def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> int:
+    """Return the value called `name` if it is an int (not a bool) of at least `minimum`; raise `error` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise error(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+    return value
 
 
 @contextmanager

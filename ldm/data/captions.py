@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,26 +66,6 @@ class Captions:
         """Return every possible caption once."""
         lines = [*self.templates, *(self.dual_templates if self.per_image_tokens else ())]
         return list(dict.fromkeys(self.of(i, line) for i in range(len(self._images)) for line in lines))
-
-    def without(self, placeholders: Iterable[str]) -> list[str]:
-        """The captions that hold none of the placeholders."""
-        words = list(placeholders)
-        return [caption for caption in self.all() if not any(word in caption for word in words)]
-
-    def check(self, placeholders: Iterable[str]) -> None:
-        """Raises UserError when a placeholder is in no caption; captions without any get one log line."""
-        words, captions = list(placeholders), self.all()
-        for word in words:
-            if not any(word in caption for caption in captions):
-                raise UserError(
-                    f"the placeholder {word!r} is in none of the captions (one is {captions[0]!r}):"
-                    " check placeholder_token, or write {} or [name] in the templates"
-                )
-        missing = self.without(words)
-        if missing:
-            logger.warning(
-                "%d of %d captions lack the placeholder: %r", len(missing), len(captions), missing[0]
-            )
 
     def _fill(self, image: int, template: str) -> str:
         token = prompts.PER_IMAGE_TOKENS[image] if self.per_image_tokens else None

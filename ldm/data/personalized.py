@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
 from ldm.images import ImageError, list_images, open_image
-from ldm.util import UserError
+from ldm.util import UserError, check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,7 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         for name, value in (("flip_p", flip_p), ("mixing_prob", mixing_prob)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} is {value}: choose a probability between 0 and 1")
-        if repeats < 1:
-            raise UserError(f"repeats is {repeats}: it must be a whole number of at least 1")
+        check_integer(repeats, "repeats")
         self.flip_p, self.mixing_prob, self.per_image_tokens = flip_p, mixing_prob, per_image_tokens
         self.seed = torch.initial_seed() if seed is None else seed
         self.epoch = 0
@@ -127,7 +126,6 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
             use_captions,
         )
         self.templates, self.dual_templates = self._captions.templates, self._captions.dual_templates
-        self.check_placeholder()
         self.image_paths = [image.path for image in images]
         self._images = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms)
 
@@ -181,10 +179,6 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
     def captions(self) -> list[str]:
         """Return every possible caption once."""
         return self._captions.all()
-
-    def check_placeholder(self, placeholders: Iterable[str] | None = None) -> None:
-        """Raises UserError when one of the placeholders (default: its own) is in no caption at all."""
-        self._captions.check(self.placeholders if placeholders is None else placeholders)
 
 
 def _folders(data_root: object, placeholder: str) -> dict[str, Path]:
@@ -302,8 +296,7 @@ class ImageSet:
 def _check_squares(
     crops: object, zooms: object, center_crop: bool, size: int | None
 ) -> tuple[int, tuple[float, ...]]:
-    if not isinstance(crops, int) or crops < 1:
-        raise UserError(f"crops is {crops!r}: it must be a whole number of at least 1")
+    crops = check_integer(crops, "crops")
     listed = list(zooms) if isinstance(zooms, Sequence) and not isinstance(zooms, str) else []
     if not listed or not all(isinstance(z, int | float) and math.isfinite(z) and z >= 1 for z in listed):
         raise UserError(f"zooms is {zooms!r}: choose a list of numbers of at least 1, such as [1, 1.25]")

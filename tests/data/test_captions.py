@@ -77,21 +77,3 @@ def test_an_unreadable_caption_is_named(folder):
     (folder / "02.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"02\.txt is not a UTF-8"):
         PersonalizedBase(folder, use_captions=True)
-
-
-def test_a_placeholder_in_no_caption_is_an_error(folder, template_file, caplog):
-    with pytest.raises(UserError, match="'<x>' is in none of the captions .one is 'a picture'") as caught:
-        PersonalizedBase(folder, template_file=template_file("a picture"), placeholder_token="<x>")
-    assert "\n" not in str(caught.value)
-
-    PersonalizedBase(
-        folder, template_file=template_file("a picture", "a picture of <x>"), placeholder_token="<x>"
-    )
-    assert "1 of 2 captions lack the placeholder: 'a picture'" in caplog.text
-
-
-def test_the_placeholders_of_the_model_can_be_checked(folder):
-    dataset = PersonalizedBase(folder, placeholder_token="*")
-    dataset.check_placeholder(["*"])
-    with pytest.raises(UserError, match="'<x>' is in none"):
-        dataset.check_placeholder(["<x>"])

@@ -40,6 +40,12 @@ def test_truncated_placeholder(tiny_yaml, capsys):
     assert "cuts off the placeholder '*'" in capsys.readouterr().err
 
 
+def test_run_warns_once_of_captions_without_placeholder(tiny_yaml, capsys):
+    Path("some.txt").write_text("a photo of {}\na photo\n")
+    assert start("--base", tiny_yaml, "data.params.train.params.template_file=some.txt") == 0
+    assert capsys.readouterr().err.count("placeholder") == 1
+
+
 class Captions:
     """A dataset of captions; `placeholders` are those that they should contain."""
 
