@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from ldm import embeddings
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.training.callbacks.guard import TrainingGuard, VectorStats
 from ldm.util import UserError
 from tests.training.runs import only_run, start, state_of
@@ -177,11 +176,3 @@ def test_initial_vectors_are_those_of_the_run(tiny_yaml):
 def test_invalid_stats():
     with pytest.raises(UserError, match="every_n_train_steps is 0"):
         VectorStats(every_n_train_steps=0)
-
-
-def test_personalization_without_vectors_to_export_has_no_statistics(tiny_yaml, monkeypatch):
-    monkeypatch.setattr(EmbeddingManager, "export", lambda self: {})
-    assert start("--base", tiny_yaml, "-t", *MEASURE_OFTEN, "--max_steps", 2) == 0
-    assert rows_of("logs") == []
-    assert not list((only_run() / "checkpoints").glob("embedding.*"))
-    assert (only_run() / "checkpoints" / "embeddings.pt").is_file()
