@@ -31,7 +31,9 @@ def test_training_and_resuming(tiny_yaml, capsys) -> None:
     assert "Traceback" not in shown.err
 
     folder = only_run("uninterrupted") / "checkpoints"
-    state = state_of("uninterrupted")["state_dict"]
+    state, callbacks = (state_of("uninterrupted")[key] for key in ("state_dict", "callbacks"))
+    (statistics,) = (value for key, value in callbacks.items() if "Health" in key)
+    assert statistics["rows"] == [], "there are no exported vectors to measure"
     assert list(state) == ["embedding_manager.offset"]
     offset = pickles.load(folder / "embeddings.pt")["offset"]
     assert torch.equal(offset, state["embedding_manager.offset"]) and offset.norm() > 0
