@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -23,6 +24,13 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = MAX_PERI
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
+
+
+def channels_first(images: Tensor, device: torch.device) -> Tensor:
+    """Return the images of a batch, [B, H, W, C] or [B, H, W], as contiguous float32 [B, C, H, W] on a device."""
+    images = images[..., None] if images.ndim == 3 else images
+    images = rearrange(images, "b h w c -> b c h w")
+    return images.to(device, torch.float32, memory_format=torch.contiguous_format)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
