@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Condition, Generators, GuidedEps, Sampler, SamplingRun, gaussian
+from ldm.models.diffusion.conditioning import Condition
+from ldm.models.diffusion.sampler import Generators, GuidedEps, Sampler, SamplingRun, gaussian
 from ldm.models.diffusion.steps import Step, ddim_step, ddim_steps, diffuse, predict_x0
 from ldm.util import UserError
 

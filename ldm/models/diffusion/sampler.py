@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ldm.models.diffusion.conditioning import Condition, concat_conditions, condition_rows
 from ldm.models.diffusion.steps import Step, diffuse
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
-
-# a context [B, L, d], a list of such, or {"c_crossattn": [...], "c_concat": [...]}
-Condition: TypeAlias = Tensor | list | Mapping[str, Any]
 
 
 def to_eps(output: Tensor, x: Tensor, alpha: float, parameterization: str) -> Tensor:
@@ -37,36 +35,6 @@ def to_eps(output: Tensor, x: Tensor, alpha: float, parameterization: str) -> Te
     raise UserError(
         f'cannot sample from a model with parameterization "{parameterization}"; known are eps, x0 and v'
     )
-
-
-def concat_conditions(first: Condition, second: Condition) -> Condition:
-    """Two conditionings of the same make as one, batch after batch.
-
-    Raises:
-        UserError: they are not of the same make.
-    """
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        if first.shape[1:] != second.shape[1:]:
-            raise UserError(
-                f"conditionings of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be guided against "
-                "each other; encode both with the same text encoder and length"
-            )
-        return torch.cat([first, second])
-    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
-        return {key: concat_conditions(first[key], second[key]) for key in first}
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        return [concat_conditions(one, other) for one, other in zip(first, second, strict=True)]
-    raise UserError(
-        f"the unconditional conditioning is {_make(first)} but the conditioning is {_make(second)}; make them alike"
-    )
-
-
-def condition_rows(cond: Condition | None) -> int | None:
-    """Batch size of a conditioning, None where it holds no tensor."""
-    if isinstance(cond, Tensor):
-        return cond.shape[0]
-    parts = cond.values() if isinstance(cond, Mapping) else cond or ()
-    return next((count for count in map(condition_rows, parts) if count is not None), None)
 
 
 @dataclass(frozen=True)
@@ -103,17 +71,6 @@ class GuidedEps:
         )
         without, with_cond = both.chunk(2)
         return without + self.scale * (with_cond - without)
-
-
-def _make(cond: Condition) -> str:
-    """A conditioning's kind, for an error text."""
-    if isinstance(cond, Tensor):
-        return f"a tensor of shape {tuple(cond.shape)}"
-    if isinstance(cond, Mapping):
-        return f"a dict of {', '.join(cond) or 'nothing'}"
-    if isinstance(cond, (list, tuple)):
-        return f"a list of {len(cond)}"
-    return f"of type {type(cond).__name__}"
 
 
 # one generator for the batch, or one for each of its images

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ldm.models.diffusion.sampler import GuidedEps, concat_conditions, condition_rows, to_eps
+from ldm.models.diffusion.conditioning import concat_conditions, condition_rows
+from ldm.models.diffusion.sampler import GuidedEps, to_eps
 from ldm.util import UserError
 
 
