@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -133,14 +134,13 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)  # (B, C, N)
-        qkv = self.qkv(self.norm(flat))
-        if self.new_order:
-            q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).transpose(-1, -2).unbind(1)
-        else:
-            q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).transpose(-1, -2).unbind(2)
-        h = attend(q, k, v).transpose(-1, -2).flatten(1, 2)  # (B, C, N)
-        return (flat + self.proj_out(h)).view_as(x)
+        flat = rearrange(x, "b c h w -> b c (h w)")
+        order = "b (qkv heads d) n" if self.new_order else "b (heads qkv d) n"
+        q, k, v = rearrange(
+            self.qkv(self.norm(flat)), f"{order} -> qkv b heads n d", qkv=3, heads=self.num_heads
+        )
+        h = rearrange(attend(q, k, v), "b heads n d -> b (heads d) n")
+        return rearrange(flat + self.proj_out(h), "b c (h w) -> b c h w", h=x.shape[2])
 
 
 class TimestepEmbedSequential(nn.Sequential):

@@ -82,5 +82,8 @@ class Conv3x3(nn.Conv2d):
         few = batch * height * width <= MOST_POSITIONS and channels >= LEAST_CHANNELS
         if not few or x.device.type != "cpu":
             return super().forward(x)
-        found = self.weight.flatten(1) @ F.unfold(x, 3, padding=1)
-        return (found + self.bias[:, None].to(found.dtype)).unflatten(2, (height, width))
+        kernels = rearrange(self.weight, "out c kh kw -> out (c kh kw)")
+        product = kernels @ F.unfold(x, 3, padding=1)
+        if self.bias is not None:
+            product = product + self.bias[:, None].to(product.dtype)
+        return rearrange(product, "b out (h w) -> b out h w", h=height)

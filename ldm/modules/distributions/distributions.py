@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -14,7 +15,7 @@ class DiagonalGaussianDistribution:
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
         self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.mean, logvar = rearrange(parameters, "b (moment c) h w -> moment b c h w", moment=2)
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.deterministic = deterministic
 
