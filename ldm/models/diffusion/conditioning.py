@@ -59,7 +59,7 @@ class DiffusionWrapper(nn.Module):
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
 
 
-def concat_conditions(first: Condition, second: Condition) -> Condition:
+def concat_conditions(first: Condition | None, second: Condition | None) -> Condition:
     """Return two conditions of the same form, concatenated along the batch.
 
     Raises:
@@ -90,7 +90,7 @@ def condition_rows(cond: Condition | None) -> int | None:
     return next((count for count in map(condition_rows, parts) if count is not None), None)
 
 
-def _form(cond: Condition) -> str:
+def _form(cond: Condition | None) -> str:
     """Describe a condition's form, for an error text."""
     if isinstance(cond, Tensor):
         return f"a tensor of shape {tuple(cond.shape)}"

@@ -98,7 +98,7 @@ def _samples(
     ddim_eta: float,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return images of raw conditions, from noise [B, C, h, w] on the CPU, guided away from the empty caption."""
+    """Sample images under raw conditions from noise [B, C, h, w], guided by `scale` away from the empty caption."""
     sampler = DPMSolverSampler(model) if ddim_steps is None else DDIMSampler(model)
     guidance: dict[str, Any] = {}
     if scale != 1.0:

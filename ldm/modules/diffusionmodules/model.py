@@ -90,16 +90,26 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, under the names that checkpoints use."""
+    """The blocks of one resolution, under the names that checkpoints use; [B, C, H, W] -> [B, C', H, W].
 
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module]) -> None:
+    An attention block, if there are any, follows each residual block. Encoder and decoder add a `downsample` or an
+    `upsample`, which they call themselves.
+    """
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self, blocks: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.attn = nn.ModuleList(attentions)
 
-    def run_block(self, index: int, h: Tensor) -> Tensor:
-        h = self.block[index](h)
-        return self.attn[index](h) if len(self.attn) else h
+    def forward(self, h: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[index](h)
+        return h
 
 
 class Middle(nn.Module):
@@ -174,8 +184,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            for index in range(len(level.block)):
-                h = level.run_block(index, h)
+            assert isinstance(level, Level)
+            h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
@@ -217,7 +227,7 @@ class Decoder(nn.Module):
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = Middle(channels, dropout, num_groups, attn_type)
-        levels = []
+        levels: list[Level] = []
         for index, mult in reversed(list(enumerate(ch_mult))):
             blocks, attentions = [], []
             for _ in range(num_res_blocks + 1):
@@ -229,7 +239,7 @@ class Decoder(nn.Module):
             if index > 0:
                 level.upsample = Upsample(channels, resamp_with_conv)
                 resolution *= 2
-            levels.insert(0, level)  # checkpoints number the levels from the highest resolution
+            levels.insert(0, level)  # checkpoints number levels from the highest resolution
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(channels, num_groups)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
@@ -237,8 +247,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for index in range(len(level.block)):
-                h = level.run_block(index, h)
+            assert isinstance(level, Level)
+            h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
         if self.give_pre_end:

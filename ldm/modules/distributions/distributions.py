@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class DiagonalGaussianDistribution:
-    """A Gaussian given by its moments [B, 2C, H, W]: mean, then log variance (clamped to [-30, 20]).
+    """A Gaussian given by its moments [B, 2C, H, W]: the mean, then the log variance, which is clamped to [-30, 20].
 
-    `deterministic` makes `sample` return the mean.
+    If `deterministic`, its standard deviation is zero and `sample` returns the mean.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -28,7 +28,7 @@ class DiagonalGaussianDistribution:
         return self.std**2
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw [B, C, H, W]; a given `generator` lives on the CPU, so that seeds carry over."""
+        """Return a sample [B, C, H, W]; `generator` is on the CPU, so that a seed gives the same on every device."""
         if generator is None:
             noise = torch.randn_like(self.mean)
         else:
@@ -38,10 +38,11 @@ class DiagonalGaussianDistribution:
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
+        """Return the mean, [B, C, H, W]."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence in nats per sample [B], to `other` or to the standard normal."""
+        """Return the KL divergence [B] in nats, summed over each sample, to `other` or to the standard normal."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         if other is None:

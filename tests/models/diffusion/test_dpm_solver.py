@@ -32,5 +32,5 @@ def test_the_model_is_called_once_per_step_at_fractional_times(gaussian_model) -
 
 
 def test_noise_is_refused(gaussian_model) -> None:
-    with pytest.raises(UserError, match=r"DPM-Solver\+\+ is deterministic: eta must be 0, not 1.0"):
+    with pytest.raises(UserError, match=r"DPM-Solver\+\+ is deterministic, but eta is 1.0; set it to 0"):
         DPMSolverSampler(gaussian_model()).sample(4, 1, (1, 4, 4), eta=1.0)

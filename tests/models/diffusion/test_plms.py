@@ -38,5 +38,5 @@ def test_the_noise_is_extrapolated_from_up_to_three_earlier_steps(gaussian_model
 
 
 def test_noise_is_refused(gaussian_model) -> None:
-    with pytest.raises(UserError, match="PLMS is deterministic: eta must be 0, not 0.5"):
+    with pytest.raises(UserError, match="PLMS is deterministic, but eta is 0.5; set it to 0"):
         PLMSSampler(gaussian_model()).sample(4, 1, (1, 4, 4), eta=0.5, x_T=torch.zeros(1, 1, 4, 4))

@@ -104,9 +104,15 @@ def test_any_number_of_steps_runs(gaussian_model, sampler_class, steps: int) -> 
             {"unconditional_conditioning": {"c_crossattn": [torch.zeros(1, 1)]}},
             "has 1 rows, but batch_size is 2",
         ),
-        ({"mask": torch.ones(1, 1, 4, 4)}, "a mask needs x0"),
-        ({"x_T": torch.zeros(1, 1, 4, 4)}, r"x_T has shape \(1, 1, 4, 4\), but \(2, 1, 4, 4\)"),
-        ({"normals_sequence": [torch.zeros(2, 1, 4, 4)]}, "holds 1 tensors for 5 steps"),
+        ({"mask": torch.ones(1, 1, 4, 4)}, "mask is given without x0"),
+        (
+            {"x_T": torch.zeros(1, 1, 4, 4)},
+            r"x_T has shape \(1, 1, 4, 4\), it must have the shape \(2, 1, 4, 4\)",
+        ),
+        (
+            {"normals_sequence": [torch.zeros(2, 1, 4, 4)]},
+            "holds 1 tensors; give one for each of the 5 steps",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(gaussian_model, sampler_class, arguments: dict, message: str) -> None:

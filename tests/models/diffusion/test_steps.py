@@ -65,7 +65,7 @@ def test_eta_one_has_the_variance_of_the_posterior() -> None:
         ({"steps": 5, "eta": -0.1}, "eta is -0.1"),
         (
             {"steps": 5, "discretize": "cubic"},
-            'unknown timestep spacing "cubic"; choose one of uniform, quad',
+            'unknown timestep spacing "cubic"; use one of uniform, quad',
         ),
     ],
 )
