@@ -182,7 +182,7 @@ class UNetModel(nn.Module):
         use_new_attention_order: see `AttentionBlock`.
         transformer_depth: blocks per `SpatialTransformer`.
         context_dim: width of the context.
-        legacy: kept for old YAMLs; it makes no difference.
+        legacy: with `num_head_channels`, round the size of a spatial transformer's heads up to use all channels.
     Raises:
         ConfigError: heads are not set, or a spatial transformer and a context width do not come together.
     """

@@ -107,7 +107,7 @@ def test_any_number_of_steps_runs(gaussian_model, sampler_class, steps: int) -> 
         ({"mask": torch.ones(1, 1, 4, 4)}, "mask is given without x0"),
         (
             {"x_T": torch.zeros(1, 1, 4, 4)},
-            r"x_T has shape \(1, 1, 4, 4\), it must have the shape \(2, 1, 4, 4\)",
+            r"x_T has shape \(1, 1, 4, 4\); it must have the shape \(2, 1, 4, 4\)",
         ),
         (
             {"normals_sequence": [torch.zeros(2, 1, 4, 4)]},
