@@ -56,7 +56,7 @@ def check_unit(found: torch.Tensor, count: int) -> None:
     assert torch.allclose(found.norm(dim=1), torch.ones(count))
 
 
-def test_clip_has_images_and_words_in_one_space(clip, monkeypatch) -> None:
+def test_clip_has_images_and_text_in_one_space(clip, monkeypatch) -> None:
     own = load_features(clip, CPU)
     images, texts = own.image(IMAGES), own.text(["a cat", "a photo of on the moon " * 9])
     check_unit(images, 5)
@@ -82,7 +82,7 @@ def test_states_of_the_text_tower_become_its_features(clip) -> None:
     assert states.grad.abs().sum() > 0
 
 
-def test_dino_knows_no_words(dino) -> None:
+def test_dino_has_no_text(dino) -> None:
     own = load_features(dino, CPU)
     check_unit(own.image(IMAGES), 5)
     states = own.model(**own.processor(IMAGES, return_tensors="pt")).last_hidden_state
@@ -92,7 +92,7 @@ def test_dino_knows_no_words(dino) -> None:
         own.of_states(torch.zeros(1, 16))
 
 
-def test_the_models_own_towers(tmp_path) -> None:
+def test_features_of_the_own_towers(tmp_path) -> None:
     write_tokenizer(tmp_path / "text")
     node = {
         "target": "ldm.models.two_towers.ResidualTower",
@@ -105,7 +105,7 @@ def test_the_models_own_towers(tmp_path) -> None:
     check_features(tmp_path / "towers")
 
 
-def test_what_cannot_give_features_is_told_in_a_line(tmp_path, clip) -> None:
+def test_folders_without_features_are_errors(tmp_path, clip) -> None:
     check_features(clip)
     with pytest.raises(UserError, match="no such folder"):
         check_features(tmp_path / "absent")

@@ -67,7 +67,7 @@ def test_loss_is_the_squared_error_of_the_target() -> None:
     torch.testing.assert_close(weighted, plain + 0.5 * parts["train/loss_vlb"])
 
 
-def test_learned_variances_join_the_loss_and_the_optimiser() -> None:
+def test_learned_variances_join_the_loss_and_the_optimizer() -> None:
     model = latent(learn_logvar=True, logvar_init=0.3)
     model.learning_rate = 1e-3
     x0 = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -291,7 +291,7 @@ def test_regularisation_pulls_towards_the_initial_word() -> None:
     assert parts["train/loss_emb_reg"].item() == pytest.approx(0.25 * 32, rel=1e-5)
 
 
-def test_a_frozen_denoiser_is_not_averaged_unless_a_checkpoint_brings_averages() -> None:
+def test_a_frozen_denoiser_is_not_averaged_unless_a_checkpoint_holds_averages() -> None:
     config = Golden("clip_one_vector").config()
     config.params.use_ema = True
 
@@ -366,3 +366,47 @@ def test_token_ids_of_a_batch_are_the_condition_as_they_are() -> None:
     _, condition = model.get_input({"image": images(1), "coordinates_bbox": ids}, "image")
     assert torch.equal(condition, ids)
     assert model.get_learned_conditioning(condition).shape == (1, 3, 5)
+
+
+CAPTIONS = ["a photo of *", "a rendering of *", "a photo of *", "a photo of *"]
+
+
+@pytest.fixture(params=["clip_one_vector", "bert_one_vector"])
+def golden_model(request):
+    return Golden(request.param).model()
+
+
+def test_each_different_caption_is_encoded_once(golden_model, monkeypatch) -> None:
+    encode, seen = golden_model.cond_stage_model.encode, []
+    monkeypatch.setattr(
+        golden_model.cond_stage_model,
+        "encode",
+        lambda text, **rest: seen.append(text) or encode(text, **rest),
+    )
+    shared = golden_model.get_learned_conditioning(CAPTIONS)
+    assert seen == [CAPTIONS[:2]]
+    assert torch.equal(shared[0], shared[2]) and torch.equal(shared[0], shared[3])
+    alone = torch.cat([golden_model.get_learned_conditioning([caption]) for caption in CAPTIONS])
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_captions_encoded_apart(golden_model) -> None:
+    (vectors,) = golden_model.embedding_manager.embedding_parameters()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(golden_model.get_learned_conditioning(CAPTIONS).shape, generator=generator)
+
+    def gradient(encoded: torch.Tensor) -> torch.Tensor:
+        vectors.grad = None
+        (encoded * weights).sum().backward()
+        return vectors.grad
+
+    shared = gradient(golden_model.get_learned_conditioning(CAPTIONS))
+    encoder, manager = golden_model.cond_stage_model, golden_model.embedding_manager
+    apart = gradient(torch.cat([encoder.encode([text], embedding_manager=manager) for text in CAPTIONS]))
+    assert shared.abs().max() > 0
+    torch.testing.assert_close(shared, apart, rtol=1e-3, atol=1e-4 * float(apart.abs().max()))
+
+
+def test_one_prompt_and_two_different_ones(golden_model) -> None:
+    assert golden_model.get_learned_conditioning("a photo of *").shape[0] == 1
+    assert golden_model.get_learned_conditioning(CAPTIONS[:2]).shape[0] == 2

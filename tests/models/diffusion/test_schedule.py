@@ -37,12 +37,12 @@ def test_cosine_follows_its_formula() -> None:
     np.testing.assert_allclose(np.cumprod(1 - betas)[49], at(50) / at(0), rtol=1e-9)
 
 
-def test_unknown_schedule() -> None:
+def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ConfigError, match="beta_schedule 'cubic'.*linear"):
         make_beta_schedule("cubic", 10)
 
 
-def test_given_betas_win() -> None:
+def test_given_betas_take_precedence() -> None:
     process = Process(given_betas=[0.1, 0.2, 0.3], timesteps=1000)
     assert process.num_timesteps == 3
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_posterior_agrees_with_bayes() -> None:
     )
 
 
-def test_vlb_weights_measure_the_same_error_in_every_parameterisation() -> None:
+def test_vlb_weights_measure_the_same_error_in_every_parameterization() -> None:
     """eps, x0 and v errors of one mistake differ by factors of the schedule; their weighted squares agree."""
     betas = make_beta_schedule("linear", 1000, 0.00085, 0.012)
     weights = {p: schedule_buffers(betas, 0.0, p)["lvlb_weights"][1:] for p in ("eps", "x0", "v")}

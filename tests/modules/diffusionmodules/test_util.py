@@ -50,7 +50,7 @@ def test_zero_module() -> None:
 
 
 @pytest.fixture
-def many(monkeypatch):
+def low_channel_limit(monkeypatch):
     monkeypatch.setattr(util, "LEAST_CHANNELS", 8)
 
 
@@ -62,7 +62,7 @@ def _pair(out: int = 12) -> tuple[Conv3x3, nn.Conv2d]:
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 8), (1, 8, 4, 6), (3, 8, 4, 4)])
-def test_result_and_gradients_are_the_convolutions(many, shape) -> None:
+def test_conv3x3_has_the_results_and_gradients_of_a_convolution(low_channel_limit, shape) -> None:
     ours, theirs = _pair()
     x = torch.randn(shape)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -76,7 +76,7 @@ def test_result_and_gradients_are_the_convolutions(many, shape) -> None:
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
 
 
-def test_the_product_is_taken_for_small_maps_alone(many, monkeypatch) -> None:
+def test_only_small_maps_use_the_matrix_product(low_channel_limit, monkeypatch) -> None:
     taken = []
     unfold = torch.nn.functional.unfold
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_the_product_is_taken_for_small_maps_alone(many, monkeypatch) -> None:
     assert len(taken) == 1
 
 
-def test_under_autocast_it_rounds_as_the_convolution_does(many) -> None:
+def test_conv3x3_rounds_like_a_convolution_under_autocast(low_channel_limit) -> None:
     ours, theirs = _pair()
     x = torch.randn(1, 8, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):

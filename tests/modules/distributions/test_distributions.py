@@ -27,7 +27,7 @@ def test_samples_have_the_moments() -> None:
     torch.testing.assert_close(draws.std(0), ours.std, atol=0.05, rtol=0.1)
 
 
-def test_generator_decides_and_deterministic_is_the_mean() -> None:
+def test_a_generator_determines_the_sample_and_deterministic_is_the_mean() -> None:
     ours, _ = gaussian(3)
     one, two = (ours.sample(torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(one, two) and not torch.equal(one, ours.mean)
