@@ -186,7 +186,7 @@ def test_a_foil_counts_unless_it_is_the_caption(folder):
         model.contrastive_loss(images, texts, texts, torch.zeros(4, dtype=torch.bool))[0], plain
     )
     foiled, _ = model.contrastive_loss(images, texts, 0.99 * texts, torch.ones(4, dtype=torch.bool))
-    assert foiled > plain + 0.3  # half the pictures' own loss of about log 2
+    assert foiled > plain + 0.3  # half the images' own loss of about log 2
 
 
 def test_features_do_not_depend_on_the_padding(folder):

@@ -55,8 +55,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         use_ema: keep a running average of the denoiser's weights, with rate `ema_decay`.
         first_stage_key: the batch's key of the images.
         image_size, channels: of what is denoised.
-        log_every_t: a sampler keeps every so many-th latent of its way.
-        clip_denoised: kept for old YAMLs; no sampler here clips.
+        log_every_t, clip_denoised: kept for old YAMLs; they change nothing.
         original_elbo_weight: weight of the variational bound in the loss.
         embedding_reg_weight: weight of the distance of learned vectors from their initial ones.
         v_posterior: variance of the reverse step, from its lower bound (0) to its upper bound (1).
@@ -138,8 +137,6 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         self.first_stage_key = first_stage_key
         self.image_size = image_size
         self.channels = channels
-        self.log_every_t = log_every_t
-        self.clip_denoised = clip_denoised
         self.original_elbo_weight = original_elbo_weight
         self.embedding_reg_weight = embedding_reg_weight
         self.v_posterior = v_posterior
@@ -229,7 +226,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """Return the loss of x_start [B, C, h, w] at timesteps t [B] (Ho et al. 2020, equation 14), and its parts."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        error = self.get_loss(output, self.training_target(x_start, t, noise), mean=False)
+        error = self.get_loss(output, self.training_target(x_start, t, noise))
         simple = error.flatten(1).mean(dim=1)  # (B,)
         weights = loss_weights(self.loss_weighting, self.min_snr_gamma, self.snr(t), self.parameterization)
         logvar = self.logvar[t]
@@ -245,11 +242,10 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         """Return the denoiser's prediction for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
         return self.model(x_noisy, t, **self.model.keywords(cond))
 
-    def get_loss(self, prediction: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """Return the squared or absolute error in float32, averaged if `mean`."""
+    def get_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the squared or absolute error of each element, in float32."""
         difference = target.float() - prediction.float()
-        error = difference.abs() if self.loss_type == "l1" else difference**2
-        return error.mean() if mean else error
+        return difference.abs() if self.loss_type == "l1" else difference**2
 
     @property
     def stage(self) -> str:
