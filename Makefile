@@ -1,5 +1,5 @@
-# Every target sets up what it needs in .venv by itself, once. `make demo PYTHON=python3.12` picks the Python for it;
-# `make test PY=python` uses the environment that is active instead (`make install PY=python` fills it).
+# The first target that is made creates the environment .venv. `make demo PYTHON=python3.12` chooses the Python for it;
+# `make test PY=python` uses the active environment instead (`make install PY=python` installs into it).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,7 @@ else
 install: packages
 endif
 
-# torch comes first and by its pin: on a machine with CUDA it is the CUDA build, and what follows keeps it.
+# torch is installed first, in the pinned version (with CUDA on a machine with a GPU); the later commands keep it.
 packages:
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -q -e '.[dev]'
@@ -33,12 +33,12 @@ packages:
 
 $(VENV)/.set-up: setup.py constraints.txt requirements-no-deps.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
-	@echo "Setting up $(VENV), once: this takes a few minutes"
+	@echo "Setting up $(VENV); this takes a few minutes, once"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(MAKE) --no-print-directory packages PY=$(PY)
 	@touch $@
 
-demo: $(READY)  ## invert a sample concept, generate with it, show the picture
+demo: $(READY)  ## invert a sample concept, generate with it, show the images
 	$(PY) scripts/demo.py
 
 test: $(READY)  ## the fast tests: no network, no GPU
@@ -51,22 +51,23 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
 bench: $(READY)  ## step time, overhead and time to concept on the CPU, into benchmarks/results (hours)
-	$(PY) benchmarks/step_time.py embedded
-	$(PY) benchmarks/step_time.py sd-v1
-	$(PY) benchmarks/overhead.py
-	$(PY) benchmarks/time_to_concept.py
+	$(PY) -m benchmarks.step_time embedded
+	$(PY) -m benchmarks.step_time sd-v1
+	$(PY) -m benchmarks.overhead
+	$(PY) -m benchmarks.time_to_concept
 
 bench-gpu: $(READY)  ## step time and memory on a CUDA device, at 512 x 512
-	$(PY) benchmarks/step_time.py sd-v1 --device cuda --size 512 --rounds 50 --warm_up 10
+	$(PY) -m benchmarks.step_time sd-v1 --device cuda --size 512 --rounds 50 --warm_up 10
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
-format: $(READY)  ## let ruff rewrite the files
+format: $(READY)  ## format the files with ruff
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## remove caches and packaging leftovers; .venv, logs, outputs and what training keeps in build/ stay
-	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove caches and files of packaging; .venv, logs, outputs and the training data in build/ stay
+	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

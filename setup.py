@@ -7,15 +7,16 @@ from setuptools import find_namespace_packages, setup
 setup(
     name="textual-inversion",
     version="0.1.0",
-    description="Textual inversion on frozen latent diffusion models: one word learnt from a few images",
+    description="Textual inversion on frozen latent diffusion models: a new word learned from a few images",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["ldm", "ldm.*"]),
+    entry_points={"console_scripts": ["textual-inversion = ldm.commands.entry:main"]},
     install_requires=[
         "torch>=2.6",
-        "pytorch-lightning>=2.5,<3",  # with 2.4 a resumed run is not bit for bit the one that was never stopped
+        "pytorch-lightning>=2.5,<3",  # with 2.4 a resumed run is not bit-identical to an uninterrupted one
         "transformers>=4.46",
         "omegaconf>=2.3",
         "einops>=0.6",
@@ -27,7 +28,7 @@ setup(
         "tensorboard>=2.13",
         "tqdm>=4.60",
     ],
-    # The quantiser of VQ first stages is not here: it declares torchvision, see requirements-no-deps.txt.
+    # The quantiser of VQ first stages is missing here because it requires torchvision: requirements-no-deps.txt.
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm", "diffusers>=0.31"],
         "ui": ["gradio>=4.44"],

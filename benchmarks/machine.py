@@ -1,4 +1,4 @@
-"""What a figure was measured on and with."""
+"""The machine and the versions that a figure was measured with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "pytorch-lightning", "transformers", "diffusers")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, threads, GPU, versions, the commit and the time."""
+    """Return processor, threads, GPU, versions, commit and time."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The model, and which instructions for half precision it has: they decide on what bfloat16 gains."""
+    """Return the model and its instructions for half precision, on which the speed of bfloat16 depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -53,9 +53,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with a plus where files differ from it."""
+    """Return the commit of the checkout, with a plus if files were changed."""
     try:
-        told = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
             cwd=ROOT,
             capture_output=True,
@@ -64,4 +64,4 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
+    return result.stdout.strip()

@@ -1,9 +1,9 @@
-"""What previews and the deterministic loss cost a run on the embedded model, in percent of the rest of it.
+"""The time that previews and the deterministic loss add to a run on the embedded model, in percent of the rest.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
-Each is the time that a whole run spends in its callbacks, against the time that it spends in everything else but
-these: the difference of two runs would drown in the machine's ups and downs.
+It is the time that a run spends in these callbacks, divided by the time of everything else in the same run: the
+difference of two runs would be smaller than the machine's variation.
 """
 
 from __future__ import annotations
@@ -16,48 +16,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pytorch_lightning.callbacks import Callback
 
+from benchmarks import runs
+from benchmarks.report import Report, verdict
+from benchmarks.rounds import Quartiles, Rounds, now
+from benchmarks.subjects import EMBEDDED
+from ldm.commands.base import guarded
+from ldm.console import Parser
+from ldm.training.callbacks.fixed_loss import DeterministicLoss
+from ldm.training.callbacks.image_logger import ImageLogger
+from ldm.training.callbacks.summary_images import SummaryImages
 
-from pytorch_lightning.callbacks import Callback  # noqa: E402
-
-from benchmarks import runs  # noqa: E402
-from benchmarks.pairs import Rounds, Spread  # noqa: E402
-from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.subjects import EMBEDDED  # noqa: E402
-from benchmarks.turns import now  # noqa: E402
-from ldm.console import Parser  # noqa: E402
-from ldm.training.callbacks.fixed_loss import DeterministicLoss  # noqa: E402
-from ldm.training.callbacks.image_logger import ImageLogger  # noqa: E402
-from ldm.training.callbacks.summary_images import SummaryImages  # noqa: E402
-from scripts.common import guarded  # noqa: E402
-
-PREVIEWS, LOSS, REST = "previews, with the pictures at the end", "deterministic loss", "everything else"
+PREVIEWS, LOSS, REST = "previews, with the images at the end", "deterministic loss", "everything else"
 PARTS: dict[str, tuple[type[Callback], ...]] = {
     PREVIEWS: (ImageLogger, SummaryImages),
     LOSS: (DeterministicLoss,),
 }
-# It must not end the run early.
+# The run must not end early.
 NO_STOP = "lightning.callbacks.deterministic_loss.params.stop=null"
 BAR = 10.0  # percent, of previews
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="runs (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of runs (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=400, help="of each run (%(default)s, as the YAML has it)"
+        "--steps", type=int, default=400, help="steps of each run (default: %(default)s, as in the YAML)"
     )
-    parser.add_argument("--recipe", default="fast", help="of configs/recipes (%(default)s)")
+    parser.add_argument("--recipe", default="fast", help="recipe of configs/recipes (default: %(default)s)")
     runs.add_options(parser)
     return guarded(lambda: overhead(parser.parse_args(argv)))
 
 
 def overhead(options: argparse.Namespace) -> None:
-    runs.begin(options)
+    runs.set_up(options)
     report = Report(
         "overhead",
-        "What previews and the deterministic loss cost: embedded model",
+        "Time that previews and the deterministic loss add: embedded model",
         ("part of a run", "seconds", "percent of everything else", "bar"),
         {"recipe": options.recipe, "steps": options.steps, "rounds": options.rounds},
         notes=["Medians over the runs, with the quartiles."],
@@ -69,15 +65,15 @@ def overhead(options: argparse.Namespace) -> None:
     for name in (REST, *PARTS):
         percent = overhead_percent(rounds, name)
         bar = verdict(percent.median, BAR, at_most=True) if name == PREVIEWS else ""
-        said = "" if name == REST else percent.text(1)
-        report.rows.append((name, Spread.of(rounds.seconds[name]).text(1), said, bar))
+        share = "" if name == REST else percent.text(1)
+        report.rows.append((name, Quartiles.of(rounds.seconds[name]).text(1), share, bar))
     report.data = {"seconds": rounds.seconds}
     report.write(options.out)
     print(report.markdown())
 
 
 def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Of one run by its parts, from the first thing it fits to its last file."""
+    """Return the seconds of one run by its parts, from the start of `fit` to its last file."""
     argv = EMBEDDED.argv(
         workdir, NO_STOP, "--max_steps", str(options.steps), "--gpus", "0", recipe=options.recipe
     )
@@ -87,9 +83,9 @@ def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
         for name, kinds in PARTS.items():
             if isinstance(callback, kinds):
                 clock(callback, partial(add, spent, name))
-    begun = now()
+    started = now()
     run.fit()
-    return {**spent, REST: now() - begun - sum(spent.values())}
+    return {**spent, REST: now() - started - sum(spent.values())}
 
 
 def add(spent: dict[str, float], name: str, some: float) -> None:
@@ -97,24 +93,24 @@ def add(spent: dict[str, float], name: str, some: float) -> None:
 
 
 def clock(callback: Callback, done: Callable[[float], None]) -> None:
-    """From here on tell `done` the seconds of each call of one of the callback's own hooks."""
+    """From now on call `done` with the seconds of each call of one of the callback's hooks."""
     for name in dir(callback):
         if name.startswith("on_") and getattr(type(callback), name) is not getattr(Callback, name, None):
             setattr(callback, name, partial(_timed, getattr(callback, name), done))
 
 
 def _timed(hook: Callable[..., Any], done: Callable[[float], None], *arguments: Any, **keywords: Any) -> Any:
-    begun = now()
+    started = now()
     try:
         return hook(*arguments, **keywords)
     finally:
-        done(now() - begun)
+        done(now() - started)
 
 
-def overhead_percent(rounds: Rounds, name: str) -> Spread:
-    """How many percent of everything else a part takes, in each run."""
+def overhead_percent(rounds: Rounds, name: str) -> Quartiles:
+    """Return the time of a part in percent of everything else, over all runs."""
     pairs = zip(rounds.seconds[name], rounds.seconds[REST], strict=True)
-    return Spread.of([100 * part / rest for part, rest in pairs])
+    return Quartiles.of([100 * part / rest for part, rest in pairs])
 
 
 if __name__ == "__main__":

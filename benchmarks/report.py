@@ -1,4 +1,4 @@
-"""Results of a benchmark as a JSON for programs and a Markdown table for people."""
+"""The results of a benchmark as JSON and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass
 class Report:
-    """What was measured, how, and a table of it; `data` holds what the table was made from."""
+    """A table of results with settings and machine; `data` has the numbers that the table was made from."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=machine.describe_machine)
 
     def markdown(self) -> str:
-        """Title, table, notes, then the machine and the settings."""
+        """Return title, table and notes, followed by the machine and the settings."""
         facts = self.machine
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         gpu = f", {facts['gpu']}" if facts["gpu"] else ""
@@ -38,13 +38,13 @@ class Report:
         lines += [
             f"- {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads{gpu}, {facts['system']}",
             f"- Python {facts['python']}, {versions}",
-            f"- {facts['date']}, commit {facts['commit']}, load when it began {facts['load']}",
+            f"- {facts['date']}, commit {facts['commit']}, load at the start {facts['load']}",
             "- " + ", ".join(f"{key} {value}" for key, value in self.settings.items()),
         ]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path | None = None) -> Path:
-        """Write `<name>.json` and `<name>.md` into `folder` or RESULTS, each whole; returns the latter's path."""
+        """Write `<name>.json` and `<name>.md` atomically into `folder` or RESULTS; return the path of the latter."""
         folder = folder or RESULTS
         kept = ("title", "machine", "settings", "columns", "rows", "notes", "data")
         content = {key: getattr(self, key) for key in kept}
@@ -55,7 +55,7 @@ class Report:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, its columns aligned; raises ValueError for a row of another length."""
+    """Return the lines of an aligned Markdown table; raises ValueError for a row of another length."""
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells under {len(columns)} columns")
@@ -68,7 +68,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def verdict(value: float, bar: float, *, at_most: bool = False) -> str:
-    """Whether a bar is met, and if not by how much it is missed."""
+    """Return whether `value` meets `bar`, and if not, by how much it misses it."""
     met = value <= bar if at_most else value >= bar
     sign = "<=" if at_most else ">="
     return f"{sign} {bar:g}: met" if met else f"{sign} {bar:g}: missed by {abs(value - bar) / bar:.0%}"

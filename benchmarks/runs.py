@@ -1,4 +1,4 @@
-"""Runs of main.py inside a benchmark: the same parts in the same order, with a callback more."""
+"""Runs of main.py inside a benchmark: the same parts in the same order, with additional callbacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ldm.training.trainer import choose_devices
 
 @dataclass
 class PreparedRun:
-    """A run that is ready to begin."""
+    """A run that is ready to start."""
 
     plan: run.Plan
     model: pl.LightningModule
@@ -41,9 +41,10 @@ def prepare(
     make_model: Callable[[DictConfig], pl.LightningModule] = run.make_model,
     callbacks: Sequence[Callback] = (),
 ) -> PreparedRun:
-    """What main.py makes of a command line; `callbacks` come after all others.
+    """Prepare a run as main.py does for a command line.
 
-    `make_model` makes the model out of the merged configuration.
+    make_model: makes the model from the merged configuration.
+    callbacks: are added after all others.
     """
     plan = run.make_plan(command_line.parse(argv))
     pl.seed_everything(plan.config["seed"], verbose=False)
@@ -57,16 +58,13 @@ def prepare(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that all benchmarks have."""
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's)")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results)")
+    """Add the options that all benchmarks have."""
+    parser.add_argument("--threads", type=int, help="number of torch threads (default: torch's)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
 
 
-def begin(options: argparse.Namespace) -> None:
-    """Set torch's threads; of all that runs say, show only warnings, and of diffusers only errors.
-
-    Diffusers warns of casts that are meant.
-    """
+def set_up(options: argparse.Namespace) -> None:
+    """Set torch's threads, and log only warnings, of diffusers only errors (it warns of intended casts)."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console.set_up_logging()

@@ -1,10 +1,10 @@
-"""How long a training step takes: ours against the original's arithmetic and against a loop like diffusers'.
+"""The time of a training step: ours, the original's arithmetic, and a loop like diffusers'.
 
-    python benchmarks/step_time.py embedded
-    python benchmarks/step_time.py sd-v1
-    python benchmarks/step_time.py sd-v1 --device cuda --size 512
+    python -m benchmarks.step_time embedded
+    python -m benchmarks.step_time sd-v1
+    python -m benchmarks.step_time sd-v1 --device cuda --size 512
 
-Ours is a real run, with its loop and callbacks (but for previews and the deterministic loss: see overhead.py).
+Ours is a complete run with its callbacks, except previews and the deterministic loss, which overhead.py measures.
 """
 
 from __future__ import annotations
@@ -17,35 +17,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from benchmarks import runs
+from benchmarks.loops import DiffusersLoop, OriginalLoop, batches, twin
+from benchmarks.report import Report, verdict
+from benchmarks.rounds import OURS, Quartiles, Rounds, Turns
+from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion
+from ldm.commands.base import guarded
+from ldm.console import Parser
+from ldm.interop import diffusers_pipeline
 
-from benchmarks import runs, supply  # noqa: E402
-from benchmarks.original import OriginalLoop  # noqa: E402
-from benchmarks.pairs import Rounds, Spread  # noqa: E402
-from benchmarks.peer import DiffusersLoop  # noqa: E402
-from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion  # noqa: E402
-from benchmarks.turns import OURS, Turns  # noqa: E402
-from benchmarks.twin import twin  # noqa: E402
-from ldm.console import Parser  # noqa: E402
-from ldm.interop import diffusers_pipeline  # noqa: E402
-from scripts.common import guarded  # noqa: E402
-
-# What main.py is told for each precision.
+# The trainer's name of each precision.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 QUIET = (
     "lightning.callbacks.image_logger.params.batch_frequency=0",
     "lightning.callbacks.deterministic_loss=null",
-    # It would begin the peak of memory anew at each epoch.
+    # It would reset the peak memory at each epoch.
     "lightning.callbacks.cuda_callback=null",
     "lightning.trainer.enable_progress_bar=false",
 )
 RATE = 5e-3
 ORIGINAL, DIFFUSERS = "original arithmetic, float32", "as diffusers, {}"
-# Who is timed against which precision of ours, and how many times as long their step should take.
+# The other loop, our precision, and the bar for how many times as long its step takes.
 COMPARISONS = (
     ("original", "bfloat16", 3.0),
     ("original", "float32", None),
@@ -59,9 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=("embedded", "sd-v1"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures of sd-v1 (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="how often each takes its turn (embedded: 100, sd-v1: 8)")
-    parser.add_argument("--warm_up", type=int, default=2, help="rounds before, not counted (%(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="image side of sd-v1 (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, help="steps of each loop (default: 100 for embedded, 8 for sd-v1)"
+    )
+    parser.add_argument(
+        "--warm_up", type=int, default=2, help="first rounds, which are not counted (default: %(default)s)"
+    )
     runs.add_options(parser)
     return guarded(lambda: step_time(parser.parse_args(argv)))
 
@@ -70,7 +69,7 @@ def step_time(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: nothing is measured")
         return
-    runs.begin(options)
+    runs.set_up(options)
     rounds = options.rounds or (100 if options.subject == "embedded" else 8)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         workdir = Path(folder)
@@ -86,34 +85,34 @@ def step_time(options: argparse.Namespace) -> None:
 
 
 class Bench:
-    """One subject with its weights, from which every comparison begins anew."""
+    """A model with fixed weights, from which every comparison starts."""
 
     def __init__(
         self, subject: TimedModel, workdir: Path, device: torch.device, rounds: int, warm_up: int
     ) -> None:
         self.subject, self.workdir, self.device = subject, workdir, device
         self.rounds, self.warm_up = rounds, warm_up
-        # In float32 on the CPU, and never trained.
+        # In float32 on the CPU; never trained.
         self.weights: nn.Module | None = None
 
     def compare(self, kind: str, precision: str) -> Rounds:
-        """Ours in a precision against the "original" or a loop like "diffusers"' in the same precision."""
+        """Time ours in turns with the "original", or with a loop like "diffusers"' in the same precision."""
         run = self.run(precision)
         data, size = run.data.datasets["train"], run.data.batch_size
-        pictures = supply.batches(data, size, self.device)
+        images = batches(data, size, self.device)
         other: Callable[[], object]
         if kind == "original":
-            name, other = ORIGINAL, OriginalLoop(self.weights, pictures, self.device, RATE)
+            name, other = ORIGINAL, OriginalLoop(self.weights, images, self.device, RATE)
         else:
             name = DIFFUSERS.format(precision)
-            other = as_diffusers(self.weights, run.plan.config, pictures, self.device, precision)
+            other = as_diffusers(self.weights, run.plan.config, images, self.device, precision)
         turns = Turns({name: other}, self.warm_up)
         run.trainer.callbacks.append(turns)
         run.fit()
         return turns.rounds
 
     def peak_memory(self) -> dict[str, float]:
-        """Bytes that a run of ours in bfloat16 takes of the GPU, alone on it, the encoding of the pictures included."""
+        """Return the peak GPU memory, in bytes, of a run of ours in bfloat16, including the encoding of the images."""
         run = self.run("bfloat16")
         torch.cuda.reset_peak_memory_stats()
         run.fit()
@@ -137,16 +136,14 @@ class Bench:
         return twin(self.weights)
 
 
-def as_diffusers(
-    model: Any, config: Any, pictures: Any, device: torch.device, precision: str
-) -> DiffusersLoop:
-    """Their loop on our weights, with the first vector of our word."""
+def as_diffusers(model: Any, config: Any, images: Any, device: torch.device, precision: str) -> DiffusersLoop:
+    """Make the loop like diffusers' from our model; its word starts from the first vector of ours."""
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     tokenizer = model.cond_stage_model.prompt_tokenizer
     (word, rows), *_ = model.embedding_manager.export().items()
     new = {word: model.cond_stage_model.token_embedding.num_embeddings}
     return DiffusersLoop(
-        pipeline, lambda texts: tokenizer.encode(texts, new), rows[0], pictures, device, precision, RATE
+        pipeline, lambda texts: tokenizer.encode(texts, new), rows[0], images, device, precision, RATE
     )
 
 
@@ -157,29 +154,29 @@ def new_report(options: argparse.Namespace, bench: Bench) -> Report:
         f"Time of a training step: {bench.subject.title}, on the {options.device.upper()}",
         ("loop", "ms a step", "times ours", "bar"),
         {"recipe": "fast", "rounds": bench.rounds, "warm-up": bench.warm_up},
-        notes=["Medians, with the quartiles; each line's factor is that of steps taken in turns with ours."],
+        notes=["Medians, with the quartiles; the factors are of steps taken in turns with ours."],
     )
 
 
 def add_rows(report: Report, rounds: Rounds, precision: str, bar: float | None) -> None:
-    """Ours in this precision, and the one that took turns with it."""
+    """Add ours in this precision, and the loop that took turns with it."""
     (other,) = [name for name in rounds.seconds if name != OURS]
     for name in (OURS, other):
-        milliseconds = Spread.of([1000 * s for s in rounds.seconds[name]])
+        milliseconds = Quartiles.of([1000 * s for s in rounds.seconds[name]])
         factor = rounds.ratio(name, OURS)
         title = f"ours, {precision}" if name == OURS else name
         judged = verdict(factor.median, bar) if bar else ""
-        said = ("1", "") if name == OURS else (factor.text(), judged)
-        report.rows.append((title, milliseconds.text(1), *said))
+        compared = ("1", "") if name == OURS else (factor.text(), judged)
+        report.rows.append((title, milliseconds.text(1), *compared))
     report.data[f"{other} | ours, {precision}"] = {"seconds": rounds.seconds, "bar": bar}
 
 
 def add_memory(report: Report, peak: Mapping[str, float]) -> None:
     gigabytes = {name: value / 1e9 for name, value in peak.items()}
-    said = verdict(gigabytes["allocated"], MEMORY_BAR, at_most=True)
+    judged = verdict(gigabytes["allocated"], MEMORY_BAR, at_most=True)
     report.notes.append(
         f"Peak memory of a run of ours in bfloat16: {gigabytes['allocated']:.2f} GB allocated, "
-        f"{gigabytes['reserved']:.2f} GB reserved; {said}"
+        f"{gigabytes['reserved']:.2f} GB reserved; {judged}"
     )
     report.data["peak memory"] = dict(peak)
 

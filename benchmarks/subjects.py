@@ -1,4 +1,4 @@
-"""The models that are timed, and the command lines of their runs."""
+"""The timed models, and the command lines of their runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class TimedModel:
-    """A model by its YAML and what is laid over it; `make` makes it out of the merged configuration."""
+    """A YAML in configs, overrides for it, and a function that makes the model from the merged configuration."""
 
     title: str
     base: str
@@ -32,7 +32,7 @@ class TimedModel:
     make: Callable[[DictConfig], pl.LightningModule]
 
     def argv(self, workdir: Path, *further: str, recipe: str = "fast") -> list[str]:
-        """The words after `main.py` of a run on the concept, in a folder under `workdir`."""
+        """Return the arguments of main.py for a run on the sample concept, in a folder under `workdir`."""
         words = [
             "--base",
             str(ROOT / "configs" / self.base),
@@ -43,7 +43,7 @@ class TimedModel:
 
 
 def random_model(config: DictConfig) -> pl.LightningModule:
-    """A model with random weights; those that begin at zero are drawn too, or no gradient would reach the vectors."""
+    """Make a model with random weights; layers initialized to zero too, or no gradient would reach the vectors."""
     with skip_pretrained(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = instantiate_from_config(config["model"])
@@ -54,7 +54,7 @@ def random_model(config: DictConfig) -> pl.LightningModule:
 
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> None:
-    """Draw the weights of layers that are zero, as small as those of their neighbours."""
+    """Initialize layers whose weights are zero with random weights of the usual scale."""
     for part in model.modules():
         weight = getattr(part, "weight", None)
         if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Linear) and not weight.any():
@@ -62,7 +62,7 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def stand_in_encoder(folder: Path) -> Path:
-    """The configuration of CLIP ViT-L/14's text tower, with a tokenizer that lies here, in place of a download."""
+    """Write CLIP ViT-L/14's text configuration with the embedded model's tokenizer, to avoid a download."""
     folder.mkdir(parents=True, exist_ok=True)
     CLIPTextConfig(
         vocab_size=49408,

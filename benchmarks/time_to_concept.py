@@ -1,11 +1,11 @@
-"""Seconds of training until a word looks like the concept: the recipe `fast` against `paper`, on the embedded model.
+"""Training time until images with the word look like the concept: recipes `fast` and `paper`, on the embedded model.
 
-    python benchmarks/time_to_concept.py            # goes on where it was stopped
-    python benchmarks/time_to_concept.py --jobs 2 --threads 1    # on two cores: half as long in all
-    python benchmarks/time_to_concept.py --quick    # a check that it works; its figures mean nothing
+    python -m benchmarks.time_to_concept            # continues where it was stopped
+    python -m benchmarks.time_to_concept --jobs 2 --threads 1    # on two cores: takes half as long
+    python -m benchmarks.time_to_concept --quick    # a test run; its figures mean nothing
 
-The aim for a concept is 90 percent of the identity that `paper` has at its end. A recipe is there at the first
-waypoint that reaches the aim together with the one after it.
+The target of a concept is 90 percent of the identity that `paper` has at its end. A recipe reaches it at the first
+waypoint where it and the next waypoint are at or above the target.
 """
 
 from __future__ import annotations
@@ -24,29 +24,27 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import runs, waypoints  # noqa: E402
-from benchmarks.machine import ROOT  # noqa: E402
-from benchmarks.report import Report, verdict  # noqa: E402
-from benchmarks.scores import Scorer, creatures  # noqa: E402
-from ldm.checkpoint import load_model_from_config  # noqa: E402
-from ldm.console import Parser, positive  # noqa: E402
-from ldm.evaluation.concepts import read_concept  # noqa: E402
-from ldm.evaluation.judge import AttributeJudge  # noqa: E402
+from benchmarks import runs, waypoints
+from benchmarks.machine import ROOT
+from benchmarks.report import Report, verdict
+from benchmarks.scores import Scorer, creatures
+from ldm.checkpoint import load_model_from_config
+from ldm.commands.base import JUDGE, guarded
+from ldm.console import Parser, positive
+from ldm.evaluation.concepts import read_concept
+from ldm.evaluation.judge import AttributeJudge
 from ldm.files import (
-    file_hash,  # noqa: E402
-    write_text,  # noqa: E402
+    file_hash,
+    write_text,
 )
-from scripts.common import JUDGE, guarded  # noqa: E402
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
 RECIPES = ("paper", "fast")
 SHARE, BAR, LEAST_CONCEPTS = 0.9, 10.0, 6
-# Neither is charged for previews, and `paper` not for a measurement that the original did not make.
+# Previews are off for both. The deterministic loss is off for `paper`, because the original did not have it.
 OVERRIDES = {
     "paper": ("lightning.callbacks.deterministic_loss=null",),
     "fast": (),
@@ -56,34 +54,40 @@ QUIET = ("lightning.callbacks.image_logger.params.batch_frequency=0", "lightning
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concepts", nargs="*", type=Path, help="folders (default: the sample creatures)")
-    parser.add_argument("--paper_steps", type=int, default=5000, help="a cap on `paper` (%(default)s)")
-    parser.add_argument("--pictures", type=int, default=16, help="for each identity (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 pictures")
+    parser.add_argument(
+        "--concepts", nargs="*", type=Path, help="concept folders (default: the sample creatures)"
+    )
+    parser.add_argument(
+        "--paper_steps", type=int, default=5000, help="maximum steps of `paper` (default: %(default)s)"
+    )
+    parser.add_argument("--pictures", type=int, default=16, help="images per identity (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 images")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "time_to_concept")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="at once (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs in parallel (default: %(default)s)"
+    )
     runs.add_options(parser)
     return guarded(lambda: time_to_concept(parser.parse_args(argv)))
 
 
 class Task(NamedTuple):
-    """One concept learned by one recipe, and how it is scored."""
+    """A run of one recipe on one concept, and the number of images to score it with."""
 
     concept: Path
     recipe: str
     paper_steps: int
-    pictures: int
+    images: int
     folder: Path
 
 
 def time_to_concept(options: argparse.Namespace) -> None:
-    runs.begin(options)
+    runs.set_up(options)
     concepts = options.concepts or creatures(ROOT / "data" / "concepts")
-    steps, pictures = options.paper_steps, options.pictures
+    steps, images = options.paper_steps, options.pictures
     if options.quick:
-        concepts, steps, pictures = concepts[:1], 30, 4
+        concepts, steps, images = concepts[:1], 30, 4
     settings = {"model": file_hash(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
-    settings |= {"jobs at once": options.jobs, "paper steps": steps, "pictures": pictures}
+    settings |= {"jobs at once": options.jobs, "paper steps": steps, "pictures": images}
     report = Report(
         "time_to_concept_quick" if options.quick else "time_to_concept",
         "Seconds of training until a word looks like the concept",
@@ -94,9 +98,9 @@ def time_to_concept(options: argparse.Namespace) -> None:
     for concept in concepts:
         for recipe in RECIPES:
             folder = options.work / f"{concept.name}-{recipe}-{digest(recipe, settings)}"
-            tasks.append(Task(concept, recipe, steps, pictures, folder))
+            tasks.append(Task(concept, recipe, steps, images, folder))
     found: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), runs.begin, (options,)) as pool:
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), runs.set_up, (options,)) as pool:
         results = pool.map(result, tasks)
         for concept, paper, fast in zip(concepts, results, results, strict=True):
             found[concept.name] = compared(paper, fast)
@@ -106,20 +110,20 @@ def time_to_concept(options: argparse.Namespace) -> None:
 
 
 def result(task: Task) -> dict[str, Any]:
-    """What a run passed and how well; made now, or taken from earlier."""
+    """Train and score a run, or return the results of an earlier call."""
     train(task.concept, task.recipe, task.paper_steps, task.folder)
-    return scored(scorer(task.pictures), task.concept, task.folder)
+    return scored(scorer(task.images), task.concept, task.folder)
 
 
 @cache
-def scorer(pictures: int) -> Scorer:
-    """One for all that this process scores."""
+def scorer(images: int) -> Scorer:
+    """Load the model and judge once per process."""
     model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
-    return Scorer(model, AttributeJudge.load(ROOT / JUDGE), pictures, max(2, pictures // 4))
+    return Scorer(model, AttributeJudge.load(ROOT / JUDGE), images, max(2, images // 4))
 
 
 def digest(recipe: str, settings: Mapping[str, Any]) -> str:
-    """Of what a result follows from but the code: where it is another, nothing is taken from earlier."""
+    """Hash everything except the code that a result depends on; results with another hash are not reused."""
     yamls = [path.read_text(encoding="utf-8") for path in (BASE, recipe_of(recipe))]
     return hashlib.sha256(json.dumps([settings, yamls, OVERRIDES[recipe]]).encode()).hexdigest()[:12]
 
@@ -129,7 +133,7 @@ def recipe_of(name: str) -> Path:
 
 
 def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
-    """A run with waypoints in `folder`, unless a finished one is there; one that was cut off is begun anew."""
+    """Train a run with waypoints in `folder`, unless it has a finished one; an interrupted one is repeated."""
     if waypoints.read_waypoints(folder) is not None:
         return
     print(f"{concept.name}: training with {recipe}", flush=True)
@@ -151,13 +155,13 @@ def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
     run.trainer.callbacks.insert(0, waypoints.Waypoints(folder))
     run.fit()
     best = run.plan.run.checkpoints / "embeddings_best.pt"
-    # What the recipe hands over: its best vectors where it looks for them, else the last.
+    # The result of a recipe: its best vectors if it selects them, otherwise the last.
     last = folder / f"{run.trainer.global_step}.pt"
     shutil.copyfile(best if best.is_file() else last, folder / "result.pt")
 
 
 def scored(scorer: Scorer, concept: Path, folder: Path) -> dict[str, Any]:
-    """Identity at every waypoint, and identity and edits of the result; kept in `scores.json` as they are made."""
+    """Score identity at every waypoint, and identity and edits of the result; `scores.json` caches the scores."""
     passed, path = waypoints.read_waypoints(folder), folder / "scores.json"
     kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     truth = read_concept(concept)
@@ -182,7 +186,7 @@ def scored(scorer: Scorer, concept: Path, folder: Path) -> dict[str, Any]:
 
 
 def reached(curve: Sequence[tuple[int, float, float]], aim: float) -> float:
-    """Seconds at the first waypoint (step, seconds, score) that reaches the aim as the next does too; inf if none."""
+    """Return the seconds of the first waypoint (step, seconds, score) that, like the next, reaches `aim`; or inf."""
     for here, there in zip(curve, [*curve[1:], curve[-1]], strict=True):
         if min(here[2], there[2]) >= aim:
             return here[1]
@@ -190,14 +194,14 @@ def reached(curve: Sequence[tuple[int, float, float]], aim: float) -> float:
 
 
 def compared(paper: Mapping[str, Any], fast: Mapping[str, Any]) -> dict[str, Any]:
-    """The aim that `paper` sets at its end, and when each is there."""
+    """Return the target, which `paper` sets at its end, and the seconds until each recipe reaches it."""
     aim = SHARE * paper["identity"]
     seconds = {"paper": reached(paper["curve"], aim), "fast": reached(fast["curve"], aim)}
     return {"aim": aim, "seconds": seconds, "paper": paper, "fast": fast}
 
 
 def fill(report: Report, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table and the verdicts of the concepts there are by now."""
+    """Fill in the table and notes for the concepts measured so far."""
     factors = {name: factor(one["seconds"]) for name, one in found.items()}
     report.rows = [
         (
@@ -216,20 +220,20 @@ def fill(report: Report, found: Mapping[str, Mapping[str, Any]]) -> None:
     lasts = {recipe: median(one[recipe]["seconds"] for one in found.values()) for recipe in RECIPES}
     edits = {recipe: mean(one[recipe]["edits"] for one in found.values()) for recipe in RECIPES}
     report.notes = [
-        f"Median: `fast` is there {overall:.1f} times as fast as `paper`; {verdict(overall, BAR)}. "
-        f"`paper`'s whole length takes {whole:.1f} times as long.",
-        f"`fast` ends by itself after {lasts['fast']:.1f} s, `paper` after {lasts['paper']:.1f} s (medians): "
+        f"Median: `fast` reaches the aim {overall:.1f} times as fast as `paper`; {verdict(overall, BAR)}. "
+        f"All steps of `paper` take {whole:.1f} times as long.",
+        f"`fast` stops by itself after {lasts['fast']:.1f} s, `paper` after {lasts['paper']:.1f} s (medians): "
         f"{lasts['paper'] / lasts['fast']:.1f} times as long.",
-        f"Edits obeyed by what is still the creature: `paper` {edits['paper']:.2f}, `fast` {edits['fast']:.2f} "
+        f"Edits obeyed with the creature still itself: `paper` {edits['paper']:.2f}, `fast` {edits['fast']:.2f} "
         "(means of the results).",
-        "The last two columns are `paper` / `fast`. Training time alone, without previews and evaluation.",
+        "The last two columns are `paper` / `fast`. Training time only, without previews and evaluation.",
         f"{len(found)} concepts" + (f", fewer than {LEAST_CONCEPTS}" if len(found) < LEAST_CONCEPTS else ""),
     ]
     report.data = {"concepts": found}
 
 
 def factor(seconds: Mapping[str, float]) -> float:
-    """How many times as fast `fast` is; 0 where it never gets there."""
+    """Return how many times as fast `fast` is; 0 if it never reaches the target."""
     return 0.0 if math.isinf(seconds["fast"]) else seconds["paper"] / seconds["fast"]
 
 

@@ -1,4 +1,4 @@
-"""Vectors of a run at chosen steps, with the seconds it had trained until then."""
+"""Learned vectors of a run at chosen steps, with the training time until then."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from benchmarks.turns import now
+from benchmarks.rounds import now
 from ldm.files import write_text
 
 LIST = "waypoints.json"
-# Close together at first, where something changes between them; then each about a quarter further.
+# Dense at first, where the vectors change quickly; later in steps of about 25 percent.
 STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100, 125, 150, 175)
 STEPS += (200, 250, 300, 350, 400, 450, 500)
 STEPS += (600, 700, 850, 1000, 1250, 1500, 2000, 2500, 3000, 4000, 5000)
 
 
 class Waypoints(Callback):
-    """Saves `<step>.pt` in a folder at each of `steps` and at the end, and when all is done the list of them.
+    """Save `<step>.pt` at each of `steps` and at the end, and finally the list of them with their seconds.
 
-    The clock starts when the run begins to fit, so what is prepared once counts, and it stands still while this
-    callback saves. It must be the first callback.
+    The time starts with `fit`, so it includes preparation, but not the saving by this callback. It must be the first
+    callback.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int] = STEPS) -> None:
@@ -32,10 +32,10 @@ class Waypoints(Callback):
         self.folder = folder
         self.steps = set(steps)
         self.passed: dict[int, float] = {}
-        self._begun = 0.0
+        self._started = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begun = now()
+        self._started = now()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if 0 in self.steps:
@@ -52,15 +52,15 @@ class Waypoints(Callback):
         write_text(self.folder / LIST, json.dumps(self.passed, indent=1))
 
     def _save(self, trainer: pl.Trainer, model: Any) -> None:
-        step, stopped = trainer.global_step, now()
+        step, reached = trainer.global_step, now()
         if step not in self.passed:
-            self.passed[step] = stopped - self._begun
+            self.passed[step] = reached - self._started
             model.embedding_manager.save(self.folder / f"{step}.pt")
-            self._begun += now() - stopped
+            self._started += now() - reached
 
 
 def read_waypoints(folder: Path) -> dict[int, float] | None:
-    """Seconds by step of a run that was finished there, or None."""
+    """Return the seconds by step of a finished run; None if there is none."""
     path = folder / LIST
     if not path.is_file():
         return None

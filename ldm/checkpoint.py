@@ -1,4 +1,4 @@
-"""Model checkpoints: `.ckpt` and `.safetensors`, published or our own, read safely and once."""
+"""Model checkpoints: reading `.ckpt` and `.safetensors` safely, and loading them into models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm import pickles
-from ldm.files import atomic_write
+from ldm.files import NO_TENSORS, atomic_write, file_kind
 from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class CheckpointError(UserError):
 
 
 class _Inert:
-    """Stands for a class that an old checkpoint names beside its weights; nothing of it is used."""
+    """Replaces a class that an old checkpoint names beside its weights; its instances are never used."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -48,7 +48,7 @@ _LIGHTNING_CLASSES = [
 
 
 def _numpy_classes() -> list[Any]:
-    """What a numpy scalar in a pickle needs, under the module names of numpy 1 and 2."""
+    """Return the classes that a pickled numpy scalar needs, under the module names of numpy 1 and 2."""
     import numpy as np
     from numpy._core.multiarray import _reconstruct, scalar
 
@@ -58,43 +58,34 @@ def _numpy_classes() -> list[Any]:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, mapped into memory rather than read, on the CPU.
+    """Return the tensors of a checkpoint on the CPU, mapped into memory where the file allows it.
 
-    Recognises safetensors and PyTorch files by their content; of a training checkpoint the `state_dict` is taken.
-    Raises UserError if the file is absent, damaged, or holds anything else.
+    The content decides whether the file is safetensors or a PyTorch file; of a training checkpoint, the
+    `state_dict` is returned. Raises UserError if the file is missing, damaged, or not a checkpoint.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"checkpoint '{path}' does not exist; check the path")
-    if path.is_dir():
-        raise CheckpointError(f"checkpoint '{path}' is a folder; name the .ckpt or .safetensors file in it")
-    if _is_safetensors(path):
+    kind = file_kind(path)
+    if kind in NO_TENSORS:
+        raise CheckpointError(f"checkpoint '{path}' {NO_TENSORS[kind]}")
+    if kind == "safetensors":
         return _read_safetensors(path)
-    # Embedding files are of the last class: they are read, to be told apart from what is damaged.
+    # ParameterDict is what embedding files hold: with it they are recognised below, and not called damaged.
     classes = [*_LIGHTNING_CLASSES, *_numpy_classes(), nn.ParameterDict]
     content = pickles.load(path, classes=classes, mmap=True, what=f"checkpoint '{path}'")
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise CheckpointError(
-            f"checkpoint '{path}' holds {type(content).__name__}, no state dict; is it a model?"
+            f"checkpoint '{path}' holds {type(content).__name__}, not a state dict; name a model's file"
         )
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(map(str, list(state)[:3])) or "nothing"
         raise CheckpointError(
-            f"checkpoint '{path}' holds no weights (it holds {keys}); is it an embedding file?"
+            f"checkpoint '{path}' holds no weights (it holds {keys}); is it an embedding file? name a model's file"
         )
     return tensors
 
 
-def _is_safetensors(path: Path) -> bool:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 2)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -109,21 +100,30 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def load_model_from_config(
     config: Mapping[str, Any] | str | Path, ckpt: str | Path, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Build the model that a YAML describes and fill it from a checkpoint.
+    """Build the model that a YAML describes and load a checkpoint into it.
 
-    `config` is a path, or a mapping with or without its `model:` node. The model comes back in eval mode, on
-    `device` if given. Weights are mapped, not read twice. Differences between file and model are logged once.
-    Raises ConfigError for a YAML that does not fit its classes (before the file is opened) and CheckpointError if
-    parameters would be left without a value.
+    Args:
+        config: path of the YAML, or its content, or the content of its `model:` node.
+        ckpt: path of the checkpoint.
+        device: where the model is moved to; None leaves it on the CPU.
+
+    Returns:
+        The model in eval mode. Unexpected keys of the checkpoint are logged once.
+
+    Raises:
+        ConfigError: the YAML does not fit its classes; the checkpoint is not opened then.
+        CheckpointError: the checkpoint does not fit, or leaves parameters without a value.
     """
     if isinstance(config, (str, Path)):
         if not Path(config).is_file():
             raise ConfigError(f"config '{config}' does not exist; check the path")
-        config = OmegaConf.load(config)
-    node = config.get("model", config)
+        whole: Any = OmegaConf.load(config)
+    else:
+        whole = config
+    node = whole.get("model", whole)
     check_config(node, "model")
     state = read_state_dict(ckpt)
-    # A diffusion checkpoint without its text encoder leaves that to the pretrained one, which is read only then.
+    # If a diffusion checkpoint lacks the text encoder, the pretrained one is read; otherwise it is skipped.
     complete = not any(k.startswith(DENOISER) for k in state) or any(
         k.startswith(TEXT_ENCODER) for k in state
     )
@@ -138,10 +138,19 @@ def load_model_from_config(
 def load_state(
     model: nn.Module, state: Mapping[str, Tensor], source: str, filled: tuple[str, ...] = ()
 ) -> None:
-    """Copy a state dict into a model; see `load_model_from_config` for what is an error.
+    """Copy a state dict into a model.
 
-    Parameters whose names begin with one of `filled` have their values already, and those in the model's
-    `optional_state` need none; both may be absent. A model with `on_weights_loaded(state)` is told.
+    The model may define two members: `optional_state`, a tuple of key prefixes that the file may lack, and
+    `on_weights_loaded(state)`, which is called with what was loaded.
+
+    Args:
+        model: filled in place.
+        state: tensors by key; a key that the model does not have is logged and ignored.
+        source: how messages name the state dict.
+        filled: key prefixes of parameters that already have their values; the file may lack them too.
+
+    Raises:
+        CheckpointError: no key or a wrong shape fits, or a parameter would be left without a value.
     """
     own = model.state_dict()
     wrong = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
@@ -168,8 +177,9 @@ def load_state(
         )
     fitting = {key: value for key, value in state.items() if key not in own or value.shape == own[key].shape}
     result = model.load_state_dict(fitting, strict=False)
-    if hasattr(model, "on_weights_loaded"):
-        model.on_weights_loaded(fitting)
+    on_weights_loaded = getattr(model, "on_weights_loaded", None)
+    if on_weights_loaded is not None:
+        on_weights_loaded(fitting)
     unexpected = [key for key in result.unexpected_keys if not key.startswith(_IGNORED)]
     if unexpected:
         logger.warning(
@@ -177,7 +187,7 @@ def load_state(
         )
 
 
-# Copies that training kept beside the weights, or that old layouts wrote.
+# Averaged copies of the weights, and a buffer of older releases of transformers.
 _IGNORED = ("model_ema.", "cond_stage_model.transformer.text_model.embeddings.position_ids")
 
 
@@ -185,9 +195,9 @@ _filled: ContextVar[bool] = ContextVar("filled_by_a_checkpoint", default=True)
 
 
 class _SkipRandomFill(TorchFunctionMode):
-    """Leaves tensors as they are where an initialiser would draw random numbers for them in place."""
+    """Skips in-place random initialisation of parameters."""
 
-    # Of torch.nn.init those that a mode meets by themselves; the others are met as the methods they call.
+    # These functions of torch.nn.init reach a TorchFunctionMode; the others reach it as the methods they call.
     _FILLS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,14 +210,14 @@ class _SkipRandomFill(TorchFunctionMode):
 
 @contextlib.contextmanager
 def uninitialised() -> Iterator[None]:
-    """Within this block layers skip their random initialisation, because a checkpoint fills them next."""
+    """Skip the random initialisation of layers built in this block, because a checkpoint fills them next."""
     with _SkipRandomFill():
         yield
 
 
 @contextlib.contextmanager
 def initialised() -> Iterator[None]:
-    """Within this block, inside `uninitialised` too, layers draw their random numbers."""
+    """Let layers built in this block draw their random numbers, even inside `uninitialised`."""
     token = _filled.set(False)
     try:
         yield
@@ -229,7 +239,7 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.
     return atomic_write(path, lambda file: file.write(save(kept, {"format": "pt"})))
 
 
-# The YAML of a published model, by how the keys of its text encoder begin.
+# The YAML of a published model, by the prefix of its text encoder's keys.
 _CONFIGS = {
     "cond_stage_model.transformer.token_emb.": "latent-diffusion/txt2img-1p4B-eval_with_tokens.yaml",
     "cond_stage_model.transformer.text_model.": "stable-diffusion/v1-inference.yaml",
@@ -237,7 +247,10 @@ _CONFIGS = {
 
 
 def config_of(ckpt: str) -> Path:
-    """The YAML of a checkpoint: config.yaml beside it, else that of the published model with its text encoder."""
+    """Return the YAML of a checkpoint: config.yaml beside it, else the one of the published model.
+
+    Raises CheckpointError if there is no config.yaml and the text encoder is not one of a published model.
+    """
     beside = Path(ckpt).with_name("config.yaml")
     if beside.is_file():
         return beside
@@ -246,5 +259,5 @@ def config_of(ckpt: str) -> Path:
         if any(key.startswith(prefix) for key in keys):
             return Path(__file__).resolve().parents[1] / "configs" / name
     raise CheckpointError(
-        f"'{ckpt}' has no config.yaml beside it and is no model known here; name its YAML with --config"
+        f"'{ckpt}' has no config.yaml beside it and is not a known model; name its YAML with --config"
     )

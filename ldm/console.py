@@ -1,4 +1,4 @@
-"""Command lines and terminals: parsers whose errors are one line, log messages as plain lines, exit codes."""
+"""Command lines and terminals: argument types, one-line errors, log output and exit codes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ldm.util import UsageError
 
 
 class Interrupted(BaseException):
-    """A run that was asked to end; not an Exception, so that nothing takes it for a failure.
+    """A signal asked the run to stop. Not an Exception, so that `except Exception` does not catch it.
 
-    `exit_code` is 128 plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+    `exit_code` is 128 plus the signal number, as in shells: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, signum: int) -> None:
@@ -26,14 +26,14 @@ class Interrupted(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are exceptions, so that the caller decides how a run ends."""
+    """A parser that raises UsageError instead of exiting the process."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see --help)")
 
 
 def boolean(text: str) -> bool:
-    """Yes or no, in the words people use for them."""
+    """Argument type: a bool from yes/no, true/false, on/off or 1/0."""
     word = text.lower()
     if word in ("yes", "true", "t", "y", "1", "on"):
         return True
@@ -43,24 +43,24 @@ def boolean(text: str) -> bool:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Argument type: a whole number of at least 1."""
     try:
         number = int(text)
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
     return number
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1."""
+    """Argument type: a number from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
         number = -1.0
     if not 0.0 <= number <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
     return number
 
 
@@ -68,7 +68,7 @@ _HANDLER_NAME = "_ldm_console"
 
 
 class ConsoleHandler(logging.Handler):
-    """Messages as plain lines on stdout, warnings and worse on stderr, above a progress bar if there is one."""
+    """Writes messages to stdout, warnings and errors to stderr, without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
@@ -81,13 +81,13 @@ class ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(debug: bool = False) -> None:
-    """Show what `ldm` logs, and of Lightning only warnings; `debug` shows everything.
+    """Show the messages of `ldm` and the warnings of Lightning; with `debug`, everything.
 
-    Of a run's further processes only warnings are shown.
+    In a run of several processes, all but the first show warnings only.
     """
-    others = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    secondary = int(os.environ.get("LOCAL_RANK", 0)) > 0
     library = logging.getLogger("ldm")
-    library.setLevel(logging.DEBUG if debug else logging.WARNING if others else logging.INFO)
+    library.setLevel(logging.DEBUG if debug else logging.WARNING if secondary else logging.INFO)
     if not any(getattr(handler, _HANDLER_NAME, False) for handler in library.handlers):
         handler = ConsoleHandler()
         setattr(handler, _HANDLER_NAME, True)
@@ -96,10 +96,17 @@ def set_up_logging(debug: bool = False) -> None:
         return
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    from pytorch_lightning.utilities.warnings import PossibleUserWarning  # takes seconds to import
+    from lightning_fabric.utilities.warnings import PossibleUserWarning  # takes seconds to import
 
-    # Advice on worker counts, log intervals and frozen modules, all of which are meant as they are.
+    # Advice on worker counts, log intervals and frozen modules; all three are intended.
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    # A run without validation pictures is no mistake.
+    # A run may have no validation images.
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+
+
+def write_line(text: str) -> None:
+    """Write a line of a command's results to stdout, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and hashes of files."""
+"""Files: what kind a file is by its first bytes, atomic writing, and hashes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,80 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from ldm.util import UserError
+
+FileKind = Literal[
+    "safetensors",
+    "zip",
+    "pickle",
+    "image",
+    "missing",
+    "folder",
+    "special",
+    "empty",
+    "web page",
+    "Git LFS pointer",
+    "JSON",
+    "text",
+    "unknown",
+]
+
+# The rest of the error message, after the file's name, for a file without tensors.
+NO_TENSORS: dict[FileKind, str] = {
+    "missing": "does not exist; check the path",
+    "folder": "is a folder; name the file in it",
+    "special": "is not an ordinary file; name a file on disk",
+    "empty": "is empty; it was not written or downloaded completely",
+    "web page": "is a web page; download the file itself",
+    "Git LFS pointer": "is a Git LFS pointer, not the file; fetch it with 'git lfs pull'",
+    "JSON": "is a JSON text file; name the file with the weights",
+    "text": "is a text file; name the file with the weights",
+}
+
+
+def file_kind(path: str | Path) -> FileKind:
+    """Return what a path leads to; a file's content decides, never its name.
+
+    "zip" is torch.save since torch 1.6, "pickle" torch.save before that, "image" a PNG or WebP. Raises OSError if
+    the file cannot be opened.
+    """
+    path = Path(path)
+    if not path.exists():
+        return "missing"
+    if path.is_dir():
+        return "folder"
+    if not path.is_file():
+        return "special"
+    with path.open("rb") as file:
+        return content_kind(file.read(512))
+
+
+def content_kind(head: bytes) -> FileKind:
+    """Return what a file is by its first bytes; 512 of them are enough."""
+    if not head:
+        return "empty"
+    # The length of the header in 8 bytes, then the header, which is a JSON object. Text is no such length.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**56:
+        return "safetensors"
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    if head.startswith(b"\x89PNG\r\n\x1a\n") or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
+        return "image"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "web page"
+    if start.startswith(b"version https://git-lfs"):
+        return "Git LFS pointer"
+    if start.startswith((b"{", b"[")):
+        return "JSON"
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+        return "text"
+    return "unknown"
+
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -24,10 +95,10 @@ _REMEDY = {
 
 
 def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
-    """Write a file beside its place, sync it and rename it: a reader sees the old file or the new one.
+    """Write a temporary file, sync it and rename it to `path`: a reader sees the old file or the complete new one.
 
-    `writer` receives a binary file. Parent folders are made. Raises UserError that names the path and the
-    remedy; the old file then stays as it was.
+    `writer` is called with the open binary file. Parent folders are created. Returns the path.
+    Raises UserError with the path and the remedy; the old file is then unchanged.
     """
     path = Path(path)
     temporary: str | None = None
@@ -52,7 +123,7 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """`write_whole` for UTF-8 text."""
+    """Write a text file in UTF-8 with `atomic_write`."""
     return atomic_write(path, lambda file: file.write(text.encode()))
 
 
@@ -63,7 +134,7 @@ def _umask() -> int:
 
 
 def file_hash(path: str | Path) -> str:
-    """The SHA-256 of a file in hexadecimal; its first ten digits are the hash that model browsers show."""
+    """Return the SHA-256 of a file in hexadecimal; model browsers show its first ten digits."""
     try:
         with Path(path).open("rb") as file:
             digest = hashlib.sha256()
@@ -75,6 +146,6 @@ def file_hash(path: str | Path) -> str:
 
 
 def images_fingerprint(paths: Iterable[str | Path]) -> str:
-    """16 hexadecimal digits that depend on the contents of the files, and not on their names or order."""
+    """Return 16 hexadecimal digits that depend on the contents of the files, not on their names or order."""
     hashes = sorted(file_hash(path) for path in paths)
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]

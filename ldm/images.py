@@ -1,4 +1,4 @@
-"""Reads pictures as people see them, turns them into tensors and back, and sets out sheets of them."""
+"""Reads image files, converts images to tensors and back, and arranges them in grids with captions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# .heic and .heif are listed although Pillow cannot read them by itself: telling so is better than leaving out
-# the photos of a telephone without a word.
+# Pillow cannot read .heic and .heif by itself. They are listed so that the photos of a phone lead to an error message
+# instead of being skipped.
 IMAGE_SUFFIXES = frozenset(
     {
         ".avif",
@@ -40,35 +40,37 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class ImageError(UserError):
-    """A picture, or a folder of pictures, that cannot be used; the message names it."""
+    """An image, or a folder of images, that cannot be used; the message names it."""
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files directly in `folder`, sorted by name.
+    """List the image files directly in `folder`, sorted by name.
 
-    Files are told by their suffix, those without one by their content. Hidden files are passed over; anything
-    else is named in one log line, except the `.txt` that describes an image and `concept.json`.
-    Raises ImageError when there is no such folder, or no image in it.
+    Files are recognised by their suffix, files without a suffix by their content. Hidden files are skipped silently,
+    as are `concept.json` and the `.txt` beside an image; all other entries are named in one log line.
+
+    Raises:
+        ImageError: the folder does not exist or contains no image.
     """
     folder = Path(folder)
     if not folder.exists():
         raise ImageError(f"image folder not found: {folder}")
     if not folder.is_dir():
-        raise ImageError(f"{folder} is a file: name the folder that holds the images")
+        raise ImageError(f"{folder} is a file; name the folder that holds the images")
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise ImageError(f"cannot read image folder {folder}: {error.strerror}") from None
     images = [entry for entry in entries if entry.is_file() and _looks_like_image(entry)]
-    # A sample concept's truth lies beside its pictures, and captions may.
-    known = {*images, folder / "concept.json", *(image.with_suffix(".txt") for image in images)}
-    others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in known]
+    # Captions and the description of a sample concept may lie beside the images.
+    expected = {*images, folder / "concept.json", *(image.with_suffix(".txt") for image in images)}
+    others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in expected]
     shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not images:
-        found = f"it holds {shown}, and subfolders are not searched" if others else "it is empty"
-        raise ImageError(f"no images in {folder}: {found}")
+        reason = f"it holds {shown}, and subfolders are not searched" if others else "it is empty"
+        raise ImageError(f"no images in {folder}: {reason}")
     if others:
-        logger.info("%s: skipped what is not an image: %s", folder, shown)
+        logger.info("%s: skipped entries that are not images: %s", folder, shown)
     return images
 
 
@@ -78,27 +80,30 @@ def _looks_like_image(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except Exception:  # a decoder that guesses wrongly may raise anything
+    except Exception:  # a decoder may raise anything for a file that is not of its format
         return False
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture from any file Pillow reads: upright (EXIF applied), over white, its first frame.
+    """Read an image file as RGB: upright (EXIF orientation applied), over a white background, its first frame.
 
-    16-bit, 32-bit and floating-point greys are scaled to 8 bits. Raises ImageError, which names the file, when
-    it is missing, damaged, of an unknown format, or larger than twice `PIL.Image.MAX_IMAGE_PIXELS`.
+    16-bit, 32-bit and floating-point greyscale images are scaled to 8 bits.
+
+    Raises:
+        ImageError: the file is missing, damaged, of an unknown format, or has more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     try:
         with warnings.catch_warnings():
-            # Large photos are legitimate; Pillow still refuses what is twice as large as its limit.
+            # Large photos are legitimate; Pillow raises an error for those of twice its limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ImageError(f"image not found: {path}") from None
-    except Image.UnidentifiedImageError:
-        raise ImageError(f"cannot read image {path}: not a picture in a format that Pillow knows") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"cannot read image {path}: not an image in a format that Pillow knows") from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error ... on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"cannot read image {path}: {reason}") from None
@@ -116,31 +121,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _white(grey: np.ndarray) -> int:
-    """The value of white where the file does not say: of [0, 1], 8, 16 and 31 bits the narrowest that fits."""
+    """The value of white for a file that does not define it: the smallest of 1, 8, 16 and 31 bits that fits."""
     return next((limit for limit in (1, 255, 65535) if grey.max() <= limit), 2**31 - 1)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] float32 in [-1, 1] from a picture."""
+    """Convert an image to float32 [3, H, W] in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A picture from [3, H, W] in [-1, 1], of any floating type and device; values outside are cut off."""
+    """Convert [3, H, W] in [-1, 1], of any floating type and device, to an image; other values are clamped."""
     pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
 def enlarged(image: Image.Image, scale: int) -> Image.Image:
-    """The picture with every pixel as a square of `scale` by `scale`."""
+    """Enlarge an image so that every pixel becomes a square of `scale` by `scale` pixels."""
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, padding: int = 2, scale: int = 1) -> Image.Image:
-    """One white sheet with the pictures in rows of `columns`, each centred in a cell that fits the largest."""
+    """Arrange images on white in rows of `columns`, each centred in a cell that fits the largest."""
     if not images:
-        raise ImageError("a grid needs at least one picture")
+        raise ImageError("a grid needs at least one image")
     images = [enlarged(image, scale) for image in images]
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -155,7 +160,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, padding: int = 2, sc
 
 
 def labelled(image: Image.Image, text: str, font_size: int = 12) -> Image.Image:
-    """The picture with a caption below it, broken into lines at the picture's width."""
+    """Add a caption below an image, broken into lines at the width of the image."""
     lines = _wrap(text, image.width, ImageFont.load_default(size=font_size))
     caption = text_image(text, image.width, _line_height(font_size) * len(lines), font_size)
     sheet = Image.new("RGB", (image.width, image.height + caption.height), "white")
@@ -165,13 +170,13 @@ def labelled(image: Image.Image, text: str, font_size: int = 12) -> Image.Image:
 
 
 def text_image(text: str, width: int, height: int, font_size: int = 12) -> Image.Image:
-    """A white picture with the text in black, broken at its width; what does not fit is cut off."""
+    """Draw text in black on white, broken into lines at `width`; text beyond `height` is cut off."""
     font = ImageFont.load_default(size=font_size)
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
     for i, line in enumerate(_wrap(text, width, font)):
         draw.text((1, i * _line_height(font_size)), line, fill="black", font=font)
-    return picture
+    return image
 
 
 def _line_height(font_size: int) -> int:
@@ -179,7 +184,7 @@ def _line_height(font_size: int) -> int:
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of at most `width` pixels: broken between words, and inside a word that is longer than a line."""
+    """Break text into lines of at most `width` pixels, between words or inside a word longer than a line."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

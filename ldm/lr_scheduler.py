@@ -1,6 +1,6 @@
-"""Learning-rate factors over the steps, for `torch.optim.lr_scheduler.LambdaLR`.
+"""Learning-rate schedules: factors of the base rate for `torch.optim.lr_scheduler.LambdaLR`.
 
-The class and parameter names are those that YAMLs name as `scheduler_config`.
+YAMLs name these classes and their parameters in `scheduler_config`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 class LambdaWarmUpCosineScheduler2:
     """Cycles of a linear warm-up from `f_start` to `f_max` and a half cosine down to `f_min`.
 
-    Each parameter is a list with one entry per cycle: `cycle_lengths` in steps, of which `warm_up_steps` are the
-    warm-up; f_* are factors of the base learning rate. After the last cycle its end value stays.
-    `verbosity_interval` logs the factor every so many steps of a cycle (0: never).
+    Each parameter is a list with one entry per cycle. `cycle_lengths` are in steps and include `warm_up_steps`;
+    f_* are factors of the base learning rate. The factor stays at its last value after the last cycle. The factor
+    is logged every `verbosity_interval` steps of a cycle (0: never).
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class LambdaWarmUpCosineScheduler2:
             )
         if min(cycle_lengths) < 1:
             raise ConfigError(
-                f"{type(self).__name__}: a cycle of {min(cycle_lengths)} steps; give lengths of 1 and more, or "
-                "scheduler_config=null for a run without an end"
+                f"{type(self).__name__}: a cycle has {min(cycle_lengths)} steps; give at least 1, or "
+                "scheduler_config=null for a run without a limit"
             )
         self.warm_up_steps = list(warm_up_steps)
         self.f_min, self.f_max, self.f_start = list(f_min), list(f_max), list(f_start)
@@ -69,13 +69,13 @@ class LambdaWarmUpCosineScheduler2:
 
     @staticmethod
     def remaining(step: int, warm_up: int, length: int) -> float:
-        """How much of the way from f_min to f_max is left, 1 to 0, `step` steps into a cycle."""
+        """The position between f_max (1) and f_min (0) at a step of a cycle."""
         done = (step - warm_up) / (length - warm_up) if length > warm_up else 1.0
         return 0.5 * (1 + math.cos(math.pi * done))
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """The same cycles with a straight line down, measured from the cycle's start as in the original."""
+    """The same cycles with a linear decay, which is measured from the start of the cycle as in the original."""
 
     @staticmethod
     def remaining(step: int, warm_up: int, length: int) -> float:
@@ -83,10 +83,10 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
 
 
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
-    """One cycle of warm-up and cosine, from `lr_start` over `lr_max` to `lr_min` at `max_decay_steps`.
+    """One cycle: warm-up from `lr_start` to `lr_max`, then a cosine to `lr_min` at step `max_decay_steps`.
 
-    The values multiply the base learning rate, which the original's YAMLs with this class set to 1. In a YAML of a
-    run `max_decay_steps` may be null for the steps of the run.
+    The values multiply the base learning rate (the original's YAMLs with this class set it to 1). In the YAML of a
+    run, `max_decay_steps: null` means the number of steps of the run.
     """
 
     def __init__(
@@ -104,10 +104,13 @@ class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
 
 
 class LambdaStepScheduler:
-    """Rates by steps, in the syntax of AUTOMATIC1111's web UI: "0.005:100, 1e-3:1000, 1e-4".
+    """Piecewise constant rates in the syntax of AUTOMATIC1111's web UI: "0.005:100, 1e-3:1000, 1e-4".
 
-    A rate holds until the number of optimizer steps after its colon, the last one to the end of the run. Factors
-    are those of the `first` rate, which is the base learning rate. Raises ConfigError for what is no such text.
+    Each rate is used up to the optimizer step after its colon, the last one to the end of the run. Factors are
+    relative to the `first` rate, which is the base learning rate.
+
+    Raises:
+        ConfigError: the text does not have this form, or the steps do not increase.
     """
 
     def __init__(self, rates: str) -> None:
@@ -120,11 +123,11 @@ class LambdaStepScheduler:
                 self.until.append(int(until) if colon else -1)
             except ValueError as error:
                 raise ConfigError(
-                    f"learning rate '{rates}': '{part.strip()}' is no RATE:STEPS; write 0.005:100, 1e-3:1000"
+                    f"learning rate '{rates}': '{part.strip()}' is not RATE:STEPS; write 0.005:100, 1e-3:1000"
                 ) from error
         ends = self.until[:-1]
         if any(end < 1 for end in ends) or sorted(set(ends)) != ends:
-            raise ConfigError(f"learning rate '{rates}': the steps must rise, as in 0.005:100, 1e-3:1000")
+            raise ConfigError(f"learning rate '{rates}': the steps must increase, as in 0.005:100, 1e-3:1000")
         if self.rates[0] <= 0 or min(self.rates) < 0:
             raise ConfigError(f"learning rate '{rates}': rates must be above 0")
 

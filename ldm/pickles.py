@@ -1,4 +1,4 @@
-"""The one place where a pickle is read: torch's weights-only loader with a short list of further classes."""
+"""The only place that reads pickles: torch's weights-only loader with a short list of further classes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ldm.files import NO_TENSORS, file_kind
 from ldm.util import UserError
 
 
 class PickleError(UserError):
-    """A file that is no pickle of tensors, is damaged, or asks for code."""
+    """A file that is not a pickle of tensors, is damaged, or would run code."""
 
 
 def load(
@@ -24,27 +25,24 @@ def load(
     mmap: bool = False,
     what: str = "",
 ) -> Any:
-    """Read a `torch.save` file onto the CPU without running anything it contains.
+    """Read a `torch.save` file onto the CPU without running code from it.
 
-    `classes` are allowed beyond torch's own list, as a class or as (class, "dotted.name in the file").
-    `what` is how messages name the file (default: its path). Raises PickleError on anything else.
+    Args:
+        source: a path, or an open binary file.
+        classes: allowed in addition to torch's own list, as a class or as (class, "dotted.name in the file").
+        mmap: map the tensors into memory instead of reading them, where the file's layout allows it.
+        what: how messages name the file; default: its path.
+
+    Raises:
+        PickleError: the file does not exist, is damaged, is of another kind, or needs a class that is not allowed.
     """
     name = what or (f"'{source}'" if isinstance(source, (str, Path)) else "the file")
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.exists():
-            raise PickleError(f"{name} does not exist; check the path")
-        if path.is_dir():
-            raise PickleError(f"{name} is a folder; name a file")
-        if path.stat().st_size == 0:
-            raise PickleError(f"{name} is empty; it was not written or downloaded completely")
-        with path.open("rb") as file:
-            head = file.read(512)
-        if _looks_like_text(head):
-            raise PickleError(f"{name} is a text or HTML page, not a PyTorch file; download the file itself")
-        # Only zip files can be mapped; the legacy stream is read.
-        mmap = mmap and head.startswith(b"PK\x03\x04")
-        source = str(path)
+        kind = file_kind(source)
+        if kind in NO_TENSORS:
+            raise PickleError(f"{name} {NO_TENSORS[kind]}")
+        mmap = mmap and kind == "zip"  # torch cannot map the older layout
+        source = str(source)
     try:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap or None)
@@ -53,21 +51,14 @@ def load(
     except pickle.UnpicklingError as error:
         raise PickleError(f"{name} is refused: {_reason(error)}") from error
     except Exception as error:  # a damaged stream can fail anywhere inside the unpickler
-        raise PickleError(f"{name} is damaged or no PyTorch file ({_first_line(error)})") from error
-
-
-def _looks_like_text(head: bytes) -> bool:
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return start.startswith((b"<!doctype", b"<html", b"<?xml", b"{", b"version https://git-lfs")) or (
-        len(head) > 0 and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)
-    )
+        raise PickleError(f"{name} is damaged or not a PyTorch file ({_first_line(error)})") from error
 
 
 def _reason(error: Exception) -> str:
     asked = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([A-Za-z_][\w.]*)", str(error))
     if asked:
         return f"it asks for '{asked[1].rstrip('.')}', which tensors never need"
-    return f"it is damaged or no tensor file ({_first_line(error)})"
+    return f"it is damaged or not a file of tensors ({_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""The caption templates of textual inversion, as data, and how they are filled.
+"""The caption templates of textual inversion, and how they are filled in.
 
-The lists are the published ones, line for line and in their order; the repeats are meant, they are the
-weights with which a random choice meets a sentence.
+The lists are the published ones, line for line and in the same order. Repeated lines are intentional: they make a
+sentence more likely in a random choice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm.util import UserError
 
-_MARKS = re.compile(r"\{\}|\[name\]|\[image\]|\[filewords\]")
+_SLOTS = re.compile(r"\{\}|\[name\]|\[image\]|\[filewords\]")
 
 _OBJECT_LINES = (
     "a photo of a {}",
@@ -45,13 +45,17 @@ _OBJECT_LINES = (
 )
 
 
-def _told_as(medium: str) -> list[str]:
-    """The object lines with another medium in those that open with "a photo of"; the others stay."""
-    opening = "a photo of "
-    return [f"{medium} of {s.removeprefix(opening)}" if s.startswith(opening) else s for s in _OBJECT_LINES]
+def _in_medium(medium: str) -> list[str]:
+    """The object lines with "a photo of" at the beginning of a line replaced; the other lines are unchanged."""
+    photo = "a photo of "
+    return [f"{medium} of {s.removeprefix(photo)}" if s.startswith(photo) else s for s in _OBJECT_LINES]
 
 
-OBJECT_TEMPLATES: tuple[str, ...] = (*_OBJECT_LINES, *_told_as("an illustration"), *_told_as("a depiction"))
+OBJECT_TEMPLATES: tuple[str, ...] = (
+    *_OBJECT_LINES,
+    *_in_medium("an illustration"),
+    *_in_medium("a depiction"),
+)
 
 OBJECT_DUAL_TEMPLATES: tuple[str, ...] = tuple(f"{line} with {{}}" for line in _OBJECT_LINES)
 
@@ -97,21 +101,24 @@ STYLE_DUAL_TEMPLATES: tuple[str, ...] = (
     "a large painting in the style of {} with {}",
 )
 
-# One word per training image: single tokens both in CLIP's and in BERT's vocabulary.
+# One word per training image: each is a single token in the vocabularies of CLIP and of BERT.
 PER_IMAGE_TOKENS: tuple[str, ...] = tuple("אבגדהוזחטיכלמנסעפצקרשת")
 
 
 def is_dual(template: str) -> bool:
-    """Whether a template has a place for the image's own word."""
+    """Whether a template has a slot for the word of a single image."""
     return template.count("{}") > 1 or "[image]" in template
 
 
 def fill(template: str, placeholder: str, *, per_image: str | None = None, filewords: str = "") -> str:
-    """A caption: the first `{}` becomes the placeholder, a second one the image's own word.
+    """Fill in a template: the first `{}` is replaced by the placeholder, a second one by `per_image`.
 
-    By name: `[name]` is the placeholder, `[image]` the image's own word, `[filewords]` the image's description;
-    without a description the comma at the caption's end goes too. Other braces and brackets are left alone.
-    Raises UserError where a dual template meets no `per_image`.
+    Slots may also be named: `[name]` is the placeholder, `[image]` the word `per_image` of a single image, and
+    `[filewords]` the description of the image; if that is empty, commas and spaces at both ends of the caption are
+    removed. Other braces and brackets are kept.
+
+    Raises:
+        UserError: the template is dual and there is no `per_image`.
     """
     if per_image is None:
         if is_dual(template):
@@ -119,15 +126,15 @@ def fill(template: str, placeholder: str, *, per_image: str | None = None, filew
         per_image = ""
     slots = chain((placeholder,), repeat(per_image))
     words = {"[name]": placeholder, "[image]": per_image, "[filewords]": filewords}
-    # One pass, so that a placeholder or a description may itself hold braces.
-    caption = _MARKS.sub(lambda mark: next(slots) if mark[0] == "{}" else words[mark[0]], template)
+    # A single pass, so that a placeholder or a description may contain braces itself.
+    caption = _SLOTS.sub(lambda slot: next(slots) if slot[0] == "{}" else words[slot[0]], template)
     return caption.strip(" ,") if "[filewords]" in template and not filewords else caption
 
 
 def load_templates(path: str | Path) -> list[str]:
-    """The lines of a template file (UTF-8), empty ones left out.
+    """Read the lines of a template file (UTF-8) that are not empty.
 
-    Raises UserError, which names the file, when it is missing, not a text file, or empty.
+    Raises UserError if the file is missing, not a text file, or empty.
     """
     path = Path(path)
     try:
@@ -140,5 +147,7 @@ def load_templates(path: str | Path) -> list[str]:
         raise UserError(f"cannot read template file {path}: {error.strerror}") from None
     templates = [line.strip() for line in text.splitlines() if line.strip()]
     if not templates:
-        raise UserError(f"template file {path} is empty: write a caption per line, {{}} for the placeholder")
+        raise UserError(
+            f"template file {path} is empty; write one caption per line, with {{}} for the placeholder"
+        )
     return templates

@@ -1,4 +1,4 @@
-"""The random state of a process: taken, put back, and kept aside while something else draws."""
+"""The random state of a process: capture, restore, seed, and isolate a block of code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, made of what weights-only loading accepts."""
+    """The states of Python's, NumPy's and torch's generators, in types that torch.load(weights_only=True) accepts."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = numpy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
@@ -24,7 +25,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Put a state of `capture` back; that of a CUDA device on the present one, whatever its number."""
+    """Restore a state of `capture`; a CUDA state goes to the current device, whatever its index."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
@@ -35,10 +36,7 @@ def restore(state: Mapping[str, Any]) -> None:
 
 
 def seed_all(*numbers: int, devices: bool = True) -> None:
-    """Seed the generators of this process from the given numbers, which may lie close together.
-
-    `devices` tells whether those of CUDA devices are meant too.
-    """
+    """Seed the generators of this process from numbers, which may be consecutive; with `devices`, also CUDA's."""
     python, numpy, torch_seed = np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(3)
     random.seed(int(python))
     np.random.seed(int(numpy))
@@ -50,12 +48,12 @@ def seed_all(*numbers: int, devices: bool = True) -> None:
 
 @contextmanager
 def isolated(*numbers: int, devices: bool = True) -> Iterator[None]:
-    """Within this block the generators run from these seed numbers; after it they go on as if it had not been.
+    """Seed the generators for this block and restore their states afterwards.
 
-    Training thus draws the same numbers whether or not previews and validation happen in between.
+    Training therefore draws the same numbers with and without previews and validation.
     """
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Seeding CUDA before its first use would be remembered and could not be undone.
+    # A CUDA seed set before CUDA is initialized would be applied later and could not be undone.
     devices = devices and torch.cuda.is_initialized()
     cuda = torch.cuda.get_rng_state_all() if devices else []
     seed_all(*numbers, devices=devices)

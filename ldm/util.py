@@ -1,4 +1,4 @@
-"""Errors a user sees, and objects made from `target:` nodes of a YAML."""
+"""Errors for users, checks, and objects built from the `target:` nodes of a YAML; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class UserError(ValueError):
-    """A mistake the user can mend; its message is one line that names the thing, the value and the remedy."""
+    """A mistake that the user can correct; the message is one line with the thing, its value and the remedy."""
 
     exit_code = 1
 
@@ -22,12 +25,31 @@ class ConfigError(UserError):
 
 
 class UsageError(UserError):
-    """A command line that makes no sense."""
+    """A command line that is wrong."""
 
     exit_code = 2
 
 
-# Where targets of runs and models that were saved earlier are now.
+def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> int:
+    """Return the value called `name` if it is an int (not a bool) of at least `minimum`; raise `error` otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise error(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
+    return value
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for this block; afterwards each submodule returns to its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+# Targets in saved runs and models -> where they are now.
 _MOVED = {
     "ldm.modules.losses.contperceptual.DummyLoss": "torch.nn.Identity",
     "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": "ldm.modules.losses.LPIPSWithDiscriminator",
@@ -49,14 +71,20 @@ _MOVED = {
     "ldm.training.callbacks.compiled.CompiledDenoiser": "ldm.training.callbacks.performance.CompiledDenoiser",
     "ldm.training.callbacks.compiled.ChannelsLast": "ldm.training.callbacks.performance.ChannelsLast",
     "ldm.training.callbacks.cuda.CUDACallback": "ldm.training.callbacks.performance.CUDACallback",
+    # main.py re-exports these; the installed command runs in folders from which no main.py can be imported.
+    "main.DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
+    "main.WrappedDataset": "ldm.training.data.WrappedDataset",
+    "main.ImageLogger": "ldm.training.callbacks.image_logger.ImageLogger",
+    "main.SetupCallback": "ldm.training.callbacks.setup.SetupCallback",
+    "main.CUDACallback": "ldm.training.callbacks.performance.CUDACallback",
 }
 
 
 def get_obj_from_str(path: str) -> Any:
-    """Import the object that a dotted path names; a path of an earlier layout is translated.
+    """Import the object at a dotted path; paths of earlier versions are translated.
 
-    Raises ConfigError, with different words for a module that is absent, a module that fails to import and a
-    name the module does not hold.
+    Raises:
+        ConfigError: the module does not exist, it needs a missing package, or it has no such name.
     """
     path = _MOVED.get(str(path), str(path))
     module_name, _, name = path.rpartition(".")
@@ -84,8 +112,10 @@ def get_obj_from_str(path: str) -> Any:
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build the object that a node `{target: dotted.path, params: {...}}` describes.
 
-    `extra` keyword arguments join the params. Raises ConfigError if the node has no target, the target does
-    not exist, or the params do not fit its signature.
+    `extra` keyword arguments are added to the params.
+
+    Raises:
+        ConfigError: the node has no target, the target does not exist, or the params do not fit its signature.
     """
     target = _target_of(config)
     factory = get_obj_from_str(target)
@@ -97,16 +127,17 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def check_config(config: Mapping[str, Any], where: str = "config") -> None:
-    """Check every `target` node below `config` without building anything.
+    """Check every `target` node in `config` without building anything.
 
-    Raises one ConfigError that lists all problems: unknown targets, unknown and missing keys.
+    Raises:
+        ConfigError: one error that lists all problems: unknown targets, unknown and missing keys.
     """
     problems = list(_problems(config, where, owner_key=""))
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-# Keywords that a class adds when it builds one of its own nodes, so that a YAML may leave them out.
+# Key of a node -> the argument that its owner adds when it builds the node, so that a YAML does not give it.
 SUPPLIED_BY_OWNER = {"personalization_config": "embedder", "optimizer_config": "params"}
 
 
@@ -131,7 +162,7 @@ def _problems(node: Any, where: str, owner_key: str) -> Iterator[str]:
 
 
 def _items(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The children of a mapping, with `params` looked through so that paths stay short."""
+    """The items of a mapping; those of `params` count as its own, which keeps the reported paths short."""
     for key, value in node.items():
         if key == "params" and isinstance(value, Mapping):
             yield from value.items()
@@ -151,7 +182,7 @@ def _params_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _binding_problem(factory: Any, params: Mapping[str, Any]) -> str | None:
-    """Why `factory(**params)` would be refused, or None."""
+    """Why `factory(**params)` would fail, or None."""
     accepted = _accepted(factory)
     if accepted is None:
         return None
@@ -179,9 +210,9 @@ _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWOR
 
 
 def _accepted(factory: Any) -> list[inspect.Parameter] | None:
-    """The parameters of a callable, or None if they cannot be known before the call.
+    """The parameters of a callable, or None if it has no signature.
 
-    A class whose constructor takes **keywords hands them to its parent, so the parent's parameters count too.
+    A constructor with **keywords passes them to its parent class, so the parent's parameters are included.
     """
     try:
         own = list(inspect.signature(factory).parameters.values())
@@ -202,7 +233,7 @@ _read_pretrained: ContextVar[bool] = ContextVar("read_pretrained", default=True)
 
 @contextmanager
 def skip_pretrained() -> Iterator[None]:
-    """Within this block constructors read no pretrained weights: a checkpoint brings them."""
+    """Within this block constructors do not read pretrained weights, because a checkpoint will supply them."""
     token = _read_pretrained.set(False)
     try:
         yield

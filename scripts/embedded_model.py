@@ -1,10 +1,10 @@
-"""Train the embedded model, from drawings to a checkpoint.
+"""Train the embedded model, from rendered images to a checkpoint.
 
-    python scripts/embedded_model.py train       # first stage, its decoder once more, text encoder, denoiser, judge
-    python scripts/embedded_model.py assemble    # their weights as models/ldm/creatures, in half precision
+    python scripts/embedded_model.py train       # first stage, decoder again, text encoder, denoiser, judge
+    python scripts/embedded_model.py assemble    # write the weights to models/ldm/creatures, in half precision
 
-Each stage is a YAML in configs/creatures and runs through main.py. A stage that is done is not run again, one that
-was stopped goes on; `--stage` runs one alone, `--from-scratch` forgets what is there.
+Each stage is a run of main.py with a YAML of configs/creatures. Finished stages are skipped, and interrupted ones are
+resumed. `--stage` runs one stage only; `--from-scratch` deletes earlier results.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# a checkout works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
+from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser
 from ldm.util import UserError
-from scripts.common import JUDGE, MODEL, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("first-stage", "decoder", "clip", "ldm", "judge")
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, after one line on stderr if it failed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train the stages that are not done")
-    train.add_argument("--stage", choices=STAGES, action="append", help="this stage alone (may be repeated)")
-    train.add_argument("--from-scratch", action="store_true", help="delete what an earlier call has trained")
+    train = commands.add_parser("train", help="train the stages that are not finished")
+    train.add_argument("--stage", choices=STAGES, action="append", help="only this stage (may be repeated)")
+    train.add_argument("--from-scratch", action="store_true", help="delete the results of earlier calls")
     assemble = commands.add_parser("assemble", help="write the trained model in half precision")
     assemble.add_argument(
         "--out", type=Path, default=MODEL, help="folder of the model (default: %(default)s)"
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(parser: Parser, argv: Sequence[str] | None) -> None:
-    """Do what a command line says; what it does not know is handed on to main.py."""
+    """Run a command; unknown arguments of `train` are passed on to main.py."""
     options, overrides = parser.parse_known_args(argv)
     if options.command == "train":
         train_stages(options.stage or STAGES, options.from_scratch, overrides)
@@ -58,25 +58,23 @@ def run(parser: Parser, argv: Sequence[str] | None) -> None:
 
 
 def train_stages(stages: Sequence[str], from_scratch: bool, overrides: Sequence[str]) -> None:
-    """Run main.py for each stage in turn; `overrides` are handed on to it."""
+    """Run main.py for each stage in turn, with `overrides` as further arguments."""
     for stage in stages:
         runs = BUILD / "runs" / stage
         if from_scratch:
             shutil.rmtree(runs, ignore_errors=True)
         if _finished(runs):
-            print(f"{stage}: done, in {_finished(runs)}")
+            print(f"{stage}: finished, in {_finished(runs)}")
             continue
-        stopped = sorted(runs.glob("*/checkpoints/last.ckpt"))
+        interrupted = sorted(runs.glob("*/checkpoints/last.ckpt"))
         command = [sys.executable, str(ROOT / "main.py"), "-t", "--scale_lr", "false"]
-        if stopped:
-            command += ["-r", str(stopped[-1].parents[1])]
+        if interrupted:
+            command += ["-r", str(interrupted[-1].parents[1])]
         else:
             command += ["-l", str(runs), "-b", f"configs/creatures/{stage}.yaml"]
         print(f"{stage}: {' '.join(command[1:])}", flush=True)
         if subprocess.run([*command, *overrides]).returncode:
-            raise UserError(
-                f"stage '{stage}' did not end well; mend what it said and run the same command again"
-            )
+            raise UserError(f"stage '{stage}' failed; correct the error above and run the same command again")
         run = max(runs.iterdir())
         (run / "finished").touch()
         _export(stage, run)
@@ -87,7 +85,7 @@ def _finished(runs: Path) -> Path | None:
 
 
 def _export(stage: str, run: Path) -> None:
-    """Put a stage's weights where later ones look for them."""
+    """Copy a stage's weights to the file that later stages load."""
     if stage in ("first-stage", "decoder"):
         from ldm.checkpoint import read_state_dict, save_state_dict
 
@@ -97,7 +95,7 @@ def _export(stage: str, run: Path) -> None:
 
 
 def assemble_model(out: Path, judge_out: Path) -> None:
-    """The averaged denoiser with its first stage and text encoder as one file, both towers, and the judge."""
+    """Write the averaged denoiser with first stage and text encoder as one file, both towers, and the judge."""
     import torch
     from omegaconf import OmegaConf
 
@@ -116,7 +114,7 @@ def assemble_model(out: Path, judge_out: Path) -> None:
         path = save_state_dict(state, out / "model.safetensors", torch.float16)
     node = OmegaConf.load(ROOT / FINETUNE).model
     node.pop("base_learning_rate")
-    text = "# The embedded model, as it is trained on and generated with; written beside its weights.\n"
+    text = "# The embedded model's configuration, for training and generation. Written by scripts/embedded_model.py.\n"
     write_text(out / "config.yaml", text + OmegaConf.to_yaml(OmegaConf.create({"model": node})))
     TwoTowers.load(BUILD / "clip").save(out / "towers", torch.float16)
     AttributeJudge.load(BUILD / "judge").save(judge_out)

@@ -1,7 +1,7 @@
-"""Draws the sample concepts: held-out creatures and styles, five pictures each, with the truth in concept.json.
+"""Render the sample concepts: held-out creatures and styles, five images each, described by a concept.json.
 
-Beside each picture lies what a person would caption it with, for `use_captions`: where the creature is, or what is
-seen in the style. The concept itself is [name].
+A .txt beside each image has the caption for `use_captions`: the creature's background, or what is seen in the style.
+[name] stands for the concept itself.
 
 python scripts/make_concepts.py [--out data/concepts] [--size 32]
 """
@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
 from PIL import Image  # noqa: E402
 
+from ldm.commands.base import guarded  # noqa: E402
 from ldm.console import Parser  # noqa: E402
-from ldm.data.creatures.captions import Names, full_caption, naming, place  # noqa: E402
+from ldm.data.creatures.captions import Description, attribute_caption, background_phrase, full_caption  # noqa: E402
 from ldm.data.creatures.dataset import WORLD_VERSION  # noqa: E402
 from ldm.data.creatures.renderer import render  # noqa: E402
 from ldm.data.creatures.world import (
@@ -35,10 +37,9 @@ from ldm.data.creatures.world import (
     scene,
 )
 from ldm.files import atomic_write, write_text  # noqa: E402
-from scripts.common import guarded  # noqa: E402
 
-PICTURES = 5
-# Chosen by eye from the first hundred held-out creatures, so that kinds, colours and patterns all occur.
+IMAGES = 5
+# Selected from the first hundred held-out creatures so that different kinds, colours and patterns occur.
 CREATURES = {
     "zuzu": 43,
     "momo": 26,
@@ -56,91 +57,92 @@ _STYLE_SEED, _SCENE_SEED = 500_000, 600_000  # far from the creatures' indices w
 
 
 def creature_concept(index: int, split: str = "concepts") -> tuple[list[Creature], list[Scene]]:
-    """A held-out creature five times, no two backgrounds the same: four plain ones and a scene."""
+    """Return a held-out creature five times, with five different backgrounds: four plain ones and a scene."""
     seeds = SPLITS[split]
-    subject = creature(seeds[index])
-    places = [name for name in PLAIN_BACKGROUNDS if not clash(subject.color, name)]
-    outdoors = [name for name in SCENES if not clash(subject.color, name)]
-    start = index % len(places)
-    chosen = [places[(start + k) % len(places)] for k in range(PICTURES - 1)]
-    chosen.insert(2, outdoors[index % len(outdoors)])
+    one = creature(seeds[index])
+    plain = [name for name in PLAIN_BACKGROUNDS if not clash(one.color, name)]
+    outdoor = [name for name in SCENES if not clash(one.color, name)]
+    start = index % len(plain)
+    chosen = [plain[(start + k) % len(plain)] for k in range(IMAGES - 1)]
+    chosen.insert(2, outdoor[index % len(outdoor)])
     scenes = [
-        scene(seeds[_SCENE_SEED + index * PICTURES + k], subject.color, background=name, style="photo")
+        scene(seeds[_SCENE_SEED + index * IMAGES + k], one.color, background=name, style="photo")
         for k, name in enumerate(chosen)
     ]
-    return [subject] * PICTURES, scenes
+    return [one] * IMAGES, scenes
 
 
 def style_concept(number: int, style: str) -> tuple[list[Creature], list[Scene]]:
-    """Five different creatures in different places, all in one style that training never shows."""
+    """Return five creatures of different species on different backgrounds, all in a held-out style."""
     creatures: list[Creature] = []
     scenes: list[Scene] = []
     index = _STYLE_SEED + 1000 * number
-    while len(creatures) < PICTURES:
-        subject = creature(SPLITS["concepts"][index])
-        where = scene(subject.seed, subject.color, style=style)
-        if where.background not in [s.background for s in scenes] and subject.kind not in [
-            c.kind for c in creatures
-        ]:
-            creatures.append(subject)
-            scenes.append(where)
+    while len(creatures) < IMAGES:
+        one = creature(SPLITS["concepts"][index])
+        surroundings = scene(one.seed, one.color, style=style)
+        new_background = surroundings.background not in [s.background for s in scenes]
+        if new_background and one.kind not in [c.kind for c in creatures]:
+            creatures.append(one)
+            scenes.append(surroundings)
         index += 1
     return creatures, scenes
 
 
 def truth(name: str, creatures: list[Creature], scenes: list[Scene], size: int) -> dict[str, Any]:
-    """What concept.json says: the individual or the style, and what each picture shows."""
+    """Return the content of concept.json: the creature or the style, and what each image shows."""
     style = scenes[0].style
-    told: dict[str, Any] = {"name": name, "kind": "style" if name in STYLES else "object", "size": size}
-    told["world_version"] = WORLD_VERSION
+    content: dict[str, Any] = {"name": name, "kind": "style" if name in STYLES else "object", "size": size}
+    content["world_version"] = WORLD_VERSION
     if name in STYLES:
-        told |= {"style": style, "initializer_word": "painting"}
+        content |= {"style": style, "initializer_word": "painting"}
     else:
-        told |= {"initializer_word": creatures[0].kind, "creature": dataclasses.asdict(creatures[0])}
-        said = full_caption(Names.of(creatures[0], scenes[0]))
-        told["words"] = said.removeprefix("a photo of ").removesuffix(" " + place(scenes[0].background))
-    told["pictures"] = []
-    for k, (subject, where) in enumerate(zip(creatures, scenes, strict=True), 1):
-        picture: dict[str, Any] = {"file": f"{k:02d}.png", "scene": dataclasses.asdict(where)}
+        content |= {"initializer_word": creatures[0].kind, "creature": dataclasses.asdict(creatures[0])}
+        caption = full_caption(Description.of(creatures[0], scenes[0]))
+        content["words"] = caption.removeprefix("a photo of ").removesuffix(
+            " " + background_phrase(scenes[0].background)
+        )
+    content["pictures"] = []
+    for k, (one, surroundings) in enumerate(zip(creatures, scenes, strict=True), 1):
+        image: dict[str, Any] = {"file": f"{k:02d}.png", "scene": dataclasses.asdict(surroundings)}
         if name in STYLES:
-            picture["creature_seed"] = subject.seed
-        told["pictures"].append(picture)
-    return told
+            image["creature_seed"] = one.seed
+        content["pictures"].append(image)
+    return content
 
 
-def caption_of(concept: str, subject: Creature, where: Scene) -> str:
-    """All that a picture shows but the concept, in words."""
+def caption_of(concept: str, one: Creature, surroundings: Scene) -> str:
+    """Describe everything in an image except the concept itself."""
     if concept not in STYLES:
-        return f"a photo of [name] {place(where.background)}"
-    told = [attribute for attribute in ATTRIBUTES if attribute != "style"]
-    return f"{naming(Names.of(subject, where), told)} in the style of [name]"
+        return f"a photo of [name] {background_phrase(surroundings.background)}"
+    attributes = [attribute for attribute in ATTRIBUTES if attribute != "style"]
+    return f"{attribute_caption(Description.of(one, surroundings), attributes)} in the style of [name]"
 
 
 def write_concept(folder: Path, creatures: list[Creature], scenes: list[Scene], size: int) -> None:
-    """Writes 01.png to 05.png, their captions and concept.json; UserError when the folder cannot be written."""
+    """Write 01.png to 05.png, their captions and concept.json; raises UserError if writing fails."""
     for k, pixels in enumerate(render(creatures, scenes, size), 1):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         atomic_write(
             folder / f"{k:02d}.png", lambda file, image=image: image.save(file, "PNG", optimize=True)
         )
-        said = caption_of(folder.name, creatures[k - 1], scenes[k - 1])
-        write_text(folder / f"{k:02d}.txt", said + "\n")
-    told = truth(folder.name, creatures, scenes, size)
-    write_text(folder / "concept.json", json.dumps(_short(told), indent=1) + "\n")
+        caption = caption_of(folder.name, creatures[k - 1], scenes[k - 1])
+        write_text(folder / f"{k:02d}.txt", caption + "\n")
+    content = truth(folder.name, creatures, scenes, size)
+    write_text(folder / "concept.json", json.dumps(_rounded(content), indent=1) + "\n")
 
 
-def _short(value: Any) -> Any:
-    """`value` with its numbers rounded: the seeds give them exactly, the file is for reading."""
+def _rounded(value: Any) -> Any:
+    """Round all numbers in a JSON value, so that people can read it; the seeds give the exact numbers."""
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_short(item) for item in value]
+        return [_rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws every sample concept; returns the exit code."""
-    parser = Parser(description="Draw the sample concepts.")
+    """Write every sample concept; returns the exit code."""
+    parser = Parser(description="Render the sample concepts.")
     parser.add_argument("--out", default="data/concepts", help="folder to write to (default: %(default)s)")
     parser.add_argument(
         "--size", type=int, default=32, choices=(32, 64, 128), help="pixels (default: %(default)s)"
@@ -149,12 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Write the folders of all concepts."""
+    """Write the folder of each concept."""
     concepts = {name: creature_concept(index) for name, index in CREATURES.items()}
     concepts |= {name: style_concept(number, style) for number, (name, style) in enumerate(STYLES.items())}
     for name, (creatures, scenes) in concepts.items():
         write_concept(Path(options.out) / name, creatures, scenes, options.size)
-    print(f"{len(concepts)} concepts of {PICTURES} pictures written to {options.out}")
+    print(f"{len(concepts)} concepts of {IMAGES} images written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Measure the embedded model: its first stage, how it obeys prompts, and the judge that reads the pictures.
+"""Measure the embedded model: its first stage, how often it obeys prompts, and the judge of its images.
 
-    python scripts/measure_model.py first-stage    # PSNR over validation pictures
-    python scripts/measure_model.py judge          # right answers over drawings that nothing was trained on
-    python scripts/measure_model.py prompts        # prompts obeyed, and a contact sheet
+    python scripts/measure_model.py first-stage    # PSNR of validation images
+    python scripts/measure_model.py judge          # accuracy on images that nothing was trained on
+    python scripts/measure_model.py prompts        # share of prompts obeyed, and a contact sheet
 
 Each prints a Markdown table and writes it with a JSON file into --outdir.
 """
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# a checkout works without being installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import checkout  # noqa: F401
 
+from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser, positive
-from scripts.common import JUDGE, MODEL, guarded
 
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
 
@@ -41,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--count",
         type=positive,
-        help="pictures (default: 1024 of the first stage, 4096 for the judge, 1200 prompts)",
+        help="number of images (default: first-stage 1024, judge 4096, prompts 1200)",
     )
-    parser.add_argument("--steps", type=positive, default=25, help="of DPM-Solver++ (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=3.0, help="guidance (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, default=25, help="DPM-Solver++ steps (default: %(default)s)"
+    )
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch_size", type=positive, default=48, help="default: %(default)s")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/measures"), help="default: %(default)s")
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Do what the command line says."""
+    """Run one measurement, and write and print its results."""
     if options.what == "first-stage":
         rows, facts = first_stage(options)
     elif options.what == "judge":
@@ -76,62 +78,61 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def first_stage(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """PSNR in dB of pictures encoded and decoded: mean and standard deviation over pictures."""
+    """Measure the PSNR in dB of images that are encoded and decoded: mean and standard deviation."""
     from ldm.data.creatures.dataset import Creatures
-    from ldm.evaluation.evaluate import psnr, reconstructed
+    from ldm.evaluation.evaluate import psnr, reconstruct
     from ldm.images import to_pil
 
     model, size = _model(options.model)
     data = Creatures(size, options.count or 1024, split="validation", captions=False)
-    pictures = [to_pil(data.image(k).movedim(-1, 0)) for k in range(len(data))]
-    mean, spread = psnr(pictures, reconstructed(model, pictures))
-    rows = {"PSNR": {"dB": round(mean, 2), "spread": round(spread, 2), "of": len(pictures)}}
-    return rows, {"psnr_db": mean, "spread_db": spread, "pictures": len(pictures)}
+    images = [to_pil(data.image(k).movedim(-1, 0)) for k in range(len(data))]
+    mean, deviation = psnr(images, reconstruct(model, images))
+    rows = {"PSNR": {"dB": round(mean, 2), "spread": round(deviation, 2), "of": len(images)}}
+    return rows, {"psnr_db": mean, "spread_db": deviation, "pictures": len(images)}
 
 
 def judge(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """Right answers of the judge on drawings of the split that only evaluations use."""
+    """Measure the judge's accuracy on images of the split that only evaluations use."""
     import torch
 
-    from benchmarks.study.judge_training import visible_attributes
     from ldm.data.creatures.dataset import Creatures
     from ldm.data.creatures.world import ATTRIBUTES
-    from ldm.evaluation.judge import AttributeJudge
-    from ldm.evaluation.obedience import TOLD
+    from ldm.evaluation.judge import AttributeJudge, visible_attributes
+    from scripts.obedience import TITLES
 
-    reader = AttributeJudge.load(options.judge)
-    data = Creatures(reader.size, options.count or 4096, split="evaluation", captions=False)
-    pixels = torch.from_numpy(data.pictures).movedim(-1, 1).float() / 127.5 - 1
+    classifier = AttributeJudge.load(options.judge)
+    data = Creatures(classifier.size, options.count or 4096, split="evaluation", captions=False)
+    pixels = torch.from_numpy(data.images).movedim(-1, 1).float() / 127.5 - 1
     labels = torch.from_numpy(data.labels).long()
     photo = labels[:, list(ATTRIBUTES).index("style")] == ATTRIBUTES["style"].index("photo")
-    chunks = [reader.likeliest(chunk) for chunk in pixels.split(256)]
+    chunks = [classifier.predict_indices(chunk) for chunk in pixels.split(256)]
     counts = {}
     for column, name in enumerate(ATTRIBUTES):
-        right = torch.cat([chunk[name] for chunk in chunks]) == labels[:, column]
-        counts[TOLD[name]] = _share(right[visible_attributes(name, labels)])
+        correct = torch.cat([chunk[name] for chunk in chunks]) == labels[:, column]
+        counts[TITLES[name]] = _share(correct[visible_attributes(name, labels)])
         if name != "style":
-            counts[f"{TOLD[name]}, in photos"] = _share(right[visible_attributes(name, labels) & photo])
+            counts[f"{TITLES[name]}, in photos"] = _share(correct[visible_attributes(name, labels) & photo])
     return _shares(counts), {"right": counts}
 
 
 def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """Prompts obeyed, over generations that the judge reads."""
+    """Measure the share of prompts obeyed, as the judge classifies the generated images."""
     import torch
     from tqdm import tqdm
 
     from ldm.evaluation.judge import AttributeJudge
-    from ldm.evaluation.obedience import TOLD, counted, orders
     from ldm.files import atomic_write
     from ldm.generate import generate
     from ldm.images import image_grid, labelled, to_tensor
+    from scripts.obedience import TITLES, count_obeyed, draw_prompts
 
-    reader, (model, _) = AttributeJudge.load(options.judge), _model(options.model)
-    asked = orders(options.count or 1200, options.seed)
-    begun = time.monotonic()
-    with tqdm(total=len(asked), desc="pictures", unit="") as bar:
-        pictures = generate(
+    classifier, (model, _) = AttributeJudge.load(options.judge), _model(options.model)
+    cases = draw_prompts(options.count or 1200, options.seed)
+    started = time.monotonic()
+    with tqdm(total=len(cases), desc="pictures", unit="") as bar:
+        images = generate(
             model,
-            [order.prompt for order in asked],
+            [case.prompt for case in cases],
             steps=options.steps,
             scale=options.scale,
             sampler="dpm_solver",
@@ -139,15 +140,15 @@ def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
             batch_size=options.batch_size,
             on_image=lambda *_: bar.update(),
         )
-    seconds = time.monotonic() - begun
-    readings = reader.read(torch.stack([to_tensor(picture) for picture in pictures]))
-    counts = {TOLD[name]: count for name, count in counted(asked, pictures, readings).items()}
-    shown = pictures[: SHEET_ROWS * SHEET_COLUMNS]
+    seconds = time.monotonic() - started
+    predictions = classifier.predict(torch.stack([to_tensor(image) for image in images]))
+    counts = {TITLES[name]: count for name, count in count_obeyed(cases, images, predictions).items()}
+    shown = images[: SHEET_ROWS * SHEET_COLUMNS]
     captions = "\n".join(
-        f"{row + 1}: " + " | ".join(order.prompt for order in asked[row * SHEET_COLUMNS :][:SHEET_COLUMNS])
+        f"{row + 1}: " + " | ".join(case.prompt for case in cases[row * SHEET_COLUMNS :][:SHEET_COLUMNS])
         for row in range(SHEET_ROWS)
     )
-    sheet = labelled(image_grid(shown, SHEET_COLUMNS, scale=3), "the prompts row by row are in prompts.txt")
+    sheet = labelled(image_grid(shown, SHEET_COLUMNS, scale=3), "prompts.txt has the prompts, row by row")
     atomic_write(options.outdir / "prompts.png", lambda file: sheet.save(file, format="PNG"))
     atomic_write(options.outdir / "prompts.txt", lambda file: file.write(captions.encode()))
     facts = {"obeyed": counts, "steps": options.steps, "scale": options.scale, "seconds": round(seconds, 1)}
@@ -155,24 +156,25 @@ def prompts(options: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
 
 
 def _model(folder: Path) -> tuple[Any, int]:
-    from scripts.judging import check_files, load_model
+    from ldm.commands.base import check_files
+    from ldm.commands.evaluate import load_model
 
     weights = str(folder / "model.safetensors")
     check_files(weights)
     return load_model(weights, None)
 
 
-def _share(right: Any) -> tuple[int, int]:
-    return int(right.sum()), len(right)
+def _share(correct: Any) -> tuple[int, int]:
+    return int(correct.sum()), len(correct)
 
 
 def _shares(counts: dict[str, tuple[int, int]]) -> Rows:
-    from ldm.evaluation.obedience import interval
+    from scripts.obedience import confidence_interval
 
     return {
         name: {
             "share": right / of,
-            "95 % interval": "{:.3f} to {:.3f}".format(*interval(right, of)),
+            "95 % interval": "{:.3f} to {:.3f}".format(*confidence_interval(right, of)),
             "of": of,
         }
         for name, (right, of) in counts.items()

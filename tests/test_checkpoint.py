@@ -28,11 +28,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def weights(model) -> dict[str, torch.Tensor]:
-    """What a published checkpoint holds: no vectors of an embedding manager."""
+    """The content of a published checkpoint: without the vectors of an embedding manager."""
     return {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("embedding_manager.")}
 
 
-def test_lightning_1_layout() -> None:
+def test_a_checkpoint_of_lightning_1_is_read() -> None:
     state = read_state_dict(GOLDEN / "lightning_1x_layout.ckpt")
     assert state["model.diffusion_model.out.2.bias"].tolist() == [0, 1, 2, 3]
 
@@ -50,7 +50,7 @@ def test_formats_are_recognised_by_content(tmp_path: Path, weights, model, suffi
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_half_precision_file_keeps_the_models_dtype(tmp_path: Path, weights) -> None:
+def test_a_half_precision_checkpoint_is_loaded_in_the_models_dtype(tmp_path: Path, weights) -> None:
     save_file(
         {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, tmp_path / "m.safetensors"
     )
@@ -58,7 +58,9 @@ def test_half_precision_file_keeps_the_models_dtype(tmp_path: Path, weights) -> 
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
-def test_old_extras_are_no_news_and_strangers_are_told_once(tmp_path: Path, weights, caplog) -> None:
+def test_known_extra_keys_are_ignored_and_unexpected_keys_logged_once(
+    tmp_path: Path, weights, caplog
+) -> None:
     extras = {
         "model_ema.decay": torch.ones(()),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
@@ -68,21 +70,21 @@ def test_old_extras_are_no_news_and_strangers_are_told_once(tmp_path: Path, weig
         load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
     assert not caplog.records
     torch.save(
-        {"state_dict": weights | {"a.stranger": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "m.ckpt"
+        {"state_dict": weights | {"a.unexpected": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "m.ckpt"
     )
     with caplog.at_level(logging.WARNING):
         load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
-    assert len(caplog.records) == 1 and "2 unexpected" in caplog.text and "a.stranger" in caplog.text
+    assert len(caplog.records) == 1 and "2 unexpected" in caplog.text and "a.unexpected" in caplog.text
 
 
-def test_a_parameter_from_nowhere_is_an_error(tmp_path: Path, weights) -> None:
+def test_a_parameter_without_a_value_is_an_error(tmp_path: Path, weights) -> None:
     lacking = {k: v for k, v in weights.items() if k != "model.diffusion_model.out.2.bias"}
     torch.save({"state_dict": lacking}, tmp_path / "m.ckpt")
     with pytest.raises(CheckpointError, match=r"1 of \d+ parameters .*out\.2\.bias"):
         load_model_from_config(CASE.config(), tmp_path / "m.ckpt")
 
 
-def test_wrong_config_for_a_checkpoint(tmp_path: Path, weights) -> None:
+def test_a_config_that_does_not_fit_the_checkpoint_is_refused(tmp_path: Path, weights) -> None:
     torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
     config = CASE.config()
     config.params.unet_config.params.model_channels = 64
@@ -94,14 +96,14 @@ def test_wrong_config_for_a_checkpoint(tmp_path: Path, weights) -> None:
         load_model_from_config(CASE.config(), tmp_path / "other.ckpt")
 
 
-def test_config_is_checked_before_the_file_is_opened(tmp_path: Path) -> None:
+def test_the_config_is_checked_before_the_checkpoint_is_opened(tmp_path: Path) -> None:
     config = CASE.config()
     config.params.chanels = 4
     with pytest.raises(ConfigError, match="'chanels'.*did you mean 'channels'"):
         load_model_from_config(config, tmp_path / "absent.ckpt")
 
 
-def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_state_dict(tmp_path / "no.ckpt")
     with pytest.raises(CheckpointError, match="folder"):
@@ -113,8 +115,8 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "t.safetensors")
 
 
-def test_weights_are_mapped_not_read(tmp_path: Path) -> None:
-    """A sparse file far larger than the tensor that is used costs no memory."""
+def test_weights_are_mapped_into_memory(tmp_path: Path) -> None:
+    """Using a small tensor of a large file does not use memory for the rest."""
     torch.save(
         {"state_dict": {"a": torch.zeros(64 << 20, dtype=torch.uint8), "b": torch.ones(3)}},
         tmp_path / "m.ckpt",
@@ -134,7 +136,7 @@ def _resident_kib() -> int:
     )
 
 
-def test_text_encoder_that_the_checkpoint_lacks_is_read_from_its_own_folder(
+def test_a_text_encoder_missing_in_the_checkpoint_is_read_from_its_folder(
     tmp_path: Path, weights, model
 ) -> None:
     lacking = {k: v for k, v in weights.items() if not k.startswith("cond_stage_model.")}
@@ -157,7 +159,7 @@ def test_text_encoder_that_the_checkpoint_lacks_is_read_from_its_own_folder(
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_vectors_begin_at_the_words_of_the_encoder_that_was_read(tmp_path: Path, weights, model) -> None:
+def test_initial_vectors_come_from_the_encoder_in_the_checkpoint(tmp_path: Path, weights, model) -> None:
     torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
     config = CASE.config()
     config.params.personalization_config.params.initializer_words = ["photo"]
@@ -167,7 +169,7 @@ def test_vectors_begin_at_the_words_of_the_encoder_that_was_read(tmp_path: Path,
     assert torch.equal(loaded.embedding_manager.string_to_param_dict["*"][0], table[token])
 
 
-def test_no_random_numbers_are_drawn_for_what_is_filled() -> None:
+def test_layers_that_a_checkpoint_fills_draw_no_random_numbers() -> None:
     before = torch.get_rng_state()
     with uninitialised():
         layers = [torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 3), torch.nn.Embedding(4, 4)]
@@ -179,7 +181,7 @@ def test_no_random_numbers_are_drawn_for_what_is_filled() -> None:
 
 
 class Mapper(torch.nn.Module):
-    """A personalization of the user's own, with weights that it draws itself."""
+    """A plugged-in personalization with weights that it initialises itself."""
 
     def __init__(self, embedder: object) -> None:
         super().__init__()
@@ -188,7 +190,7 @@ class Mapper(torch.nn.Module):
     def reset(self, embedder: object) -> None: ...
 
 
-def test_a_plugged_in_personalization_draws_its_own_weights(tmp_path: Path, weights) -> None:
+def test_a_plugged_in_personalization_initialises_its_weights(tmp_path: Path, weights) -> None:
     torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
     config = CASE.config()
     config.params.personalization_config = {"target": f"{__name__}.Mapper"}
@@ -198,7 +200,7 @@ def test_a_plugged_in_personalization_draws_its_own_weights(tmp_path: Path, weig
     assert drawn.abs().max() <= 0.25 and drawn.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.2)
 
 
-def test_averages_that_the_checkpoint_lacks_begin_at_its_weights(tmp_path: Path, weights) -> None:
+def test_averages_missing_in_the_checkpoint_start_at_its_weights(tmp_path: Path, weights) -> None:
     torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
     config = CASE.config()
     config.params.use_ema = True

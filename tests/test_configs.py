@@ -1,4 +1,4 @@
-"""Every YAML that is shipped, and old ones of the original's users: checked against the classes, and built."""
+"""All shipped YAMLs, and old YAMLs of the original's users: checked against the classes, and built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in SHIPPED if path.parent.name == "personalization"]
-# What is laid over another YAML; recipes are checked in tests/training/test_recipes.py.
+# YAMLs that are merged into another one; recipes are checked in tests/training/test_shipped_configs.py.
 FRAGMENTS = ("personalization", "recipes")
 TRAINABLE = [p for p in SHIPPED if p.parent.name not in FRAGMENTS and "data" in OmegaConf.load(p)]
 MODELS = [path for path in SHIPPED if "target" in (OmegaConf.load(path).get("model") or {})]
@@ -52,12 +52,12 @@ def command(*paths: Path, words: str = "--data_root data/concepts/bobo") -> Dict
 
 @pytest.fixture
 def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths in YAMLs are meant from the checkout."""
+    """Relative paths in YAMLs are relative to the checkout."""
     monkeypatch.chdir(ROOT)
 
 
 def build(node: DictConfig, clip_vit_l: Path) -> torch.nn.Module:
-    """The model of a YAML without memory for its weights, its tokenizer from this repository."""
+    """The model of a YAML on the meta device, with a tokenizer of this repository."""
     node = node.copy()
     encoder = OmegaConf.select(node, "params.cond_stage_config") or {}
     kind = str(encoder.get("target", "")).rpartition(".")[2]
@@ -73,12 +73,12 @@ def build(node: DictConfig, clip_vit_l: Path) -> torch.nn.Module:
         return instantiate_from_config({"target": node.target, "params": node.params})
 
 
-def test_the_originals_yamls_are_all_there() -> None:
+def test_all_yamls_of_the_original_exist() -> None:
     assert {name(path) for path in SHIPPED} >= ORIGINAL_NAMES
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=name)
-def test_every_target_takes_its_params(path: Path, at_home: None) -> None:
+def test_targets_accept_their_params(path: Path, at_home: None) -> None:
     content = OmegaConf.load(path)
     assert set(content) <= {"model", "data", "lightning", *training_config.RUN_KEYS}
     node = content.get("model") or {}
@@ -87,7 +87,7 @@ def test_every_target_takes_its_params(path: Path, at_home: None) -> None:
 
 
 @pytest.mark.parametrize("path", TRAINABLE, ids=name)
-def test_a_training_yaml_fits_its_command(path: Path, at_home: None) -> None:
+def test_training_yamls_are_valid(path: Path, at_home: None) -> None:
     merged = command(path)
     lightning = trainer.complete_lightning(merged.get("lightning"))
     assert trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
@@ -96,8 +96,8 @@ def test_a_training_yaml_fits_its_command(path: Path, at_home: None) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
 @pytest.mark.parametrize("base", ["latent-diffusion/txt2img-finetune", "stable-diffusion/v1-finetune"])
-def test_a_personalization_is_swapped_in(base: str, overlay: Path, at_home: None) -> None:
-    # An overlay may bring images of its own, so that none are named here where the base has some.
+def test_exchanged_personalization(base: str, overlay: Path, at_home: None) -> None:
+    # A base that names images needs no --data_root, and an overlay may name others.
     words = (
         ""
         if "data_root" in OmegaConf.load(ROOT / f"configs/{base}.yaml")
@@ -110,7 +110,7 @@ def test_a_personalization_is_swapped_in(base: str, overlay: Path, at_home: None
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name)
-def test_a_model_is_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
+def test_models_are_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
     if path.stem == "clip":
         pytest.skip("needs real tensors; tests/models/test_contrastive.py builds it")
     model = build(OmegaConf.load(path).model, clip_vit_l)
@@ -121,7 +121,7 @@ def test_a_model_is_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
 
 
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
-def test_an_old_yaml_loads_unchanged(path: Path, clip_vit_l: Path, at_home: None) -> None:
+def test_old_yamls(path: Path, clip_vit_l: Path, at_home: None) -> None:
     merged = command(path)
     lightning = trainer.complete_lightning(merged.lightning)
     options = trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
@@ -136,8 +136,8 @@ def test_an_old_yaml_loads_unchanged(path: Path, clip_vit_l: Path, at_home: None
 
 
 @pytest.mark.parametrize("shipped", ["txt2img-finetune.yaml", "txt2img-finetune_style.yaml"])
-def test_the_embedded_models_yamls_are_one_model(shipped: str) -> None:
-    """What the denoiser was trained as is what words are learned in."""
+def test_yamls_of_the_embedded_model_agree(shipped: str) -> None:
+    """The YAML for learning words has the settings with which the denoiser was trained."""
     ours = OmegaConf.load(ROOT / "configs" / "latent-diffusion" / shipped).model.params
     trained = OmegaConf.load(ROOT / "configs" / "creatures" / "ldm.yaml").model.params
     for key in ("linear_start", "linear_end", "timesteps", "parameterization", "image_size", "channels"):
@@ -148,7 +148,7 @@ def test_the_embedded_models_yamls_are_one_model(shipped: str) -> None:
         assert kept[0] == kept[1], part
 
 
-def test_the_used_by_command_needs_nothing_else(at_home: None) -> None:
+def test_used_by_command(at_home: None) -> None:
     merged = command(ROOT / "configs/latent-diffusion/txt2img-finetune.yaml", words="-t --gpus 0,")
     assert merged.data.params.train.params.data_root == merged.data_root
     assert (ROOT / merged.data_root).is_dir()

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from ldm import files
-from ldm.files import atomic_write, write_text
+from ldm.files import atomic_write, content_kind, file_hash, file_kind, images_fingerprint, write_text
 from ldm.util import UserError
 
 
-def test_writes_and_makes_parents(tmp_path: Path) -> None:
+def test_write_text_creates_parent_folders(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a" / "b.txt", "été")
     assert path.read_text(encoding="utf-8") == "été"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_old_file_stays_when_writing_fails(tmp_path: Path, code: int) -> None:
+def test_the_old_file_is_kept_if_writing_fails(tmp_path: Path, code: int) -> None:
     path = write_text(tmp_path / "x.pt", "old")
 
     def half_then_fail(file) -> None:
@@ -31,7 +31,7 @@ def test_old_file_stays_when_writing_fails(tmp_path: Path, code: int) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_nothing_is_left_when_the_writer_is_interrupted(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     def interrupted(file) -> None:
         raise KeyboardInterrupt
 
@@ -40,12 +40,57 @@ def test_nothing_is_left_when_the_writer_is_interrupted(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parent_that_is_a_file(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError, match="not a folder|exists"):
         write_text(tmp_path / "f" / "x", "")
 
 
-def test_file_has_ordinary_permissions(tmp_path: Path) -> None:
+def test_files_have_default_permissions(tmp_path: Path) -> None:
     path = write_text(tmp_path / "x", "")
     assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
+
+
+def test_hashes_and_fingerprints(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1"), ("d", b"")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    assert file_hash(d) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert images_fingerprint([a, b]) == images_fingerprint([b, c]) != images_fingerprint([a, c])
+    assert len(images_fingerprint([a])) == 16
+    with pytest.raises(UserError, match="cannot be read"):
+        file_hash(tmp_path / "absent")
+
+
+SAFETENSORS = (16).to_bytes(8, "little") + b"{}" + b" " * 14
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (SAFETENSORS, "safetensors"),
+        (b"PK\x03\x04\x00\x00\x00\x00{", "safetensors"),  # a header of 64 MB
+        (b"PK\x03\x04\x00\x00\x00\x00\x00", "zip"),
+        (b"\x80\x02}q\x00.", "pickle"),
+        (b"\x89PNG\r\n\x1a\n....", "image"),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8L", "image"),
+        (b"RIFF\x00\x00\x00\x00WAVE", "unknown"),
+        (b"", "empty"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "web page"),
+        (b"\n <?xml version='1.0'?>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (b'{"a": 1}', "JSON"),
+        (b"abcdefgh{ text }", "text"),
+        (b"\xff\xfe\x00\x01", "unknown"),
+    ],
+)
+def test_the_kind_of_a_file_is_recognised_by_its_first_bytes(tmp_path: Path, head: bytes, kind: str) -> None:
+    assert content_kind(head) == kind
+    (tmp_path / "x.png").write_bytes(head + bytes(600) if kind == "safetensors" else head)
+    assert file_kind(tmp_path / "x.png") == kind
+
+
+def test_the_kind_of_a_path_that_is_not_a_file(tmp_path: Path) -> None:
+    assert file_kind(tmp_path) == "folder" and file_kind(tmp_path / "absent") == "missing"
+    os.mkfifo(tmp_path / "pipe")
+    assert file_kind(tmp_path / "pipe") == "special"

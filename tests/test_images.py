@@ -1,3 +1,5 @@
+"""Reading, converting and arranging images."""
+
 from __future__ import annotations
 
 import logging
@@ -28,7 +30,7 @@ def saved(path, image: Image.Image, **options):
     return path
 
 
-def test_listing_is_sorted_and_skips_the_rest_in_one_line(tmp_path, caplog):
+def test_listing_is_sorted_and_logs_skipped_entries_in_one_line(tmp_path, caplog):
     for name in ("b.PNG", "a.jpg", "c"):
         Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
     for name in (".DS_Store", "._a.jpg", "a.txt", "notes.md", "README"):
@@ -37,7 +39,7 @@ def test_listing_is_sorted_and_skips_the_rest_in_one_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "c"]
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path}: skipped what is not an image: README, more.png/, notes.md"
+        f"{tmp_path}: skipped entries that are not images: README, more.png/, notes.md"
     ]
 
 
@@ -76,7 +78,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation: int):
     assert np.array_equal(np.asarray(open_image(path)), np.asarray(upright))
 
 
-def test_transparency_lies_over_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     rgba = np.full((2, 3, 4), (*RED, 255), dtype=np.uint8)
     rgba[:, 0, 3] = 0
     rgba[:, 1, 3] = 128
@@ -95,7 +97,7 @@ def test_transparency_lies_over_white(tmp_path):
     assert opened[0].tolist() == [[255, 255, 255], list(RED)]
 
 
-def test_deep_greys_are_scaled_not_clipped(tmp_path):
+def test_high_bit_depths_are_scaled_not_clipped(tmp_path):
     ramp = np.array([[0, 257, 128 * 257, 65535]])
     for name, array in (
         ("a.png", ramp.astype(np.uint16)),
@@ -160,46 +162,46 @@ def test_reading_leaves_no_file_open(tmp_path):
     assert len(kept) == 20 and after <= before
 
 
-def test_tensors_and_pictures_are_inverse():
-    picture = Image.fromarray(np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3))
-    tensor = to_tensor(picture)
+def test_tensors_and_images_are_inverse():
+    image = Image.fromarray(np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3))
+    tensor = to_tensor(image)
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor.min() == -1 and tensor.max() == 1
-    assert np.array_equal(np.asarray(to_pil(tensor)), np.asarray(picture))
-    assert np.array_equal(np.asarray(to_pil(tensor.double())), np.asarray(picture))
+    assert np.array_equal(np.asarray(to_pil(tensor)), np.asarray(image))
+    assert np.array_equal(np.asarray(to_pil(tensor.double())), np.asarray(image))
     assert to_pil(torch.tensor([2.0, -2.0, 0.0]).reshape(3, 1, 1)).getpixel((0, 0)) == (255, 0, 128)
 
 
 def test_grid():
-    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
-    sheet = image_grid(pictures, columns=2, padding=3, scale=2)
+    images = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    sheet = image_grid(images, columns=2, padding=3, scale=2)
     assert sheet.size == (2 * (8 + 3) + 3, 2 * (8 + 3) + 3)
     assert sheet.getpixel((3, 3)) == (255, 0, 0) and sheet.getpixel((10, 10)) == (255, 0, 0)
     assert sheet.getpixel((14, 3)) == (0, 255, 0)
     assert sheet.getpixel((3, 14)) == (0, 0, 255)
     assert sheet.getpixel((20, 20)) == sheet.getpixel((11, 3)) == (255, 255, 255)
-    assert image_grid(pictures[:1], columns=4, padding=0).size == (4, 4)
+    assert image_grid(images[:1], columns=4, padding=0).size == (4, 4)
     with pytest.raises(ImageError, match="at least one"):
         image_grid([], columns=2)
 
 
 def test_enlarged_repeats_pixels():
-    picture = Image.new("RGB", (2, 1), "red")
-    picture.putpixel((1, 0), (0, 0, 255))
-    assert np.asarray(enlarged(picture, 3))[2, :, 2].tolist() == [0, 0, 0, 255, 255, 255]
+    image = Image.new("RGB", (2, 1), "red")
+    image.putpixel((1, 0), (0, 0, 255))
+    assert np.asarray(enlarged(image, 3))[2, :, 2].tolist() == [0, 0, 0, 255, 255, 255]
 
 
-def test_labels_stand_below_the_picture():
-    picture = Image.new("RGB", (64, 64), "red")
-    short, long = labelled(picture, "a cat"), labelled(picture, "a photo of a very small cat on a red mat")
+def test_a_label_is_below_the_image():
+    image = Image.new("RGB", (64, 64), "red")
+    short, long = labelled(image, "a cat"), labelled(image, "a photo of a very small cat on a red mat")
     assert short.width == long.width == 64
     assert 64 < short.height < long.height
     for sheet in (short, long):
-        assert np.array_equal(np.asarray(sheet)[:64], np.asarray(picture))
+        assert np.array_equal(np.asarray(sheet)[:64], np.asarray(image))
         assert np.asarray(sheet)[64:].min() < 128
 
 
-def test_text_is_broken_inside_a_long_word_and_takes_any_script():
+def test_text_is_broken_inside_a_long_word_and_may_be_in_any_script():
     ink = np.asarray(text_image("pneumonoultramicroscopic", 40, 60)) < 128
     assert ink[20:60].any() and not ink[:, -1].any()
     text_image("a photo of * with א", 100, 20)

@@ -1,4 +1,4 @@
-"""Learning-rate factors at the corners of their cycles and between, in closed form."""
+"""Learning-rate schedules against closed forms."""
 
 import math
 
@@ -21,7 +21,7 @@ TWO_CYCLES = {
 }
 
 
-def test_one_cycle_warms_up_and_falls_as_a_cosine():
+def test_one_cycle_of_warm_up_and_cosine():
     schedule = LambdaWarmUpCosineScheduler(
         warm_up_steps=10, lr_min=0.2, lr_max=2.0, lr_start=0.0, max_decay_steps=110
     ).schedule
@@ -34,7 +34,7 @@ def test_one_cycle_warms_up_and_falls_as_a_cosine():
     assert schedule(5000) == pytest.approx(0.2)
 
 
-def test_cycles_follow_one_another():
+def test_several_cycles():
     schedule = LambdaWarmUpCosineScheduler2(**TWO_CYCLES)
     assert schedule(5) == pytest.approx(0.5)
     assert schedule(20) == pytest.approx(0.55)
@@ -43,14 +43,14 @@ def test_cycles_follow_one_another():
     assert schedule(51) == pytest.approx(0.0)
 
 
-def test_the_linear_one_counts_from_the_cycles_start():
+def test_linear_decay():
     schedule = LambdaLinearScheduler(**TWO_CYCLES)
     assert schedule(5) == pytest.approx(0.5)
     assert schedule(15) == pytest.approx(0.1 + 0.9 * 15 / 30)
     assert schedule(40) == pytest.approx(0.5 * 10 / 20)
 
 
-def test_the_schedule_of_the_published_stable_diffusion_yaml():
+def test_schedule_of_the_published_stable_diffusion_yaml():
     schedule = LambdaLinearScheduler(
         warm_up_steps=[10000], cycle_lengths=[10000000000000], f_start=[1e-6], f_max=[1.0], f_min=[1.0]
     )
@@ -59,7 +59,7 @@ def test_the_schedule_of_the_published_stable_diffusion_yaml():
     assert schedule(10**9) == 1
 
 
-def test_lists_of_different_lengths_are_refused():
+def test_lists_of_different_lengths():
     with pytest.raises(ConfigError, match="one entry per cycle"):
         LambdaLinearScheduler(**(TWO_CYCLES | {"f_max": [1.0]}))
 
@@ -76,20 +76,20 @@ def test_rates_by_steps():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "'fast' is no RATE:STEPS"),
+        ("fast", "'fast' is not RATE:STEPS"),
         ("1e-3:x", "'1e-3:x' is no"),
-        ("1e-3:100, 1e-4:50, 1e-5", "must rise"),
-        ("1e-3, 1e-4:50", "must rise"),
+        ("1e-3:100, 1e-4:50, 1e-5", "must increase"),
+        ("1e-3, 1e-4:50", "must increase"),
         ("0:10, 1e-3", "above 0"),
     ],
 )
-def test_rates_that_make_no_sense(text, message):
+def test_invalid_rates(text, message):
     with pytest.raises(ConfigError, match=message):
         LambdaStepScheduler(text)
 
 
-def test_a_cycle_without_steps_is_an_error():
-    with pytest.raises(ConfigError, match="a cycle of -1 steps"):
+def test_cycle_without_steps():
+    with pytest.raises(ConfigError, match="a cycle has -1 steps"):
         LambdaWarmUpCosineScheduler(
             warm_up_steps=10, lr_min=0.2, lr_max=2.0, lr_start=0.0, max_decay_steps=-1
         )

@@ -1,4 +1,4 @@
-"""main.py: the names that YAMLs use, the help text, and one class each."""
+"""main.py: the names that YAMLs use, and its command line."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from ldm.util import get_obj_from_str
 
 
 @pytest.mark.parametrize("name", ["DataModuleFromConfig", "ImageLogger", "SetupCallback", "CUDACallback"])
-def test_yaml_targets_are_the_librarys_classes(name):
+def test_yaml_targets_are_classes_of_the_library(name):
     found = get_obj_from_str(f"main.{name}")
     assert found is getattr(main, name)
-    assert found.__module__.startswith("ldm.training."), "so that __main__ and main are the same class"
+    assert found.__module__.startswith("ldm.training."), "or __main__ and main would have different classes"
 
 
-def test_help_names_flags_exit_codes_and_overrides(capsys):
+def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["--help"])
     assert ended.value.code == 0
@@ -30,7 +30,7 @@ def test_help_names_flags_exit_codes_and_overrides(capsys):
         assert word in text
 
 
-def test_a_wrong_command_line_is_one_line(capsys):
+def test_wrong_command_line(capsys):
     assert main.main(["--nonsense"]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: unknown flag --nonsense") and shown.err.count("\n") == 1

@@ -1,13 +1,15 @@
-"""What the packaging files promise: they agree with the code, with each other and with the README."""
+"""The packaging files agree with the code, with each other and with the README."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,9 +17,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from ldm.commands import entry
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
+OURS = {"ldm", "main", "scripts", "checkout", "benchmarks", "tests"}
 # Packages that are imported under another name.
 IMPORTED_AS = {
     "pyyaml": "yaml",
@@ -37,7 +42,7 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def setup_argument(name: str):
+def setup_argument(name: str) -> Any:
     """Read one literal argument of the call of setup(), without running setup.py."""
     call = next(
         node
@@ -73,7 +78,7 @@ def third_party(paths: Iterable[Path]) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"ldm", "main", "scripts", "benchmarks", "tests"}
+    return names - set(sys.stdlib_module_names) - OURS
 
 
 def imported_as(packages: Iterable[str]) -> set[str]:
@@ -92,9 +97,10 @@ def pins_on(package: str, python: str) -> list[str]:
 
 def test_the_library_imports_only_what_setup_installs():
     interop = set((ROOT / "ldm" / "interop").rglob("*.py"))
-    installed = imported_as([*NEEDED, *NO_DEPS])
+    # The package pytorch-lightning installs both modules.
+    installed = imported_as([*NEEDED, *NO_DEPS]) | {"lightning_fabric"}
     assert third_party(set((ROOT / "ldm").rglob("*.py")) - interop) <= installed
-    # what it converts to is optional there, and asked for in one line
+    # diffusers is optional; the error without it is one line
     assert third_party(interop) - installed == {"diffusers"}
 
 
@@ -112,7 +118,7 @@ def test_the_tests_import_only_what_dev_installs():
     assert set(EXTRAS) == {"dev", "ui"}
 
 
-def test_nothing_asks_for_torchvision():
+def test_nothing_requires_torchvision():
     assert "torchvision" not in {*DIRECT, *NO_DEPS, *CONSTRAINTS}
 
 
@@ -135,9 +141,9 @@ def test_every_direct_dependency_has_one_fitting_pin_on_every_python(python):
 
 
 def test_what_the_dependencies_need_is_pinned_too():
-    """Walks from package to package, past those whose version here is not the pinned one."""
+    """Follow requirements from package to package, except from packages installed in another version than pinned."""
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    # torch itself pins the CUDA packages of its CUDA build, and which there are depends on the build.
+    # torch itself pins the CUDA packages, and which ones it needs depends on its build.
     own = re.compile(r"nvidia-|cuda-|triton$")
     to_see, seen = list(DIRECT), set()
     while to_see:
@@ -176,6 +182,14 @@ def test_the_makefile_installs_torch_by_its_pin_before_the_rest():
     )
 
 
+def test_the_console_command_is_the_entry_of_the_library():
+    (script,) = setup_argument("entry_points")["console_scripts"]
+    name, _, target = script.partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "textual-inversion"
+    assert getattr(importlib.import_module(module), function) is entry.main
+
+
 def makefile_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.MULTILINE))
 
@@ -190,8 +204,10 @@ def test_every_make_command_that_is_documented_exists():
 
 def test_every_script_that_the_readme_or_the_makefile_runs_exists():
     commands = read("README.md") + read("Makefile")
-    named = set(re.findall(r"(?:python|\$\(PY\)) ((?:scripts/)?\w+\.py)", commands))
-    assert named
+    named = set(re.findall(r"(?:python|\$\(PY\)) ((?:\w+/)?\w+\.py)", commands))
+    modules = re.findall(r"(?:python|\$\(PY\)) -m (benchmarks[.\w]+\w)", commands)
+    named |= {f"{module.replace('.', '/')}.py" for module in modules}
+    assert named and modules
     assert {script for script in named if not (ROOT / script).is_file()} == set()
 
 

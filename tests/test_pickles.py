@@ -40,12 +40,12 @@ def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"<!DOCTYPE html><html>404</html>", "HTML"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "text or HTML"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (os.urandom(3000), "damaged"),
     ],
 )
-def test_files_that_are_no_pickle(tmp_path: Path, content: bytes, words: str) -> None:
+def test_files_that_are_not_pickles_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "x.ckpt"
     file.write_bytes(content)
     with pytest.raises(PickleError, match=words) as error:
@@ -53,7 +53,7 @@ def test_files_that_are_no_pickle(tmp_path: Path, content: bytes, words: str) ->
     assert "x.ckpt" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_truncated(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.ckpt"
     torch.save({"a": torch.randn(4000)}, file)
     file.write_bytes(file.read_bytes()[:9000])
@@ -69,7 +69,7 @@ def test_only_named_classes_are_allowed(tmp_path: Path) -> None:
     assert torch.equal(pickles.load(file, classes=[torch.nn.ParameterDict])["a"], torch.ones(2))
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PickleError, match="does not exist"):
         pickles.load(tmp_path / "no.pt")
     with pytest.raises(PickleError, match="folder"):

@@ -1,4 +1,4 @@
-"""The shape of the code: which room may import which, and what no file of the library may do."""
+"""The structure of the code: which room may import which, how large files are, and what no file may do."""
 
 from __future__ import annotations
 
@@ -14,39 +14,38 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each room with what it may import besides itself. `base` is the modules that lie directly in ldm/.
+# Each room with the rooms that it may import besides itself; `base` is the modules directly in ldm/. Imports point
+# from later rooms to earlier ones.
 LIBRARY = {
     "base": set(),
-    "data": {"base"},
     "embeddings": {"base"},
+    "data": {"base"},
     "modules": {"base", "embeddings"},
     "models": {"base", "embeddings", "modules"},
+    "interop": {"base", "embeddings", "modules", "models"},
 }
-USES = {
-    "base",
-    "data",
-    "embeddings",
-    "modules",
-    "models",
-    "generate",
-    "evaluation",
-    "interop",
-    "training",
-}
+EVERYTHING = {*LIBRARY, "generate", "evaluation", "training", "commands"}
 ROOMS = {
     **LIBRARY,
-    "generate": USES,
-    "evaluation": USES,
-    "interop": {"base", "embeddings", "modules", "models"},
-    "training": USES,
-    "scripts": USES | {"main"},
-    "main": USES,
+    "generate": {*LIBRARY},
+    "evaluation": {*LIBRARY, "generate"},
+    "training": {*LIBRARY, "generate"},
+    "commands": EVERYTHING,
+    "main": EVERYTHING,
+    "benchmarks": EVERYTHING | {"main", "scripts"},
+    "scripts": EVERYTHING | {"main", "benchmarks"},
 }
+
+MOST_FILES, MOST_LINES = 110, 600
+SMALL = 5  # lines; files of at most so many are not counted
 
 
 def sources(root: Path) -> list[Path]:
-    """Return every Python file of the library, `main.py` and `scripts/` under `root`, sorted."""
-    return sorted([*root.glob("ldm/**/*.py"), *root.glob("main.py"), *root.glob("scripts/**/*.py")])
+    """Return every Python file of the library, `main.py`, `scripts/` and `benchmarks/` under `root`, sorted."""
+    folders = ("ldm", "scripts", "benchmarks")
+    return sorted(
+        [*root.glob("main.py"), *(path for name in folders for path in root.glob(f"{name}/**/*.py"))]
+    )
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -55,9 +54,9 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def room(module: str) -> str | None:
-    """Name the room of a dotted module of this repository; None for one of somebody else's."""
+    """Return the room of a dotted module name; None for a module of another package."""
     top, *rest = module.split(".")
-    if top in {"main", "scripts"}:
+    if top in {"main", "scripts", "benchmarks"}:
         return top
     if top != "ldm":
         return None
@@ -94,13 +93,13 @@ def prints(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
     if module_name(path, root).startswith("ldm"):
         for node in calls(tree):
             if isinstance(node.func, ast.Name) and node.func.id == "print":
-                yield node.lineno, "print() in the library: use the module's logger"
+                yield node.lineno, "print() in the library: use a logger, or ldm.console.write_line"
 
 
 def device_choices(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
     for node in calls(tree):
         if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
-            yield node.lineno, ".cuda(): the caller says which device, with .to(device)"
+            yield node.lineno, ".cuda(): the caller chooses the device, with .to(device)"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for default in [*node.args.defaults, *node.args.kw_defaults]:
@@ -119,6 +118,19 @@ def unwanted_packages(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[i
                 yield line, "taming is imported where a VQ model is built, not when the module is imported"
 
 
+OWN_INSERT = "scripts/checkout.py"
+
+
+def path_changes(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    for node in calls(tree):
+        inserts = ast.unparse(node.func) == "sys.path.insert"
+        if inserts and path.relative_to(root).as_posix() != OWN_INSERT:
+            yield (
+                node.lineno,
+                "sys.path.insert: use scripts/checkout.py as the other scripts do, or python -m",
+            )
+
+
 def addresses(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
     """Find literals that are web addresses or absolute paths; docstrings may cite sources."""
     cited = {
@@ -132,18 +144,18 @@ def addresses(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in cited:
             if re.search(r"https?://", node.value):
                 yield node.lineno, f"a web address in code: {node.value!r}"
-            if re.match(r"/\w+/\w", node.value):
+            if re.match(r"/(?!proc/)\w+/\w", node.value):  # Linux describes the processor in /proc
                 yield node.lineno, f"an absolute path in code: {node.value!r}"
 
 
-RULES = [wrong_directions, prints, device_choices, unwanted_packages, addresses]
+RULES = [wrong_directions, prints, device_choices, unwanted_packages, path_changes, addresses]
 
 
 def violations(rule: Callable[[ast.AST, Path, Path], Iterator[tuple[int, str]]], root: Path) -> list[str]:
     found = []
     for path in sources(root):
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        found += [f"{path.relative_to(root)}:{line}: {said}" for line, said in rule(tree, path, root)]
+        found += [f"{path.relative_to(root)}:{line}: {problem}" for line, problem in rule(tree, path, root)]
     return found
 
 
@@ -154,16 +166,32 @@ def test_the_code_keeps_the_rule(rule):
 
 def test_every_folder_of_the_library_is_a_known_room():
     folders = {path.relative_to(ROOT / "ldm").parts[0] for path in (ROOT / "ldm").glob("*/**/*.py")}
-    assert folders <= set(ROOMS), "say in ROOMS what a new folder may import"
+    assert folders <= set(ROOMS), "list in ROOMS what a new folder may import"
 
 
-def test_one_module_alone_knows_taming():
-    knows = [
+def test_at_most_one_module_imports_taming():
+    importers = [
         path
         for path in sources(ROOT)
         if any(name.split(".")[0] == "taming" for _, name in imports(ast.parse(path.read_text()), path, ROOT))
     ]
-    assert len(knows) <= 1
+    assert len(importers) <= 1
+
+
+def length(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_library_has_few_files():
+    """A file is what a reader wants to have open at once: neither a single function nor a large part of a room."""
+    counted = [path for path in (ROOT / "ldm").glob("**/*.py") if length(path) > SMALL]
+    assert len(counted) <= MOST_FILES
+    assert len([path for path in counted if path.is_relative_to(ROOT / "ldm" / "commands")]) <= 6
+
+
+def test_no_file_is_long():
+    checked = [*sources(ROOT), *(ROOT / "tests").glob("**/*.py")]
+    assert {str(path.relative_to(ROOT)): length(path) for path in checked if length(path) > MOST_LINES} == {}
 
 
 BAD = {
@@ -176,8 +204,13 @@ BAD = {
     "ldm/data/personalized.py": ("from ldm import embeddings", wrong_directions),
     "ldm/embeddings/read.py": ("from ..modules.tokens import PromptTokenizer", wrong_directions),
     "ldm/training/run.py": ("import main", wrong_directions),
+    "ldm/generate/images.py": ("from ldm.commands.base import guarded", wrong_directions),
+    "ldm/commands/train.py": ("from main import main", wrong_directions),
+    "ldm/interop/diffusers.py": ("from ldm.generate import generate", wrong_directions),
     "ldm/prompts.py": ("print('hello')", prints),
     "main.py": ("model.cuda()", device_choices),
+    "benchmarks/pairs.py": ("model.cuda()", device_choices),
+    "scripts/demo.py": ("import sys\nsys.path.insert(0, 'x')", path_changes),
     "scripts/txt2img.py": ("def run(device='cuda'):\n    pass", device_choices),
     "ldm/images.py": ("if True:\n    import torchvision.transforms", unwanted_packages),
     "ldm/models/autoencoder.py": (
@@ -199,7 +232,7 @@ def test_a_bad_line_is_found(file, tmp_path):
     assert [other.__name__ for other in RULES if other is not rule and violations(other, tmp_path)] == []
 
 
-def test_good_lines_are_let_through(tmp_path):
+def test_good_lines_pass(tmp_path):
     good = {
         "main.py": "from ldm.training.run import fit\nfrom ldm.util import UserError\nprint('done')",
         "ldm/util.py": "'''See https://example.org.'''\nimport torch\nprinted = torch.cuda.is_available()",
@@ -212,8 +245,8 @@ def test_good_lines_are_let_through(tmp_path):
     assert [violation for rule in RULES for violation in violations(rule, tmp_path)] == []
 
 
-# Runs apart: torchvision and taming are made unimportable, and each module is imported on its own, the others
-# forgotten, so that a circle of imports shows whichever end it is entered from.
+# Runs in a process of its own. torchvision and taming cannot be imported there, and each module is imported after the
+# others are removed again, so that a circular import fails from every module that belongs to it.
 IMPORT_ALL = """
 import importlib, json, sys, traceback
 for name in ("torchvision", "taming"):
@@ -242,9 +275,10 @@ def test_every_module_imports_by_itself_without_torchvision():
     assert import_all(ROOT, modules) == {}
 
 
-def test_a_circle_and_a_missing_package_are_found(tmp_path):
+def test_a_circular_import_and_a_missing_package_are_found(tmp_path):
     package = tmp_path / "ldm"
     package.mkdir()
+    (package / "__init__.py").touch()
     (package / "a.py").write_text("import ldm.b\nx = 1")
     (package / "b.py").write_text("from ldm.a import x")
     (package / "c.py").write_text("import torchvision")

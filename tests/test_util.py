@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+from torch import nn
 
 import ldm.util
 from ldm.util import (
@@ -8,6 +12,8 @@ from ldm.util import (
     UsageError,
     UserError,
     check_config,
+    check_integer,
+    evaluating,
     get_obj_from_str,
     instantiate_from_config,
     pretrained_wanted,
@@ -97,3 +103,24 @@ def test_skip_pretrained_ends_with_its_block() -> None:
         assert not pretrained_wanted()
         raise RuntimeError
     assert pretrained_wanted()
+
+
+def test_evaluating_restores_the_mode_of_every_part() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout().eval())
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise KeyError
+    assert [part.training for part in model.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("value", [0, True, 2.0, "3", None])
+def test_check_integer(value: object) -> None:
+    with pytest.raises(UsageError, match=f"steps is {value!r}; it must be a whole number of at least 1"):
+        check_integer(value, "steps", error=UsageError)
+    check_integer(1, "steps")
+    check_integer(0, "steps", minimum=0)
+
+
+def test_importing_util_and_console_does_not_import_torch() -> None:
+    command = "import sys, ldm.util, ldm.console; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command]).returncode == 0

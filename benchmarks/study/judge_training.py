@@ -1,4 +1,4 @@
-"""Training of the attribute judge, on drawings of seeds that no model is trained on."""
+"""Training of the attribute judge, on images of seeds that no model is trained on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.creatures.world import ATTRIBUTES
-from ldm.evaluation.judge import AttributeJudge
+from ldm.evaluation.judge import AttributeJudge, visible_attributes
 from ldm.models.optimizers import build_optimizer
 
 _COLUMN = {name: column for column, name in enumerate(ATTRIBUTES)}
-_PLAIN, _NEON = ATTRIBUTES["pattern"].index("plain"), ATTRIBUTES["style"].index("neon")
 
 
 class JudgeTraining(pl.LightningModule):
-    """Cross-entropy of every attribute that a picture shows.
+    """Training with the cross-entropy of every attribute that an image shows.
 
-    A batch is {"image": [B, H, W, 3] in [-1, 1], "attributes": int64 [B, 8]}, as `Creatures(attributes=True)` gives.
-    `roughen` is the share of pictures blurred or strewn with noise, so that the judge reads what a model generates as
-    well as what the renderer draws. At the end the judge is saved in `export_to`, if it is given.
+    A batch is {"image": [B, H, W, 3] in [-1, 1], "attributes": int64 [B, 8]}, as from `Creatures(attributes=True)`.
+
+    roughen: probability of each of shift, blur and noise, so that the judge also suits generated images, which are
+        less clean than rendered ones.
+    export_to: folder in which the judge is saved after training.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class JudgeTraining(pl.LightningModule):
         )
 
     def shared_step(self, batch: Mapping[str, Any], stage: str) -> Tensor:
-        """The mean loss of the attributes; each one's share of right answers is logged under `stage`."""
+        """Return the mean loss over attributes, and log the accuracy of each attribute under `stage`."""
         pixels = batch["image"].movedim(-1, 1).to(self.device, torch.float32)
         if stage == "train":
             with torch.no_grad():
                 pixels = self.augment(pixels)
-        wanted = batch["attributes"].to(self.device)
+        attributes = batch["attributes"].to(self.device)
         losses, log = [], {}
         for name, logits in self.judge.logits(pixels).items():
-            shown, target = visible_attributes(name, wanted), wanted[:, _COLUMN[name]]
-            weight = shown.float() / shown.sum().clamp(min=1)
+            visible, target = visible_attributes(name, attributes), attributes[:, _COLUMN[name]]
+            weight = visible.float() / visible.sum().clamp(min=1)
             losses.append((F.cross_entropy(logits.float(), target, reduction="none") * weight).sum())
             log[f"{stage}/{name}"] = ((logits.argmax(1) == target) * weight).sum().detach()
         loss = torch.stack(losses).mean()
@@ -86,15 +87,3 @@ class JudgeTraining(pl.LightningModule):
     def on_fit_end(self) -> None:
         if self.export_to is not None and self.trainer.is_global_zero:
             self.judge.save(self.export_to)
-
-
-def visible_attributes(name: str, attributes: Tensor) -> Tensor:
-    """Which pictures, bool [B], can show an attribute at all: attributes int64 [B, 8] in the world's order.
-
-    A plain creature has no second colour, and neon is dark whatever stands behind.
-    """
-    if name == "second":
-        return attributes[:, _COLUMN["pattern"]] != _PLAIN
-    if name == "background":
-        return attributes[:, _COLUMN["style"]] != _NEON
-    return torch.ones(len(attributes), dtype=torch.bool, device=attributes.device)

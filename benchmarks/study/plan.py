@@ -1,9 +1,9 @@
-"""A study of many inversions: what belongs to it, and its files, each written whole so that a study can go on."""
+"""The inversions of a study and its files, which are written atomically so that a study can be continued."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ldm.util import UserError
 
 @dataclass(frozen=True)
 class Inversion:
-    """One concept learned once."""
+    """One run that learns a concept."""
 
     concept: str
     vectors: int
@@ -29,7 +29,8 @@ class Inversion:
 class Study:
     """The folder of a study.
 
-    `concepts/NAME` holds pictures, `inversions` what was learned and how, `figures` and `pictures` what came of it.
+    `concepts/NAME` has the images of a concept, `inversions` the embeddings and their settings, `figures` and
+    `pictures` the results.
     """
 
     folder: Path
@@ -47,14 +48,14 @@ class Study:
         return self.folder / "inversions" / f"{inversion.id}.json"
 
     def figures(self, name: str) -> Path:
-        """Figures of an inversion by its id, or of a concept without any by its name."""
+        """Return the file with the figures of an inversion (by its id) or of a concept's references (by its name)."""
         return self.folder / "figures" / f"{name}.json"
 
-    def pictures(self, name: str) -> Path:
+    def images(self, name: str) -> Path:
         return self.folder / "pictures" / f"{name}.png"
 
     def done(self, inversion: Inversion, settings: dict[str, Any]) -> bool:
-        """Whether the inversion is there; UserError where it was made with other settings."""
+        """Return whether the inversion exists; raises UserError if it was made with other settings."""
         record = read_record(self.record(inversion))
         if record is None or not self.embedding(inversion).is_file():
             return False
@@ -64,7 +65,7 @@ class Study:
             )
             was, now = record["settings"].get(key), settings.get(key)
             raise UserError(
-                f"'{self.record(inversion)}' was made with {key} {was}, not {now}; repeat its settings, or choose "
+                f"'{self.record(inversion)}' was made with {key} {was}, not {now}; use the same settings, or choose "
                 "another --out"
             )
         return True
@@ -73,29 +74,21 @@ class Study:
 def plan(
     creatures: Sequence[str], styles: Sequence[str], vectors: Sequence[int], seeds: Sequence[int]
 ) -> list[Inversion]:
-    """Every inversion of a study, first all concepts once, so that a study cut short covers them all."""
-    return list(_in_order(creatures, styles, vectors, seeds))
-
-
-def _in_order(
-    creatures: Sequence[str], styles: Sequence[str], vectors: Sequence[int], seeds: Sequence[int]
-) -> Iterator[Inversion]:
-    for seed in seeds:
-        for count in vectors:
-            for name in (*creatures, *styles):
-                yield Inversion(name, count, seed)
+    """Return every inversion of a study; all concepts once first, so that an interrupted study covers them all."""
+    names = (*creatures, *styles)
+    return [Inversion(name, count, seed) for seed in seeds for count in vectors for name in names]
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON file of a study; None if it is not there. UserError for one that cannot be read."""
+    """Read a JSON file of a study; None if it does not exist. Raises UserError if it cannot be read."""
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}); remove it to have it made again") from error
+        raise UserError(f"'{path}' cannot be read ({error}); remove it, and it is made again") from error
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file of a study, whole."""
+    """Write a JSON file of a study atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")

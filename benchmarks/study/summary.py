@@ -1,4 +1,4 @@
-"""What a study's figures come to: means and spreads over creatures and seeds, beside the bars that are set for them."""
+"""A summary of a study: means and standard deviations over creatures and seeds, and the bars set for them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ldm.evaluation.evaluate import REDRAWN
 
 Measured = Mapping[Inversion, Mapping[str, Any]]
 Summary = dict[str, dict[str, Any]]
-# References beside those of an evaluation: words alone.
+# References besides those of an evaluation: prompts without a learned word.
 CREATURE, WORDS = "a photo of a creature", "best caption in words"
 MEASURES = ("attributes", "identity", "itself", "color_distance", "retrieved", "rank", "clip_i")
 GROUPS = ("plain", "scene", "style")
-# Seconds that an inversion may take, by the side of the pictures.
+# The bar for the seconds of an inversion, by the side of the images.
 _SECONDS = {32: 60.0, 64: 240.0}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure has to reach; `met` is None where it was not measured."""
+    """A value that a figure has to reach; `met` is None if the figure was not measured."""
 
     text: str
     value: float | None
@@ -38,7 +38,7 @@ class Bar:
 
 
 def figures_of(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    """The figures of one inversion, or of one reference, by name: likeness, edits and styles, and seconds."""
+    """Return the figures of one inversion or reference by name: likeness, edits, styles and seconds."""
     likeness = measured.get("likeness") or {}
     features = next(iter((likeness.get("features") or {}).values()), {})
     found: dict[str, float | None] = {name: likeness.get(name) for name in MEASURES}
@@ -55,9 +55,9 @@ def figures_of(measured: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def summarize(measured: Measured) -> Summary:
-    """For each figure its mean, the spread of creatures' means, and the mean spread over a creature's seeds.
+    """Return for each figure its mean, its standard deviation over creatures, and the mean one over seeds.
 
-    Spreads are standard deviations; of one creature, or one seed, there is none. "n" is the number of inversions.
+    A standard deviation over one creature or one seed is None. "n" is the number of inversions.
     """
     names = dict.fromkeys(key for figures in map(figures_of, measured.values()) for key in figures)
     summary: Summary = {}
@@ -79,8 +79,8 @@ def summarize(measured: Measured) -> Summary:
     return summary
 
 
-def color_way(summary: Summary, references: Mapping[str, Summary]) -> float | None:
-    """How much of the way from the ceiling (redrawn, 0) to "a photo of a creature" (1) the colours still are."""
+def relative_color_distance(summary: Summary, references: Mapping[str, Summary]) -> float | None:
+    """Return the colour distance on a scale from 0 (the creature redrawn) to 1 ("a photo of a creature")."""
     ours, best, chance = (
         found.get("color_distance", {}).get("mean")
         for found in (summary, references.get(REDRAWN, {}), references.get(CREATURE, {}))
@@ -91,7 +91,7 @@ def color_way(summary: Summary, references: Mapping[str, Summary]) -> float | No
 
 
 def bars(by_vectors: Mapping[int, Summary], references: Mapping[str, Summary], size: int) -> list[Bar]:
-    """What the study has to show, and whether it does."""
+    """Return the bars of the study with the measured values."""
     words = references.get(WORDS, {})
     found: list[Bar] = []
     for count, summary in by_vectors.items():
@@ -115,7 +115,7 @@ def bars(by_vectors: Mapping[int, Summary], references: Mapping[str, Summary], s
             Bar(title + "seconds", of("seconds"), _SECONDS.get(size), False),
         ]
         if not many:
-            way = color_way(summary, references)
+            way = relative_color_distance(summary, references)
             found.insert(1, Bar(title + "colours, from redrawn to a photo of a creature", way, 0.5, False))
     return found
 

@@ -1,1 +1,1 @@
-"""Datasets, reached from the models through YAML only."""
+"""Datasets; models use them through the YAML only."""

@@ -1,11 +1,11 @@
-"""The captions of a personalization set: templates with the placeholder in them, or the words beside a picture."""
+"""The captions of a concept's images: templates with the placeholder, or text files beside the images."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,103 +16,87 @@ logger = logging.getLogger(__name__)
 
 
 class ConceptImage(NamedTuple):
-    """A file, the placeholder of its concept, and the placeholder as captions say it ("cat *")."""
+    """An image file, the placeholder of its concept, and the words that captions use for it ("cat *")."""
 
     path: Path
     placeholder: str
-    spoken: str
+    phrase: str
 
 
 class Captions:
-    """What can be said of each picture.
+    """All possible captions of each image.
 
-    A picture's caption is a template filled with its words, or, where `use_captions` asks for it, the `.txt` beside
-    it and nothing else. Mistakes in the template file or in a `.txt` are UserErrors.
+    The captions of an image are the templates, filled in for it. With `use_captions`, an image with a `.txt` beside
+    it has the text of that file as its only caption.
+
+    Raises UserError if the template file or a `.txt` is not valid.
     """
 
     def __init__(
         self,
-        pictures: Sequence[ConceptImage],
+        images: Sequence[ConceptImage],
         templates: Sequence[str],
         dual_templates: Sequence[str],
         template_file: str | os.PathLike[str] | None = None,
         per_image_tokens: bool = False,
         use_captions: bool = False,
     ) -> None:
-        if per_image_tokens and len(pictures) > len(prompts.PER_IMAGE_TOKENS):
+        if per_image_tokens and len(images) > len(prompts.PER_IMAGE_TOKENS):
             limit = len(prompts.PER_IMAGE_TOKENS)
-            raise UserError(f"per_image_tokens has words for {limit} images, but there are {len(pictures)}")
+            raise UserError(f"per_image_tokens has words for {limit} images, but there are {len(images)}")
         self.templates, self.dual_templates = list(templates), list(dual_templates)
         if template_file is not None:
-            self.templates, self.dual_templates = _from_file(template_file, per_image_tokens)
+            self.templates, self.dual_templates = _read_templates(Path(template_file), per_image_tokens)
         self.per_image_tokens = per_image_tokens
-        self._pictures = list(pictures)
-        self._file_words = [_file_words(picture.path) for picture in pictures]
-        self._own: list[str | None] = [None] * len(pictures)
+        self._images = list(images)
+        self._file_words = [_file_words(image.path) for image in images]
+        self._from_txt: list[str | None] = [None] * len(images)
         if use_captions:
-            self._own = [self._beside(i) for i in range(len(pictures))]
-            if None in self._own:
-                logger.info("%d of %d images have no .txt beside them", self._own.count(None), len(self._own))
+            self._from_txt = [self._txt_caption(i) for i in range(len(images))]
+            if None in self._from_txt:
+                missing = self._from_txt.count(None)
+                logger.info("%d of %d images have no .txt beside them", missing, len(images))
 
-    def of(self, picture: int, template: str) -> str:
-        """The caption of a picture under a template."""
-        own = self._own[picture]
-        return self._filled(picture, template) if own is None else own
+    def of(self, image: int, template: str) -> str:
+        """Return the caption of an image for a template."""
+        text = self._from_txt[image]
+        return self._fill(image, template) if text is None else text
 
     def all(self) -> list[str]:
-        """Every caption that can be drawn, once."""
+        """Return every possible caption once."""
         lines = [*self.templates, *(self.dual_templates if self.per_image_tokens else ())]
-        return list(dict.fromkeys(self.of(i, line) for i in range(len(self._own)) for line in lines))
+        return list(dict.fromkeys(self.of(i, line) for i in range(len(self._images)) for line in lines))
 
-    def without(self, placeholders: Iterable[str]) -> list[str]:
-        """The captions that hold none of the placeholders."""
-        words = list(placeholders)
-        return [caption for caption in self.all() if not any(word in caption for word in words)]
+    def _fill(self, image: int, template: str) -> str:
+        token = prompts.PER_IMAGE_TOKENS[image] if self.per_image_tokens else None
+        words = self._file_words[image]
+        return prompts.fill(template, self._images[image].phrase, per_image=token, filewords=words)
 
-    def check(self, placeholders: Iterable[str]) -> None:
-        """Raises UserError when a placeholder is in no caption; captions without any get one log line."""
-        words, captions = list(placeholders), self.all()
-        for word in words:
-            if not any(word in caption for caption in captions):
-                raise UserError(
-                    f"the placeholder {word!r} is in none of the captions (one is {captions[0]!r}):"
-                    " check placeholder_token, or write {} or [name] in the templates"
-                )
-        missing = self.without(words)
-        if missing:
-            logger.warning(
-                "%d of %d captions lack the placeholder: %r", len(missing), len(captions), missing[0]
-            )
-
-    def _filled(self, picture: int, template: str) -> str:
-        word = prompts.PER_IMAGE_TOKENS[picture] if self.per_image_tokens else None
-        words = self._file_words[picture]
-        return prompts.fill(template, self._pictures[picture].spoken, per_image=word, filewords=words)
-
-    def _beside(self, picture: int) -> str | None:
-        path, placeholder, spoken = self._pictures[picture]
-        words = _sidecar(path)
-        if words is None:
+    def _txt_caption(self, image: int) -> str | None:
+        """The caption from the `.txt` of an image; None if there is none."""
+        path, placeholder, phrase = self._images[image]
+        text = _read_txt(path)
+        if text is None:
             return None
-        if "[name]" in words or "{}" in words:
-            return self._filled(picture, words)
-        return words if placeholder in words else f"{spoken}, {words}"
+        if "[name]" in text or "{}" in text:
+            return self._fill(image, text)
+        return text if placeholder in text else f"{phrase}, {text}"
 
 
-def _from_file(path: str | os.PathLike[str], per_image_tokens: bool) -> tuple[list[str], list[str]]:
-    """The templates and the dual templates of a file; without dual ones these are made from the others."""
+def _read_templates(path: Path, per_image_tokens: bool) -> tuple[list[str], list[str]]:
+    """Read templates and dual templates; if the file has no dual ones, they are made from the others."""
     lines = prompts.load_templates(path)
     single = [line for line in lines if not prompts.is_dual(line)]
     dual = [line for line in lines if prompts.is_dual(line)]
     if dual and not per_image_tokens:
         raise UserError(f"template file {path}: {dual[0]!r} has a second slot, which needs per_image_tokens")
     if not single:
-        raise UserError(f"template file {path}: lines with a second slot only; give some with one as well")
+        raise UserError(f"template file {path}: every line has a second slot; add lines with one slot")
     return single, dual or [f"{line} with [image]" for line in single]
 
 
-def _sidecar(image: Path) -> str | None:
-    """The words of the `.txt` beside an image, on one line; None where there is none or nothing in it."""
+def _read_txt(image: Path) -> str | None:
+    """Read the `.txt` beside an image as one line; None if it is missing or empty."""
     path = image.with_suffix(".txt")
     if not path.is_file():
         return None
@@ -125,5 +109,5 @@ def _sidecar(image: Path) -> str | None:
 
 
 def _file_words(image: Path) -> str:
-    """What `[filewords]` stands for: the `.txt` beside the image, else its name without a number in front."""
-    return _sidecar(image) or re.sub(r"^[-\d]+\s*", "", image.stem)
+    """Return the text for `[filewords]`: the `.txt` beside the image, or its name without a leading number."""
+    return _read_txt(image) or re.sub(r"^[-\d]+\s*", "", image.stem)

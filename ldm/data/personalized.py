@@ -1,4 +1,4 @@
-"""The dataset of textual inversion: a few images of a concept, each time under another caption."""
+"""The dataset of textual inversion: some images of a concept, with a random caption for each sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
 from ldm.images import ImageError, list_images, open_image
-from ldm.util import UserError
+from ldm.util import UserError, check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,16 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# The smallest side of an image, in pixels, and the bytes of pixels that are kept in memory.
 SMALLEST_SIDE = 8
 MEMORY = 2**29
 
 
 class Sample(NamedTuple):
-    """What one sample shows: the picture's number, whether it is mirrored, the caption, and which of its squares."""
+    """The content of a sample: the number of its image, whether it is flipped, its caption, and its view.
+
+    The views of an image are the `squares` that can be cropped from it.
+    """
 
     image: int
     flipped: bool
@@ -43,150 +47,35 @@ class Sample(NamedTuple):
 
     @property
     def variant(self) -> tuple[int, bool, int]:
-        """What `variants()` and `image(...)` of a dataset know the pixels by."""
+        """The arguments (image, flipped, view) of a dataset's `image`, as `variants()` lists them."""
         return self.image, self.flipped, self.view
 
 
-def squares(width: int, height: int, crops: int, zooms: Sequence[float]) -> list[tuple[int, int, int]]:
-    """The different squares (left, top, side) of a picture, those of the first zoom first.
+class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
+    """Images of a concept, with captions made from templates.
 
-    A zoom of 1 is as large a square as there is, one of 2 half its side. Along each axis with room left there are
-    `crops` places, evenly from end to end; one is the middle.
-    """
-    found = {}
-    for zoom in zooms:
-        side = round(min(width, height) / zoom)
-        for top in _places(height - side, crops):
-            for left in _places(width - side, crops):
-                found[left, top, side] = None
-    return list(found)
+    A sample is {"image": float32 [H, W, 3] in [-1, 1], "caption": str}. All images are read on construction. Raises
+    UserError for invalid parameters, folders and files. The parameters up to `coarse_class_text` are the original's.
 
-
-def _places(room: int, count: int) -> list[int]:
-    return [room // 2] if count == 1 else [room * i // (count - 1) for i in range(count)]
-
-
-class ImageSet:
-    """Pictures read once, made square and resized, and kept while they fit into `memory` bytes.
-
-    `pictures[i, view]` is [H, W, 3] uint8, and `views(i)` how many `squares` there are of it; stretched pictures
-    (`center_crop` false) have one. Every file is read on construction, so that a bad one is an ImageError before any
-    training; those beyond the memory limit are read again whenever they are asked for.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        size: int | None,
-        interpolation: str = "bicubic",
-        center_crop: bool = True,
-        crops: int = 1,
-        zooms: Sequence[float] = (1.0,),
-        memory: int = MEMORY,
-    ) -> None:
-        if interpolation not in RESAMPLING:
-            raise UserError(f"interpolation is {interpolation!r}: choose one of {', '.join(RESAMPLING)}")
-        if size is not None and size < 1:
-            raise UserError(
-                f"size is {size}: it must be a number of pixels, or left out to keep the pictures' own"
-            )
-        self.crops, self.zooms = _checked(crops, zooms, center_crop, size)
-        self.paths = list(paths)
-        self.size = size
-        self.center_crop = center_crop
-        self._resample = RESAMPLING[interpolation]
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._views: list[int] = []
-        for i, path in enumerate(self.paths):
-            image = self._open(path)
-            boxes = self._boxes(image)
-            self._views.append(len(boxes))
-            for view, box in enumerate(boxes):
-                pixels = self._cut(image, box)
-                if pixels.numel() <= memory:
-                    memory -= pixels.numel()
-                    self._kept[i, view] = pixels
-        if len(self._kept) < sum(self._views):
-            logger.info("%d of %d pictures are kept in memory", len(self._kept), sum(self._views))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def views(self, i: int) -> int:
-        return self._views[i]
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        if key in self._kept:
-            return self._kept[key]
-        i, view = key
-        image = self._open(self.paths[i])
-        return self._cut(image, self._boxes(image)[view])
-
-    def _open(self, path: Path) -> Image.Image:
-        image = open_image(path)
-        if min(image.size) < SMALLEST_SIDE * max(self.zooms):
-            zoomed = f" at zoom {max(self.zooms):g}" if max(self.zooms) > 1 else ""
-            raise ImageError(
-                f"image {path} is {image.width}x{image.height} pixels: {SMALLEST_SIDE} on a side are the least{zoomed}"
-            )
-        return image
-
-    def _boxes(self, image: Image.Image) -> list[tuple[int, int, int, int]]:
-        if not self.center_crop:
-            return [(0, 0, image.width, image.height)]
-        found = squares(image.width, image.height, self.crops, self.zooms)
-        return [(left, top, left + side, top + side) for left, top, side in found]
-
-    def _cut(self, image: Image.Image, box: tuple[int, int, int, int]) -> Tensor:
-        image = image.crop(box)
-        if self.size is not None:
-            image = image.resize((self.size, self.size), self._resample)
-        return torch.from_numpy(np.array(image))
-
-
-def _checked(
-    crops: object, zooms: object, center_crop: bool, size: int | None
-) -> tuple[int, tuple[float, ...]]:
-    if not isinstance(crops, int) or crops < 1:
-        raise UserError(f"crops is {crops!r}: it must be a whole number from 1 on")
-    listed = list(zooms) if isinstance(zooms, Sequence) and not isinstance(zooms, str) else []
-    if not listed or not all(isinstance(z, int | float) and math.isfinite(z) and z >= 1 for z in listed):
-        raise UserError(f"zooms is {zooms!r}: it must be a list of numbers from 1 on, as [1, 1.25]")
-    if not center_crop and (crops > 1 or listed != [1]):
-        raise UserError(
-            "crops and zooms are of squares, and center_crop: false stretches; leave one of them out"
-        )
-    if size is None and listed != [1]:
-        raise UserError(
-            f"zooms is {listed} without a size: set size, so that all squares become equally large"
-        )
-    return crops, tuple(float(z) for z in listed)
-
-
-class PersonalizedBase(Dataset):
-    """Pictures of an object, with captions made from templates; the parameters are the original's and a few more.
-
-    A sample is {"image": float32 [H, W, 3] in [-1, 1], "caption": str}. All pictures are read on construction;
-    mistakes in the parameters, the folder or a file are UserErrors.
-
-    data_root: the folder of one concept; or `placeholder: folder` pairs for several in one run, which then go
-        before `placeholder_token`. Every picture comes equally often.
-    size: side of the square; smaller pictures are enlarged. None keeps the pictures' own size.
-    repeats: how often a picture comes in an epoch of `set: train`; in any other set it comes once.
-    center_crop: square by centre crop; `false` stretches. (The original stretched unless told otherwise.)
-    flip_p: probability of mirroring.
-    per_image_tokens, mixing_prob: with that probability the caption is a dual template, with the picture's own word
-        from `PER_IMAGE_TOKENS`; at most 22 pictures.
-    coarse_class_text: words before the placeholder ("cat *"); or `placeholder: words` pairs.
-    template_file: lines to use instead of the built-in ones (`ldm.prompts.fill` has the syntax). Lines with a
-        second slot are the dual templates; without any, " with [image]" is added to the others.
-    use_captions: the `.txt` beside a picture is its only caption. `[name]` and `{}` in it are the placeholder; where
-        it has neither these nor the placeholder itself, "placeholder, " goes before it. Pictures without a `.txt`
-        use the templates.
-    seed: None takes torch's.
-    crops, zooms: more squares of each picture, drawn equally often: `crops` places along each side with room left,
-        and for each zoom z squares of 1/z of the side (Custom Diffusion, Kumari et al. 2023, found likeness to gain
-        by pictures shown in several sizes).
+    data_root: the folder with the images of one concept; or pairs `placeholder: folder` for several concepts in one
+        run, which replace `placeholder_token`. All images are drawn equally often.
+    size: side of the square images in pixels; smaller images are enlarged. None keeps the size of each image.
+    repeats: how often an epoch of `set: train` has each image; other sets have it once.
+    interpolation: linear, bilinear, bicubic or lanczos.
+    flip_p: probability of flipping an image horizontally.
+    center_crop: crop the central square; `false` stretches the image. (The original's default was to stretch.)
+    per_image_tokens, mixing_prob: with probability `mixing_prob` the caption is a dual template, which also has the
+        image's own word from `PER_IMAGE_TOKENS`. At most 22 images.
+    coarse_class_text: words before the placeholder ("cat *"); or pairs `placeholder: words`.
+    template_file: a file with templates that replace the built-in ones, in the syntax of `ldm.prompts.fill`. Lines
+        with a second slot are the dual templates; if there are none, " with [image]" is added to the others.
+    use_captions: an image with a `.txt` beside it has its text as the only caption. `[name]` and `{}` in it stand
+        for the placeholder; if it has neither these nor the placeholder, "placeholder, " is put before it. Images
+        without a `.txt` use the templates.
+    seed: seed of all random draws; None uses torch's initial seed.
+    crops, zooms: crop several squares from each image, drawn equally often: for each zoom z, squares of 1/z of the
+        largest side, at `crops` positions along each axis. Custom Diffusion (Kumari et al. 2023) reports that
+        several sizes improve the likeness.
     """
 
     template_lines: tuple[str, ...] = prompts.OBJECT_TEMPLATES
@@ -213,24 +102,23 @@ class PersonalizedBase(Dataset):
     ) -> None:
         for name, value in (("flip_p", flip_p), ("mixing_prob", mixing_prob)):
             if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}: a probability lies between 0 and 1")
-        if repeats < 1:
-            raise UserError(f"repeats is {repeats}: it must be at least 1")
+                raise UserError(f"{name} is {value}: choose a probability between 0 and 1")
+        check_integer(repeats, "repeats")
         self.flip_p, self.mixing_prob, self.per_image_tokens = flip_p, mixing_prob, per_image_tokens
         self.seed = torch.initial_seed() if seed is None else seed
         self.epoch = 0
 
         folders = _folders(data_root, placeholder_token)
         self.placeholders = list(folders)
-        pictures = [
-            ConceptImage(path, word, _spoken(word, coarse_class_text, self.placeholders))
+        images = [
+            ConceptImage(path, word, _phrase(word, coarse_class_text, self.placeholders))
             for word, folder in folders.items()
             for path in list_images(folder)
         ]
-        self.num_images = len(pictures)
+        self.num_images = len(images)
         self._length = self.num_images * (repeats if set == "train" else 1)
         self._captions = Captions(
-            pictures,
+            images,
             self.template_lines,
             self.dual_template_lines,
             template_file,
@@ -238,92 +126,209 @@ class PersonalizedBase(Dataset):
             use_captions,
         )
         self.templates, self.dual_templates = self._captions.templates, self._captions.dual_templates
-        self.check_placeholder()
-        self.image_paths = [picture.path for picture in pictures]
-        self._pictures = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms)
+        self.image_paths = [image.path for image in images]
+        self._images = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        drawn = self.draw(index)
-        return {"image": self.image(*drawn.variant), "caption": drawn.caption}
+        sample = self.draw(index)
+        return {"image": self.image(*sample.variant), "caption": sample.caption}
 
     def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
-        # Indices have no end (see draw), so the length must end a loop over the dataset.
+        # Indices have no upper limit (see draw), so a loop would not end by an IndexError.
         return (self[index] for index in range(len(self)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the indices of this epoch draw anew."""
+        """Set the epoch, on which all random draws depend."""
         self.epoch = epoch
 
     def draw(self, index: int) -> Sample:
-        """What the sample at `index` shows.
+        """Draw image, flip, caption and view of the sample at `index`.
 
-        Indices may run on beyond the length: `draw(n * len + i)` in epoch 0 is `draw(i)` in epoch n.
+        Indices have no upper limit: `draw(n * len + i)` in epoch 0 is `draw(i)` in epoch n.
         """
-        # Only random() is promised to be the same in every version of Python, so nothing else is used.
+        # random() is the only method whose values are the same in every version of Python.
         rng = random.Random(f"{self.seed}/{self.epoch * len(self) + index}")
         image = index % self.num_images
         flipped = rng.random() < self.flip_p
         mixed = self.per_image_tokens and rng.random() < self.mixing_prob
         lines = self.dual_templates if mixed else self.templates
         caption = self._captions.of(image, lines[int(rng.random() * len(lines))])
-        # The last to be drawn: what runs drew before there were views stays the same.
-        return Sample(image, flipped, caption, int(rng.random() * self._pictures.views(image)))
+        # The view is drawn last, so that the other draws are those of earlier versions, which had no views.
+        return Sample(image, flipped, caption, int(rng.random() * self._images.views(image)))
 
     def image(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
-        """The pixels of a picture's square: float32 [H, W, 3] in [-1, 1]."""
-        pixels = self._pictures[image, view]
+        """Return the pixels of a view of an image, float32 [H, W, 3] in [-1, 1]."""
+        pixels = self._images[image, view]
         return (pixels.flip(1) if flipped else pixels).float().div_(127.5).sub_(1)
 
     def variants(self) -> list[tuple[int, bool, int]]:
-        """Every (picture, mirrored, square) that can be drawn: what a cache of latents has to hold."""
-        ways = [way for way, wanted in ((False, self.flip_p < 1), (True, self.flip_p > 0)) if wanted]
+        """Return every (image, flipped, view) that can be drawn, as a latent cache needs them."""
+        flips = [
+            flipped for flipped, possible in ((False, self.flip_p < 1), (True, self.flip_p > 0)) if possible
+        ]
         return [
-            (image, way, view)
+            (image, flipped, view)
             for image in range(self.num_images)
-            for view in range(self._pictures.views(image))
-            for way in ways
+            for view in range(self._images.views(image))
+            for flipped in flips
         ]
 
     def captions(self) -> list[str]:
-        """Every caption that can be drawn, once."""
+        """Return every possible caption once."""
         return self._captions.all()
-
-    def captions_without_placeholder(self, placeholders: Iterable[str] | None = None) -> list[str]:
-        """The captions that would train nothing: they hold none of the placeholders (default: its own)."""
-        return self._captions.without(self.placeholders if placeholders is None else placeholders)
-
-    def check_placeholder(self, placeholders: Iterable[str] | None = None) -> None:
-        """Raises UserError when one of the placeholders (default: its own) is in no caption at all."""
-        self._captions.check(self.placeholders if placeholders is None else placeholders)
 
 
 def _folders(data_root: object, placeholder: str) -> dict[str, Path]:
-    """Placeholder -> folder, from one folder or from pairs."""
-    pairs = data_root if isinstance(data_root, Mapping) else {placeholder: data_root}
+    """Return the folder of each placeholder, from one folder or from pairs."""
+    pairs: Mapping[object, object] = data_root if isinstance(data_root, Mapping) else {placeholder: data_root}
+    folders = {}
     if not pairs:
         raise UserError("data_root is empty: name a folder of images, or placeholder: folder pairs")
     for word, folder in pairs.items():
         if not isinstance(folder, str | os.PathLike) or not str(folder):
             raise UserError(f"data_root is {folder!r}: name a folder of images, or placeholder: folder pairs")
         if not isinstance(word, str) or not word.strip():
-            raise UserError(f"the placeholder of {folder} is {word!r}: it must be a word")
-    return {word: Path(folder).expanduser() for word, folder in pairs.items()}
+            raise UserError(f"the placeholder of {folder} is {word!r}: choose a word")
+        folders[word] = Path(folder).expanduser()
+    return folders
 
 
-def _spoken(placeholder: str, coarse: str | Mapping[str, str] | None, placeholders: list[str]) -> str:
-    """The placeholder as captions say it: after its class, if it has one."""
+def _phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholders: list[str]) -> str:
+    """Return the words that captions use for a placeholder: with its class in front, if it has one."""
     if isinstance(coarse, Mapping):
         unknown = [word for word in coarse if word not in placeholders]
         if unknown:
-            raise UserError(f"coarse_class_text names {unknown[0]!r}, which is none of {placeholders}")
+            raise UserError(
+                f"coarse_class_text names {unknown[0]!r}, which is none of the placeholders {placeholders}"
+            )
         coarse = coarse.get(placeholder)
     return f"{coarse} {placeholder}" if coarse else placeholder
 
 
-# The names under which other code imports the lists.
+class ImageSet:
+    """The views of image files: squares, cropped and resized; `image_set[i, view]` is uint8 [H, W, 3].
+
+    With `center_crop` false there is one view per image, which is stretched. Every file is read on construction, so
+    that invalid files raise ImageError before training starts. Views are kept while they fit into `memory` bytes;
+    the others are read from their file each time.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: int | None,
+        interpolation: str = "bicubic",
+        center_crop: bool = True,
+        crops: int = 1,
+        zooms: Sequence[float] = (1.0,),
+        memory: int = MEMORY,
+    ) -> None:
+        if interpolation not in RESAMPLING:
+            raise UserError(f"interpolation is {interpolation!r}: choose one of {', '.join(RESAMPLING)}")
+        if size is not None and size < 1:
+            raise UserError(
+                f"size is {size}: choose a number of pixels, or omit it to keep the size of each image"
+            )
+        self.crops, self.zooms = _check_squares(crops, zooms, center_crop, size)
+        self.paths = list(paths)
+        self.size = size
+        self.center_crop = center_crop
+        self._resample = RESAMPLING[interpolation]
+        self._in_memory: dict[tuple[int, int], Tensor] = {}
+        self._view_counts: list[int] = []
+        for i, path in enumerate(self.paths):
+            image = self._open(path)
+            boxes = self._boxes(image)
+            self._view_counts.append(len(boxes))
+            for view, box in enumerate(boxes):
+                pixels = self._crop(image, box)
+                if pixels.numel() <= memory:
+                    memory -= pixels.numel()
+                    self._in_memory[i, view] = pixels
+        if len(self._in_memory) < sum(self._view_counts):
+            logger.info(
+                "%d of %d views of the images are kept in memory",
+                len(self._in_memory),
+                sum(self._view_counts),
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def views(self, i: int) -> int:
+        """Return the number of views of image `i`."""
+        return self._view_counts[i]
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        if key in self._in_memory:
+            return self._in_memory[key]
+        i, view = key
+        image = self._open(self.paths[i])
+        return self._crop(image, self._boxes(image)[view])
+
+    def _open(self, path: Path) -> Image.Image:
+        image = open_image(path)
+        if min(image.size) < SMALLEST_SIDE * max(self.zooms):
+            zoom = f" at zoom {max(self.zooms):g}" if max(self.zooms) > 1 else ""
+            least = math.ceil(SMALLEST_SIDE * max(self.zooms))
+            size = f"{image.width}x{image.height}"
+            raise ImageError(
+                f"image {path} is {size} pixels: each side needs at least {least}{zoom}; use a larger image"
+            )
+        return image
+
+    def _boxes(self, image: Image.Image) -> list[tuple[int, int, int, int]]:
+        if not self.center_crop:
+            return [(0, 0, image.width, image.height)]
+        found = squares(image.width, image.height, self.crops, self.zooms)
+        return [(left, top, left + side, top + side) for left, top, side in found]
+
+    def _crop(self, image: Image.Image, box: tuple[int, int, int, int]) -> Tensor:
+        image = image.crop(box)
+        if self.size is not None:
+            image = image.resize((self.size, self.size), self._resample)
+        return torch.from_numpy(np.array(image))
+
+
+def _check_squares(
+    crops: object, zooms: object, center_crop: bool, size: int | None
+) -> tuple[int, tuple[float, ...]]:
+    crops = check_integer(crops, "crops")
+    listed = list(zooms) if isinstance(zooms, Sequence) and not isinstance(zooms, str) else []
+    if not listed or not all(isinstance(z, int | float) and math.isfinite(z) and z >= 1 for z in listed):
+        raise UserError(f"zooms is {zooms!r}: choose a list of numbers of at least 1, such as [1, 1.25]")
+    if not center_crop and (crops > 1 or listed != [1]):
+        raise UserError(
+            "crops and zooms need square crops, but center_crop: false stretches images; remove one of them"
+        )
+    if size is None and listed != [1]:
+        raise UserError(f"zooms is {listed} without a size: set size, so that all crops are resized to it")
+    return crops, tuple(float(z) for z in listed)
+
+
+def squares(width: int, height: int, crops: int, zooms: Sequence[float]) -> list[tuple[int, int, int]]:
+    """Return the different squares (left, top, side) of an image, those of the first zoom first.
+
+    Zoom 1 is the largest possible square, zoom 2 has half its side. Along each axis with free space there are
+    `crops` positions, distributed evenly from end to end; a single one is in the middle.
+    """
+    found: dict[tuple[int, int, int], None] = {}
+    for zoom in zooms:
+        side = round(min(width, height) / zoom)
+        for top in _positions(height - side, crops):
+            for left in _positions(width - side, crops):
+                found[left, top, side] = None
+    return list(found)
+
+
+def _positions(free: int, count: int) -> list[int]:
+    return [free // 2] if count == 1 else [free * i // (count - 1) for i in range(count)]
+
+
+# The original's names of these lists.
 imagenet_templates_small = prompts.OBJECT_TEMPLATES
 imagenet_dual_templates_small = prompts.OBJECT_DUAL_TEMPLATES
 per_img_token_list = prompts.PER_IMAGE_TOKENS

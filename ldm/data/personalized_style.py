@@ -1,4 +1,4 @@
-"""The dataset of textual inversion for a style: the same as for an object, with other sentences."""
+"""The dataset of textual inversion for a style: as for an object, with other templates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ldm.data import personalized
 
 
 class PersonalizedBase(personalized.PersonalizedBase):
-    """Pictures in one style, with captions made from the style templates; parameters as for objects."""
+    """Images in one style, with captions made from the style templates; the parameters are those for objects."""
 
     template_lines = prompts.STYLE_TEMPLATES
     dual_template_lines = prompts.STYLE_DUAL_TEMPLATES

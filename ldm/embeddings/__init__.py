@@ -1,7 +1,7 @@
-"""Embedding files: `read` any tool's, `write` what each expects, `merge`, `split` and look into them.
+"""Embedding files: `read` those of any tool, `write` the format that each tool expects, `merge` and `split` them.
 
-Everything from a file is treated as hostile: sizes are checked before memory is claimed, pickles are looked
-through and then read by torch's weights-only loader, and no text from a file becomes a path.
+No file is trusted: sizes are checked before memory is allocated, pickles are scanned and then read by torch's
+weights-only loader, and no text from a file becomes a path.
 """
 
 from ldm.embeddings.concept import (
@@ -17,7 +17,6 @@ from ldm.embeddings.reader import read
 from ldm.embeddings.writer import (
     DEFAULT_FORMAT,
     FORMATS,
-    canonical_path,
     paths_for,
     safe_name,
     write,
@@ -33,7 +32,6 @@ __all__ = [
     "Metadata",
     "Progress",
     "Rename",
-    "canonical_path",
     "encoder_kind",
     "merge",
     "paths_for",

@@ -1,10 +1,10 @@
-"""What an embedding file holds: triggers with their vectors, and the text encoder that they belong to."""
+"""What an embedding file holds: triggers with their vectors, their text encoder, and metadata."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from ldm.util import UserError
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A text encoder: its width, the models that have it, and what ModelSpec calls such a model."""
+class EncoderKind:
+    """A text encoder: its width, the models that use it, and their ModelSpec architecture and resolution."""
 
     width: int
     models: str
@@ -24,61 +24,68 @@ class Kind:
     resolution: int
 
 
-KINDS = {
-    "clip_l": Kind(768, "Stable Diffusion 1.x, or the first encoder of SDXL", "stable-diffusion-v1", 512),
-    "clip_h": Kind(1024, "Stable Diffusion 2.x", "stable-diffusion-v2-512", 512),
-    "clip_g": Kind(1280, "the second encoder of SDXL", "stable-diffusion-xl-v1-base", 1024),
-    "bert": Kind(1280, "latent diffusion text2img-large (BERT)", "latent-diffusion-bert", 256),
-    "t5": Kind(4096, "the T5-XXL encoder of SD3 and Flux", "t5-xxl", 1024),
+ENCODER_KINDS = {
+    "clip_l": EncoderKind(
+        768, "Stable Diffusion 1.x, or the first encoder of SDXL", "stable-diffusion-v1", 512
+    ),
+    "clip_h": EncoderKind(1024, "Stable Diffusion 2.x", "stable-diffusion-v2-512", 512),
+    "clip_g": EncoderKind(1280, "the second encoder of SDXL", "stable-diffusion-xl-v1-base", 1024),
+    "bert": EncoderKind(1280, "latent diffusion text2img-large (BERT)", "latent-diffusion-bert", 256),
+    "t5": EncoderKind(4096, "the T5-XXL encoder of SD3 and Flux", "t5-xxl", 1024),
 }
 
-# A CLIP or BERT text encoder of a width that no published model has, such as that of the embedded model.
+# The ModelSpec architecture for a CLIP or BERT text encoder whose width no published model has.
 FAMILIES = {"clip": "latent-diffusion-clip", "bert": "latent-diffusion-bert"}
 
 
 def encoder_kind(family: str, width: int) -> str:
-    """The kind of an encoder of this family ("clip" or "bert") and width: 768 of clip is "clip_l"."""
-    exact = [name for name, kind in KINDS.items() if kind.width == width and name.startswith(family)]
+    """Return the kind of a text encoder, such as "clip_l" for family "clip" and width 768.
+
+    `family` is `TextEncoder.family` ("clip" or "bert"), or already a kind. A width that no published model has gives
+    the family itself.
+    """
+    exact = [name for name, kind in ENCODER_KINDS.items() if kind.width == width and name.startswith(family)]
     return exact[0] if exact else family
 
 
-def known_kind(width: int) -> str | None:
-    """The only kind of this width; None if there is none, or several (1280: BERT of LDM, clip_g of SDXL)."""
-    names = [name for name, kind in KINDS.items() if kind.width == width]
+def only_kind_of_width(width: int) -> str | None:
+    """Return the kind of this width; None if there is none, or several (1280: BERT of LDM, clip_g of SDXL)."""
+    names = [name for name, kind in ENCODER_KINDS.items() if kind.width == width]
     return names[0] if len(names) == 1 else None
 
 
-def fits(encoder: str, width: int) -> bool:
-    """Whether vectors of this width can belong to this kind of encoder."""
+def is_possible_width(encoder: str, width: int) -> bool:
+    """Return whether an encoder of this kind can have this width."""
     if encoder in FAMILIES:
         return True
-    return encoder in KINDS and KINDS[encoder].width == width
+    return encoder in ENCODER_KINDS and ENCODER_KINDS[encoder].width == width
 
 
-def is_ambiguous(encoder: str | None, width: int) -> bool:
-    return encoder is None and sum(kind.width == width for kind in KINDS.values()) > 1
+def is_ambiguous_width(encoder: str | None, width: int) -> bool:
+    """Return whether the encoder is not known and several kinds have this width."""
+    return encoder is None and sum(kind.width == width for kind in ENCODER_KINDS.values()) > 1
 
 
-def models_of(encoder: str | None, width: int) -> str:
-    """In words, the models that vectors of this width (and kind, if it is known) were made for."""
-    if encoder in KINDS and KINDS[encoder].width == width:
-        return KINDS[encoder].models
-    fitting = [kind.models for kind in KINDS.values() if kind.width == width]
+def model_names(encoder: str | None, width: int) -> str:
+    """Return, for messages, the models that vectors of this width (and encoder kind, if known) are for."""
+    if encoder in ENCODER_KINDS and ENCODER_KINDS[encoder].width == width:
+        return ENCODER_KINDS[encoder].models
+    fitting = [kind.models for kind in ENCODER_KINDS.values() if kind.width == width]
     if fitting and encoder is None:
         return " or ".join(fitting)
     family = {"clip": "CLIP ", "bert": "BERT "}.get(encoder or "", "")
-    return f"a model whose {family}text encoder is {width} wide"
+    return f"a model whose {family}text encoder has width {width}"
 
 
 def architecture_of(encoder: str | None, width: int) -> str:
-    """The ModelSpec architecture of an embedding for this encoder."""
-    if encoder in KINDS and KINDS[encoder].width == width:
-        return f"{KINDS[encoder].architecture}/textual-inversion"
+    """Return the ModelSpec architecture of an embedding for this encoder."""
+    if encoder in ENCODER_KINDS and ENCODER_KINDS[encoder].width == width:
+        return f"{ENCODER_KINDS[encoder].architecture}/textual-inversion"
     return f"{FAMILIES.get(encoder or '', 'latent-diffusion')}/textual-inversion"
 
 
 def kind_of_architecture(architecture: str, width: int) -> str | None:
-    """The kind that a ModelSpec architecture names, if the width agrees."""
+    """Return the encoder kind for a ModelSpec architecture and width; None if they do not determine it."""
     model = architecture.split("/")[0]
     if model == FAMILIES["bert"]:
         return "bert"
@@ -86,7 +93,7 @@ def kind_of_architecture(architecture: str, width: int) -> str | None:
         return "clip"
     if model.startswith("stable-diffusion-xl"):
         return {768: "clip_l", 1280: "clip_g"}.get(width)
-    return known_kind(width)
+    return only_kind_of_width(width)
 
 
 _MAX_TEXT = 800
@@ -94,7 +101,7 @@ _MAX_TEXT = 800
 
 @dataclass(frozen=True)
 class Metadata:
-    """Where vectors come from; every field is None when it is not known."""
+    """How vectors were trained; a field that is not known is None."""
 
     base_model: str | None = None
     base_model_hash: str | None = None
@@ -111,12 +118,14 @@ class Metadata:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Metadata:
-        """Metadata from whatever a file says: values of a wrong type are dropped, texts cut and cleaned."""
+        """Build metadata from values of a file: wrong types become None, texts are truncated and cleaned."""
+        # Annotations are texts here: "int | None".
         casts = {f.name: _CASTS[str(f.type).split(" ")[0]] for f in dataclasses.fields(cls)}
-        return cls(**{name: cast(values.get(name)) for name, cast in casts.items()})
+        known: dict[str, Any] = {name: cast(values.get(name)) for name, cast in casts.items()}
+        return cls(**known)
 
     def known(self) -> dict[str, Any]:
-        """The fields that are known."""
+        """Return the fields that are not None."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
@@ -132,21 +141,23 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; files keep some of them as text."""
+    """Return a finite number, from a number or its text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        if abs(number := int(str(value)[:40])) < 2**64:
-            return number
+        whole = int(str(value)[:40])
+        if abs(whole) < 2**64:
+            return whole
     except ValueError:
         pass
     try:
-        return number if math.isfinite(number := float(value)) else None
+        number = float(value)
     except (ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
-_CASTS = {"str": _text, "int": _integer, "float": _number}
+_CASTS: dict[str, Callable[[Any], Any]] = {"str": _text, "int": _integer, "float": _number}
 
 
 MAX_VECTORS = 1024
@@ -156,19 +167,24 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class EmbeddingError(UserError):
-    """An embedding file, or a wish about one, that cannot be fulfilled."""
+    """An embedding file that cannot be read, or an operation on embeddings that is not possible."""
 
 
 @dataclass(frozen=True, eq=False)
 class Concept:
     """A trigger and its vectors.
 
-    `vectors` may be given as [d] or [N, d] of any floating type on any device; it is kept as a [N, d] float32
-    CPU copy. `unused` [M, d] are further vectors that a progressive run has not added yet: no prompt uses them.
-    `encoder` is a kind of `ldm.embeddings.concept` or None when it is not known. `part` is "" for
-    ordinary vectors; else "negative" (of a DreamArtist pair), "output" (added after the encoder), or the
-    layer's name in a per-layer (XTI) file. `token` is the tokenizer's id of the trigger where the file says it.
-    Raises EmbeddingError for a bad trigger, shape or type, and for NaN and infinity.
+    Attributes:
+        trigger: the word that stands for the vectors in a prompt.
+        vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied.
+        encoder: the kind of text encoder, a key of `ENCODER_KINDS` or "clip"; None if it is not known.
+        part: "" for ordinary vectors, "negative" for those of a DreamArtist pair, "output" for vectors that are
+            added after the encoder, or the layer's name in a per-layer (XTI) file.
+        token: the tokenizer's id of the trigger, where the file states it.
+        unused: [M, d] vectors that a progressive run has not added yet; no prompt uses them.
+
+    Raises:
+        EmbeddingError: a bad trigger, shape or type, or NaN or infinity in the vectors.
     """
 
     trigger: str
@@ -185,15 +201,15 @@ class Concept:
             unused = check_vectors(self.unused, f"'{self.trigger}', vectors not in use,")
             if unused.shape[1] != vectors.shape[1]:
                 raise EmbeddingError(
-                    f"'{self.trigger}': vectors in use are {vectors.shape[1]} wide, those not in use "
-                    f"{unused.shape[1]}; all must have the same width"
+                    f"'{self.trigger}': the width is {vectors.shape[1]} for vectors in use and {unused.shape[1]} for "
+                    "those not in use; all must have the same width"
                 )
             check_shape((len(vectors) + len(unused), vectors.shape[1]), f"'{self.trigger}'")
             object.__setattr__(self, "unused", unused)
-        encoder = self.encoder or known_kind(vectors.shape[1])
-        if encoder is not None and not fits(encoder, vectors.shape[1]):
+        encoder = self.encoder or only_kind_of_width(vectors.shape[1])
+        if encoder is not None and not is_possible_width(encoder, vectors.shape[1]):
             raise EmbeddingError(
-                f"'{self.trigger}': vectors {vectors.shape[1]} wide do not belong to the encoder '{encoder}'"
+                f"'{self.trigger}': vectors of width {vectors.shape[1]} do not fit the encoder '{encoder}'"
             )
         object.__setattr__(self, "vectors", vectors)
         object.__setattr__(self, "encoder", encoder)
@@ -204,15 +220,14 @@ class Concept:
 
     @property
     def models(self) -> str:
-        return models_of(self.encoder, self.width)
+        return model_names(self.encoder, self.width)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run with progressive vectors has come: it begins with one vector and adds one every `scale` steps.
+    """How far a run with progressive vectors is: it starts with one vector and adds one every `scale` steps.
 
-    `step` is the number of optimizer steps done, `scale` the number of steps for each added vector.
-    Raises EmbeddingError for numbers that no run can have.
+    `step` is the number of optimizer steps done. Raises EmbeddingError for values that no run can have.
     """
 
     step: int
@@ -222,29 +237,36 @@ class Progress:
         for name, value, least in (("step", self.step, 0), ("scale", self.scale, 1)):
             if type(value) is not int or not least <= value < 2**31:
                 raise EmbeddingError(
-                    f"the progress has the {name} {value!r:.40}; it is a whole number from {least}"
+                    f"the progress has the {name} {value!r:.40}; it must be an integer from {least}"
                 )
 
     @classmethod
     def from_values(cls, step: Any, scale: Any) -> Progress | None:
-        """The progress that a file states; None if it states none, or values that no run can have."""
+        """Build the progress from values of a file; None if they are missing or no run can have them."""
         try:
             return cls(step, scale)
         except EmbeddingError:
             return None
 
     def in_use(self, count: int) -> int:
-        """How many of `count` vectors are in use."""
+        """Return how many of `count` vectors are in use."""
         return min(count, 1 + self.step // self.scale)
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedEmbeddings:
-    """The concepts of one file (or of several merged), with metadata, the format's name and the source's.
+    """The concepts of one file, or of several merged files.
 
-    `progress` is set for a run with progressive vectors. Only then may concepts have `unused` vectors, and the
-    number of their `vectors` must be the one that the progress gives. Raises EmbeddingError otherwise, and for no
-    concept or the same trigger twice.
+    Attributes:
+        concepts: at least one; each trigger at most once for each encoder and part.
+        metadata: how the vectors were trained.
+        format: the name of the format that they were read from.
+        source: the name of the file that they were read from.
+        progress: set for a run with progressive vectors. Only then concepts may have `unused` vectors, and the
+            number of their `vectors` must be `progress.in_use(total)`.
+
+    Raises:
+        EmbeddingError: these conditions do not hold.
     """
 
     concepts: tuple[Concept, ...]
@@ -256,7 +278,7 @@ class LearnedEmbeddings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", tuple(self.concepts))
         if not self.concepts:
-            raise EmbeddingError("there is no concept in it")
+            raise EmbeddingError("it holds no concept")
         seen = set()
         for concept in self.concepts:
             total = len(concept.vectors) + (0 if concept.unused is None else len(concept.unused))
@@ -276,29 +298,29 @@ class LearnedEmbeddings:
         return list(dict.fromkeys(concept.trigger for concept in self.concepts))
 
     def only(self, trigger: str) -> LearnedEmbeddings:
-        """The embeddings of one trigger."""
+        """Return the embeddings of one trigger; raises EmbeddingError if there is no such trigger."""
         kept = [concept for concept in self.concepts if concept.trigger == trigger]
         if not kept:
             raise EmbeddingError(f"there is no trigger '{trigger}'; there is {quoted(self.triggers)}")
         return dataclasses.replace(self, concepts=tuple(kept))
 
     def without_progress(self) -> LearnedEmbeddings:
-        """The same vectors in use, without the unused ones and the progress."""
+        """Return the vectors in use, without the unused ones and the progress."""
         concepts = tuple(dataclasses.replace(concept, unused=None) for concept in self.concepts)
         return dataclasses.replace(self, concepts=concepts, progress=None)
 
     def with_encoder(self, encoder: str) -> LearnedEmbeddings:
-        """The same vectors said to belong to this encoder; refused if their width says otherwise."""
+        """Return the same vectors for this encoder (family or kind); raises EmbeddingError if the width differs."""
         concepts = tuple(
             dataclasses.replace(c, encoder=encoder_kind(encoder, c.width)) for c in self.concepts
         )
         return dataclasses.replace(self, concepts=concepts)
 
     def renamed(self, names: Mapping[str, str]) -> LearnedEmbeddings:
-        """The same vectors under other triggers."""
+        """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError."""
         for name in names:
             self.only(name)
-        # A renamed trigger has another token id, which only a tokenizer knows.
+        # A new trigger has another token id, which only a tokenizer knows.
         concepts = tuple(
             dataclasses.replace(c, trigger=names[c.trigger], token=None)
             if names.get(c.trigger, c.trigger) != c.trigger
@@ -308,10 +330,10 @@ class LearnedEmbeddings:
         return dataclasses.replace(self, concepts=concepts)
 
     def vectors_for(self, width: int, encoder: str | None = None) -> dict[str, Tensor]:
-        """The vectors [N, width] by trigger that a text encoder of this width can use.
+        """Return the vectors [N, width] in use, by trigger, that a text encoder of this width can use.
 
-        `encoder` is its kind or family ("clip", "bert"), where the caller knows it. Raises EmbeddingError if
-        none fit, or if the file does not say which of two encoders of this width it was made for.
+        `encoder` is its family or kind, if the caller knows it. Raises EmbeddingError if a trigger has no such
+        vectors, or if the file does not state for which of two encoders of this width it was made.
         """
         kind = encoder and encoder_kind(encoder, width)
         usable = [c for c in self.concepts if c.width == width and c.part in ("", "negative")]
@@ -320,42 +342,44 @@ class LearnedEmbeddings:
         name = f"'{self.source}': " if self.source else ""
         if missing:
             one = next(c for c in self.concepts if c.trigger == missing[0])
-            made_for = f"holds {one.part} vectors, not a word" if one.part else f"is for {one.models}"
-            raise EmbeddingError(
-                f"{name}'{one.trigger}' ({one.width} wide) {made_for}; this model's text encoder takes "
-                f"width {width}, {models_of(kind, width)}; use the model it was trained on"
+            made_for = (
+                f"holds {one.part} vectors, not those of a word" if one.part else f"is for {one.models}"
             )
-        if kind is not None and any(is_ambiguous(c.encoder, c.width) for c in usable):
             raise EmbeddingError(
-                f"{name}vectors {width} wide are for {models_of(None, width)} and the file does not say which; "
-                "say it once with: scripts/embeddings.py convert FILE --to original --encoder bert (or clip_g)"
+                f"{name}'{one.trigger}' (width {one.width}) {made_for}; this model's text encoder has "
+                f"width {width}, {model_names(kind, width)}; use the model that it was trained on"
+            )
+        if kind is not None and any(is_ambiguous_width(c.encoder, c.width) for c in usable):
+            raise EmbeddingError(
+                f"{name}vectors of width {width} are for {model_names(None, width)} and the file does not say which; "
+                "state it once with: scripts/embeddings.py convert FILE --to original --encoder bert (or clip_g)"
             )
         return {concept.trigger: concept.vectors for concept in usable}
 
 
 def check_trigger(trigger: Any) -> None:
     if not isinstance(trigger, str) or not trigger.strip():
-        raise EmbeddingError("the trigger is empty; give it a word")
+        raise EmbeddingError("the trigger is empty; name a word")
     if len(trigger) > MAX_TRIGGER:
-        raise EmbeddingError(f"the trigger has {len(trigger)} characters; {MAX_TRIGGER} is the most")
+        raise EmbeddingError(f"the trigger has {len(trigger)} characters; at most {MAX_TRIGGER} are allowed")
     if not trigger.isprintable():
-        raise EmbeddingError(f"the trigger {ascii(trigger)} holds control characters; give it a plain word")
+        raise EmbeddingError(f"the trigger {ascii(trigger)} contains control characters; name a plain word")
 
 
 def check_vectors(vectors: Any, name: str) -> Tensor:
-    """A [N, d] float32 CPU copy; raises EmbeddingError for what cannot be vectors of an embedding."""
+    """Return a [N, d] float32 copy on the CPU; raises EmbeddingError, naming `name`, if they cannot be vectors."""
     if not isinstance(vectors, Tensor):
-        raise EmbeddingError(f"{name} is no tensor but {type(vectors).__name__}")
+        raise EmbeddingError(f"{name} is not a tensor but {type(vectors).__name__}")
     if vectors.layout is not torch.strided or vectors.is_quantized or vectors.is_meta:
-        raise EmbeddingError(f"{name} is not an ordinary tensor")
+        raise EmbeddingError(f"{name} is a sparse, quantized or meta tensor; save ordinary vectors")
     check_shape(tuple(vectors.shape), name)
     if vectors.dtype not in _FLOATS:
         raise EmbeddingError(
-            f"{name} is of type {str(vectors.dtype)[6:]}; vectors are floating-point numbers"
+            f"{name} has the type {str(vectors.dtype)[6:]}; vectors are floating-point numbers"
         )
     vectors = vectors.detach().to("cpu", torch.float32, copy=True).reshape(-1, vectors.shape[-1]).contiguous()
     if not torch.isfinite(vectors).all():
-        raise EmbeddingError(f"{name} holds NaN or infinity; the training that made it had failed")
+        raise EmbeddingError(f"{name} contains NaN or infinity; its training failed, so train it again")
     return vectors
 
 
@@ -364,10 +388,12 @@ def check_shape(shape: tuple[int, ...], name: str) -> None:
         raise EmbeddingError(f"{name} has the shape {list(shape)[:6]}; vectors are [d] or [N, d]")
     rows = shape[0] if len(shape) == 2 else 1
     if rows > MAX_VECTORS or shape[-1] > MAX_WIDTH:
-        raise EmbeddingError(f"{name} is {rows} x {shape[-1]}; at most {MAX_VECTORS} x {MAX_WIDTH} is read")
+        raise EmbeddingError(
+            f"{name} is {rows} x {shape[-1]}; at most {MAX_VECTORS} x {MAX_WIDTH} is allowed"
+        )
 
 
 def quoted(names: list[str]) -> str:
-    """Names in quotes, the first few of them."""
+    """Return up to six names in quotes, and how many more there are."""
     shown = ", ".join(f"'{name}'" for name in names[:6])
     return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,4 +1,4 @@
-"""What vectors look like beside a text encoder's vocabulary: their norms, and the words nearest to them."""
+"""Comparing vectors with a text encoder's vocabulary: their norms, and the nearest words."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ _WORD_FILES = ("vocab.txt", "vocab.json", "tokenizer.json")
 
 
 def table_of(state_dict: Mapping[str, Tensor], name: str, width: int | None = None) -> Tensor:
-    """The token embedding table [V, d] in a checkpoint's state dict; of width `width` if there are several.
+    """Return the token embedding table [V, d] of a checkpoint's state dict; if there are several, that of `width`.
 
-    Raises EmbeddingError, which calls the checkpoint `name`, if it has none.
+    Raises EmbeddingError, naming the checkpoint `name`, if it has none.
     """
     tables = {key: value for key, value in state_dict.items() if key.endswith(_TABLES) and value.ndim == 2}
     if not tables:
         raise EmbeddingError(
-            f"'{name}' holds no table of token embeddings; name a checkpoint with a text encoder"
+            f"'{name}' has no table of token embeddings; name a checkpoint with a text encoder"
         )
     fitting = [table for table in tables.values() if table.shape[1] == width]
     return (fitting or list(tables.values()))[0].detach().float()
 
 
 def words_of(folder: str | Path) -> list[str]:
-    """The words of a tokenizer's folder by token id: from vocab.json, vocab.txt or tokenizer.json.
+    """Return the words of a tokenizer's folder by token id, from vocab.txt, vocab.json or tokenizer.json.
 
-    Pieces that only start a word are shown as "cat-", those that continue one as "##ing". Raises EmbeddingError.
+    Pieces that begin a word are shown as "cat-", those that continue one as "##ing". Raises EmbeddingError if there
+    is no such file, or it is damaged.
     """
     folder = Path(folder)
     try:
@@ -48,7 +49,7 @@ def words_of(folder: str | Path) -> list[str]:
             ids = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
         else:
             raise EmbeddingError(
-                f"'{folder}' is no tokenizer's folder: it has none of vocab.json, vocab.txt, tokenizer.json"
+                f"'{folder}' is not a tokenizer's folder: it has none of vocab.json, vocab.txt, tokenizer.json"
             )
         words = [""] * (max(ids.values()) + 1)
         ends = any(word.endswith(_WORD_END) for word in ids)
@@ -59,20 +60,20 @@ def words_of(folder: str | Path) -> list[str]:
     except EmbeddingError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise EmbeddingError(f"'{path}' is damaged or no vocabulary ({str(error)[:80]})") from error
+        raise EmbeddingError(f"'{path}' is damaged or not a vocabulary ({str(error)[:80]})") from error
     return words
 
 
 def known_folder(source: str) -> Path | None:
-    """The folder of a tokenizer that is named by a path, or on the hub and downloaded before; else None."""
+    """Return the folder of a tokenizer: a local path, or a name on the hub that was downloaded before; else None."""
     if Path(source).is_dir():
         return Path(source)
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in _WORD_FILES:
         try:
             found = cached_file(source, name, local_files_only=True)
-        except (OSError, ValueError):  # a path that is not there, or never downloaded
+        except (OSError, ValueError):  # a path that does not exist, or not downloaded
             continue
         if found is not None:
             return Path(found).parent
@@ -93,9 +94,9 @@ class VocabularyNorms:
 
 @dataclass(frozen=True)
 class ConceptReport:
-    """What can be said of one concept; the last two fields are None without a table of the same width.
+    """A report on one concept; the last two fields are None without a table of the same width.
 
-    `norms` has one number for each vector, `nearest` one list of (word, cosine similarity), best first.
+    `norms` has one value for each vector, `nearest` one list of (word, cosine similarity), best first.
     """
 
     trigger: str
@@ -115,23 +116,23 @@ def inspect_concepts(
     words: Sequence[str] | None = None,
     count: int = 5,
 ) -> list[ConceptReport]:
-    """A report on every concept.
+    """Return a report on every concept.
 
-    `table` [V, d] is a vocabulary's vectors, `words` its V words (token ids are shown without them), `count`
-    how many of the nearest words to name.
+    `table` [V, d] are the vectors of a vocabulary, `words` its V words (without them, token ids are shown), and
+    `count` is the number of nearest words.
     """
     return [_report(concept, table, words, count) for concept in embeddings.concepts]
 
 
 def nearest_words(vectors: Tensor, table: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-    """The `count` rows of `table` [V, d] nearest to each of `vectors` [N, d].
+    """Find the `count` rows of `table` [V, d] nearest to each of `vectors` [N, d].
 
     Returns cosine similarities and row numbers, both [N, count], best first.
     """
-    wanted = normalize(vectors.float(), dim=1)
-    # In chunks, so that a table in half precision is never whole in memory a second time.
+    queries = normalize(vectors.float(), dim=1)
+    # In chunks, so that a table in half precision is never converted as a whole.
     similar = torch.cat(
-        [wanted @ normalize(rows.float(), dim=1).T for rows in table.split(_ROWS_AT_ONCE)], dim=1
+        [queries @ normalize(rows.float(), dim=1).T for rows in table.split(_ROWS_AT_ONCE)], dim=1
     )
     return similar.topk(min(count, table.shape[0]), dim=1)
 

@@ -1,4 +1,4 @@
-"""Several embedding files as one, and one as several."""
+"""Merging several embedding files into one, and splitting one into several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.util import UsageError
 
 @dataclass(frozen=True)
 class Rename:
-    """That the trigger `old` of the index-th file becomes `new`."""
+    """The trigger `old` of file number `index`, whose name is `source`, becomes `new`."""
 
     index: int
     source: str
@@ -30,18 +30,18 @@ def merge(
     rename: Mapping[str, str | Sequence[str]] | None = None,
     automatic: bool = False,
 ) -> LearnedEmbeddings:
-    """Join embeddings; the same vectors under the same trigger count once.
+    """Merge embeddings; equal vectors with the same trigger are kept once.
 
-    If all have the same progress, it and the unused vectors are kept; otherwise the vectors in use are joined.
-    See `plan_renames` for `rename` and `automatic`. Raises EmbeddingError, with the remedy, where two files have
-    different vectors for one trigger, or are for different text encoders.
+    If all have the same progress, it is kept with the unused vectors; otherwise both are dropped and only the
+    vectors in use are merged. `plan_renames` describes `rename` and `automatic`. Raises EmbeddingError, with the
+    remedy, if two files have different vectors for one trigger or are for different text encoders.
     """
     if not parts:
         raise EmbeddingError("there is nothing to merge; name at least one file")
     _check_encoders(parts)
     parts = _with_common_progress(parts)
     plan = plan_renames(parts, rename, automatic)
-    concepts = []
+    concepts: list[Concept] = []
     for index, part in enumerate(parts):
         names = {step.old: step.new for step in plan if step.index == index}
         for concept in part.renamed(names).concepts:
@@ -50,7 +50,7 @@ def merge(
                 concepts.append(concept)
     return LearnedEmbeddings(
         tuple(concepts),
-        _common([part.metadata for part in parts]),
+        _common_metadata([part.metadata for part in parts]),
         parts[0].format,
         ", ".join(part.source for part in parts if part.source),
         parts[0].progress,
@@ -62,11 +62,16 @@ def plan_renames(
     rename: Mapping[str, str | Sequence[str]] | None = None,
     automatic: bool = False,
 ) -> list[Rename]:
-    """Which triggers `merge` renames so that no two clash.
+    """Return the triggers that `merge` renames so that each is unique.
 
-    `rename` maps a trigger to its new name, or to several: they go to the last files that have the trigger, in
-    order, so that earlier files keep theirs. `automatic` names what still clashes after its file, "<cat>" for
-    cat.pt. Raises EmbeddingError for a clash that remains and for a name in `rename` that occurs nowhere.
+    Args:
+        parts: the embeddings of each file.
+        rename: a trigger's new name, or several. With n names, the last n files that have the trigger get them, in
+            order; earlier files keep theirs.
+        automatic: rename a trigger that is still not unique after its file, such as "<cat>" for cat.pt.
+
+    Raises:
+        EmbeddingError: a trigger is still not unique, or `rename` has more names than files with the trigger.
     """
     parts = _with_common_progress(parts)
     plan: list[Rename] = []
@@ -98,7 +103,10 @@ def plan_renames(
 
 
 def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
-    """The `rename` argument of `merge` from texts "old=new" of a command line; else raises UsageError."""
+    """Return the `rename` argument of `merge` from texts "old=new" of a command line.
+
+    Raises UsageError for a text of another form.
+    """
     names: dict[str, list[str]] = {}
     for text in texts or ():
         old, equals, new = text.partition("=")
@@ -109,12 +117,12 @@ def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
 
 
 def split(embeddings: LearnedEmbeddings) -> list[LearnedEmbeddings]:
-    """One LearnedEmbeddings for each trigger."""
+    """Return one LearnedEmbeddings for each trigger."""
     return [embeddings.only(trigger) for trigger in embeddings.triggers]
 
 
 def _with_common_progress(parts: Sequence[LearnedEmbeddings]) -> Sequence[LearnedEmbeddings]:
-    """The parts as they are if all have the same progress, else without progress and unused vectors."""
+    """Return the parts unchanged if all have the same progress, else without progress and unused vectors."""
     if all(part.progress == parts[0].progress for part in parts):
         return parts
     return [part.without_progress() for part in parts]
@@ -132,7 +140,7 @@ def _same_vectors(
     second: LearnedEmbeddings,
     trigger: str,
 ) -> bool:
-    """Whether `name` in the first file (by its new name) and `trigger` in the second are the same vectors."""
+    """Return whether `name` in the first file, after renaming, and `trigger` in the second have equal vectors."""
     before = next((step.old for step in plan if step.index == index and step.new == name), name)
     ours = {(c.encoder, c.part): c for c in first.concepts if c.trigger == before}
     theirs = {(c.encoder, c.part): c for c in second.concepts if c.trigger == trigger}
@@ -158,13 +166,13 @@ def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:
 def _clash(name: str, first: LearnedEmbeddings, second: LearnedEmbeddings) -> str:
     files = f"'{first.source}' and '{second.source}'" if first.source else "two of them"
     return (
-        f"{files} both have the trigger '{name}'; give one another name: "
+        f"{files} both have the trigger '{name}'; rename one: "
         f"scripts/embeddings.py merge FILES -o OUT --rename '{name}=NEW' (the last file's), or --auto_rename"
     )
 
 
 def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:
-    """Vectors of different models have no use together."""
+    """Raise EmbeddingError if the parts are for different text encoders."""
     first = parts[0]
     for part in parts[1:]:
         widths, others = ({concept.width for concept in p.concepts} for p in (first, part))
@@ -176,8 +184,8 @@ def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:
             )
 
 
-def _common(all_metadata: Sequence[Metadata]) -> Metadata:
-    """What all say alike."""
+def _common_metadata(all_metadata: Sequence[Metadata]) -> Metadata:
+    """Return the metadata in which all agree."""
     names = [field.name for field in dataclasses.fields(Metadata)]
     values = {name: {getattr(metadata, name) for metadata in all_metadata} for name in names}
-    return Metadata(**{name: next(iter(said)) for name, said in values.items() if len(said) == 1})
+    return Metadata(**{name: next(iter(found)) for name, found in values.items() if len(found) == 1})

@@ -1,4 +1,4 @@
-"""From a path to what the file contains, recognised by its first bytes and never by its name."""
+"""What a file contains, whatever its name: the tensors, dict or metadata inside its container."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -15,21 +15,17 @@ from torch import Tensor
 
 from ldm.embeddings import image_files, torch_files
 from ldm.embeddings.concept import EmbeddingError, check_shape
+from ldm.files import NO_TENSORS, file_kind
 
 # The header of a LoRA with thousands of tensors is under 1 MB.
 _MAX_HEADER = 16 * 2**20
 
 
-def looks_like_safetensors(head: bytes) -> bool:
-    """Whether a file's first bytes are a length and the start of a JSON object."""
-    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**56
-
-
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, and its `metadata`.
+    """The tensors of a safetensors file by name, and the texts of its header as `metadata`.
 
-    Opening reads the header alone. Raises EmbeddingError for a header that is damaged or absurdly large, and,
-    on access, for a tensor too large to be vectors.
+    Opening it reads only the header. Raises EmbeddingError for a header that is damaged or far too large and, on
+    access, for a tensor that is too large to be vectors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,13 +35,13 @@ class TensorFile(Mapping[str, Tensor]):
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _MAX_HEADER or length > size - 8:
                 raise EmbeddingError(
-                    f"its header is said to be {length} bytes long, the file has {size}; it is cut off or damaged"
+                    f"its header should be {length} bytes long, the file has {size}; it is cut off or damaged"
                 )
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # the library's errors share no class
+        except Exception as error:  # safetensors raises several unrelated classes
             raise _damaged(error) from error
 
     def __getitem__(self, name: str) -> Tensor:
@@ -70,9 +66,9 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: BinaryIO) -> None:
-    """Write a safetensors file whose bytes depend on its contents alone."""
+    """Write a safetensors file; equal tensors and metadata give equal bytes."""
     data = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
-    # The library orders metadata by chance; the header is written anew, in our order, and padded as it does.
+    # safetensors writes metadata in random order, so the header is replaced by one in our order, padded the same.
     (length,) = struct.unpack("<Q", data[:8])
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
@@ -89,69 +85,51 @@ def _damaged(error: Exception) -> EmbeddingError:
 
 @dataclass(frozen=True)
 class Payload:
-    """The contents of a file: a dict (or mapping) or a tensor, and the texts of a safetensors header.
+    """The contents of a file, not yet interpreted.
 
-    `container` is "torch", "safetensors" or "picture".
+    `container` is "torch", "safetensors" or "image"; `content` is a mapping or a tensor in an embedding file, and
+    can be anything else in other files; `header` are the texts in the header of a safetensors file.
     """
 
     path: Path
-    container: str
+    container: Literal["torch", "safetensors", "image"]
     content: Any
     header: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:
-        """The file's name without its suffix: the trigger in most tools."""
+        """The file's name without its suffix, which most tools use as the trigger."""
         name = "".join(c for c in self.path.stem if c.isprintable()).strip()[:200]
         return name or "embedding"
 
     @property
     def names(self) -> set[str]:
-        """The keys of the content, if it has any."""
+        """The text keys of the content; empty if it is not a mapping."""
         if not isinstance(self.content, Mapping):
             return set()
         return {key for key in self.content if isinstance(key, str)}
 
 
 def open_payload(path: Path) -> Payload:
-    """Read a file into a Payload; raises EmbeddingError, without the path in it, with the reason."""
-    if not path.exists():
-        raise EmbeddingError("there is no such file; check the path")
-    if path.is_dir():
-        raise EmbeddingError("it is a folder; name the file in it")
-    if not path.is_file():
-        raise EmbeddingError("it is no ordinary file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        raise EmbeddingError("it is empty; it was not written or downloaded completely")
-    if looks_like_safetensors(head):
+    """Read a file into a Payload; raises EmbeddingError with the reason, without the path."""
+    kind = file_kind(path)
+    if kind == "safetensors":
         tensors = TensorFile(path)
-        return Payload(path, "safetensors", tensors, tensors.metadata)
-    if image_files.looks_like_image(head):
-        _check_size(size, image_files.MAX_IMAGE_BYTES, "picture")
-        return Payload(path, "picture", image_files.load_image_payload(path))
-    if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
-        _check_size(size, torch_files.MAX_TORCH_BYTES, "file")
+        return Payload(path, kind, tensors, tensors.metadata)
+    if kind == "image":
+        _check_size(path, image_files.MAX_IMAGE_BYTES, "image")
+        return Payload(path, kind, image_files.load_image_payload(path))
+    if kind in ("zip", "pickle"):
+        _check_size(path, torch_files.MAX_TORCH_BYTES, "file")
         return Payload(path, "torch", torch_files.load_torch(path.read_bytes()))
-    raise EmbeddingError(_what_else(head))
+    if kind in NO_TENSORS:
+        raise EmbeddingError(f"it {NO_TENSORS[kind]}")
+    raise EmbeddingError("it is not an embedding file: not safetensors, torch.save, or a PNG or WebP image")
 
 
-def _check_size(size: int, limit: int, noun: str) -> None:
-    if size > limit:
+def _check_size(path: Path, limit: int, noun: str) -> None:
+    if (size := path.stat().st_size) > limit:
         raise EmbeddingError(
             f"the {noun} is {size / 2**20:.0f} MB, an embedding's is under {limit // 2**20}; "
             "is it a model checkpoint?"
         )
-
-
-def _what_else(head: bytes) -> str:
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, not an embedding; download the file itself"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file; fetch it with 'git lfs pull'"
-    if start.startswith((b"{", b"[")):
-        return "it is a text (JSON) file, not an embedding"
-    return "it is no embedding file: neither safetensors, nor of torch.save, nor a PNG or WebP picture"

@@ -1,4 +1,4 @@
-"""Reading an embedding file of any tool."""
+"""Reading the embedding files of all tools."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from pathlib import Path
 
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.embeddings.payload import Payload, open_payload
-from ldm.embeddings.pickle_formats import recognise_a1111, recognise_original
+from ldm.embeddings.pickle_formats import parse_a1111, parse_original
 from ldm.embeddings.tensor_formats import (
-    recognise_by_encoder,
-    recognise_diffusers,
-    recognise_emb_params,
-    recognise_lora,
-    recognise_onetrainer,
-    recognise_xti,
+    parse_by_encoder,
+    parse_diffusers,
+    parse_emb_params,
+    parse_lora,
+    parse_onetrainer,
+    parse_xti,
 )
 
-# Asked in this order; the last takes any word for a key.
-_FAMILIES = (
-    recognise_original,
-    recognise_a1111,
-    recognise_lora,
-    recognise_by_encoder,
-    recognise_xti,
-    recognise_onetrainer,
-    recognise_emb_params,
-    recognise_diffusers,
+# Tried in this order; the last accepts any key as a trigger.
+_PARSERS = (
+    parse_original,
+    parse_a1111,
+    parse_lora,
+    parse_by_encoder,
+    parse_xti,
+    parse_onetrainer,
+    parse_emb_params,
+    parse_diffusers,
 )
 
 
 def read(path: str | Path) -> LearnedEmbeddings:
-    """Read an embedding file, told by its content, of any format that `ldm.embeddings` knows.
+    """Read an embedding file of any known format, which is recognised by its content.
 
-    Nothing in the file is run, imported or used as a path. Raises EmbeddingError, one line that names the file
-    and the reason, for files that are missing, damaged, too large, unknown or malicious.
+    Nothing in the file is run, imported or used as a path. Raises EmbeddingError, one line with the path and the
+    reason, if the file is missing, damaged, too large, unknown or malicious.
     """
     path = Path(path)
     try:
         payload = open_payload(path)
-        found = next((found for recognise in _FAMILIES if (found := recognise(payload))), None)
+        found = next((found for parse in _PARSERS if (found := parse(payload))), None)
         if found is None:
             raise EmbeddingError(_unknown(payload))
         return dataclasses.replace(found, source=path.name)
@@ -50,7 +50,7 @@ def read(path: str | Path) -> LearnedEmbeddings:
 
 
 def _one_line(message: str) -> str:
-    """The message without what a damaged file may have put into a library's own words: breaks, terminal codes."""
+    """Replace line breaks and terminal codes, which a damaged file may have put into a library's message."""
     return "".join(c if c.isprintable() else "?" for c in message)
 
 
@@ -61,4 +61,4 @@ def _unknown(payload: Payload) -> str:
     if "state_dict" in keys:
         return "it is a model checkpoint, not an embedding"
     holds = f"holds {quoted(sorted(keys))}" if keys else f"is a {type(payload.content).__name__}"
-    return f"it is of an unknown kind: it {holds}"
+    return f"it is not a known embedding format: it {holds}"

@@ -1,4 +1,4 @@
-"""Formats that are named tensors: emb_params, OneTrainer, diffusers, SDXL pairs, XTI, and embeddings inside a LoRA."""
+"""Formats of named tensors: emb_params, OneTrainer, diffusers, SDXL pairs, XTI, and embeddings inside a LoRA."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ldm.embeddings import records
+from ldm.embeddings import file_metadata
 from ldm.embeddings.concept import (
     Concept,
     EmbeddingError,
     LearnedEmbeddings,
     Metadata,
-    is_ambiguous,
+    is_ambiguous_width,
     kind_of_architecture,
-    models_of,
+    model_names,
     quoted,
 )
+from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord, record_text
 from ldm.embeddings.payload import Payload, save_tensors
-from ldm.embeddings.records import RECORD_KEY, MetadataRecord, record_of
 
 _EMB_PARAMS = "emb_params"
 
 
-def recognise_emb_params(payload: Payload) -> LearnedEmbeddings | None:
-    """The embedding of a file whose key is `emb_params`; None for anything else."""
+def parse_emb_params(payload: Payload) -> LearnedEmbeddings | None:
+    """Return the embedding of a file with the key `emb_params`; None for other files."""
     if _EMB_PARAMS not in payload.names:
         return None
     vectors = payload.content[_EMB_PARAMS]
     if not isinstance(vectors, Tensor):
-        raise EmbeddingError(f"its {_EMB_PARAMS} is no tensor but {type(vectors).__name__}")
+        raise EmbeddingError(f"its {_EMB_PARAMS} is not a tensor but {type(vectors).__name__}")
     header, record = payload.header, MetadataRecord(payload.header.get(RECORD_KEY))
     architecture = header.get("modelspec.architecture", "")
     kind = kind_of_architecture(architecture, vectors.shape[-1] if vectors.ndim else 0)
@@ -43,39 +43,39 @@ def recognise_emb_params(payload: Payload) -> LearnedEmbeddings | None:
 
 
 def save_emb_params(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
-    """Write the canonical file: `emb_params` float32 (SDXL: `clip_l` and `clip_g`), ModelSpec and our record.
+    """Write our default format: `emb_params` float32 (SDXL: `clip_l` and `clip_g`), ModelSpec and our record.
 
-    Raises EmbeddingError where the width alone cannot say which model the vectors are for.
+    Raises EmbeddingError if the encoder is not known and several have the vectors' width.
     """
     for concept in embeddings.concepts:
-        if is_ambiguous(concept.encoder, concept.width):
+        if is_ambiguous_width(concept.encoder, concept.width):
             raise EmbeddingError(
-                f"'{concept.trigger}': {concept.width} wide is {models_of(None, concept.width)}, and nothing says "
-                "which; give the encoder (convert --encoder bert, or clip_g)"
+                f"'{concept.trigger}': width {concept.width} is for {model_names(None, concept.width)}, and the "
+                "file does not say which; give the encoder (convert --encoder bert, or clip_g)"
             )
     tensors = {_EMB_PARAMS: embeddings.concepts[0].vectors}
     if len(embeddings.concepts) > 1:
         tensors = {str(concept.encoder): concept.vectors for concept in embeddings.concepts}
-    header = records.modelspec_header(embeddings, tensors) | {
+    header = file_metadata.modelspec_header(embeddings, tensors) | {
         "format": "pt",
-        RECORD_KEY: record_of(embeddings),
+        RECORD_KEY: record_text(embeddings),
     }
     save_tensors(tensors, header, file)
 
 
 def trigger_of(payload: Payload) -> str:
-    """The trigger of a safetensors file of another tool: its header's, or the file's stem."""
+    """Return the trigger of a safetensors file of another tool: from its header, else the file's stem."""
     phrase = payload.header.get("modelspec.trigger_phrase", "")
     name = _json(payload.header.get("name"))
-    for said in (phrase, name):
-        if isinstance(said, str) and said.strip():
-            return said
+    for trigger in (phrase, name):
+        if isinstance(trigger, str) and trigger.strip():
+            return trigger
     return payload.stem
 
 
 def header_metadata(header: Mapping[str, str]) -> Metadata:
-    """What ModelSpec, kohya's `ss_` entries and ai-toolkit's JSON texts say."""
-    first = {
+    """Return the metadata in ModelSpec entries, kohya's `ss_` entries and ai-toolkit's JSON texts."""
+    keys_of = {
         "base_model": ("ss_sd_model_name", "sd_checkpoint_name"),
         "base_model_hash": ("ss_new_sd_model_hash", "ss_sd_model_hash", "sd_checkpoint"),
         "steps": ("ss_steps", "step"),
@@ -86,7 +86,7 @@ def header_metadata(header: Mapping[str, str]) -> Metadata:
         "date": ("modelspec.date",),
     }
     values: dict[str, Any] = {}
-    for name, keys in first.items():
+    for name, keys in keys_of.items():
         found = next(
             (header[key] for key in keys if header.get(key, "None") not in ("None", "null", "")), None
         )
@@ -94,7 +94,7 @@ def header_metadata(header: Mapping[str, str]) -> Metadata:
         if isinstance(value, dict):  # ai-toolkit's software entry: {"name": ..., "version": ...}
             value = value.get("name")
         values[name] = value if isinstance(value, (str, int, float)) else found
-    if isinstance(values["base_model_hash"], (int, float)):  # a hash of digits only is still a hash
+    if isinstance(values["base_model_hash"], (int, float)):  # a hash of digits only was parsed as a number
         values["base_model_hash"] = str(values["base_model_hash"])
     return Metadata.from_values(values)
 
@@ -118,8 +118,8 @@ _EMP_PARAMS = "emp_params"
 _EMP_PARAMS_OUT = f"{_EMP_PARAMS}_out"
 
 
-def recognise_onetrainer(payload: Payload) -> LearnedEmbeddings | None:
-    """The embedding of a file with `emp_params`, and its `emp_params_out`; None for anything else."""
+def parse_onetrainer(payload: Payload) -> LearnedEmbeddings | None:
+    """Return the embedding of a file with the key `emp_params` (and `emp_params_out`); None for other files."""
     if _EMP_PARAMS not in payload.names:
         return None
     record = MetadataRecord(payload.header.get(RECORD_KEY))
@@ -134,22 +134,22 @@ def recognise_onetrainer(payload: Payload) -> LearnedEmbeddings | None:
 
 
 def save_onetrainer(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
-    """Write the file that OneTrainer continues from (SDXL: `clip_l` and `clip_g`)."""
+    """Write the file that OneTrainer reads (SDXL: `clip_l` and `clip_g`)."""
     tensors = {_EMP_PARAMS: embeddings.concepts[0].vectors}
     if len(embeddings.concepts) > 1:
         tensors = {str(concept.encoder): concept.vectors for concept in embeddings.concepts}
-    save_tensors(tensors, {RECORD_KEY: record_of(embeddings)}, file)
+    save_tensors(tensors, {RECORD_KEY: record_text(embeddings)}, file)
 
 
 _ENCODER_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "clip_h": "clip_h", "t5": "t5", "t5xxl": "t5"}
-# Replicate's trainer numbers the encoders, oss-roettger's SDXL files call them so.
+# The keys of Replicate's trainer, and of oss-roettger's SDXL files.
 _NUMBERED = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _ROETTGER = {"emb": "clip_l", "emb2": "clip_g"}
 _REPLICATE_NAMES = "special_params.json"
 
 
-def recognise_by_encoder(payload: Payload) -> LearnedEmbeddings | None:
-    """The embedding whose keys are names of text encoders; None for anything else."""
+def parse_by_encoder(payload: Payload) -> LearnedEmbeddings | None:
+    """Return the embedding of a file whose keys are names of text encoders; None for other files."""
     keys = payload.names
     if keys & set(_NUMBERED) and keys <= set(_NUMBERED):
         return _replicate(payload)
@@ -163,9 +163,9 @@ def recognise_by_encoder(payload: Payload) -> LearnedEmbeddings | None:
     for key in sorted(keys, key=lambda name: (name.endswith("_out"), name)):
         encoder = _ENCODER_KEYS.get(key) or outputs[key]
         concept = Concept(trigger_of(payload), payload.content[key], encoder)
-        said = record.concept(0, concept.trigger, concept.vectors, encoder)
-        part = "output" if key in outputs else said.part
-        concepts.append(Concept(said.trigger, concept.vectors, encoder, part))
+        recorded = record.concept(0, concept.trigger, concept.vectors, encoder)
+        part = "output" if key in outputs else recorded.part
+        concepts.append(Concept(recorded.trigger, concept.vectors, encoder, part))
     metadata = record.metadata if record else header_metadata(payload.header)
     kind = "safetensors" if record else "sdxl pair" if {"clip_l", "clip_g"} <= keys else "by encoder"
     return LearnedEmbeddings(tuple(concepts), metadata, kind)
@@ -180,7 +180,7 @@ def _concepts(payload: Payload, encoders: dict[str, str], trigger: str) -> tuple
 
 
 def _replicate(payload: Payload) -> LearnedEmbeddings:
-    """Replicate's `.pti`: rows by number, and beside it a JSON file that says which rows make which word."""
+    """Return the embeddings of Replicate's `.pti`; a JSON file beside it names the rows of each word."""
     whole = _concepts(payload, _NUMBERED, payload.stem)
     concepts = [
         Concept(word, concept.vectors[rows], concept.encoder)
@@ -207,8 +207,8 @@ def _replicate_words(payload: Payload, count: int) -> dict[str, list[int]]:
 _LAYER = re.compile(r"(IN|OUT)\d\d|MID")
 
 
-def recognise_xti(payload: Payload) -> LearnedEmbeddings | None:
-    """The vectors of every layer, `part` naming the layer; None for anything else."""
+def parse_xti(payload: Payload) -> LearnedEmbeddings | None:
+    """Return the vectors of an XTI file, one concept for each layer; None for other files."""
     keys = payload.names
     if len(keys) < 2 or not all(_LAYER.fullmatch(key) for key in keys):
         return None
@@ -223,8 +223,8 @@ _BUNDLED = re.compile(
 _LORA_ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5"}
 
 
-def recognise_lora(payload: Payload) -> LearnedEmbeddings | None:
-    """The embeddings among a LoRA's tensors, which are left alone; None if there are none."""
+def parse_lora(payload: Payload) -> LearnedEmbeddings | None:
+    """Return the embeddings in a LoRA file, whose other tensors are not read; None if there are none."""
     marked = [key for key, value in payload.header.items() if value == "<embed>" and key in payload.names]
     if marked:
         concepts = tuple(Concept(key, payload.content[key]) for key in sorted(marked))
@@ -247,10 +247,10 @@ def recognise_lora(payload: Payload) -> LearnedEmbeddings | None:
 _MOST_WORDS = 64
 
 
-def recognise_diffusers(payload: Payload) -> LearnedEmbeddings | None:
-    """The embeddings of `{word: [d] or [N, d], ...}` or of a bare tensor; None for anything else.
+def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
+    """Return the embeddings of `{word: [d] or [N, d], ...}` or of a single tensor; None for other files.
 
-    cloneofsimo's `.pt` is the same with several words. Asked last, for any word is a key.
+    cloneofsimo's `.pt` is the same with several words. It must be tried last, because any word can be a key.
     """
     record = MetadataRecord(payload.header.get(RECORD_KEY))
     if isinstance(payload.content, Tensor):
@@ -268,13 +268,13 @@ def recognise_diffusers(payload: Payload) -> LearnedEmbeddings | None:
 
 
 def save_diffusers(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
-    """Write `learned_embeds.safetensors`: one key, the trigger, and [N, d]; one vector as [d].
+    """Write `learned_embeds.safetensors`: the trigger is the key; [N, d], or [d] for a single vector.
 
-    Both forms load in diffusers; InvokeAI takes the width from the first dimension, so one vector has one.
+    diffusers loads both shapes. InvokeAI takes the first dimension for the width, so a single vector must be [d].
     """
     (concept,) = embeddings.concepts
     vectors = concept.vectors[0] if len(concept.vectors) == 1 else concept.vectors
-    save_tensors({concept.trigger: vectors}, {"format": "pt", RECORD_KEY: record_of(embeddings)}, file)
+    save_tensors({concept.trigger: vectors}, {"format": "pt", RECORD_KEY: record_text(embeddings)}, file)
 
 
 def _is_weight_name(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, both layouts: sizes are checked against the file before memory is allocated."""
+"""Files of `torch.save`, both layouts, read without running code or allocating more memory than the file has."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from ldm import pickles
 from ldm.embeddings.concept import EmbeddingError
+from ldm.files import content_kind
 
 _WANTED = {
     "collections OrderedDict",
@@ -57,20 +58,23 @@ _STRINGS = {
 }
 _NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG"}
 _CODE = {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
-# What these operations push; anything else but texts, numbers and names is None.
+# Marks for what these operations push; texts, numbers and globals are pushed as they are, all else as None.
 _PUSHED = {"MARK": object(), "TUPLE": object(), "NONE": object()}
 
 
 @dataclass
 class _Global:
-    """A class or function that the pickle names."""
+    """A class or function that the pickle refers to."""
 
     name: str
 
 
 @dataclass
 class Scan:
-    """What one pickle names and claims: bytes by storage key, the last number in it, and where it ends."""
+    """What one pickle declares.
+
+    `storages` are the bytes of each storage by its key, `number` is the last integer, `end` the offset after it.
+    """
 
     storages: dict[str, int] = field(default_factory=dict)
     number: int | None = None
@@ -78,10 +82,10 @@ class Scan:
 
 
 def scan(data: bytes, start: int = 0, limit: int = 2**21) -> Scan:
-    """Read the operations of the pickle at `start` without carrying them out.
+    """Read the operations of the pickle at offset `start` without executing them.
 
-    Raises EmbeddingError for a name that no embedding needs, a storage declared in any but torch's own way, a
-    damaged stream, and one longer than `limit`.
+    Raises EmbeddingError for a class or function that no embedding needs, a storage that is not declared as torch
+    does it, a damaged stream, and one longer than `limit` bytes.
     """
     stream = io.BytesIO(data[start : start + limit])
     result = Scan()
@@ -93,8 +97,8 @@ def scan(data: bytes, start: int = 0, limit: int = 2**21) -> Scan:
             del recent[:-8]
     except EmbeddingError:
         raise
-    except Exception as error:  # genops raises many kinds on damaged streams
-        raise EmbeddingError(f"it is damaged or no PyTorch file ({str(error)[:80]})") from error
+    except Exception as error:  # genops raises many classes on damaged streams
+        raise EmbeddingError(f"it is damaged or not a PyTorch file ({str(error)[:80]})") from error
     result.end = start + stream.tell()
     return result
 
@@ -145,7 +149,7 @@ def _memorable(recent: list[Any]) -> Any:
 
 
 def _claim(recent: list[Any], result: Scan) -> None:
-    """Note the storage that a persistent id declares: `( 'storage' class key location number [None] tuple`."""
+    """Record the storage that a persistent id declares: `( 'storage' class key location number [None] tuple`."""
     tuple_made = recent[-1:] == [_PUSHED["TUPLE"]]
     fields = recent[-8:-2] if recent[-2:-1] == [_PUSHED["NONE"]] else recent[-7:-1]
     match fields:
@@ -157,22 +161,22 @@ def _claim(recent: list[Any], result: Scan) -> None:
     raise EmbeddingError("it declares a tensor in an unknown way; it is damaged or malicious")
 
 
-# The largest real files hold a whole vocabulary table because someone saved a slice of it (0.15 GB).
+# The largest real files are 0.15 GB: saving a slice of a vocabulary table saves the whole table.
 MAX_TORCH_BYTES = 512 * 2**20
 _MAX_PICKLE = 2**21
 _MAX_ENTRIES = 4096
-# torch.save does not compress, and learned numbers do not shrink by half if someone else does.
+# torch.save does not compress, and compression does not halve learned numbers; this much more is allowed.
 _SLACK = 2**20
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def load_torch(data: bytes) -> Any:
-    """Read a `torch.save` file given as bytes, without running anything in it.
+    """Read the bytes of a `torch.save` file without running code from it.
 
-    Raises EmbeddingError with the reason if it is not one, is damaged, asks for more than tensors need or
-    claims more memory than it brings.
+    Raises EmbeddingError with the reason if it is not such a file, is damaged, needs classes other than those of
+    tensors, or declares more bytes than it has.
     """
-    stream = _clean_zip(data) if data[:4] == b"PK\x03\x04" else _checked_stream(data)
+    stream = _clean_zip(data) if content_kind(data[:512]) == "zip" else _checked_stream(data)
     try:
         return pickles.load(io.BytesIO(stream), classes=(nn.ParameterDict,), what="it")
     except pickles.PickleError as error:
@@ -180,9 +184,9 @@ def load_torch(data: bytes) -> Any:
 
 
 def _clean_zip(data: bytes) -> bytes:
-    """The same archive written anew with only the records its pickle declares.
+    """Return a copy of the archive with only the records that its pickle declares.
 
-    Two zip readers may see two archives in one file; this way torch reads what was checked.
+    Two zip readers can see different archives in the same bytes; with the copy, torch reads what was checked.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -193,10 +197,12 @@ def _clean_zip(data: bytes) -> bytes:
             by_name = {entry.filename: entry for entry in entries}
             pickled = [name for name in by_name if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(pickled) != 1:
-                raise EmbeddingError("it is a zip archive, but not one of torch.save; unpack it first")
+                raise EmbeddingError("it is a zip archive, but not of torch.save; unpack it first")
             root = pickled[0].removesuffix("data.pkl")
             if f"{root}byteorder" in by_name and _record(archive, by_name[f"{root}byteorder"]) == b"big":
-                raise EmbeddingError("it was written on a big-endian machine; write it anew on a usual one")
+                raise EmbeddingError(
+                    "it was written on a big-endian machine; write it again on a little-endian one"
+                )
             program = _record(archive, by_name[pickled[0]], _MAX_PICKLE)
             clean = io.BytesIO()
             with zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as copy:
@@ -209,13 +215,13 @@ def _clean_zip(data: bytes) -> bytes:
                     copy.writestr(f"archive/data/{key}", _record(archive, entry)[:size])
     except EmbeddingError:
         raise
-    except Exception as error:  # zipfile raises half a dozen kinds on damaged archives
+    except Exception as error:  # zipfile raises many classes on damaged archives
         raise EmbeddingError(f"it is damaged or cut off ({str(error)[:80]}); download it again") from error
     return clean.getvalue()
 
 
 def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int = MAX_TORCH_BYTES) -> bytes:
-    """The bytes of an entry, no more than it declares, whatever its compressed data says."""
+    """Return the bytes of an entry, at most as many as it declares."""
     if entry.file_size > limit:
         raise EmbeddingError(
             f"its {entry.filename[-60:]!a} is larger than any embedding's; it may be malicious"
@@ -225,10 +231,10 @@ def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int = MAX_T
 
 
 def _checked_stream(data: bytes) -> bytes:
-    """The layout of torch before 1.6: five pickles, then the storages one after another."""
+    """Check the layout of torch before 1.6 (five pickles, then the storages) and return the bytes."""
     first = scan(data, 0, _MAX_PICKLE)
     if first.number != _MAGIC:
-        raise EmbeddingError("it is a pickle, but not one of torch.save; only tensors are read")
+        raise EmbeddingError("it is a pickle, but not of torch.save; only tensors are read")
     end, declared = first.end, 0
     for _ in range(4):
         part = scan(data, end, _MAX_PICKLE)
@@ -249,7 +255,7 @@ _SYSTEM = {
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors with their storages set apart and numbered in the order they are met."""
+    """Pickles tensors without their storages, which it numbers in the order of their first use."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
@@ -263,7 +269,10 @@ class _Pickler(pickle.Pickler):
 
 
 def save_legacy(content: Any, file: BinaryIO) -> None:
-    """Write dicts, texts, numbers and CPU tensors so that equal contents give equal bytes."""
+    """Write dicts, texts, numbers and CPU tensors in the layout of torch before 1.6.
+
+    Equal contents give equal bytes.
+    """
     for head in (_MAGIC, _PROTOCOL, _SYSTEM):
         pickle.dump(head, file, protocol=2)
     pickler = _Pickler(file)

@@ -1,7 +1,7 @@
-"""Carry a learned word from one model to another by a linear map between their text encoders' token tables.
+"""Transferring learned vectors to another model, by a linear map between the token tables of the text encoders.
 
-Text encoders that share a vocabulary have a vector for every token in both tables. The map is fitted on these pairs
-by ridge regression, its strength chosen on rows that were left out. The result is a start for further training.
+Two text encoders with the same vocabulary have a vector for every token. Ridge regression fits the map on these
+pairs; rows that are held out decide the penalty. The result is a start for further training.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ import torch
 from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
+from ldm.embeddings.inspection import nearest_words
 
 # Ridge penalties that are tried, as multiples of the mean variance of the source table.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Every n-th row is left out of the fit and decides on the penalty.
+# Every n-th row is held out of the fits that decide the penalty.
 HELD_OUT = 10
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A map x -> (x - source_mean) @ weight + target_mean from width d1 to width d2, with norms matched.
+    """A map x -> (x - source_mean) @ weight + target_mean from width d1 to width d2, followed by a scaling.
 
-    `norm_ratio` is the mean norm of the target table over that of the source table; the norm of a mapped vector is
-    its norm before times that ratio. `penalty` is the chosen ridge penalty and `agreement` the mean cosine to the
-    true rows among those left out; `nearest` and `mean` are the same figure for the two simple ways: the row of the
-    nearest source token, and the mean of the target table.
+    Attributes:
+        source_mean: [d1]
+        target_mean: [d2]
+        weight: [d1, d2]
+        norm_ratio: mean norm of the target table / that of the source table; a mapped vector is scaled to its
+            norm before the map times this ratio.
+        penalty: the chosen ridge penalty, one of `PENALTIES`.
+        agreement: mean cosine similarity between mapped and true rows among those held out.
+        nearest: the same for a simple baseline, the target row of the nearest source token.
+        mean: the same for another baseline, the mean of the target table.
     """
 
     source_mean: Tensor
@@ -43,8 +50,8 @@ class Transfer:
         """Map vectors [N, d1] to [N, d2], float32 on the CPU."""
         vectors = vectors.detach().to("cpu", torch.float32)
         mapped = (vectors - self.source_mean) @ self.weight + self.target_mean
-        wanted = self.norm_ratio * vectors.norm(dim=1, keepdim=True)
-        return mapped * wanted / mapped.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        norms = self.norm_ratio * vectors.norm(dim=1, keepdim=True)
+        return mapped * norms / mapped.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def fit_transfer(source: Tensor, target: Tensor) -> Transfer:
@@ -55,11 +62,11 @@ def fit_transfer(source: Tensor, target: Tensor) -> Transfer:
     """
     if len(source) != len(target):
         raise EmbeddingError(
-            f"the two vocabularies have {len(source)} and {len(target)} tokens; a word can only be carried between "
-            "models with the same vocabulary"
+            f"the two vocabularies have {len(source)} and {len(target)} tokens; both models must have the "
+            "same vocabulary"
         )
     if len(source) < 2 * HELD_OUT:
-        raise EmbeddingError(f"a vocabulary of {len(source)} tokens is too small to fit a map on")
+        raise EmbeddingError(f"a vocabulary of {len(source)} tokens is too small to fit a map")
     source, target = (table.detach().to("cpu", torch.float64) for table in (source, target))
     held = torch.arange(len(source)) % HELD_OUT == 0
     fits = [_ridge(source[~held], target[~held], penalty) for penalty in PENALTIES]
@@ -81,10 +88,17 @@ def fit_transfer(source: Tensor, target: Tensor) -> Transfer:
 def transferred(
     embeddings: LearnedEmbeddings, transfer: Transfer, family: str, source: str, target: str
 ) -> LearnedEmbeddings:
-    """The words of a file, carried to another model; `source` and `target` name the two models in the metadata.
+    """Return the embeddings for another model.
+
+    Args:
+        embeddings: for the source model; only vectors in use are transferred.
+        transfer: the map from the source model to the target model.
+        family: `TextEncoder.family` of the target model.
+        source: the name of the source model, for the metadata.
+        target: the name of the target model, for the metadata.
 
     Raises:
-        EmbeddingError: the vectors do not have the width of the model that the map begins at.
+        EmbeddingError: the vectors do not have the width of the source model.
     """
     width = transfer.weight.shape[0]
     vectors = embeddings.vectors_for(width)
@@ -97,7 +111,7 @@ def transferred(
 
 
 def _ridge(source: Tensor, target: Tensor, penalty: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and weight of the regression of centred target rows on centred source rows."""
+    """Return both means and the weight of the regression of centred target rows on centred source rows."""
     source_mean, target_mean = source.mean(dim=0), target.mean(dim=0)
     x, y = source - source_mean, target - target_mean
     gram = x.T @ x
@@ -115,9 +129,5 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _nearest(rows: Tensor, table: Tensor, chunk: int = 1024) -> Tensor:
-    """For each row the index of the table's row with the largest cosine."""
-    table = torch.nn.functional.normalize(table, dim=1)
-    parts = [
-        (torch.nn.functional.normalize(part, dim=1) @ table.T).argmax(dim=1) for part in rows.split(chunk)
-    ]
-    return torch.cat(parts)
+    """Return the index of the nearest row of `table` for each of `rows`, in chunks to limit the memory."""
+    return torch.cat([nearest_words(part, table, 1)[1][:, 0] for part in rows.split(chunk)])

@@ -1,4 +1,4 @@
-"""Writing embedding files in the format that each tool expects."""
+"""Writing embedding files in the formats of all tools, and their file names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -16,14 +15,14 @@ from ldm.embeddings import pickle_formats, tensor_formats
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.files import atomic_write
 
-# Windows keeps these names for devices, whatever the suffix.
+# Windows reserves these names for devices, with any suffix.
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
 
 
 def safe_name(trigger: str) -> str:
-    """A file stem for a trigger: "<my-cat>" becomes "my-cat", "*" (no file can be called so) "embedding".
+    """Return a file stem for a trigger: "<my-cat>" becomes "my-cat", and "*", which no file name may have, "embedding".
 
-    Most tools take the stem as the prompt word, so what can stay, stays.
+    It stays as close to the trigger as possible, because most tools use the stem as the prompt word.
     """
     name = unicodedata.normalize("NFC", trigger)
     name = re.sub(r"[^\w.+\- ]+", "_", name).strip("._- ")[:100].rstrip("._- ")
@@ -32,16 +31,11 @@ def safe_name(trigger: str) -> str:
     return name or "embedding"
 
 
-def canonical_path(folder: str | Path, trigger: str) -> Path:
-    """Where the canonical file of a trigger belongs: `<folder>/<trigger>.safetensors`."""
-    return Path(folder) / f"{safe_name(trigger)}.safetensors"
-
-
 @dataclass(frozen=True)
 class Format:
-    """How a format is written: the function, the suffix, and what one file may hold."""
+    """How a format is written: the function, the file suffix, and what one file can hold."""
 
-    save: Callable[..., Any]
+    save: Callable[..., None]
     suffix: str
     several_triggers: bool = False
     several_encoders: bool = False
@@ -64,13 +58,13 @@ def write(
     format: str = DEFAULT_FORMAT,
     preview: Image.Image | None = None,
 ) -> Path:
-    """Write one file, whole or not at all, and return its path.
+    """Write one file atomically and return its path.
 
-    `format` is a key of `FORMATS`; `preview` is the picture of an "a1111-png". The path's suffix is not looked
-    at. Raises EmbeddingError for an unknown format and for embeddings that the format cannot hold.
+    `format` is a key of `FORMATS`; the suffix of `path` does not matter. `preview` is the image of an "a1111-png".
+    Raises EmbeddingError for an unknown format and for embeddings that the format cannot hold.
     """
     chosen = format_named(format)
-    _check(embeddings, format, chosen)
+    _check_supported(embeddings, format, chosen)
     save = chosen.save
     if preview is not None and format == "a1111-png":
         save = functools.partial(save, preview=preview)
@@ -83,23 +77,22 @@ def write_all(
     format: str = DEFAULT_FORMAT,
     preview: Image.Image | None = None,
 ) -> list[Path]:
-    """Write every trigger into a folder, in one file if the format can hold them, else in one file each.
+    """Write all triggers into a folder and return the paths: one file if the format holds several, else one each.
 
-    Files are `embeddings.pt`, `<trigger>.safetensors`, and for other formats `<format>/<trigger>.<suffix>`: most
-    tools take the stem as the prompt word. Returns the paths.
+    The files are `embeddings.pt`, `<trigger>.safetensors`, and for other formats `<format>/<trigger><suffix>`.
     """
     chosen = format_named(format)
     if chosen.several_triggers:
         return [write(embeddings, Path(folder) / f"embeddings{chosen.suffix}", format)]
     parts = {trigger: embeddings.only(trigger) for trigger in embeddings.triggers}
     for part in parts.values():
-        _check(part, format, chosen)
+        _check_supported(part, format, chosen)
     paths = paths_for(list(parts), folder, format)
     return [write(part, path, format, preview) for part, path in zip(parts.values(), paths, strict=True)]
 
 
 def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FORMAT) -> list[Path]:
-    """Where `write_all` puts each trigger; triggers whose file names would be equal are numbered."""
+    """Return the path that `write_all` uses for each trigger; a number is appended where names would be equal."""
     chosen = format_named(format)
     home = Path(folder) if format == DEFAULT_FORMAT else Path(folder) / format
     taken: set[str] = set()
@@ -114,18 +107,18 @@ def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FOR
 
 
 def format_named(name: str) -> Format:
-    """The format of this name; raises EmbeddingError that lists the known ones."""
+    """Return the format of this name; the EmbeddingError for an unknown one lists the known ones."""
     if name not in FORMATS:
         raise EmbeddingError(f"unknown embedding format '{name}'; known are {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def _check(embeddings: LearnedEmbeddings, name: str, chosen: Format) -> None:
-    """Refuse what the format has no place for."""
-    odd = sorted({concept.part for concept in embeddings.concepts} - {"", "negative"})
-    if odd:
+def _check_supported(embeddings: LearnedEmbeddings, name: str, chosen: Format) -> None:
+    """Raise EmbeddingError for embeddings that the format cannot hold."""
+    unsupported = sorted({concept.part for concept in embeddings.concepts} - {"", "negative"})
+    if unsupported:
         raise EmbeddingError(
-            f"the parts {quoted(odd)} of '{embeddings.triggers[0]}' have no place in any format"
+            f"no format can hold the parts {quoted(unsupported)} of '{embeddings.triggers[0]}'"
         )
     if len(embeddings.triggers) > 1 and not chosen.several_triggers:
         raise EmbeddingError(

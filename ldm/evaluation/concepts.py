@@ -1,4 +1,4 @@
-"""Concepts to evaluate: their images, the known truth, their embedding files, and drawings to compare with."""
+"""The concepts of an evaluation: their images, ground truth and embedding files, and rendered creatures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from ldm.data.creatures.world import SPLITS, Creature, clash, creature, scene
 from ldm.images import list_images, open_image
 from ldm.util import UserError
 
-_TRUTH = "concept.json"
+_TRUTH_FILE = "concept.json"
 
 
 @dataclass(frozen=True)
 class ConceptFolder:
-    """Pictures, and of what: a `creature` that can be drawn again, a `style` of the world, or neither.
+    """The images of a concept, and its ground truth where a `concept.json` gives one.
 
-    `words` is the best that words can say of a creature, and `init_word` what its inversion starts from.
+    creature: the creature shown, which can be rendered again.
+    style: the rendering style that is the concept.
+    words: the most detailed caption of the creature.
+    init_word: the word whose vector training starts from.
     """
 
     name: str
     folder: Path
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     creature: Creature | None = None
     style: str | None = None
     words: str | None = None
@@ -38,97 +41,99 @@ class ConceptFolder:
 
 
 def find_concepts(folder: str | Path) -> list[Path]:
-    """The folder itself if it holds pictures, else those of its subfolders that do, sorted.
+    """Return the folder if it contains images, otherwise its direct subfolders that do, sorted.
 
-    Raises UserError where there is neither.
+    Raises UserError if there are none.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"concept folder '{folder}' does not exist; name a folder of pictures, or one of such folders"
+            f"concept folder '{folder}' does not exist; name a folder of images, or a folder of such folders"
         )
-    if _has_pictures(folder):
+    if _has_images(folder):
         return [folder]
-    found = [one for one in sorted(folder.iterdir()) if one.is_dir() and _has_pictures(one)]
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and _has_images(path)]
     if not found:
-        raise UserError(f"there are no pictures in '{folder}' or right below it; name a folder of pictures")
+        raise UserError(f"there are no images in '{folder}' or in its subfolders; name a folder of images")
     return found
 
 
 def read_concept(folder: str | Path) -> ConceptFolder:
-    """The concept in a folder; raises UserError for pictures or a `concept.json` that cannot be read."""
+    """Read a concept; raises UserError if an image or its `concept.json` cannot be read."""
     folder = Path(folder)
-    pictures = [open_image(path) for path in list_images(folder)]
-    name, path = folder.resolve().name, folder / _TRUTH
+    images = [open_image(path) for path in list_images(folder)]
+    name, path = folder.resolve().name, folder / _TRUTH_FILE
     if not path.is_file():
-        return ConceptFolder(name, folder, pictures)
+        return ConceptFolder(name, folder, images)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        creature = _creature(told["creature"]) if "creature" in told else None
-        texts = (told.get("style"), told.get("words"), told.get("initializer_word"))
+        truth = json.loads(path.read_text(encoding="utf-8"))
+        creature = _creature_from(truth["creature"]) if "creature" in truth else None
+        texts = (truth.get("style"), truth.get("words"), truth.get("initializer_word"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"'{path}' does not tell the truth about a concept ({reason}); mend it, or remove it to go without"
+            f"'{path}' is no valid description of a concept ({reason}); correct it, or remove it to do without"
         ) from error
-    return ConceptFolder(name, folder, pictures, creature, *texts)
+    return ConceptFolder(name, folder, images, creature, *texts)
 
 
-def _creature(told: Mapping[str, Any]) -> Creature:
-    """The creature that `concept.json` describes, drawn by what it says rather than by the seed."""
-    build = Build(**{key: _tupled(value) for key, value in told["build"].items()})
-    fields = {field.name: _tupled(told[field.name]) for field in dataclasses.fields(Creature)}
+def _creature_from(values: Mapping[str, Any]) -> Creature:
+    """Build the creature from the values in `concept.json`, not from its seed."""
+    build = Build(**{key: _list_to_tuple(value) for key, value in values["build"].items()})
+    fields = {field.name: _list_to_tuple(values[field.name]) for field in dataclasses.fields(Creature)}
     return Creature(**(fields | {"build": build}))
 
 
-def _tupled(value: Any) -> Any:
+def _list_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _has_pictures(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     try:
         return bool(list_images(folder))
     except UserError:
         return False
 
 
-NAME = "{name}"
-# Within a folder, tried in this order: files of the concept's name, runs of main.py, folders of its name.
-_WITHIN = ("{name}.*", "*{name}*/checkpoints/embeddings.pt", "{name}/*embed*")
+NAME_FIELD = "{name}"
+# Patterns inside a folder, in order: a file with the concept's name, a run of main.py, a folder with its name.
+_FOLDER_PATTERNS = ("{name}.*", "*{name}*/checkpoints/embeddings.pt", "{name}/*embed*")
 
 
-def embedding_of(place: str, concept: str, several: bool) -> Path:
-    """The file for a concept: `place` itself, its newest match with "{name}" filled in, or within the folder it is.
+def find_embedding(place: str, concept: str, several: bool) -> Path:
+    """Return the embedding file of a concept: a file, a pattern with "{name}", or a folder to search.
 
-    Raises UserError where no file is found, and for one file where there are `several` concepts.
+    Of several matches the newest one is returned. Raises UserError if no file matches, or if `place` is a single
+    file although there are `several` concepts.
     """
-    if NAME in place:
+    if NAME_FIELD in place:
         patterns = [place]
     elif Path(place).is_dir():
-        patterns = [f"{glob.escape(place.rstrip('/'))}/{pattern}" for pattern in _WITHIN]
+        patterns = [f"{glob.escape(place.rstrip('/'))}/{pattern}" for pattern in _FOLDER_PATTERNS]
     elif not Path(place).is_file():
         raise UserError(f"'{place}' does not exist; check the path")
     elif several:
         raise UserError(
-            f"--embedding_path '{place}' is one file for several concepts; write {NAME} for theirs"
+            f"--embedding_path '{place}' is one file for several concepts; write {NAME_FIELD} where the name goes"
         )
     else:
         return Path(place)
     for pattern in patterns:
-        found = [Path(path) for path in glob.glob(pattern.replace(NAME, glob.escape(concept)))]
+        found = [Path(path) for path in glob.glob(pattern.replace(NAME_FIELD, glob.escape(concept)))]
         found = [path for path in found if path.is_file()]
         if found:
             return max(found, key=lambda path: (path.stat().st_mtime, path.name))
-    tried = ", ".join(f"'{pattern.replace(NAME, concept)}'" for pattern in patterns)
+    tried = ", ".join(f"'{pattern.replace(NAME_FIELD, concept)}'" for pattern in patterns)
     raise UserError(f"no embedding for the concept '{concept}': nothing matches {tried}")
 
 
-SEEDS = SPLITS["evaluation"]
-# Where others and scenes begin within those seeds: a study inverts the first creatures, in scenes from 600,000 on.
-_OTHERS, _SCENES = 300_000, 700_000
+EVALUATION_SEEDS = SPLITS["evaluation"]
+# First indices of other creatures and of scenes within these seeds. Studies use the creatures from 0 and the scenes
+# from 600,000, so nothing is used twice.
+_FIRST_OTHER, _FIRST_SCENE = 300_000, 700_000
 
 
-def redrawn(
+def draw_creatures(
     creatures: Sequence[Creature],
     size: int,
     *,
@@ -136,22 +141,24 @@ def redrawn(
     background: str | None = None,
     style: str = "photo",
 ) -> list[Image.Image]:
-    """Each creature once, in a scene of its own and another for another `take`, [size, size].
+    """Render each creature once, each in a different scene, as images of [size, size].
 
-    Without a `background` each stands where the world puts it.
+    Another `take` (below 1000) gives other scenes. Without a `background` each scene has a random one.
     """
     fixed: dict[str, Any] = {"style": style} | ({"background": background} if background else {})
-    first = _SCENES + take * 1000
-    scenes = [scene(SEEDS[first + k], one.color, **fixed) for k, one in enumerate(creatures)]
+    first = _FIRST_SCENE + take * 1000
+    scenes = [scene(EVALUATION_SEEDS[first + k], one.color, **fixed) for k, one in enumerate(creatures)]
     return [
         Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in render(list(creatures), scenes, size)
     ]
 
 
-def others(count: int, unlike: Creature | None = None, background: str | None = None) -> list[Creature]:
-    """The first `count` creatures that are nobody's concept, less `unlike` and those lost against `background`."""
+def other_creatures(
+    count: int, unlike: Creature | None = None, background: str | None = None
+) -> list[Creature]:
+    """Return `count` creatures that are no concept, without `unlike` and those hard to see on `background`."""
     found: list[Creature] = []
-    for seed in range(SEEDS[_OTHERS], SEEDS.stop):
+    for seed in range(EVALUATION_SEEDS[_FIRST_OTHER], EVALUATION_SEEDS.stop):
         one = creature(seed)
         if one != unlike and not (background and clash(one.color, background)):
             found.append(one)

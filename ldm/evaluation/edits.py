@@ -1,4 +1,4 @@
-"""Does a prompt get what it asks for besides the concept: a background, a scene, a style?"""
+"""Edit prompts, which ask for a background, scene or style, and whether images show what was asked for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ldm.data.creatures.captions import articled, place
+from ldm.data.creatures.captions import background_phrase, fix_articles
 from ldm.data.creatures.world import COLORS, PLAIN_BACKGROUNDS, SCENES, STYLES, Creature, clash
-from ldm.evaluation.identity import Readings
+from ldm.evaluation.identity import AttributePredictions
 
-PLAIN, OUTDOORS = 4, 2
-# Corners that must show the colour: the creature may stand in one of them.
+# Edits per creature with a plain background, and with a scene.
+PLAIN_EDITS, SCENE_EDITS = 4, 2
+# Corners that must have the colour: the creature may cover the fourth.
 _CORNERS = 3
-_IN_STYLE = {
+_STYLE_PROMPTS = {
     "sketch": "a sketch of {}",
     "neon": "a neon picture of {}",
     "mosaic": "a mosaic of {}",
@@ -25,7 +26,7 @@ _IN_STYLE = {
 
 @dataclass(frozen=True)
 class Edit:
-    """A prompt, with "{}" for the concept, and the value of one attribute that pictures of it must have."""
+    """A prompt with "{}" for the concept, and the attribute value that its images must show."""
 
     prompt: str
     attribute: str
@@ -41,41 +42,51 @@ class Edit:
 
     @property
     def plain(self) -> bool:
-        """Whether the background is one colour, which needs no judge."""
+        """Whether it asks for a background of one colour, which can be checked without a judge."""
         return self.attribute == "background" and self.value in COLORS
 
     @property
     def group(self) -> str:
-        """What this is an edit of: "plain", "scene" or "style"."""
+        """The kind of edit: "plain", "scene" or "style"."""
         return "plain" if self.plain else "scene" if self.attribute == "background" else "style"
 
 
 def edits_of(creature: Creature) -> list[Edit]:
-    """Four plain backgrounds, two scenes and every style but the photo, none in which the creature gets lost.
+    """Return edits to four plain backgrounds, two scenes and every style except photo.
 
-    Which ones follows from the creature's seed, so that over several creatures all occur.
+    Backgrounds on which the creature is hard to see are left out. The creature's seed selects from the others, so
+    that all of them occur over several creatures.
     """
-    plain = _turned([b for b in PLAIN_BACKGROUNDS if not clash(creature.color, b)], creature.seed)[:PLAIN]
-    outdoors = _turned([b for b in SCENES if not clash(creature.color, b)], creature.seed)[:OUTDOORS]
-    grounds = [Edit(articled(f"a photo of {{}} {place(b)}"), "background", b) for b in (*plain, *outdoors)]
-    return grounds + [Edit(_IN_STYLE[style], "style", style) for style in STYLES if style != "photo"]
+    plain = _rotate([b for b in PLAIN_BACKGROUNDS if not clash(creature.color, b)], creature.seed)[
+        :PLAIN_EDITS
+    ]
+    scenes = _rotate([b for b in SCENES if not clash(creature.color, b)], creature.seed)[:SCENE_EDITS]
+    backgrounds = [
+        Edit(fix_articles(f"a photo of {{}} {background_phrase(b)}"), "background", b)
+        for b in (*plain, *scenes)
+    ]
+    return backgrounds + [Edit(_STYLE_PROMPTS[style], "style", style) for style in STYLES if style != "photo"]
 
 
-def obeyed(edit: Edit, pictures: Sequence[Image.Image], readings: Readings | None) -> np.ndarray | None:
-    """Whether each picture has what was asked for, bool [N]; None where it takes a judge and there is none.
+def obeyed(
+    edit: Edit, images: Sequence[Image.Image], predictions: AttributePredictions | None
+) -> np.ndarray | None:
+    """Return whether each image shows what was asked for, bool [N]; None if that needs a judge and there is none.
 
-    A plain background must be seen by the judge, if there is one, and in the corners.
+    A plain background must be seen in the corners and, if there is a judge, by the judge.
     """
-    seen = None if readings is None else np.array([one[edit.attribute] == edit.value for one in readings])
+    seen = (
+        None if predictions is None else np.array([one[edit.attribute] == edit.value for one in predictions])
+    )
     if not edit.plain:
         return seen
-    corners = np.array([has_background(picture, edit.value) for picture in pictures])
+    corners = np.array([has_background(image, edit.value) for image in images])
     return corners if seen is None else corners & seen
 
 
-def has_background(picture: Image.Image, color: str) -> bool:
-    """Whether the corners have a plain background's colour: nearer to it than to any other, in all but one."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+def has_background(image: Image.Image, color: str) -> bool:
+    """Return whether at least three corners are nearer to this colour than to any other plain background."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     side = max(2, min(pixels.shape[:2]) // 10)
     names = list(PLAIN_BACKGROUNDS)
     known = np.array([COLORS[name] for name in names], dtype=np.float32)
@@ -87,6 +98,6 @@ def has_background(picture: Image.Image, color: str) -> bool:
     return found >= _CORNERS
 
 
-def _turned(names: list[str], by: int) -> list[str]:
+def _rotate(names: list[str], by: int) -> list[str]:
     start = by % len(names)
     return names[start:] + names[:start]

@@ -1,11 +1,11 @@
-"""A model and an embedding evaluated on one concept: which prompts, how images are sampled, and the figures."""
+"""The evaluation of a model with an embedding on one concept: its prompts, the sampling, and the figures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import cast
 
 import kornia
 import torch
@@ -15,13 +15,19 @@ from torch import Tensor
 from ldm.data.creatures.world import Creature
 from ldm.evaluation import identity
 from ldm.evaluation.appearance import palette_overlap
-from ldm.evaluation.concepts import ConceptFolder, others, redrawn
+from ldm.evaluation.concepts import ConceptFolder, draw_creatures, other_creatures
 from ldm.evaluation.edits import Edit, edits_of
-from ldm.evaluation.identity import Gallery, Judge, StyledSubject, Subject, models_of_styles
+from ldm.evaluation.identity import (
+    CreatureReference,
+    Figures,
+    Gallery,
+    Judge,
+    StyleReference,
+    style_test_creatures,
+)
 from ldm.evaluation.measures import (
     SCALE,
     STEPS,
-    Figures,
     edit_figures,
     identity_figures,
     protocol_figures,
@@ -30,13 +36,14 @@ from ldm.evaluation.measures import (
 )
 from ldm.generate.images import check_settings, generate
 from ldm.images import to_pil, to_tensor
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.features import Features
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of `generate`, by default those of the paper; UserError for what makes no sense."""
+    """Settings for `ldm.generate.generate`, by default the paper's; raises UserError for invalid ones."""
 
     steps: int = STEPS
     scale: float = SCALE
@@ -49,52 +56,63 @@ class Sampling:
         check_settings(self.steps, 0.0, self.sampler, None, None, self.batch_size, self.precision)
 
     def draw(
-        self, model: Any, prompts: Sequence[str], count: int, done: Callable[[], object] | None = None
+        self,
+        model: LatentDiffusion,
+        prompts: Sequence[str],
+        count: int,
+        done: Callable[[], object] | None = None,
     ) -> Iterator[list[Image.Image]]:
-        """`count` pictures of each prompt in turn, all prompts from the same noises.
+        """Yield `count` images of each prompt; every prompt starts from the same noise.
 
-        As many prompts as fit into a batch are drawn together. `done` is called after each picture.
+        As many prompts as fit into a batch are sampled together. `done` is called after each image.
         """
-        together = max(1, self.batch_size // count)
-        for first in range(0, len(prompts), together):
-            some = prompts[first : first + together]
-            pictures = generate(
+
+        def on_image(index: int, image: Image.Image) -> None:
+            if done:
+                done()
+
+        prompts_at_once = max(1, self.batch_size // count)
+        for first in range(0, len(prompts), prompts_at_once):
+            chunk = prompts[first : first + prompts_at_once]
+            images = generate(
                 model,
-                [prompt for prompt in some for _ in range(count)],
-                numbers=[*range(count)] * len(some),
+                [prompt for prompt in chunk for _ in range(count)],
+                numbers=[*range(count)] * len(chunk),
                 steps=self.steps,
                 scale=self.scale,
                 sampler=self.sampler,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 precision=self.precision,
-                on_image=None if done is None else lambda place, picture: done(),
+                on_image=on_image if done else None,
             )
-            yield from (pictures[i * count :][:count] for i in range(len(some)))
+            yield from (images[i * count :][:count] for i in range(len(chunk)))
 
 
 _BATCH = 16
 
 
 @torch.no_grad()
-def reconstructed(model: Any, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Each picture encoded, at the posterior's mode, and decoded again by the first stage of a LatentDiffusion."""
-    found = []
-    for start in range(0, len(pictures), _BATCH):
-        pixels = torch.stack([to_tensor(one) for one in pictures[start : start + _BATCH]])
-        encoded = model.encode_first_stage(pixels.to(model.device, model.dtype))
+def reconstruct(model: LatentDiffusion, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Encode each image with the model's first stage, take the mode of the posterior, and decode it."""
+    decoded = []
+    for start in range(0, len(images), _BATCH):
+        pixels = torch.stack([to_tensor(image) for image in images[start : start + _BATCH]])
+        encoded = model.encode_first_stage(pixels.to(model.device, cast(torch.dtype, model.dtype)))
         if isinstance(encoded, DiagonalGaussianDistribution):
             encoded = encoded.mode()
-        found += [to_pil(one) for one in model.decode_first_stage(model.get_first_stage_encoding(encoded))]
-    return found
+        decoded += [
+            to_pil(pixels) for pixels in model.decode_first_stage(model.get_first_stage_encoding(encoded))
+        ]
+    return decoded
 
 
-def psnr(pictures: Sequence[Image.Image], found: Sequence[Image.Image]) -> tuple[float, float]:
-    """Mean and standard deviation over pictures of the peak signal-to-noise ratio in dB."""
+def psnr(images: Sequence[Image.Image], decoded: Sequence[Image.Image]) -> tuple[float, float]:
+    """Return mean and standard deviation over images of the peak signal-to-noise ratio in dB."""
     values = torch.stack(
         [
             kornia.metrics.psnr(to_tensor(theirs), to_tensor(ours), max_val=2.0)
-            for ours, theirs in zip(pictures, found, strict=True)
+            for ours, theirs in zip(images, decoded, strict=True)
         ]
     )
     return values.mean().item(), values.std(correction=0).item()
@@ -102,104 +120,126 @@ def psnr(pictures: Sequence[Image.Image], found: Sequence[Image.Image]) -> tuple
 
 LIKENESS, STYLE = "a photo of {}", "a painting in the style of {}"
 REDRAWN, FIRST_STAGE, OTHERS = "redrawn", "redrawn, through the first stage", "other creatures"
-SHOWN = 8  # pictures of a prompt on the sheet
+SHOWN = 8  # images per prompt on the contact sheet
 Rows = list[tuple[str, Sequence[Image.Image]]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt with "{}" for the concept, and what is known of how its pictures should look."""
+class EvaluationPrompt:
+    """A prompt with "{}" for the concept, and the edit or style that its images should show."""
 
     prompt: str
     edit: Edit | None = None
-    styled: StyledSubject | None = None
+    styled: StyleReference | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that stays the same from concept to concept; `size` is the side of the model's pictures."""
+    """What is the same for all concepts: model, sampling, judge and feature extractors.
 
-    model: Any
+    size: side of the model's images, at which references are rendered.
+    """
+
+    model: LatentDiffusion
     sampling: Sampling
     judge: Judge | None
     extractors: Sequence[Features]
     size: int
-    _subjects: dict[Any, Subject] = field(default_factory=dict)
+    _references: dict[tuple[Creature, str | None, str], CreatureReference] = field(default_factory=dict)
 
     @cached_property
     def gallery(self) -> Gallery:
-        return Gallery.drawn(self.size, identity.AMONG)
+        return Gallery.render(self.size, identity.GALLERY_SIZE)
 
-    def subject(self, creature: Creature, background: str | None = None, style: str = "photo") -> Subject:
-        """The creature in this sight, drawn once."""
+    def creature_reference(
+        self, creature: Creature, background: str | None = None, style: str = "photo"
+    ) -> CreatureReference:
+        """Return the creature's reference in a background and style; each is rendered once."""
         key = (creature, background, style)
-        return self._subjects.setdefault(key, Subject(creature, self.size, self.judge, background, style))
+        return self._references.setdefault(
+            key, CreatureReference(creature, self.size, self.judge, background, style)
+        )
 
-    def ask(
+    def measure(
         self,
         concept: ConceptFolder,
-        asked: Sequence[Asked],
+        prompts: Sequence[EvaluationPrompt],
         word: str,
         placeholders: Sequence[str],
         samples: int,
         done: Callable[[], object] | None = None,
     ) -> tuple[Figures, Rows]:
-        """Figures by prompt, and rows for a sheet; `word` is written for "{}"."""
+        """Generate `samples` images of each prompt; return the figures by prompt, and rows for a contact sheet.
+
+        word: replaces "{}" in the prompts.
+        placeholders: are removed from the text that CLIP-T compares with.
+        done: is called after each image.
+        """
         inputs = self._inputs(concept)
         figures: Figures = {}
         rows: Rows = []
-        prompts = [one.prompt.replace("{}", word) for one in asked]
-        drawn = self.sampling.draw(self.model, prompts, samples, done)
-        for one, prompt, pictures in zip(asked, prompts, drawn, strict=True):
-            text = without_placeholders(one.prompt.replace("{}", " "), placeholders)
-            found = protocol_figures(self.extractors, pictures, inputs, text)
-            figures[prompt] = self._seen(one, concept, pictures) | {"features": found}
-            rows.append((prompt, pictures[:SHOWN]))
+        texts = [one.prompt.replace("{}", word) for one in prompts]
+        drawn = self.sampling.draw(self.model, texts, samples, done)
+        for one, text, images in zip(prompts, texts, drawn, strict=True):
+            clip_text = without_placeholders(one.prompt.replace("{}", " "), placeholders)
+            similarities = protocol_figures(self.extractors, images, inputs, clip_text)
+            figures[text] = self._figures(one, concept, images) | {"features": similarities}
+            rows.append((text, images[:SHOWN]))
         return figures, rows
 
-    def references(self, concept: ConceptFolder) -> tuple[Figures, Rows]:
-        """What likeness to a creature is at best, through the first stage at best, and by chance."""
+    def measure_baselines(self, concept: ConceptFolder) -> tuple[Figures, Rows]:
+        """Return the figures of a perfect model, of a perfect denoiser with this first stage, and of other creatures.
+
+        Without a known creature there are none.
+        """
         if concept.creature is None:
             return {}, []
-        subject = self.subject(concept.creature)
-        strangers = others(SHOWN, unlike=concept.creature)
+        reference = self.creature_reference(concept.creature)
+        others = other_creatures(SHOWN, unlike=concept.creature)
         rows: Rows = [
-            (REDRAWN, subject.again),
-            (FIRST_STAGE, reconstructed(self.model, subject.again)),
-            (OTHERS, redrawn(strangers, self.size, take=4)),
+            (REDRAWN, reference.again),
+            (FIRST_STAGE, reconstruct(self.model, reference.again)),
+            (OTHERS, draw_creatures(others, self.size, take=4)),
         ]
-        inputs, figures = self._inputs(concept), {}
-        for name, pictures in rows:
-            found = {
-                features.name: {"clip_i": similarity(features.image(pictures), theirs)}
+        inputs = self._inputs(concept)
+        figures: Figures = {}
+        for name, images in rows:
+            similarities = {
+                features.name: {"clip_i": similarity(features.image(images), theirs)}
                 for features, theirs in zip(self.extractors, inputs, strict=True)
             }
-            figures[name] = identity_figures(pictures, subject, self.gallery) | {"features": found}
+            figures[name] = identity_figures(images, reference, self.gallery) | {"features": similarities}
         return figures, rows
 
     def _inputs(self, concept: ConceptFolder) -> list[Tensor]:
-        return [features.image(concept.pictures) for features in self.extractors]
+        return [features.image(concept.images) for features in self.extractors]
 
-    def _seen(self, asked: Asked, concept: ConceptFolder, pictures: Sequence[Image.Image]) -> Figures:
-        if asked.styled is not None:
-            return asked.styled.figures(pictures)
+    def _figures(
+        self, prompt: EvaluationPrompt, concept: ConceptFolder, images: Sequence[Image.Image]
+    ) -> Figures:
+        if prompt.styled is not None:
+            return prompt.styled.figures(images)
         if concept.creature is None:
-            small = [one.resize(pictures[0].size, Image.Resampling.LANCZOS) for one in concept.pictures]
-            return {"palette_overlap": round(palette_overlap(pictures, small), 5)}
-        if asked.edit is None:
-            return identity_figures(pictures, self.subject(concept.creature), self.gallery)
-        there = self.subject(concept.creature, asked.edit.background, asked.edit.style)
-        return edit_figures(asked.edit, pictures, there)
+            small = [image.resize(images[0].size, Image.Resampling.LANCZOS) for image in concept.images]
+            return {"palette_overlap": round(palette_overlap(images, small), 5)}
+        if prompt.edit is None:
+            return identity_figures(images, self.creature_reference(concept.creature), self.gallery)
+        reference = self.creature_reference(concept.creature, prompt.edit.background, prompt.edit.style)
+        return edit_figures(prompt.edit, images, reference)
 
 
-def what_to_ask(
-    concept: ConceptFolder, prompts: Sequence[str], edits: bool, size: int, judge: Judge | None
-) -> list[Asked]:
-    """The prompts for a concept: its likeness, the user's own, and, where the truth is known, edits or species."""
-    asked = [Asked(STYLE if concept.style else LIKENESS), *(Asked(prompt) for prompt in prompts)]
+def evaluation_prompts(
+    concept: ConceptFolder, more: Sequence[str], edits: bool, size: int, judge: Judge | None
+) -> list[EvaluationPrompt]:
+    """Return the prompts for a concept: one for its likeness, `more`, and `edits` where the truth is known.
+
+    For a style, the edits are creatures of several species.
+    """
+    likeness = STYLE if concept.style else LIKENESS
+    prompts = [EvaluationPrompt(prompt) for prompt in (likeness, *more)]
     if edits and concept.creature:
-        asked += [Asked(edit.prompt, edit=edit) for edit in edits_of(concept.creature)]
+        prompts += [EvaluationPrompt(edit.prompt, edit=edit) for edit in edits_of(concept.creature)]
     if edits and concept.style:
-        styled = [StyledSubject(one, concept.style, size, judge) for one in models_of_styles()]
-        asked += [Asked(subject.prompt, styled=subject) for subject in styled]
-    return list({one.prompt: one for one in asked}.values())
+        styled = [StyleReference(one, concept.style, size, judge) for one in style_test_creatures()]
+        prompts += [EvaluationPrompt(one.prompt, styled=one) for one in styled]
+    return list({one.prompt: one for one in prompts}.values())

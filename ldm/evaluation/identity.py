@@ -1,4 +1,4 @@
-"""Is it still the same creature or style? Colours, shape and attributes against the truth, and retrieval."""
+"""Whether images show a given creature or style: comparison with renderings of it, and retrieval among others."""
 
 from __future__ import annotations
 
@@ -12,70 +12,75 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.creatures.captions import articled
+from ldm.data.creatures.captions import fix_articles
 from ldm.data.creatures.world import SPECIES, Creature
 from ldm.evaluation.appearance import AppearanceFeatures
-from ldm.evaluation.concepts import others, redrawn
+from ldm.evaluation.concepts import draw_creatures, other_creatures
 from ldm.images import to_tensor
 
 Figures = dict[str, Any]
-# Half of the way from another creature to the same one drawn again: what counts as "still itself".
+# An image counts as "still itself" beyond half of the way from other creatures (0) to the same creature (1).
 ITSELF = 0.5
-PICTURES, OTHERS = 8, 32
+# Renderings per set, and other creatures that define the 0 of the scale.
+IMAGES, OTHERS = 8, 32
 _BATCH = 64
 
 
 class Judge(Protocol):
-    """What is asked of a judge; `ldm.evaluation.judge.AttributeJudge` is the one that is shipped."""
+    """A classifier of attributes; `ldm.evaluation.judge.AttributeJudge` is the one that is shipped."""
 
-    def read(self, pixels: Tensor) -> list[dict[str, Any]]:
-        """The value of each attribute, one dict per picture [B, 3, H, W] in [-1, 1]."""
-
-
-Readings = Sequence[Mapping[str, Any]]
+    def predict(self, pixels: Tensor) -> list[dict[str, Any]]:
+        """Return the value of each attribute, one dict per image of [B, 3, H, W] in [-1, 1]."""
 
 
-def judge_readings(judge: Judge | None, pictures: Sequence[Image.Image]) -> Readings | None:
-    """What the judge sees on each picture; None without a judge."""
+AttributePredictions = Sequence[Mapping[str, Any]]
+
+
+def predict_attributes(judge: Judge | None, images: Sequence[Image.Image]) -> AttributePredictions | None:
+    """Return the judge's predictions for each image; None without a judge."""
     if judge is None:
         return None
-    found: list[dict[str, Any]] = []
-    for start in range(0, len(pictures), _BATCH):
-        found += judge.read(torch.stack([to_tensor(one) for one in pictures[start : start + _BATCH]]))
-    return found
+    predictions: list[dict[str, Any]] = []
+    for start in range(0, len(images), _BATCH):
+        batch = torch.stack([to_tensor(image) for image in images[start : start + _BATCH]])
+        predictions += judge.predict(batch)
+    return predictions
 
 
-def traits(creature: Creature) -> dict[str, Any]:
-    """The attributes that belong to the creature itself; a plain one has no second colour to be seen."""
+def creature_attributes(creature: Creature) -> dict[str, Any]:
+    """Return the attributes of the creature itself; a plain one has no visible second colour."""
     keys = ("kind", "color", "pattern", "eyes", "ears", *(("second",) if creature.pattern != "plain" else ()))
     return {key: getattr(creature, key) for key in keys}
 
 
-def agreement(readings: Readings, creature: Creature) -> np.ndarray:
-    """Share of the creature's attributes that the judge sees on each picture, [N]."""
-    wanted = traits(creature)
-    return np.array([np.mean([seen[key] == value for key, value in wanted.items()]) for seen in readings])
+def attribute_agreement(predictions: AttributePredictions, creature: Creature) -> np.ndarray:
+    """Return the share of the creature's attributes that the judge sees in each image, [N]."""
+    expected = creature_attributes(creature)
+    return np.array([np.mean([p[key] == value for key, value in expected.items()]) for p in predictions])
 
 
 def likeness(
-    looks: AppearanceFeatures, readings: Readings | None, truth: AppearanceFeatures, creature: Creature
+    features: AppearanceFeatures,
+    predictions: AttributePredictions | None,
+    truth: AppearanceFeatures,
+    creature: Creature,
 ) -> np.ndarray:
-    """Raw likeness of each picture to a creature, [N]: the mean of its parts, 0 to 1.
+    """Return the raw likeness of each image to a creature, [N], 0 to 1.
 
-    The parts are palette overlap and aligned silhouette IoU with the true pictures, averaged over these, and, where
-    there is a judge, the agreement of the attributes.
+    It is the mean of palette overlap and outline IoU with renderings of the creature (`truth`), and, where there
+    are predictions of a judge, the share of attributes that agree.
     """
-    parts = [looks.palette_overlap(truth).mean(1), looks.shape_overlap(truth).mean(1)]
-    if readings is not None:
-        parts.append(agreement(readings, creature))
+    parts = [features.palette_overlap(truth).mean(1), features.shape_overlap(truth).mean(1)]
+    if predictions is not None:
+        parts.append(attribute_agreement(predictions, creature))
     return np.mean(parts, axis=0)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A creature, in one background and style or free of them, with what it and others look like there.
+class CreatureReference:
+    """Renderings of a creature, optionally with a fixed background and style, and the scale that follows from them.
 
-    Everything is drawn, so that the same sight of the same creature always gives the same scale.
+    All renderings are deterministic: the same arguments always give the same scale.
     """
 
     creature: Creature
@@ -85,105 +90,117 @@ class Subject:
     style: str = "photo"
 
     @cached_property
-    def pictures(self) -> list[Image.Image]:
-        """The creature redrawn: the truth that pictures are compared with."""
-        return self._drawn([self.creature] * PICTURES, take=0)
+    def images(self) -> list[Image.Image]:
+        """Renderings of the creature: the truth that images are compared with."""
+        return self._render([self.creature] * IMAGES, take=0)
 
     @cached_property
     def truth(self) -> AppearanceFeatures:
-        return AppearanceFeatures.of(self.pictures)
+        """Features of `images`."""
+        return AppearanceFeatures.from_images(self.images)
 
     @cached_property
     def again(self) -> list[Image.Image]:
-        """The creature redrawn once more: the best that pictures can be."""
-        return self._drawn([self.creature] * PICTURES, take=1)
+        """Other renderings of the creature: the best result that generated images could have."""
+        return self._render([self.creature] * IMAGES, take=1)
 
     @cached_property
-    def strangers(self) -> np.ndarray:
-        """Raw likeness of other creatures, [OTHERS]: the floor."""
-        strangers = others(OTHERS, unlike=self.creature, background=self.background)
-        return self.raw(self._drawn(strangers, take=2))
+    def others(self) -> np.ndarray:
+        """Raw likeness of other creatures, [OTHERS]: the 0 of the scale."""
+        creatures = other_creatures(OTHERS, unlike=self.creature, background=self.background)
+        return self.raw(self._render(creatures, take=2))
 
     @cached_property
     def scale(self) -> tuple[float, float]:
-        """Mean raw likeness of other creatures, and of the same one drawn again."""
-        return float(self.strangers.mean()), float(self.raw(self.again).mean())
+        """Mean raw likeness of other creatures, and of other renderings of the same one."""
+        return float(self.others.mean()), float(self.raw(self.again).mean())
 
-    def raw(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Raw likeness of each picture, [N]."""
-        return likeness(
-            AppearanceFeatures.of(pictures), judge_readings(self.judge, pictures), self.truth, self.creature
-        )
+    def raw(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return the raw likeness of each image, [N]."""
+        features, predictions = AppearanceFeatures.from_images(images), predict_attributes(self.judge, images)
+        return likeness(features, predictions, self.truth, self.creature)
 
     def calibrated(self, raw: np.ndarray) -> np.ndarray:
-        """Likeness on the scale on which other creatures are 0 and the same one drawn again is 1, on average."""
+        """Scale raw likeness so that on average other creatures have 0 and the same creature rendered again has 1."""
         floor, ceiling = self.scale
         return (raw - floor) / max(ceiling - floor, 1e-6)
 
     def calibration(self) -> dict[str, float]:
-        """The scale, and how often `ITSELF` takes the same creature, and another, for itself."""
+        """Return the scale, and the shares of the same and of other creatures that exceed `ITSELF`."""
         floor, ceiling = self.scale
         return {
             "floor": floor,
             "ceiling": ceiling,
             "itself_taken": float((self.calibrated(self.raw(self.again)) > ITSELF).mean()),
-            "others_taken": float((self.calibrated(self.strangers) > ITSELF).mean()),
+            "others_taken": float((self.calibrated(self.others) > ITSELF).mean()),
         }
 
-    def _drawn(self, creatures: Sequence[Creature], take: int) -> list[Image.Image]:
-        return redrawn(creatures, self.size, take=take, background=self.background, style=self.style)
+    def _render(self, creatures: Sequence[Creature], take: int) -> list[Image.Image]:
+        return draw_creatures(creatures, self.size, take=take, background=self.background, style=self.style)
 
 
-AMONG, _PICTURES = 100, 4
+# Creatures in a gallery, and renderings of each.
+GALLERY_SIZE, _GALLERY_IMAGES = 100, 4
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Other creatures beside which the true one has to be found, each seen on a few drawings."""
+    """Creatures among which the true one has to be recognized, each with the features of some renderings."""
 
     creatures: Sequence[Creature]
-    looks: Sequence[AppearanceFeatures]
+    features: Sequence[AppearanceFeatures]
 
     @classmethod
-    def drawn(cls, size: int, count: int) -> Gallery:
-        """`count` creatures, one of which gives its place to the true one."""
-        creatures = others(count)
-        pictures = redrawn([one for one in creatures for _ in range(_PICTURES)], size, take=3)
-        looks = AppearanceFeatures.of(pictures)
-        return cls(creatures, [looks[k * _PICTURES : (k + 1) * _PICTURES] for k in range(len(creatures))])
+    def render(cls, size: int, count: int) -> Gallery:
+        """Render `count` creatures; `ranks` replaces one of them by the true creature."""
+        creatures = other_creatures(count)
+        images = draw_creatures([one for one in creatures for _ in range(_GALLERY_IMAGES)], size, take=3)
+        features = AppearanceFeatures.from_images(images)
+        return cls(
+            creatures, [features[k * _GALLERY_IMAGES :][:_GALLERY_IMAGES] for k in range(len(creatures))]
+        )
 
-    def ranks(self, looks: AppearanceFeatures, readings: Readings | None, subject: Subject) -> np.ndarray:
-        """The true creature's place by raw likeness, [N], for each picture: 1 is the first of all.
+    def ranks(
+        self,
+        features: AppearanceFeatures,
+        predictions: AttributePredictions | None,
+        reference: CreatureReference,
+    ) -> np.ndarray:
+        """Return the rank of the true creature by raw likeness for each image, [N]; 1 is the best.
 
-        Each creature is compared by as many drawings in free scenes, and by the attributes it really has.
+        Every creature is compared by as many renderings, and by its true attributes.
         """
-        true = likeness(looks, readings, subject.truth[:_PICTURES], subject.creature)
+        true = likeness(features, predictions, reference.truth[:_GALLERY_IMAGES], reference.creature)
         rivals = [
-            likeness(looks, readings, seen, one)
-            for one, seen in zip(self.creatures, self.looks, strict=True)
-            if one.seed != subject.creature.seed
+            likeness(features, predictions, truth, creature)
+            for creature, truth in zip(self.creatures, self.features, strict=True)
+            if creature.seed != reference.creature.seed
         ]
         return 1 + (np.stack(rivals[: len(self.creatures) - 1]) >= true).sum(0)
 
 
-SHOWN = 4
-_SEARCHED = 64
-_DRAWINGS = 48  # so many that each background is among them
+# Creatures that styles are applied to, and the number of creatures they are searched among.
+STYLE_CREATURES, _SEARCHED = 4, 64
+# Renderings in a style: so many that every background occurs.
+_STYLE_IMAGES = 48
 
 
-def models_of_styles() -> list[Creature]:
-    """Four creatures of different species and colours on which styles are tried."""
-    found: list[Creature] = []
-    for one in others(_SEARCHED):
-        fresh = one.kind in SPECIES and all(one.kind != f.kind and one.color != f.color for f in found)
-        if fresh and len(found) < SHOWN:
-            found.append(one)
-    return found
+def style_test_creatures() -> list[Creature]:
+    """Return four creatures of different species and colours, to which styles are applied."""
+    chosen: list[Creature] = []
+    for one in other_creatures(_SEARCHED):
+        distinct = all(one.kind != other.kind and one.color != other.color for other in chosen)
+        if one.kind in SPECIES and distinct and len(chosen) < STYLE_CREATURES:
+            chosen.append(one)
+    return chosen
 
 
 @dataclass(frozen=True)
-class StyledSubject:
-    """A creature in a style that no judge knows: all colours of a picture, background too, are what tells."""
+class StyleReference:
+    """Renderings of a creature in a style, compared by the colours of the whole image.
+
+    No judge knows the style, and a style changes the background too.
+    """
 
     creature: Creature
     style: str
@@ -192,37 +209,39 @@ class StyledSubject:
 
     @property
     def prompt(self) -> str:
-        """What is generated, with "{}" for the style's word."""
-        return articled(f"a {self.creature.color} {self.creature.kind} in the style of {{}}")
+        """The prompt, with "{}" for the word of the style."""
+        return fix_articles(f"a {self.creature.color} {self.creature.kind} in the style of {{}}")
 
     @cached_property
-    def pictures(self) -> list[Image.Image]:
-        """The creature drawn in the style: the truth."""
-        return self._drawn(0, _DRAWINGS)
+    def images(self) -> list[Image.Image]:
+        """Renderings of the creature in the style: the truth."""
+        return self._render(0, _STYLE_IMAGES)
 
     @cached_property
     def again(self) -> list[Image.Image]:
-        return self._drawn(1)
+        """Other renderings in the style: the 1 of the scale."""
+        return self._render(1)
 
     @cached_property
     def photos(self) -> list[Image.Image]:
-        """The creature without the style: the floor."""
-        return redrawn([self.creature] * PICTURES, self.size, take=2)
+        """Renderings without the style: the 0 of the scale."""
+        return draw_creatures([self.creature] * IMAGES, self.size, take=2)
 
     @cached_property
     def scale(self) -> tuple[float, float]:
-        """Mean colour distance to the truth: of photos, and of the style drawn again."""
+        """Mean colour distance to the truth: of photos, and of other renderings in the style."""
         return float(self._distances(self.photos).mean()), float(self._distances(self.again).mean())
 
-    def figures(self, pictures: Sequence[Image.Image]) -> Figures:
-        """`style` is 0 for photos and 1 for the style drawn again, `in_style` the share nearer to the latter.
+    def figures(self, images: Sequence[Image.Image]) -> Figures:
+        """Return the figures of generated images.
 
-        Of drawings in other styles up to a sixth are nearer to a blueprint, those on a blue ground: small shares of
-        `in_style` say nothing.
-        `kind` is how often a judge sees the species; `kind_of_truth` is the same of true drawings, for the judge
-        never saw the style.
+        style: 0 for photos, 1 for other renderings in the style.
+        in_style: share of images nearer to 1 than to 0. Small shares mean nothing: of renderings in other styles,
+            up to a sixth (those on blue) are nearer to the blueprint style.
+        kind: share in which the judge sees the species.
+        kind_of_truth: the same share of the true renderings, because the judge was not trained on the style.
         """
-        distances = self._distances(pictures)
+        distances = self._distances(images)
         floor, ceiling = self.scale
         share = (floor - distances) / max(floor - ceiling, 1e-6)
         figures: Figures = {
@@ -230,19 +249,20 @@ class StyledSubject:
             "style": round(float(share.mean()), 5),
             "in_style": round(float((share > ITSELF).mean()), 5),
         }
-        for key, shown in (("kind", pictures), ("kind_of_truth", self.pictures)):
-            readings = judge_readings(self.judge, shown)
-            if readings is not None:
-                figures[key] = round(float(np.mean([s["kind"] == self.creature.kind for s in readings])), 5)
+        for key, judged in (("kind", images), ("kind_of_truth", self.images)):
+            predictions = predict_attributes(self.judge, judged)
+            if predictions is not None:
+                correct = [one["kind"] == self.creature.kind for one in predictions]
+                figures[key] = round(float(np.mean(correct)), 5)
         return figures
 
-    def _distances(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """To the nearest drawing: nobody said which background there should be."""
-        return AppearanceFeatures.of(pictures, whole=True).color_distance(self._truth).min(1)
+    def _distances(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Colour distance to the nearest true rendering, because the prompt names no background."""
+        return AppearanceFeatures.from_images(images, whole=True).color_distance(self._truth).min(1)
 
     @cached_property
     def _truth(self) -> AppearanceFeatures:
-        return AppearanceFeatures.of(self.pictures, whole=True)
+        return AppearanceFeatures.from_images(self.images, whole=True)
 
-    def _drawn(self, take: int, count: int = PICTURES) -> list[Image.Image]:
-        return redrawn([self.creature] * count, self.size, take=take, style=self.style)
+    def _render(self, take: int, count: int = IMAGES) -> list[Image.Image]:
+        return draw_creatures([self.creature] * count, self.size, take=take, style=self.style)

@@ -1,4 +1,4 @@
-"""Figures for a set of images of one prompt: plain dicts of numbers, as they are written to JSON."""
+"""The figures of the images of one prompt: dicts of plain numbers, as they are written to JSON."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ldm.evaluation.appearance import AppearanceFeatures
 from ldm.evaluation.edits import Edit, obeyed
 from ldm.evaluation.identity import (
     ITSELF,
+    AttributePredictions,
+    CreatureReference,
     Figures,
     Gallery,
-    Readings,
-    Subject,
-    agreement,
-    judge_readings,
+    attribute_agreement,
+    creature_attributes,
     likeness,
-    traits,
+    predict_attributes,
 )
 from ldm.generate.embeddings import whole_word
 from ldm.models.features import Features
 
-# Pictures per prompt, DDIM steps and guidance with which the paper's figures were made.
+# Images per prompt, DDIM steps and guidance scale of the paper's evaluation.
 SAMPLES, STEPS, SCALE = 64, 50, 5.0
 
 
 def similarity(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """Two readings of the likeness of unit features [N, d] and [M, d], each -1 to 1.
+    """Return the similarity of unit features [N, d] and [M, d] by two definitions, each -1 to 1.
 
-    "pairwise" is the mean over all pairs of cosines, as the original's code has it; "averaged" is the cosine of the
-    averaged features, as the paper's text has it, and always the larger where it is positive.
+    "pairwise" is the mean cosine over all pairs, as in the original's code. "averaged" is the cosine of the averaged
+    features, as in the paper's text; where it is positive, it is the larger one.
     """
     return {
         "pairwise": float((ours @ theirs.T).mean()),
@@ -44,81 +44,85 @@ def similarity(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 
 def without_placeholders(prompt: str, placeholders: Iterable[str]) -> str:
-    """The prompt that CLIP-T compares with: "a photo of * on the moon" becomes "a photo of on the moon"."""
+    """Return the text for CLIP-T: "a photo of * on the moon" becomes "a photo of on the moon"."""
     for name in sorted(placeholders, key=len, reverse=True):
         prompt = re.sub(whole_word(name), " ", prompt, flags=re.IGNORECASE)
     return " ".join(prompt.split())
 
 
 def identity_figures(
-    pictures: Sequence[Image.Image], subject: Subject, gallery: Gallery | None = None
+    images: Sequence[Image.Image], reference: CreatureReference, gallery: Gallery | None = None
 ) -> Figures:
-    """Likeness to a creature: its parts, the raw and the calibrated score, and retrieval where there is a gallery.
+    """Return the likeness to a creature: its parts, the raw and calibrated score, and ranks if there is a gallery.
 
-    `attributes` and `attribute` (each by itself) are there where the subject has a judge.
+    `attributes` (the mean) and `attribute` (by attribute) are included if the reference has a judge.
     """
-    looks, readings = AppearanceFeatures.of(pictures), judge_readings(subject.judge, pictures)
-    raw = likeness(looks, readings, subject.truth, subject.creature)
-    calibrated = subject.calibrated(raw)
+    features, predictions = (
+        AppearanceFeatures.from_images(images),
+        predict_attributes(reference.judge, images),
+    )
+    raw = likeness(features, predictions, reference.truth, reference.creature)
+    calibrated = reference.calibrated(raw)
     figures: Figures = {
-        "palette_overlap": _mean(looks.palette_overlap(subject.truth)),
-        "silhouette": _mean(looks.shape_overlap(subject.truth)),
-        "color_distance": _mean(looks.color_distance(subject.truth)),
+        "palette_overlap": _mean(features.palette_overlap(reference.truth)),
+        "silhouette": _mean(features.shape_overlap(reference.truth)),
+        "color_distance": _mean(features.color_distance(reference.truth)),
         "likeness": _mean(raw),
         "identity": _mean(calibrated),
         "itself": _mean(calibrated > ITSELF),
     }
-    if readings is not None:
-        figures["attributes"] = _mean(agreement(readings, subject.creature))
-        figures["attribute"] = _each_attribute(readings, subject)
+    if predictions is not None:
+        figures["attributes"] = _mean(attribute_agreement(predictions, reference.creature))
+        figures["attribute"] = _each_attribute(predictions, reference)
     if gallery is not None:
-        ranks = gallery.ranks(looks, readings, subject)
+        ranks = gallery.ranks(features, predictions, reference)
         figures |= {"retrieved": _mean(ranks == 1), "rank": _mean(ranks), "among": len(gallery.creatures)}
     return figures
 
 
-def edit_figures(edit: Edit, pictures: Sequence[Image.Image], subject: Subject) -> Figures:
-    """Whether pictures have what an edit asks for, and still show the creature, as it looks there.
+def edit_figures(edit: Edit, images: Sequence[Image.Image], reference: CreatureReference) -> Figures:
+    """Return how many images show what an edit asks for, still show the creature, and both.
 
-    `subject` is the creature in the edit's background and style. Without a judge `obeyed` and `both` are known of
-    plain backgrounds only, else None.
+    reference: the creature in the edit's background and style. Without a judge, `obeyed` and `both` are None except
+        for plain backgrounds.
     """
-    readings = judge_readings(subject.judge, pictures)
-    calibrated = subject.calibrated(
-        likeness(AppearanceFeatures.of(pictures), readings, subject.truth, subject.creature)
+    predictions = predict_attributes(reference.judge, images)
+    calibrated = reference.calibrated(
+        likeness(AppearanceFeatures.from_images(images), predictions, reference.truth, reference.creature)
     )
-    does, itself = obeyed(edit, pictures, readings), calibrated > ITSELF
+    shown, itself = obeyed(edit, images, predictions), calibrated > ITSELF
     return {
         "asks_for": f"{edit.attribute}: {edit.value}",
         "group": edit.group,
-        "obeyed": None if does is None else _mean(does),
+        "obeyed": None if shown is None else _mean(shown),
         "itself": _mean(itself),
-        "both": None if does is None else _mean(does & itself),
+        "both": None if shown is None else _mean(shown & itself),
         "identity": _mean(calibrated),
     }
 
 
 def protocol_figures(
     extractors: Sequence[Features],
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     inputs: Sequence[Tensor],
     text: str,
 ) -> Figures:
-    """CLIP-I against the concept's pictures and CLIP-T against `text`, by the name of each extractor.
+    """Return CLIP-I against the concept's images and CLIP-T against `text`, by the name of each extractor.
 
-    `inputs` are the features of the concept's pictures, [M, d] by each extractor; one without words has no CLIP-T.
+    inputs: the features of the concept's images, [M, d] for each extractor. An extractor without a text encoder has
+        no CLIP-T.
     """
     figures: Figures = {}
-    for features, theirs in zip(extractors, inputs, strict=True):
-        ours, words = features.image(pictures), features.text([text])
-        figures[features.name] = {"clip_i": similarity(ours, theirs)}
+    for extractor, theirs in zip(extractors, inputs, strict=True):
+        ours, words = extractor.image(images), extractor.text([text])
+        figures[extractor.name] = {"clip_i": similarity(ours, theirs)}
         if words is not None:
-            figures[features.name]["clip_t"] = similarity(ours, words)
+            figures[extractor.name]["clip_t"] = similarity(ours, words)
     return figures
 
 
 def mean_figures(several: Sequence[Figures]) -> Figures:
-    """The mean of each number over those dicts that have it, nested ones likewise; words stay if they all agree."""
+    """Return the mean of each number over the dicts that have it, recursively; other values stay if all are equal."""
     merged: Figures = {}
     for key in dict.fromkeys(key for figures in several for key in figures):
         values = [figures[key] for figures in several if figures.get(key) is not None]
@@ -131,9 +135,9 @@ def mean_figures(several: Sequence[Figures]) -> Figures:
     return merged
 
 
-def _each_attribute(readings: Readings, subject: Subject) -> Figures:
-    wanted = traits(subject.creature)
-    return {key: _mean([seen[key] == value for seen in readings]) for key, value in wanted.items()}
+def _each_attribute(predictions: AttributePredictions, reference: CreatureReference) -> Figures:
+    expected = creature_attributes(reference.creature)
+    return {key: _mean([one[key] == value for one in predictions]) for key, value in expected.items()}
 
 
 def _mean(values: Any) -> float:

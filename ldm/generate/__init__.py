@@ -1,4 +1,4 @@
-"""Pictures from prompts, with a model and the embeddings that it is given."""
+"""Images from prompts, with a model and learned embeddings."""
 
 from ldm.generate.embeddings import check_mentions, check_prompts, load_embeddings
 from ldm.generate.images import SAMPLERS, check_settings, generate

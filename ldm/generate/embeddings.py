@@ -1,67 +1,79 @@
-"""Learned embeddings put into a model, and prompts checked against them."""
+"""Loads learned embeddings into a model, and checks prompts for placeholders without an embedding."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ldm.embeddings import LearnedEmbeddings, merge, read
+from torch import nn
+
+from ldm.embeddings import merge, read
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.encoders.modules import BERTEmbedder
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 
-# What people write for a learned concept: "<my-cat>", or an asterisk by itself ("2*3" is none).
+# How people write placeholders: "<my-cat>", or an asterisk by itself (unlike that of "2*3").
 _LIKE_A_PLACEHOLDER = re.compile(r"<[^<>\s]+>|(?<![\w*])\*(?![\w*])")
 
 
-def load_embeddings(model: Any, paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """Put the vectors of one or several files, of any format, in place of those the model holds.
+def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | Path]) -> list[str]:
+    """Replace what the model's personalization has learned by the contents of one or several files.
 
-    A model without embedding manager is given one. A manager of the user's own class, without `take`, loads one file
-    of its own format.
+    A personalization that consists of vectors (see `takes_vectors`) gets the merged vectors of all files, which may be
+    those of any tool. Any other loads one file of its own. A model without personalization gets an `EmbeddingManager`.
 
     Returns:
         the placeholders, for use in prompts.
     Raises:
-        UserError: a file that cannot be read or is for another text encoder, or two with different vectors for one
+        UserError: a file cannot be read or is for another text encoder, or two files have different vectors for one
             placeholder.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    manager = _manager_of(model)
-    if not hasattr(manager, "take"):
+    encoder, personalization = text_encoder_of(model), personalization_of(model)
+    if not takes_vectors(type(personalization)):
         if len(paths) != 1:
-            raise UserError(f"{type(manager).__name__} loads one embedding file, not {len(paths)}; name one")
-        manager.load(paths[0])
-        return list(manager.placeholders)
-    parts = [_in_use(read(path), path, manager) for path in paths]
-    together = merge(parts)
-    family = "bert" if isinstance(model.cond_stage_model, BERTEmbedder) else "clip"
-    manager.take(together.vectors_for(manager.width, family), source=f"'{together.source}'")
-    # what a file holds is in use, also where the config adds vectors progressively
-    manager.on_optimizer_step(sys.maxsize)
-    # a manager that held nothing knew no device
-    manager.to(model.alphas_cumprod.device)
-    return list(manager.placeholders)
+            kind = type(personalization).__name__
+            raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
+        personalization.load(paths[0])
+        return list(personalization.placeholders)
+    merged = merge([read(path) for path in paths])
+    vectors = merged.vectors_for(encoder.width, encoder.family)
+    personalization.take(vectors, source=f"'{merged.source}'")
+    # All vectors of a file that are in use there are used here, even if the config adds vectors during training.
+    personalization.on_optimizer_step(sys.maxsize)
+    # A personalization that held no vectors before could not know the model's device.
+    if isinstance(personalization, nn.Module):
+        personalization.to(model.alphas_cumprod.device)
+    return list(personalization.placeholders)
 
 
-def check_prompts(model: Any, prompts: Iterable[str], learned: Iterable[str] | None = None) -> None:
-    """Raise UserError for a prompt with a placeholder that nothing was learned for.
+def takes_vectors(personalization: type[Personalization]) -> bool:
+    """Whether a class of personalizations consists of vectors by placeholder, as the files of other tools do.
 
-    `learned` names the placeholders that were, by default all that the model holds.
+    Such a class overrides `Personalization.take`.
     """
-    manager = getattr(model, "embedding_manager", None)
-    held = [] if manager is None else list(manager.placeholders)
+    return personalization.take is not Personalization.take
+
+
+def check_prompts(
+    model: LatentDiffusion, prompts: Iterable[str], learned: Iterable[str] | None = None
+) -> None:
+    """Raise UserError for a prompt with a placeholder that has no embedding.
+
+    `learned` lists the placeholders with an embedding, by default all that the model holds.
+    """
+    personalization: Personalization | None = model.embedding_manager
+    held = [] if personalization is None else list(personalization.placeholders)
     check_mentions(prompts, held if learned is None else learned, held)
 
 
 def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: Iterable[str] = ()) -> None:
-    """Raise UserError for a prompt with a placeholder that is not `learned`.
+    """Raise UserError for a prompt with a placeholder that is not in `learned`; no model is needed.
 
-    A placeholder is what looks like one ("<my-cat>", a lone "*") and every word of `configured`. No model is needed.
+    A placeholder is a word that looks like one ("<my-cat>", a lone "*") or is in `configured`.
     """
     learned = sorted(learned, key=len, reverse=True)
     unlearned = [whole_word(name) for name in configured if name not in learned]
@@ -70,40 +82,33 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
     for prompt in prompts:
         found = suspects.search(known.sub(" ", prompt))
         if found is not None:
-            there = ", ".join(f"'{name}'" for name in learned) or "none"
+            loaded = ", ".join(f"'{name}'" for name in learned) or "none"
             raise UserError(
                 f"the prompt \"{prompt}\" mentions '{found[0]}', but no loaded embedding has that name "
-                f"(loaded: {there}); load its file with --embedding_path, or write the prompt without it"
+                f"(loaded: {loaded}); load its file with --embedding_path, or write the prompt without it"
             )
 
 
 def whole_word(name: str) -> str:
-    """A pattern for the name by itself, not as a part of a longer word."""
+    """A regular expression for the name, but not inside a longer word."""
     before = r"(?<!\w)" if name[0].isalnum() else ""
     after = r"(?!\w)" if name[-1].isalnum() else ""
     return before + re.escape(name) + after
 
 
-def _manager_of(model: Any) -> Any:
-    manager = getattr(model, "embedding_manager", None)
-    if manager is not None:
-        return manager
-    encoder = getattr(model, "cond_stage_model", None)
-    if not hasattr(encoder, "prompt_tokenizer"):
+def text_encoder_of(model: LatentDiffusion) -> TextEncoder:
+    """The model's text encoder; UserError if its condition is something else than text."""
+    encoder = model.cond_stage_model
+    if not isinstance(encoder, TextEncoder):
         raise UserError(
             f"this model has no text encoder that takes embeddings ({type(encoder).__name__}); "
             "name a text-to-image model and its config"
         )
-    model.embedding_manager = EmbeddingManager(encoder)
+    return encoder
+
+
+def personalization_of(model: LatentDiffusion) -> Personalization:
+    """The model's personalization; a model without one gets an empty `EmbeddingManager`."""
+    if model.embedding_manager is None:
+        model.embedding_manager = EmbeddingManager(text_encoder_of(model))
     return model.embedding_manager
-
-
-def _in_use(part: LearnedEmbeddings, path: str | Path, manager: Any) -> LearnedEmbeddings:
-    """`part` without the vectors that a progressive run had not come to: the manager knows its own files."""
-    if part.format != "original":
-        return part
-    manager.load(path)
-    used = manager.export()
-    return dataclasses.replace(
-        part, concepts=tuple(dataclasses.replace(c, vectors=used[c.trigger]) for c in part.concepts)
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from ldm.files import atomic_write
 from ldm.images import image_grid, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
 from ldm.models.diffusion.steps import check_eta, check_steps
 from ldm.modules.diffusionmodules.openaimodel import Downsample
-from ldm.util import UserError
+from ldm.util import UserError, evaluating
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -29,7 +30,7 @@ PRECISIONS = ("full", "autocast")
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: LatentDiffusion,
     prompts: str | Sequence[str],
     *,
     steps: int = 50,
@@ -45,25 +46,25 @@ def generate(
     x_T: Tensor | None = None,
     numbers: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    on_image: Callable[[int, Image.Image], None] | None = None,
+    on_image: Callable[[int, Image.Image], object] | None = None,
 ) -> list[Image.Image]:
-    """One picture per prompt.
+    """Generate one image per prompt.
 
-    A picture follows from `seed`, its number (its place in `prompts`, or what `numbers` says), its prompt and the
-    settings: noise is drawn for each picture by itself and on the CPU, so that neither the batch size nor the device
-    matters, up to rounding.
+    An image depends on `seed`, its number (its index in `prompts`, or its entry in `numbers`), its prompt and the
+    settings. The noise of each image is drawn separately and on the CPU, so that neither the batch size nor the
+    device matters, up to rounding.
 
     Args:
-        model: a LatentDiffusion; its averaged weights are used if it keeps any, and its mode is restored.
-        scale: classifier-free guidance against `negative_prompt`; 1 is none.
-        height, width: in pixels; by default the size the model was trained for.
-        precision: "full", or "autocast" for half precision on an accelerator (on a CPU it is "full").
-        x_T: the noise to start from, [N, C, h, w] for N prompts.
+        model: its averaged weights are used if it has any; its training mode is restored.
+        scale: classifier-free guidance against `negative_prompt`; 1 means no guidance.
+        height, width: in pixels; by default the size that the model was trained for.
+        precision: "full", or "autocast" for half precision on an accelerator (on a CPU the same as "full").
+        x_T: the initial noise, [N, C, h, w] for N prompts.
         progress: called after each step with the number of steps done and their total.
-        on_image: called with the place in `prompts` and the picture as soon as it is there.
+        on_image: called for each finished image with its index in `prompts` and the image.
 
     Raises:
-        UserError: a setting out of range, or a size that the model cannot make.
+        UserError: a setting is out of range, or the model cannot generate images of that size.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision)
@@ -71,7 +72,7 @@ def generate(
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
     total = steps * -(-len(prompts) // batch_size)
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     with evaluating(model), model.ema_scope(), half_precision(precision, device):
         for batch, first in enumerate(range(0, len(prompts), batch_size)):
             captions = prompts[first : first + batch_size]
@@ -92,10 +93,10 @@ def generate(
                 generator=generators,
             )
             for decoded in model.decode_first_stage(latents):
-                pictures.append(to_pil(decoded))
+                images.append(to_pil(decoded))
                 if on_image is not None:
-                    on_image(len(pictures) - 1, pictures[-1])
-    return pictures
+                    on_image(len(images) - 1, images[-1])
+    return images
 
 
 def check_settings(
@@ -107,7 +108,7 @@ def check_settings(
     batch_size: int,
     precision: str,
 ) -> None:
-    """Raise UserError for what is wrong with the settings of `generate` whatever the model."""
+    """Raise UserError for a setting of `generate` that is wrong for every model."""
     check_steps(steps)
     check_eta(eta)
     if sampler not in SAMPLERS:
@@ -123,16 +124,16 @@ def check_settings(
             raise UserError(f"the {name} is {value}; it must be at least 1")
 
 
-def latent_shape(model: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of pictures of this size; without a size, of the model's own.
+def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """The shape (C, h, w) of the latents of images of this size in pixels, by default of the model's own size.
 
     Raises:
-        UserError: first stage and denoiser do not divide the size evenly.
+        UserError: the size is not a multiple of what the first stage and the denoiser divide it by.
     """
     factor = downsampling_factor(model)
     own = model.image_size if isinstance(model.image_size, int) else tuple(model.image_size)
     own_height, own_width = (own, own) if isinstance(own, int) else own
-    # the denoiser halves the latents again, and its skip connections need whole halves
+    # Each Downsample of the denoiser halves the latent again; its skip connections need an even size.
     multiple = factor * 2 ** sum(isinstance(module, Downsample) for module in model.model.modules())
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value < 1 or value % multiple):
@@ -147,31 +148,20 @@ def latent_shape(model: Any, height: int | None, width: int | None) -> tuple[int
     )
 
 
-def downsampling_factor(model: Any) -> int:
-    """Pixels of the first stage's pictures to one of its latents, measured on a single latent."""
+def downsampling_factor(model: LatentDiffusion) -> int:
+    """How many pixels wide the first stage decodes one latent pixel, measured on a latent of one pixel."""
     latent = model.alphas_cumprod.new_zeros((1, model.channels, 1, 1))
     return model.decode_first_stage(latent).shape[-1]
 
 
 def noise_source(seed: int, number: int) -> torch.Generator:
-    """The random numbers of one picture; those of another seed or number have nothing in common with them."""
+    """The random generator of one image, independent of that of any other seed or number."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model is in eval mode within this block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def half_precision(precision: str, device: torch.device) -> AbstractContextManager:
-    """Automatic mixed precision, where "autocast" was asked for and there is an accelerator."""
+def half_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """A context with automatic mixed precision, for "autocast" on an accelerator."""
     if precision == "full" or device.type == "cpu":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.float16)
@@ -185,14 +175,14 @@ def _counter(
 
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
 _FORBIDDEN = '<>:"/\\|?*' if os.name == "nt" else "/"
-_LONGEST = 200  # bytes, of the 255 that file systems allow
+_MAX_NAME_BYTES = 200  # file systems allow 255; a number and a suffix follow
 
 
 class ImageFolder:
-    """A folder of pictures named by numbers of `digits` digits; new ones go on after those that are there.
+    """A folder of images named by numbers of `digits` digits; new images continue the numbers of existing files.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str | Path, format: str = "png", digits: int = 4) -> None:
@@ -201,40 +191,40 @@ class ImageFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot make the folder '{folder}' ({error.strerror}); choose another"
+                f"cannot create the folder '{folder}' ({error.strerror}); choose another"
             ) from error
         if not os.access(self.folder, os.W_OK):
             raise UserError(f"cannot write to the folder '{folder}'; choose another")
         self.next = free_number(self.folder)
 
-    def save(self, picture: Image.Image) -> Path:
-        """Write the picture under the next number."""
+    def save(self, image: Image.Image) -> Path:
+        """Write the image under the next number and return its path."""
         path = self.folder / f"{self.next:0{self.digits}}.{self.format}"
         self.next += 1
-        return save_image(picture, path)
+        return save_image(image, path)
 
 
-def save_image(picture: Image.Image, path: Path) -> Path:
-    """Write a picture whole, in the format that its suffix names; JPEGs at high quality."""
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Write an image atomically, in the format of the path's suffix; JPEG at high quality."""
     options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
-    return atomic_write(path, lambda file: picture.save(file, FORMATS[path.suffix[1:]], **options))
+    return atomic_write(path, lambda file: image.save(file, FORMATS[path.suffix[1:]], **options))
 
 
-def save_grid(pictures: Sequence[Image.Image], columns: int, path: Path) -> Path:
-    """Write one sheet with the pictures in rows of `columns`."""
-    return save_image(image_grid(pictures, columns), path)
+def save_grid(images: Sequence[Image.Image], columns: int, path: Path) -> Path:
+    """Write one image with the given images in rows of `columns`."""
+    return save_image(image_grid(images, columns), path)
 
 
 def free_number(folder: Path, prefix: str = "") -> int:
-    """One more than the largest number of a file `prefix`NUMBER.SUFFIX; 0 without such a file."""
+    """One more than the largest NUMBER of the files named `prefix`NUMBER.SUFFIX; 0 if there are none."""
     stems = (file.stem.removeprefix(prefix) for file in folder.iterdir() if file.name.startswith(prefix))
     return max((int(stem) + 1 for stem in stems if stem.isascii() and stem.isdigit()), default=0)
 
 
 def name_of(prompt: str) -> str:
-    """A file name for a prompt: dashes for spaces, as short as file systems want it, never hidden or empty."""
+    """A file name for a prompt: spaces become dashes; never too long for a file system, hidden or empty."""
     name = "".join(
         "-" if c.isspace() else "_" if c in _FORBIDDEN or not c.isprintable() else c for c in prompt
     )
-    name = name.encode()[:_LONGEST].decode(errors="ignore")
+    name = name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     return f"_{name[1:]}" if name.startswith(".") else name or "grid"

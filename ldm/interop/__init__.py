@@ -1,1 +1,1 @@
-"""Models as other libraries hold them."""
+"""Conversion to the model layouts of other libraries."""

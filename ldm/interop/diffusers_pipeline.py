@@ -1,8 +1,8 @@
-"""A latent diffusion model as a pipeline of diffusers, which draws the same pictures from the same noise.
+"""Converts a latent diffusion model to a pipeline of diffusers that generates the same images from the same noise.
 
-Names and layouts are translated by diffusers' own converters for single-file checkpoints; `check` then
-holds every part against the model, so that nothing that diffusers cannot represent is written unnoticed.
-diffusers is an optional package and imported where it is used.
+diffusers' own converters for single-file checkpoints translate names and layouts. `compare_with_model` then compares
+every part with the model, so that a model that diffusers cannot represent is not written unnoticed. diffusers is an
+optional package and is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -27,24 +27,32 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import UserError
 
-TOLERANCE = 2e-3  # of the largest number that is compared: float32, summed in another order
+TOLERANCE = 2e-3  # relative to the largest number compared: float32 sums in another order
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 @torch.no_grad()
 def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
-    """The StableDiffusionPipeline of a model, in float32 on the CPU, with the averaged denoiser if it has one.
+    """Convert a model to a StableDiffusionPipeline, in float32 on the CPU.
 
-    `config` is the model's YAML, with or without its `model:` node. Learned vectors are left out: see
-    `add_words`. Raises UserError without diffusers, and for a model that is not text-to-image by CLIP with a
-    KL first stage.
+    The averaged weights of the denoiser are used if the model has any. Learned vectors are not included; see
+    `add_words`.
+
+    Args:
+        model: a LatentDiffusion with FrozenCLIPEmbedder and AutoencoderKL.
+        config: the model's YAML, with or without its `model:` node.
+    Raises:
+        UserError: diffusers is not installed, or the model is of another kind.
     """
     diffusers, converters = _diffusers()
-    _check_kind(model)
+    model, encoder = _supported(model)
     node = {"model": {"params": _params(config.get("model", config))}}
     with model.ema_scope():
-        kept = {k: v for k, v in model.state_dict().items() if not k.startswith(("model_ema.", "embedding_"))}
-        state = {key: value.detach().cpu().float() for key, value in kept.items()}
+        state = {
+            key: value.detach().cpu().float()
+            for key, value in model.state_dict().items()
+            if not key.startswith(("model_ema.", "embedding_"))
+        }
         with _translating("denoiser"):
             settings = converters.create_unet_diffusers_config_from_ldm(node, state)
             settings |= {"sample_size": model.image_size} | _heads(node)
@@ -52,17 +60,18 @@ def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
             unet = _filled(diffusers.UNet2DConditionModel, settings, weights)
         with _translating("first stage"):
             settings = converters.create_vae_diffusers_config_from_ldm(node, state)
-            ours = node["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
-            settings |= {"sample_size": ours["resolution"], "norm_num_groups": ours["num_groups"]}
+            first_stage = node["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
+            settings |= {
+                "sample_size": first_stage["resolution"],
+                "norm_num_groups": first_stage["num_groups"],
+            }
             settings |= {"scaling_factor": float(model.scale_factor)}
             weights = converters.convert_ldm_vae_checkpoint(state, settings)
             vae = _filled(diffusers.AutoencoderKL, settings, weights)
         with _translating("text encoder"):
-            text_encoder = _text_encoder(
-                model.cond_stage_model, converters.convert_ldm_clip_checkpoint(state)
-            )
-    tokenizer = copy.deepcopy(model.cond_stage_model.tokenizer)
-    tokenizer.model_max_length = model.cond_stage_model.max_length
+            text_encoder = _text_encoder(encoder, converters.convert_ldm_clip_checkpoint(state))
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.model_max_length = encoder.max_length
     return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -76,21 +85,21 @@ def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
 
 
 def add_words(pipeline: Any, words: Mapping[str, Tensor]) -> None:
-    """Teach a pipeline learned words: vectors [N, d] by word, saved with its tokenizer and text encoder.
+    """Add learned words, with their vectors [N, d], to the tokenizer and the text encoder of a pipeline.
 
-    Raises UserError for a word that the tokenizer knows already, as it does `*`, or that it would split.
+    Raises UserError for a word that is in the vocabulary already, as `*` is.
     """
     known, size = pipeline.tokenizer.get_vocab(), pipeline.text_encoder.get_input_embeddings().num_embeddings
     if len(pipeline.tokenizer) != size:
         raise UserError(
             f"the tokenizer has {len(pipeline.tokenizer)} words and the text encoder {size}: diffusers cannot "
-            "add to it; export without --embedding_path"
+            "add words; export without --embedding_path"
         )
     for word, vectors in words.items():
         if word in known or f"{word}_1" in known:
             raise UserError(
-                f"'{word}' is a word of the tokenizer, which diffusers cannot learn anew; give it another name, "
-                f"as with --rename '{word}=<my-cat>'"
+                f"'{word}' is a word of the tokenizer already, and diffusers cannot replace it; give it another "
+                f"name, for example with --rename '{word}=<my-cat>'"
             )
         with _translating(f"word '{word}'"):
             pipeline.load_textual_inversion({word: vectors.detach().cpu().float()})
@@ -98,11 +107,16 @@ def add_words(pipeline: Any, words: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def compare_with_model(
-    model: nn.Module, pipeline: Any, words: Mapping[str, str] | None = None
+    model: LatentDiffusion, pipeline: Any, words: Mapping[str, str] | None = None
 ) -> dict[str, float]:
-    """How far the pipeline's parts are from the model's, relative to the largest number; UserError if too far.
+    """Compare the outputs of the pipeline's parts with those of the model's parts.
 
-    `words` maps the model's placeholders to their names in the pipeline; each is tried in a prompt.
+    Args:
+        words: the model's placeholders with their names in the pipeline; each is compared in a prompt.
+    Returns:
+        the largest difference of each part, relative to its largest output.
+    Raises:
+        UserError: a difference exceeds `TOLERANCE`.
     """
     prompts = {"a photo": "a photo"}
     prompts |= {
@@ -112,38 +126,38 @@ def compare_with_model(
     side = 2 ** len(pipeline.unet.config.block_out_channels)
     latent = torch.randn(1, model.channels, side, side, generator=generator)
     time = torch.tensor([model.num_timesteps // 2])
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     with model.ema_scope():
         for prompt, translated in prompts.items():
             ours = model.get_learned_conditioning([prompt]).cpu()
             theirs, _ = pipeline.encode_prompt(translated, "cpu", 1, False)
-            found[f'prompt "{translated}"'] = _distance(ours, theirs)
+            differences[f'prompt "{translated}"'] = _difference(ours, theirs)
         denoised = model.apply_model(latent.to(device), time.to(device), ours.to(device)).cpu()
-        found["denoiser"] = _distance(denoised, pipeline.unet(latent, time, ours).sample)
-    picture = model.decode_first_stage(latent.to(device)).cpu()
+        differences["denoiser"] = _difference(denoised, pipeline.unet(latent, time, ours).sample)
+    image = model.decode_first_stage(latent.to(device)).cpu()
     scaled = latent / pipeline.vae.config.scaling_factor
-    found["first stage"] = _distance(picture, pipeline.vae.decode(scaled).sample)
-    found["noise schedule"] = _distance(model.alphas_cumprod.cpu(), pipeline.scheduler.alphas_cumprod)
-    for part, distance in found.items():
-        if not distance <= TOLERANCE:
+    differences["first stage"] = _difference(image, pipeline.vae.decode(scaled).sample)
+    differences["noise schedule"] = _difference(model.alphas_cumprod.cpu(), pipeline.scheduler.alphas_cumprod)
+    for part, difference in differences.items():
+        if not difference <= TOLERANCE:  # true for NaN too
             raise UserError(
-                f"diffusers cannot represent this model: its {part} is off by {distance:.1e} of the largest number"
+                f"diffusers cannot represent this model: its {part} is off by {difference:.1e} of the largest number"
             )
-    return found
+    return differences
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
-    """Write a pipeline's folder, whole or not at all; one that holds something is refused with UserError."""
+    """Write the folder of a pipeline atomically; UserError if the folder exists and is not empty."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists already; name another folder with --out")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as home:
-            pipeline.save_pretrained(Path(home) / "pipeline")
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            pipeline.save_pretrained(Path(temporary) / "pipeline")
             if folder.is_dir():
                 folder.rmdir()
-            (Path(home) / "pipeline").rename(folder)
+            (Path(temporary) / "pipeline").rename(folder)
     except OSError as error:
         raise UserError(f"cannot write '{folder}' ({error.strerror or error})") from error
     return folder
@@ -158,42 +172,44 @@ def _diffusers() -> tuple[Any, Any]:
     return diffusers, single_file_utils
 
 
-def _check_kind(model: nn.Module) -> None:
-    parts = {"cond_stage_model": FrozenCLIPEmbedder, "first_stage_model": AutoencoderKL}
+def _supported(model: nn.Module) -> tuple[LatentDiffusion, FrozenCLIPEmbedder]:
+    """The model and its text encoder; UserError for a kind of model that this module cannot convert."""
     if not isinstance(model, LatentDiffusion):
-        raise UserError(
-            f"{type(model).__name__} is no latent diffusion model; diffusers has no pipeline for it"
-        )
+        raise UserError(f"{type(model).__name__} is not a LatentDiffusion; only such models are exported")
     if model.model.conditioning_key != "crossattn":
         raise UserError(
             f"the model's conditioning_key is {model.model.conditioning_key}; only models with crossattn are exported"
         )
-    for name, wanted in parts.items():
-        part = getattr(model, name)
-        if not isinstance(part, wanted):
-            raise UserError(
-                f"the model's {name} is {type(part).__name__}; only models with {wanted.__name__} are exported"
-            )
+    encoder, first_stage = model.cond_stage_model, model.first_stage_model
+    if not isinstance(encoder, FrozenCLIPEmbedder):
+        raise UserError(
+            f"the model's cond_stage_model is {type(encoder).__name__}; only FrozenCLIPEmbedder is exported"
+        )
+    if not isinstance(first_stage, AutoencoderKL):
+        raise UserError(
+            f"the model's first_stage_model is {type(first_stage).__name__}; only AutoencoderKL is exported"
+        )
+    return model, encoder
 
 
 def _params(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the model's node, defaults written out where diffusers' converters look for them."""
-    plain = OmegaConf.to_container(OmegaConf.create(node), resolve=True)["params"]
-    unet, first_stage = plain["unet_config"]["params"], plain["first_stage_config"]["params"]
-    plain["unet_config"]["params"] = _with_defaults(UNetModel, unet)
+    """The parameters of the model's node, with the default values that diffusers' converters look for."""
+    plain: Any = OmegaConf.to_container(OmegaConf.create(dict(node)), resolve=True)
+    params: dict[str, Any] = plain["params"]
+    unet, first_stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
+    params["unet_config"]["params"] = _with_defaults(UNetModel, unet)
     first_stage["ddconfig"] = _with_defaults(Decoder, first_stage["ddconfig"])
-    return plain
+    return params
 
 
-def _with_defaults(made: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(made).bind(**given)
+def _with_defaults(factory: type, params: Mapping[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(factory).bind(**params)
     bound.apply_defaults()
-    # The converters take a class number for given whenever the key is there.
-    return {key: value for key, value in bound.arguments.items() if value is not None or key != "num_classes"}
+    return dict(bound.arguments)
 
 
 def _heads(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Attention heads, of which diffusers' converters know one number for all levels."""
+    """The number of attention heads per level; diffusers' converters assume the same number for all levels."""
     unet = node["model"]["params"]["unet_config"]["params"]
     if unet["num_head_channels"] == -1:
         return {}
@@ -203,7 +219,7 @@ def _heads(node: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _translating(part: str) -> Iterator[None]:
-    """Turn whatever diffusers raises for a model unlike its own into one line."""
+    """Turn any exception that diffusers raises for an unsupported model into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -213,9 +229,10 @@ def _translating(part: str) -> Iterator[None]:
         raise UserError(f"diffusers cannot represent the {part} of this model ({reason})") from error
 
 
-def _filled(made: Any, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+def _filled(factory: Any, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A module of diffusers with these settings and weights, in eval mode."""
     with uninitialised():
-        module = made(**settings)
+        module: nn.Module = factory(**settings)
     module.load_state_dict(weights)
     return module.eval()
 
@@ -223,20 +240,21 @@ def _filled(made: Any, settings: Mapping[str, Any], weights: Mapping[str, Tensor
 def _text_encoder(encoder: FrozenCLIPEmbedder, weights: Mapping[str, Tensor]) -> nn.Module:
     from transformers import CLIPTextModel
 
+    transformer: Any = encoder.transformer
     with uninitialised():
-        module = CLIPTextModel(copy.deepcopy(encoder.transformer.text_model.config))
-    # transformers 5 has the text model itself where 4 has one that holds it
+        module = CLIPTextModel(copy.deepcopy(transformer.text_model.config))
+    # CLIPTextModel holds a submodule `text_model` in transformers 4, and is that submodule itself in transformers 5.
     if not hasattr(module, "text_model"):
         weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
     missing, unexpected = module.load_state_dict(weights, strict=False)
-    strange = [key for key in (*missing, *unexpected) if not key.endswith("position_ids")]
-    if strange:
-        raise ValueError(f"the weight {strange[0]} is only in one of the two")
+    different = [key for key in (*missing, *unexpected) if not key.endswith("position_ids")]
+    if different:
+        raise ValueError(f"the weight {different[0]} is only in one of the two models")
     return module.eval()
 
 
-def _scheduler(made: Any, model: nn.Module) -> Any:
-    """DDIM as the original samples: steps from 1 on, ending at the model's cleanest level, nothing clipped."""
+def _scheduler(factory: Any, model: LatentDiffusion) -> Any:
+    """DDIM as in the original: timesteps start at 1, the last step ends at alphas_cumprod[0], nothing is clipped."""
     betas = model.betas.cpu().double()
     settings = {
         "num_train_timesteps": model.num_timesteps,
@@ -248,12 +266,12 @@ def _scheduler(made: Any, model: nn.Module) -> Any:
         "set_alpha_to_one": False,
         "clip_sample": False,
     }
-    for name in ("scaled_linear", "linear"):  # these are `linear` and `sqrt_linear` of the YAMLs
-        scheduler = made(beta_schedule=name, **settings)
+    for name in ("scaled_linear", "linear"):  # called `linear` and `sqrt_linear` in the YAMLs
+        scheduler = factory(beta_schedule=name, **settings)
         if torch.allclose(scheduler.betas.double(), betas, rtol=1e-4, atol=0):
             return scheduler
-    return made(trained_betas=betas.tolist(), **settings)
+    return factory(trained_betas=betas.tolist(), **settings)
 
 
-def _distance(ours: Tensor, theirs: Tensor) -> float:
+def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-6))

@@ -19,7 +19,7 @@ from ldm.embeddings import Concept, LearnedEmbeddings, Progress, encoder_kind, r
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import check_placeholders
 from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.util import UserError
+from ldm.util import UserError, check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ class EmbeddingManager(nn.Module, Personalization):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if progressive_scale < 1:
-            raise UserError(f"progressive_scale is {progressive_scale}; use 1 or more optimizer steps")
+        check_integer(progressive_scale, "progressive_scale")
         self.tokenizer, self.family = embedder.prompt_tokenizer, embedder.family
         self.width, self.max_vectors = embedder.width, embedder.max_length - 2
         self.progressive_step: int | None = 0 if progressive_words else None

@@ -1,1 +1,1 @@
-"""A training run: flags and YAMLs in, a run folder with embeddings out."""
+"""A training run: from flags and YAMLs to a run folder with embeddings."""

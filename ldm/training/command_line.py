@@ -1,4 +1,4 @@
-"""The command line of a training run: the original's flags, Lightning's, and aliases from other tools."""
+"""The command line of a training run: the original's flags, Lightning's, and aliases of other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.yaml_files import is_number, yaml_value
 
 PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 
-# Flags without a counterpart, each with where the same thing is done here.
+# Flags of other tools that are not accepted -> what to do instead.
 ELSEWHERE = {
     "--adam_beta1": "the optimizer is set in the YAML's model node",
     "--adam_beta2": "the optimizer is set in the YAML's model node",
@@ -26,25 +26,25 @@ ELSEWHERE = {
     "--adam_weight_decay": "the optimizer is set in the YAML's model node",
     "--allow_tf32": "set it with torch.set_float32_matmul_precision",
     "--checkpoints_total_limit": "last.ckpt is replaced each time; embeddings_gs-N.pt are a few KB each",
-    "--enable_xformers_memory_efficient_attention": "attention is torch's fused one already",
+    "--enable_xformers_memory_efficient_attention": "attention already uses torch's fused kernels",
     "--hub_model_id": "upload the .safetensors file yourself",
     "--hub_token": "upload the .safetensors file yourself",
-    "--logging_dir": "logs lie in the run folder; --logdir moves it",
+    "--logging_dir": "logs are in the run folder; --logdir moves it",
     "--lr_scheduler": "give model.params.scheduler_config in the YAML, see ldm.lr_scheduler",
     "--lr_warmup_steps": "give model.params.scheduler_config in the YAML, see ldm.lr_scheduler",
     "--no_safe_serialization": "the .pt file is always written beside the .safetensors",
     "--optimizer_type": "the optimizer is set in the YAML's model node",
     "--push_to_hub": "upload the .safetensors file yourself",
-    "--report_to": "CSV and TensorBoard are written; name another logger as lightning.logger in the YAML",
+    "--report_to": "CSV and TensorBoard logs are written; set another logger as lightning.logger in the YAML",
     "--revision": "--actual_resume names a checkpoint file",
-    "--save_as_full_pipeline": "the frozen model is not written again",
+    "--save_as_full_pipeline": "the frozen model is not saved",
     "--tokenizer_name": "model.params.cond_stage_config.params.version=NAME",
     "--variant": "--actual_resume names a checkpoint file",
 }
 
 
 def add_flag_aliases(group: argparse._ArgumentGroup) -> None:
-    """Add the aliases; `foreign_overrides` tells what those that are YAML keys here set."""
+    """Add the flags of other tools; `alias_overrides` has the YAML keys that some of them set."""
 
     def alias(*flags: str, dest: str, **kwargs: Any) -> None:
         group.add_argument(*flags, dest=dest, default=argparse.SUPPRESS, **kwargs)
@@ -57,7 +57,10 @@ def add_flag_aliases(group: argparse._ArgumentGroup) -> None:
     alias("--output_dir", dest="logdir", metavar="FOLDER", help="--logdir")
     alias("--output_name", dest="name", help="--name")
     alias(
-        "--resume_from_checkpoint", dest="resume", metavar="LOGDIR", help='--resume; "latest" is the newest'
+        "--resume_from_checkpoint",
+        dest="resume",
+        metavar="LOGDIR",
+        help='--resume; "latest" is the newest run',
     )
 
     def setting(*flags: str, help: str, **kwargs: Any) -> None:
@@ -85,7 +88,7 @@ def add_flag_aliases(group: argparse._ArgumentGroup) -> None:
 
 
 def alias_overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Dotted YAML keys and values for the aliases that were given."""
+    """The dotted YAML keys and values that the given aliases set."""
     train, validation = "data.params.train", "data.params.validation"
     previews = "lightning.callbacks.image_logger.params"
     style = {"object": "ldm.data.personalized", "style": "ldm.data.personalized_style"}
@@ -124,8 +127,7 @@ def alias_overrides(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-# A dotted key, or one of the keys that a run's YAML has at its top level, followed by "=".
-# What a YAML may hold at its top level beside model, data and lightning: flags of the same names, which win.
+# Top-level keys of a YAML beside model, data and lightning; flags of the same names replace them.
 RUN_KEYS = (
     "actual_resume",
     "data_root",
@@ -135,71 +137,80 @@ RUN_KEYS = (
     "seed",
     "scale_lr",
 )
+# A dotted key, or one of RUN_KEYS, followed by "=".
 OVERRIDE = re.compile(rf"(--)?((model|data|lightning)\.[\w.\[\]-]+|{'|'.join(RUN_KEYS)})=")
 
 
 def trainer_options() -> list[str]:
-    """The keyword names that Lightning's Trainer takes, in its order."""
+    """The argument names of Lightning's Trainer."""
     return list(inspect.signature(Trainer).parameters)
 
 
-def make_parser() -> Parser:
+def make_parser(prog: str = "main.py") -> Parser:
+    """The parser for all flags except the options of Lightning's Trainer."""
     parser = Parser(
-        prog="main.py",
+        prog=prog,
         description="Learn the vectors of a new word from a few images, or train a model from a YAML.",
-        epilog="Any key of the YAMLs is set by a dotted override, as model.base_learning_rate=1e-3; any option "
-        "of Lightning's Trainer by a flag of its name, as --max_steps 500. "
-        "Ends with 0, with 1 after an error, 2 after a wrong command line, 130 after Ctrl-C, 143 after SIGTERM; "
-        "after the last two everything learned is saved and -r LOGDIR goes on. SIGUSR1 saves and goes on.",
+        epilog="A dotted override sets any key of the YAMLs, such as model.base_learning_rate=1e-3; a flag sets any "
+        "option of Lightning's Trainer, such as --max_steps 500. "
+        "Exit codes: 0, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C, 143 after SIGTERM; after the "
+        "last two everything is saved and -r LOGDIR resumes the run. SIGUSR1 saves and continues.",
         allow_abbrev=False,
     )
     switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
     run = parser.add_argument_group("the run")
     run.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="merged from left to right")
     run.add_argument(
-        "-t", "--train", default=False, **switch, help="train; without it the run is only checked"
+        "-t", "--train", default=False, **switch, help="train; without it the configuration is only checked"
     )
-    run.add_argument("--no-test", default=False, **switch, help="skip the test loop of a model that has one")
-    run.add_argument("-s", "--seed", type=int, help="seed of everything random (23)")
+    run.add_argument(
+        "--no-test", default=False, **switch, help="do not run the test loop of a model that has one"
+    )
+    run.add_argument("-s", "--seed", type=int, help="seed of all random numbers (23)")
     run.add_argument("-d", "--debug", default=False, **switch, help="show tracebacks and all log messages")
     run.add_argument(
-        "--gpus", help='"0," is GPU 0, "0,1" both, "2" any two, "-1" all, "0" none (default: one)'
+        "--gpus", help='"0," is GPU 0, "0,1" GPUs 0 and 1, "2" any two, "-1" all, "0" none (default: one)'
     )
     run.add_argument("--scale_lr", default=None, **switch, help="rate x batch x GPUs x accumulation (true)")
 
     folder = parser.add_argument_group("the run folder")
-    folder.add_argument("-n", "--name", default="", help="end of the folder's name (default: the YAML's)")
-    folder.add_argument("-f", "--postfix", default="", help="appended to the name")
-    folder.add_argument("-l", "--logdir", default="logs", help="where run folders are made")
-    folder.add_argument("-p", "--project", default="", help="a new name, or an existing run folder to resume")
-    folder.add_argument("--datadir_in_name", default=True, **switch, help="start the name with the data's")
     folder.add_argument(
-        "-r", "--resume", default="", metavar="LOGDIR", help="go on with a run folder or ckpt"
+        "-n", "--name", default="", help="end of the folder's name (default: that of the YAML)"
     )
+    folder.add_argument("-f", "--postfix", default="", help="appended to the name")
+    folder.add_argument("-l", "--logdir", default="logs", help="parent of the run folders")
+    folder.add_argument("-p", "--project", default="", help="a new name, or an existing run folder to resume")
+    folder.add_argument(
+        "--datadir_in_name", default=True, **switch, help="start the name with that of the data folder"
+    )
+    folder.add_argument("-r", "--resume", default="", metavar="LOGDIR", help="resume a run folder or ckpt")
 
-    concept = parser.add_argument_group("the concept (each may also stand in the YAML)")
+    concept = parser.add_argument_group("the concept (also as keys of the YAML)")
     concept.add_argument("--actual_resume", metavar="CKPT", help="checkpoint of the frozen model")
     concept.add_argument("--data_root", metavar="FOLDER", help="folder with the training images")
     concept.add_argument("--placeholder_string", metavar="TEXT", help="the new word, as * or <my-cat>")
     concept.add_argument("--init_word", metavar="TEXT", help="word or phrase that the vectors start from")
     concept.add_argument("--embedding_manager_ckpt", metavar="FILE", help="embedding file to start from")
 
-    add_flag_aliases(parser.add_argument_group("other tools' names for the same"))
+    add_flag_aliases(parser.add_argument_group("names of other tools for the same settings"))
     return parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
     """Read a command line.
 
-    The result holds every flag by its name and, further, `overrides` (a list of "dotted.key=value") and
-    `trainer` (options for Lightning's Trainer). Raises UsageError, with the nearest name for a misspelt flag.
+    The result holds every flag by its name, `overrides` (a list of "dotted.key=value") and `trainer` (options for
+    Lightning's Trainer).
+
+    Raises:
+        UsageError: the command line is wrong; for a misspelt flag, the error has the nearest name.
     """
-    # An override must not be read as one more --base file or as the value of -t, so these go first. A flag
-    # of its own, as --data_root=x, is none.
+    # Overrides are removed first: argparse would read one as another --base file or as the value of -t. Flags such as
+    # --data_root=x are not overrides.
     flags = {f"--{key}" for key in RUN_KEYS}
     is_override = [bool(OVERRIDE.match(word)) and word.partition("=")[0] not in flags for word in argv]
     words = [word for word, taken in zip(argv, is_override, strict=True) if not taken]
-    options, rest = make_parser().parse_known_args(words)
+    options, rest = make_parser(prog).parse_known_args(words)
     options.overrides = [
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
     ]
@@ -228,9 +239,9 @@ def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
 
 def _unknown(flag: str, known: set[str]) -> str:
     if flag in ELSEWHERE:
-        return f"{flag} has no counterpart here: {ELSEWHERE[flag]}"
+        return f"{flag} is not supported: {ELSEWHERE[flag]}"
     if not flag.startswith("-"):
-        return f"'{flag}' is neither a flag nor an override; overrides read model.params.key=value"
+        return f"'{flag}' is neither a flag nor an override; write an override as model.params.key=value"
     flags = [option for action in make_parser()._actions for option in action.option_strings]
     near = difflib.get_close_matches(flag, flags + [f"--{name}" for name in known], n=1)
     return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else " (see --help)")

@@ -1,4 +1,4 @@
-"""One configuration of a run out of YAMLs, overrides and flags, checked before anything is built."""
+"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.training.command_line import RUN_KEYS, alias_overrides
-from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning
+from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
 from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
 from ldm.yaml_files import read_yaml, yaml_value
 
@@ -21,67 +21,71 @@ _MODEL_KEYS = ("target", "params", "base_learning_rate")
 
 
 def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
-    """Lay one configuration over another.
+    """Merge an overlay into a configuration: mappings are merged, lists and values are replaced.
 
-    Mappings merge, lists and values replace. Where the overlay names another `target`, those inherited params
-    that the new target does not take are dropped, so that a personalization can be swapped in by one file.
+    Where the overlay has another `target`, those params of the base that the new target does not accept are dropped,
+    so that one file can exchange a personalization. Old names of callbacks become the current ones.
+
+    Raises:
+        ConfigError: one of the two has a list where the other has a mapping.
     """
+    overlay = rename_callbacks(overlay)
     try:
-        return OmegaConf.merge(_without_misfits(base, overlay), overlay)
-    except TypeError as error:  # so OmegaConf calls a list where a mapping is, and the other way round
-        raise ConfigError(
-            f"what is laid over has a list where there is a mapping, or the other way round ({error})"
-        ) from error
+        return cast(DictConfig, OmegaConf.merge(_without_unaccepted(base, overlay), overlay))
+    except TypeError as error:  # what OmegaConf raises for a list in place of a mapping
+        raise ConfigError(f"there is a list where a mapping is needed, or the reverse ({error})") from error
 
 
 def load_run_config(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
-    """The configuration of a run: YAMLs from left to right, overrides, then flags. Not yet checked."""
+    """The configuration of a run from YAMLs (left to right), then overrides, then flags; not yet checked."""
     config = OmegaConf.create({})
     for path in base:
         overlay = read_yaml(path)
-        if overlay.get("data_root"):  # it is meant for datasets of earlier YAMLs too, whatever those say
+        if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs
             for dataset in _datasets(config):
                 _params(dataset).pop("data_root", None)
         config = merge(config, overlay)
     try:
         for override in options.overrides:
             key, _, value = override.partition("=")
-            if "[" in key:  # one entry of a list, which merging would take for a mapping
+            if "[" in key:  # one entry of a list; merge would treat it as a mapping
                 OmegaConf.update(config, key, yaml_value(value))
             else:
                 config = merge(config, _nested(key, yaml_value(value)))
         for key, value in alias_overrides(options).items():
-            # A dataset that the YAML does not have must not come into being through a flag about images.
+            # A flag about images must not create a validation set.
             if not key.startswith("data.params.validation") or OmegaConf.select(
                 config, "data.params.validation"
             ):
                 config = merge(config, _nested(key, value))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"override does not fit the YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    fill_run_keys(config, other_images=options.data_root is not None)
+    fill_run_keys(config, replace_data_root=options.data_root is not None)
     return config
 
 
 def seed_vectors(config: DictConfig) -> None:
-    """Let the run's seed decide the initial vectors too, where their class takes one and the YAML names none."""
+    """Give the run's seed to the personalization too, if it accepts one and the YAML does not set it."""
     node = OmegaConf.select(config, "model.params.personalization_config")
     if node is None or "seed" in (node.get("params") or {}):
         return
-    if _takes(node, "seed"):
+    if _accepts(node, "seed"):
         OmegaConf.update(node, "params.seed", config["seed"])
 
 
-def fill_run_keys(config: DictConfig, *, other_images: bool = False) -> None:
-    """Carry the run's own keys to the places they are for, in this configuration.
+def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> None:
+    """Copy the run's top-level keys (data_root, placeholder_string, ...) into the nodes that use them, in place.
 
-    What a dataset says itself stays, but for its data_root if there are `other_images`, and its placeholder if the
-    run has a placeholder_string.
+    A dataset keeps its own data_root, unless `replace_data_root`, and its own placeholder_token, unless the run has a
+    placeholder_string.
     """
     datasets = _datasets(config)
     if root := config.get("data_root"):
         for dataset in datasets:
-            if _takes(dataset, "data_root") and (other_images or not _params(dataset).get("data_root")):
+            if _accepts(dataset, "data_root") and (
+                replace_data_root or not _params(dataset).get("data_root")
+            ):
                 _params(dataset)["data_root"] = root
     manager = OmegaConf.select(config, "model.params.personalization_config")
     if manager is None:
@@ -99,22 +103,25 @@ def fill_run_keys(config: DictConfig, *, other_images: bool = False) -> None:
         params["initializer_words"] = [str(word), *others]
     placeholders = params.get("placeholder_strings") or []
     if placeholders:
-        # Only the flag outranks what a dataset says itself.
+        # Only the top-level key replaces a dataset's own value.
         forced = bool(config.get("placeholder_string"))
         for dataset in datasets:
             inherits = forced or "placeholder_token" not in _params(dataset)
-            if inherits and _takes(dataset, "placeholder_token"):
+            if inherits and _accepts(dataset, "placeholder_token"):
                 _params(dataset)["placeholder_token"] = placeholders[0]
 
 
 def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None:
-    """Find unknown keys and targets, missing values and absent parts; one ConfigError lists them all.
+    """Check keys, targets and missing values without building anything.
 
-    No weight is read and nothing is built. `trainer_options` are the names that lightning.trainer may hold.
+    `trainer_options` are the keys that are allowed in lightning.trainer.
+
+    Raises:
+        ConfigError: one error that lists all problems.
     """
     problems = []
     if not config.get("model"):
-        problems.append("there is no model; name a YAML with --base")
+        problems.append("there is no model; give a YAML with --base")
     elif not config.get("data"):
         problems.append("there is no data node; add a YAML that has one with --base")
     lightning = config.get("lightning") or {}
@@ -131,7 +138,7 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
             problems.append(f"{where}: unknown key {names}" + _known(known))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
-        problems.append("no images are named; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        problems.append("there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
         if node and not node.get("target") and name not in KNOWN_CALLBACKS:
@@ -139,9 +146,9 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
                 f"lightning.callbacks: '{name}' has no target; known are {', '.join(KNOWN_CALLBACKS)}"
             )
     if missing:
-        problems.append(f"no value is given for {', '.join(missing)}")
+        problems.append(f"there is no value for {', '.join(missing)}")
     if not missing and not rootless:
-        # A model's node also holds its learning rate, which is not the constructor's affair.
+        # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
             "model": _constructor(config.get("model") or {}),
             "data": config.get("data") or {},
@@ -199,8 +206,8 @@ def _datasets(config: DictConfig) -> list[DictConfig]:
     return [node for node in nodes if isinstance(node, DictConfig) and node.get("target")]
 
 
-def _takes(node: Mapping[str, Any], name: str) -> bool:
-    """Whether the target of a node accepts a keyword; targets that do not exist are reported by `check`."""
+def _accepts(node: Mapping[str, Any], name: str) -> bool:
+    """Whether the target of a node accepts a keyword; True for a wrong target, which check_config reports."""
     try:
         parameters = inspect.signature(get_obj_from_str(node["target"])).parameters
     except (ConfigError, TypeError, ValueError):
@@ -217,15 +224,15 @@ def _needs_root(node: Mapping[str, Any]) -> bool:
     return parameter is not None and parameter.default is parameter.empty and not given
 
 
-def _without_misfits(base: DictConfig, overlay: DictConfig) -> DictConfig:
+def _without_unaccepted(base: DictConfig, overlay: DictConfig) -> DictConfig:
     result = {}
     for key, value in base.items_ex(resolve=False):
         over = overlay.get(key) if key in overlay and not OmegaConf.is_missing(overlay, key) else None
         if isinstance(value, DictConfig) and isinstance(over, DictConfig):
-            value = _without_misfits(value, over)
+            value = _without_unaccepted(value, over)
             other = over.get("target")
             if other and other != value.get("target") and isinstance(value.get("params"), DictConfig):
-                kept = {k: v for k, v in value["params"].items_ex(resolve=False) if _takes(over, str(k))}
+                kept = {k: v for k, v in value["params"].items_ex(resolve=False) if _accepts(over, str(k))}
                 value["params"] = kept
         elif isinstance(value, (DictConfig, ListConfig)):
             value = value.copy()

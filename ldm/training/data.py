@@ -1,10 +1,10 @@
-"""Datasets of a run, made from `target:` nodes, behind loaders whose samples do not depend on when they are drawn."""
+"""The data module of a run: datasets from `target:` nodes, and loaders with reproducible samples."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,17 +12,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ldm import random_state
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError, check_integer, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
 class PositionSampler(Sampler[tuple[int, int]]):
-    """Yields (index, epoch): which sample to take, and in which epoch its random choices are made.
+    """Yields (index, epoch) pairs: the sample, and the epoch that seeds its random choices.
 
-    With several replicas each takes every n-th position, so that their batches together are the batch of one
-    process; the order is padded from its start to a multiple of them. A fixed sampler stays in epoch 0.
-    `start` positions of the next iteration are left out, once.
+    Of `replicas` processes each takes every n-th position, so that their batches together are the batch of a single
+    process; the order is padded from its start to a multiple of `replicas`. A `fixed` sampler stays in epoch 0.
+    The next iteration, and only that one, skips `start` positions.
     """
 
     def __init__(
@@ -41,22 +41,22 @@ class PositionSampler(Sampler[tuple[int, int]]):
         return -(-self.length // self.replicas)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Set the epoch of the next iteration; Lightning calls this before each epoch."""
         if not self.fixed:
             self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         start, self.start = self.start, 0
-        order = range(self.length)
+        order: Sequence[int] = range(self.length)
         if self.shuffle:
             generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.epoch) % 2**63)
             order = torch.randperm(self.length, generator=generator).tolist()
-        mine = range(self.rank, len(self) * self.replicas, self.replicas)
-        return iter([(order[place % self.length], self.epoch) for place in mine][start:])
+        positions = range(self.rank, len(self) * self.replicas, self.replicas)
+        return iter([(order[position % self.length], self.epoch) for position in positions][start:])
 
 
-class WrappedDataset(Dataset):
-    """Makes a torch dataset of any object with a length and items."""
+class WrappedDataset(Dataset[Any]):
+    """A torch dataset from any object with a length and items."""
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
@@ -68,11 +68,11 @@ class WrappedDataset(Dataset):
         return self.data[index]
 
 
-class SeededDataset(Dataset):
-    """Makes a sample depend on its index and the epoch alone, whichever process loads it and whenever.
+class SeededDataset(Dataset[Any]):
+    """Makes a sample depend only on (index, epoch), the keys of PositionSampler, and not on the loading process.
 
-    Items are asked for by (index, epoch), as PositionSampler yields them. A dataset with a method `draw` keeps
-    this promise itself, for indices that run on beyond its length; for others the generators are seeded.
+    A dataset with a method `draw` does this itself, for the index epoch * length + index. For any other dataset the
+    random generators are seeded for each sample.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -82,8 +82,8 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        index, epoch = place
+    def __getitem__(self, position: tuple[int, int]) -> Any:
+        index, epoch = position
         if hasattr(self.data, "draw"):
             return self.data[epoch * len(self.data) + index]
         with random_state.isolated(self.seed, epoch, index, devices=False):
@@ -91,12 +91,14 @@ class SeededDataset(Dataset):
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
-    """Data of a run from one node per split.
+    """The data of a run: one `target:` node per split; after `setup`, `datasets` holds the datasets by split.
 
-    `num_workers` defaults to twice the batch size, but no more than the processors at hand. `wrap` puts a
-    WrappedDataset around what is no torch dataset. `use_worker_init_fn` is accepted for old YAMLs: samples have
-    seeds of their own by now. After `setup`, `datasets` holds the datasets by split. Its state is the number of
-    training batches that are done, from which a resumed run goes on with the very next sample.
+    Its state is the number of finished training batches, so that a resumed run continues with the next sample.
+
+    Args:
+        wrap: put a WrappedDataset around objects that are not torch datasets.
+        num_workers: None: twice the batch size, but at most the number of processors.
+        use_worker_init_fn: ignored, for old YAMLs; every sample has its own seed.
     """
 
     def __init__(
@@ -113,11 +115,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         shuffle_val_dataloader: bool = False,
     ) -> None:
         super().__init__()
-        for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0)):
-            if not isinstance(number, int) or number < least:
-                raise UserError(
-                    f"data.params.{name} is {number!r}; it must be a whole number from {least} on"
-                )
+        check_integer(batch_size, "data.params.batch_size")
+        check_integer(num_workers or 0, "data.params.num_workers", minimum=0)
         nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.batch_size = batch_size
         self.num_workers = min(batch_size * 2, processors()) if num_workers is None else num_workers
@@ -128,10 +127,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.datasets: dict[str, Any] = {}
         self._batches_done = 0
         if use_worker_init_fn:
-            logger.debug("use_worker_init_fn has nothing left to do: workers are seeded per sample")
+            logger.debug("use_worker_init_fn is ignored: every sample has its own seed")
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the datasets, once."""
+        """Build the datasets; a second call does nothing."""
         if self.datasets:
             return
         for split, node in self.dataset_configs.items():
@@ -144,38 +143,38 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         if self.trainer is None:
             return {"batches_done": self._batches_done}
-        return {"batches_done": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        return {"batches_done": progress.total.processed}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         self._batches_done = state_dict["batches_done"]
 
-    def train_dataloader(self) -> DataLoader | list:
+    def train_dataloader(self) -> DataLoader[Any] | list[Any]:
         loader = self._loader("train", shuffle=True)
-        sampler = getattr(loader, "sampler", None)
-        # Once: a loader that the Trainer asks for later, for another epoch, begins at its beginning.
+        # Only the first loader after a resume skips samples; later ones begin an epoch.
         done, self._batches_done = self._batches_done, 0
-        if isinstance(sampler, PositionSampler) and done:
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, PositionSampler) and done:
             epoch, batch = divmod(done, self._batches_per_epoch(loader))
-            sampler.set_epoch(epoch)
-            sampler.start = batch * self.batch_size
+            loader.sampler.set_epoch(epoch)
+            loader.sampler.start = batch * self.batch_size
         return loader
 
-    def val_dataloader(self) -> DataLoader | list:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loader("validation", shuffle=self.shuffled["validation"])
 
-    def test_dataloader(self) -> DataLoader | list:
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loader("test", shuffle=self.shuffled["test"])
 
-    def predict_dataloader(self) -> DataLoader | list:
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loader("predict", shuffle=False)
 
-    def _batches_per_epoch(self, loader: DataLoader) -> int:
+    def _batches_per_epoch(self, loader: DataLoader[Any]) -> int:
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         if limit is None:
             return len(loader)
         return min(limit, len(loader)) if isinstance(limit, int) else max(1, int(limit * len(loader)))
 
-    def _loader(self, split: str, *, shuffle: bool) -> DataLoader | list:
+    def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any] | list[Any]:
         if split not in self.datasets:
             return []
         dataset = self.datasets[split]
@@ -184,7 +183,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            # Of its own, so that starting an epoch takes nothing from the generator that training draws from.
+            # Its own generator, because starting an epoch would otherwise draw from that of the training.
             "generator": torch.Generator().manual_seed(self.seed),
         }
         if isinstance(dataset, IterableDataset):
@@ -204,5 +203,5 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Lightning's fit with its failures put in words, and nothing left hanging."""
+"""Lightning's fit, with failures as one-line errors and no process left running."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ldm import pickles
 from ldm.console import Interrupted
 from ldm.training import run_folder
-from ldm.training.callbacks.checkpoint import is_personalization
+from ldm.training.callbacks.base import is_personalization
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
-# What torch, cuBLAS and cuDNN say, in small letters.
+# Parts of the messages of torch, cuBLAS and cuDNN, in lower case.
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -38,28 +39,30 @@ def fit(
     model: pl.LightningModule,
     data: pl.LightningDataModule,
 ) -> None:
-    """Train in a run folder, from the beginning or from a state.
+    """Train in a run folder, from the beginning or from a state file.
 
-    Raises UserError for what broke the run off from outside: devices, disks, memory; Interrupted for a signal.
+    Raises:
+        UserError: the devices, the disk or the memory failed, or the configuration does not fit.
+        Interrupted: a signal asked the run to stop.
     """
     if state is not None:
         check_state(state, model)
-        logger.info("going on from %s", state)
+        logger.info("resuming from %s", state)
     try:
-        with run_folder.locked(folder.path, hold=trainer.is_global_zero), alone_at_last(trainer):
+        with run_folder.locked(folder.path, hold=trainer.is_global_zero), kill_others_on_failure(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=None if state is None else str(state))
     except MisconfigurationException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     except UserError as error:
         if "\n" not in str(error):
             raise
-        # Out of a data loader's process it comes with that process's traceback, and its own words last.
+        # From a worker of the data loader: the text is that process's traceback, and its last line is the message.
         raise UserError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
     except OSError as error:
         where = f" '{error.filename}'" if error.filename else ""
         raise UserError(
             f"step {trainer.global_step}: {error.strerror or str(error).strip().splitlines()[-1]}{where}; what was "
-            f"learned is in {folder.checkpoints}, and -r {folder.path} goes on once that is mended"
+            f"learned is in {folder.checkpoints}; correct the cause and resume with -r {folder.path}"
         ) from error
     except ValueError as error:
         if "val_check_interval" not in str(error):
@@ -70,7 +73,7 @@ def fit(
             "an epoch; lower it, or set check_val_every_n_epoch: null to count over all epochs"
         ) from error
     except SIGTERMException as error:
-        # Lightning's own way out, where a signal came after a step and before what follows an epoch.
+        # Lightning raises this if the signal comes after a step and before the end of the epoch is handled.
         raise Interrupted(signal.SIGTERM) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -84,14 +87,14 @@ def fit(
 
 
 @contextmanager
-def alone_at_last(trainer: pl.Trainer) -> Iterator[None]:
-    """End the processes that this one started if it breaks off: they may be waiting for it, and would for long."""
+def kill_others_on_failure(trainer: pl.Trainer) -> Iterator[None]:
+    """If this block fails, kill the processes that this one started: they would wait for it for a long time."""
     try:
         yield
     except BaseException:
         started = getattr(trainer.strategy.launcher, "procs", [])
         others = list(started)
-        # Lightning's observer, which looks at this very list, would kill this process for the end of another.
+        # Lightning watches this list and would kill this process when one of the others ends.
         started.clear()
         for process in others:
             process.kill()
@@ -99,23 +102,28 @@ def alone_at_last(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def check_state(path: Path, model: pl.LightningModule) -> None:
-    """Whether a state belongs to this model; Lightning would pass over names that do not fit."""
+    """Check that a state file belongs to this model; Lightning would ignore names that do not fit.
+
+    Raises:
+        UserError: it is not a state file, or its names are not those of the model.
+    """
     content = pickles.load(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if state is None or "loops" not in content:
-        raise UserError(f"'{path}' is no state of a run; name the run folder, or a last.ckpt")
+        raise UserError(f"'{path}' is not the state of a run; give the run folder, or a last.ckpt")
     model.configure_model()  # a first stage builds its loss, which has weights of its own
-    wanted = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
-    strange = sorted(state.keys() ^ wanted.keys())
-    if strange:
+    expected = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
+    mismatched = sorted(state.keys() ^ expected.keys())
+    if mismatched:
         raise UserError(
-            f"'{path}' does not fit the configuration: '{strange[0]}' is only in one of the two; resume with the "
+            f"'{path}' does not fit the configuration: '{mismatched[0]}' is only in one of the two; resume with the "
             "YAMLs and the placeholder that the run was started with"
         )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or a CUDA library means that memory was not enough."""
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
-        words in text for words in _OUT_OF_MEMORY
+        part in text for part in _OUT_OF_MEMORY
     )

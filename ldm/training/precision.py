@@ -1,4 +1,4 @@
-"""Half precision for what is frozen, float32 for what is learned."""
+"""Half precision for frozen weights, float32 for trained ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# What `lightning.trainer.precision` says, by the arithmetic of matrix products and convolutions.
+# `lightning.trainer.precision` -> the precision of matrix products and convolutions.
 _KINDS = {
     "16": "16-mixed",
     "16-mixed": "16-mixed",
@@ -24,13 +24,13 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class FrozenHalf(MixedPrecision):
-    """Autocast over weights that lie in half precision already.
+    """Autocast with frozen weights that are stored in half precision.
 
-    Autocast alone converts every weight at every use, for its cache is for trained weights only: a tenth of a step
-    of a denoiser of 220 million parameters at 32x32 latents on a CPU. Here the frozen
-    linear and convolutional layers of the denoiser and the text encoder are converted once, with the very same
-    numbers; norms, embeddings, the first stage and all that is trained stay in float32, and so do the optimiser and
-    the loss. After the run the layers are float32 again, with the precision of the half.
+    Autocast caches converted weights only if they are trained, so it converts frozen weights at every use: a tenth of
+    the step of a denoiser of 220 million parameters with 32x32 latents on a CPU. This plugin converts the frozen
+    linear and convolutional layers of the denoiser and the text encoder once; results are identical. Norms,
+    embeddings, the first stage, trained weights, the optimizer and the loss stay in float32. After the run the layers
+    are float32 again, with values rounded to half precision.
     """
 
     def __init__(self, precision: str, device: str) -> None:
@@ -39,8 +39,9 @@ class FrozenHalf(MixedPrecision):
         self._converted: list[nn.Module] = []
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        for name in ("model", "cond_stage_model"):
-            for layer in getattr(module, name, None).modules() if hasattr(module, name) else ():
+        parts = [getattr(module, name, None) for name in ("model", "cond_stage_model")]
+        for part in [part for part in parts if isinstance(part, nn.Module)]:
+            for layer in part.modules():
                 if isinstance(layer, _WEIGHTED) and not any(p.requires_grad for p in layer.parameters()):
                     self._converted.append(layer.to(self.dtype))
         return module
@@ -51,10 +52,10 @@ class FrozenHalf(MixedPrecision):
 
 
 def plugin_for(precision: Any, accelerator: str) -> FrozenHalf | None:
-    """What takes the place of Lightning's own plugin for a precision, if that is a half one.
+    """The plugin for a half precision; None for any other, which is left to Lightning.
 
-    Lightning's "true" precisions would convert the vectors and the optimiser too, and steps of 1e-3 are lost in the
-    8 bits of a bfloat16; they mean the same as "mixed" here.
+    Lightning's "true" precisions would also convert the vectors and the optimizer. A bfloat16 has 8 significant bits,
+    in which updates of 1e-3 are lost, so here "true" means the same as "mixed".
     """
     kind = _KINDS.get(str(precision))
     if kind is None:
@@ -63,7 +64,7 @@ def plugin_for(precision: Any, accelerator: str) -> FrozenHalf | None:
         accelerator, accelerator
     )
     if device == "cpu" and kind == "16-mixed":
-        logger.info("lightning.trainer.precision: %s is not for the CPU; using bf16-mixed", precision)
+        logger.info("lightning.trainer.precision: %s is not supported on a CPU; using bf16-mixed", precision)
         kind = "bf16-mixed"
     if device == "cuda" and kind == "bf16-mixed" and _emulates_bfloat16():
         logger.info("lightning.trainer.precision: this GPU has no bfloat16; using 16-mixed")
@@ -72,5 +73,5 @@ def plugin_for(precision: Any, accelerator: str) -> FrozenHalf | None:
 
 
 def _emulates_bfloat16() -> bool:
-    """GPUs before Ampere take it, but slowly and with more memory."""
+    """Whether the GPU only emulates bfloat16 (before Ampere), which is slow and needs more memory."""
     return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,123 +1,132 @@
-"""What is looked at before the first step, so that a run does not train for hours on nothing."""
+"""Checks before the first step, so that a run does not train for hours on nothing, and the summary of a run."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
 
 from ldm import random_state
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.personalization import TextEncoder
+from ldm.modules.prompt_tokenizer import PromptTokenizer
+from ldm.training.callbacks.base import personalization_of
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Captions drawn from a dataset that cannot list them.
+# The number of samples read from a dataset that cannot list its captions.
 SAMPLES = 32
 
 
-def check_captions(model: Any, dataset: Any) -> None:
-    """Every placeholder that is learned must occur in the captions, and fit into the text encoder whole.
+def check_captions(model: pl.LightningModule, dataset: Any) -> None:
+    """Check that the captions contain the learned placeholders, and that these fit into the token limit.
 
-    Raises UserError with the caption and the remedy; captions without any placeholder are told in one line.
+    Captions without a placeholder are one warning.
+
+    Raises:
+        UserError: no caption contains any placeholder or one of the dataset's, or a caption is too long for them.
     """
-    manager = getattr(model, "embedding_manager", None)
-    if manager is None:
+    manager = personalization_of(model)
+    if manager is None or not manager.string_to_token_dict:
         return
     captions = captions_of(dataset)
-    encoder = getattr(model, "cond_stage_model", None)
-    tokenizer = getattr(encoder, "prompt_tokenizer", None)
-    ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
-    if not captions or not ids:
+    if not captions:
         return
-    widths = getattr(manager, "placeholders", {})
-    full = {
-        word: len(manager.vectors(word)) if hasattr(manager, "vectors") else widths.get(word, 1)
-        for word in ids
-    }
-    without = [caption for caption in captions if not _found(caption, ids, tokenizer)]
+    tokenizer = cast(TextEncoder, model.cond_stage_model).prompt_tokenizer
+    ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
+    without = [caption for caption in captions if not tokenizer.found([caption], ids)]
     if len(without) == len(captions):
         words = ", ".join(f"'{word}'" for word in list(ids)[:3])
         raise UserError(
-            f"none of the captions holds the placeholder {words} (one is '{captions[0]}'); set placeholder_token of "
-            "the dataset, or --placeholder_string, to the same word"
+            f"none of the captions contains the placeholder {words} (one caption is '{captions[0]}'); set "
+            "placeholder_token of the dataset, or --placeholder_string, to the same word"
         )
+    found = tokenizer.found(captions, ids)
+    for word in getattr(dataset, "placeholders", ()):
+        if word in ids and word not in found:
+            raise UserError(
+                f"none of the captions contains the placeholder '{word}' (one caption is '{captions[0]}'); write "
+                "{} or [name] in the templates, or the word in the captions"
+            )
     if without:
         logger.warning(
-            "%d of %d captions hold no placeholder and teach nothing, such as '%s'",
+            "%d of %d captions contain no placeholder and train nothing, such as '%s'",
             len(without),
             len(captions),
             without[0],
         )
     if len(captions) == 1:
         logger.warning("all captions are '%s': the vectors will learn that sentence too", captions[0])
-    if tokenizer is None:
-        return
+    check_token_limit(captions, tokenizer, ids, manager.most_positions())
+
+
+def check_token_limit(
+    captions: list[str], tokenizer: PromptTokenizer, ids: Mapping[str, int], positions: Mapping[str, int]
+) -> None:
+    """Raise UserError for a caption in which a placeholder with its `positions` exceeds the token limit."""
     for caption in captions:
-        cut = tokenizer.truncated(caption, ids, full)
-        if cut:
+        if cut := tokenizer.truncated(caption, ids, positions):
             raise UserError(
                 f"the token limit of {tokenizer.max_length} cuts off the placeholder '{cut[0].placeholder}' in the "
                 f"caption '{caption[:120]}'; shorten the caption or use fewer vectors"
             )
 
 
-def check_progress(model: Any, max_steps: int | None) -> None:
-    """Say so if a run ends before its second progressive vector joins."""
-    manager = getattr(model, "embedding_manager", None)
-    scale = getattr(manager, "progressive_scale", 0)
-    if getattr(manager, "progressive_step", None) is not None and 0 < (max_steps or 0) <= scale:
+def check_progress(model: pl.LightningModule, max_steps: int | None) -> None:
+    """Warn if a run ends before progressive_words adds the second vector."""
+    manager = personalization_of(model)
+    # How vectors are added is a matter of this class, not of the Personalization protocol.
+    if not isinstance(manager, EmbeddingManager) or manager.progressive_step is None:
+        return
+    if 0 < (max_steps or 0) <= manager.progressive_scale:
         logger.warning(
             "progressive_words adds a vector every %d steps and the run ends after %d: only the first is learned; "
             "set personalization_config.params.progressive_scale lower or max_steps higher",
-            scale,
+            manager.progressive_scale,
             max_steps,
         )
 
 
 def captions_of(dataset: Any) -> list[str]:
-    """All captions of a dataset, or those of some samples where it cannot list them."""
+    """All captions of a dataset, or those of its first samples if it cannot list them."""
     if hasattr(dataset, "captions"):
         return list(dataset.captions())
     if not hasattr(dataset, "__len__"):
         return []
     with random_state.isolated(0):
         samples = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
-    found = [sample.get("caption") for sample in samples if isinstance(sample, dict)]
-    return list(dict.fromkeys(caption for caption in found if isinstance(caption, str)))
+    captions = [sample.get("caption") for sample in samples if isinstance(sample, dict)]
+    return list(dict.fromkeys(caption for caption in captions if isinstance(caption, str)))
 
 
-def _found(caption: str, ids: dict[str, int], tokenizer: Any) -> bool:
-    if tokenizer is None:
-        return any(word in caption for word in ids)
-    # No limit here: a placeholder beyond it is found, and reported as cut off.
-    content = tokenizer.truncated(caption, ids, dict.fromkeys(ids, 10**6))
-    return bool(content)
-
-
-def banner(
+def summary(
     *,
-    model: Any,
-    datasets: dict[str, Any],
+    model: pl.LightningModule,
+    datasets: Mapping[str, Any],
     device: str,
     steps: int | None,
     batch_size: int,
     rate: str,
-    folder: Any,
+    folder: Path,
 ) -> list[str]:
-    """The lines that say what is about to be trained on what."""
-    lines = []
-    manager = getattr(model, "embedding_manager", None)
+    """The log lines that describe a run: what is trained, on which images and device, how long and where."""
+    manager = personalization_of(model)
+    images = _images(datasets.get("train"))
     if manager is not None:
-        counts = {word: str(count) for word, count in getattr(manager, "placeholders", {}).items()}
-        words = ", ".join(
-            f"'{word}' ({count} vector{'s' * (count != '1')})" for word, count in list(counts.items())[:6]
-        )
-        lines.append(f"learning {words or 'new words'} from {_images(datasets.get('train'))}")
+        words = [
+            f"'{word}' ({count} vector{'s' * (count != 1)})" for word, count in manager.placeholders.items()
+        ]
+        lines = [f"learning {', '.join(words[:6]) or 'new words'} from {images}"]
     else:
-        lines.append(f"training {type(model).__name__} on {_images(datasets.get('train'))}")
+        lines = [f"training {type(model).__name__} on {images}"]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"{trainable:,} of {total:,} parameters are trained, on {device}")
-    lines.append(f"{f'{steps} steps' if steps else 'no end set'} of batch {batch_size}; {rate}")
+    lines.append(f"{f'{steps} steps' if steps else 'no limit'} of batch {batch_size}; {rate}")
     lines.append(f"run folder: {folder}")
     return lines
 

@@ -1,28 +1,28 @@
-"""A run from its command line to its last line."""
+"""A run, from its command line to its last log line."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
 from ldm.training import command_line, config, preflight, run_folder
-from ldm.training.callbacks.checkpoint import is_personalization
+from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
-from ldm.training.callbacks.interruption import Requests, listening
+from ldm.training.callbacks.interruption import Requests, handle_signals
 from ldm.training.callbacks.progress import total_steps
 from ldm.training.fitting import fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
@@ -45,13 +45,13 @@ from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 SEED = 23
-# The model that scripts/txt2img.py uses when it is told of no other.
+# The default model of scripts/txt2img.py.
 EMBEDDED_MODEL = "models/ldm/creatures/model.safetensors"
 
 
 @dataclass
 class Plan:
-    """What a command line comes to: a checked configuration, a folder, and the state to go on from."""
+    """A checked command line: the configuration, the run folder, and the state to resume from."""
 
     options: argparse.Namespace
     config: DictConfig
@@ -59,47 +59,50 @@ class Plan:
     state: Path | None
 
 
-def run(argv: Sequence[str]) -> int:
-    """Do what a command line says and return the exit code of a run that did not fail.
+def run(argv: Sequence[str], prog: str = "main.py") -> int:
+    """Run a command line and return the exit code.
 
-    Raises UserError (exit codes 1 and 2) for what the user can mend.
+    Raises:
+        UserError: a mistake that the user can correct; it has the exit code 1 or 2.
+        Interrupted: a signal asked the run to stop before its training.
     """
-    plan = make_plan(command_line.parse(argv))
+    plan = make_plan(command_line.parse(argv, prog))
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
-    where = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
+    devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
     model = make_model(plan.config)
-    preflight.check_captions(model, getattr(data, "datasets", {}).get("train"))
+    datasets = getattr(data, "datasets", {})
+    preflight.check_captions(model, datasets.get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
     requests = Requests()
-    with listening(requests):
-        trainer = make_trainer(plan, model, where, requests)
+    with handle_signals(requests):
+        trainer = make_trainer(plan, model, devices, requests)
         rate = set_learning_rate(plan.config, model, trainer)
         if trainer.is_global_zero:
-            log_plan(plan, model, data, trainer, rate)
+            log_plan(plan, model, datasets, trainer, rate)
         if not plan.options.train:
-            logger.info("everything fits; add -t to train")
+            logger.info("the configuration is valid; add -t to train")
             return 0
         try:
             fit(plan.run, plan.state, trainer, model, data)
         except Interrupted as stop:
             logger.info("stopped by %s at step %d", stop, trainer.global_step)
             log_results(plan, model, trainer, finished=False)
-            # Of several processes the first speaks for all: it would be killed if another one had failed.
+            # The exit code is that of the first process; with another code, Lightning would kill the first one.
             return stop.exit_code if trainer.is_global_zero else 0
     log_results(plan, model, trainer, finished=True)
     if (
         not plan.options.no_test
         and is_overridden("test_step", model, pl.LightningModule)
-        and getattr(data, "datasets", {}).get("test")
+        and datasets.get("test")
     ):
         trainer.test(model, datamodule=data)
     return 0
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """Read and check the configuration; nothing is built or written."""
+    """Read and check the configuration; this builds and writes nothing."""
     resume, name = options.resume, options.name
     if options.project and not resume:
         resume, name = (options.project, name) if Path(options.project).is_dir() else ("", options.project)
@@ -109,7 +112,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
         merged = config.load_run_config(options, [*folder.saved_configs(), *options.base])
     else:
         if not options.base:
-            raise UsageError("name a YAML with --base, as configs/latent-diffusion/txt2img-finetune.yaml")
+            raise UsageError(
+                "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml"
+            )
         folder, state = None, None
         merged = config.load_run_config(options, options.base)
     config.check_run_config(merged, known)
@@ -130,7 +135,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def make_data(merged: DictConfig) -> pl.LightningDataModule:
-    """The data module with its datasets, so that a bad folder is found before any weight is read."""
+    """The data module with its datasets; built first, so that a wrong folder is found before weights are read."""
     data = instantiate_from_config(merged["data"])
     data.prepare_data()
     data.setup("fit")
@@ -138,7 +143,7 @@ def make_data(merged: DictConfig) -> pl.LightningDataModule:
 
 
 def make_model(merged: DictConfig) -> pl.LightningModule:
-    """The model, filled from `actual_resume` if that is given."""
+    """The model, with the weights of `actual_resume` if that is given."""
     node = merged["model"]
     if path := merged.get("actual_resume"):
         logger.info("reading %s", path)
@@ -146,20 +151,22 @@ def make_model(merged: DictConfig) -> pl.LightningModule:
     else:
         model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
         if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):
-            logger.warning("no --actual_resume: the frozen model has random weights and will teach nothing")
+            logger.warning(
+                "no --actual_resume: the frozen model has random weights, so nothing useful is learned"
+            )
     if not isinstance(model, pl.LightningModule):
-        raise ConfigError(f"model.target {node['target']} is no LightningModule")
-    # Lightning trains a model in the mode it finds it in, and loading leaves it in evaluation mode.
+        raise ConfigError(f"model.target {node['target']} is not a LightningModule")
+    # Lightning keeps the mode of the model, and loading a checkpoint sets evaluation mode.
     return model.train()
 
 
-def make_trainer(plan: Plan, model: pl.LightningModule, where: Devices, requests: Requests) -> pl.Trainer:
+def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, requests: Requests) -> pl.Trainer:
     """Lightning's Trainer for this run."""
     personalization = is_personalization(model)
     lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
-    if where.accelerator == "cuda":
+    if devices.accelerator == "cuda":
         lightning["callbacks"].setdefault("cuda_callback", OPTIONAL_CALLBACKS["cuda_callback"])
-    kwargs = trainer_kwargs(lightning, where, personalization=personalization)
+    kwargs = trainer_kwargs(lightning, devices, personalization=personalization)
     callbacks = make_callbacks(
         lightning, plan.config, plan.run, model, requests, resume=str(plan.state or "")
     )
@@ -180,12 +187,14 @@ def make_trainer(plan: Plan, model: pl.LightningModule, where: Devices, requests
         raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
 
 
-def log_plan(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Trainer, rate: str) -> None:
-    """Log what is about to be trained."""
+def log_plan(
+    plan: Plan, model: pl.LightningModule, datasets: Mapping[str, Any], trainer: pl.Trainer, rate: str
+) -> None:
+    """Log what is trained, on what, and where."""
     root = trainer.strategy.root_device
-    lines = preflight.banner(
+    lines = preflight.summary(
         model=model,
-        datasets=getattr(data, "datasets", {}),
+        datasets=datasets,
         device="the CPU"
         if root.type == "cpu"
         else f"{trainer.world_size} x {torch.cuda.get_device_name(root)}",
@@ -199,13 +208,14 @@ def log_plan(plan: Plan, model: pl.LightningModule, data: Any, trainer: pl.Train
 
 
 def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:
-    """Log where everything is and what to type next."""
+    """Log where the results are and the next command to type."""
     if not trainer.is_global_zero:
         return
     logger.info("run folder: %s", plan.run.path)
-    if is_personalization(model) and plan.run.embeddings.is_file():
+    manager = personalization_of(model)
+    if manager is not None and plan.run.embeddings.is_file():
         logger.info("embeddings: %s", plan.run.embeddings)
-        words = list(model.embedding_manager.string_to_token_dict)
+        words = list(manager.string_to_token_dict)
         base = plan.config.get("actual_resume")
         command = ["python", "scripts/txt2img.py", "--embedding_path", str(plan.run.embeddings)]
         if base and Path(base) != Path(EMBEDDED_MODEL):
@@ -214,8 +224,8 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
     elif plan.run.last.is_file():
         logger.info("checkpoint: %s", plan.run.last)
     if not finished and plan.run.last.is_file():
-        logger.info("go on with: %s", shlex.join(["python", "main.py", "-r", str(plan.run.path), "-t"]))
-    for callback in trainer.callbacks:
+        logger.info("resume with: %s", shlex.join(["python", "main.py", "-r", str(plan.run.path), "-t"]))
+    for callback in callbacks_of(trainer):
         if isinstance(callback, DeterministicLoss) and (
             verdict := callback.verdict(trainer, finished=finished)
         ):

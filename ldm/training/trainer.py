@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run: its devices, options (old names included), callbacks and loggers."""
+"""Lightning's Trainer for a run: devices, options (including old names), callbacks and loggers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -15,20 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile, is_personalization
+from ldm.training.callbacks.base import RunCallback, is_personalization
+from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.training.precision import plugin_for
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
+from ldm.util import ConfigError, UsageError, UserError, check_integer, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run computes: an accelerator, its devices, and how many they are on one machine."""
+    """The devices of a run: the accelerator, "cuda" or "cpu", and a number of devices or their indices."""
 
     accelerator: str
     devices: int | list[int]
@@ -39,9 +39,12 @@ class Devices:
 
 
 def parse_gpus(gpus: Any) -> int | list[int] | None:
-    """The meaning of Lightning 1.x: "0," and "0,1" and lists name devices, "2" is a count, -1 is all.
+    """Read `--gpus` as Lightning 1.x does: "0," and "0,1" and lists are indices, "2" is a count, -1 is all.
 
-    None where nothing was asked for, 0 for no GPU.
+    Returns None if it is not given, and 0 for no GPU.
+
+    Raises:
+        UsageError: it is none of these.
     """
     if gpus is None or gpus == "":
         return None
@@ -62,51 +65,52 @@ def parse_gpus(gpus: Any) -> int | list[int] | None:
 
 
 def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int:
-    """How many processes `lightning.trainer` asks for: devices, its own or those chosen, times `num_nodes`.
+    """The number of processes for a `lightning.trainer` node: its devices, or the chosen ones, times `num_nodes`.
 
-    -1, which is all GPUs, may be several.
+    -1, all GPUs, counts as 2 if no devices are chosen yet.
     """
     nodes = int(trainer.get("num_nodes") or 1)
-    said = trainer.get("devices")
-    if said is None or said == "auto":
+    given = trainer.get("devices")
+    if given is None or given == "auto":
         if devices is not None:
             return devices.count * nodes
-        said = trainer.get("gpus")
-    said = parse_gpus(said)
-    count = len(said) if isinstance(said, list) else 2 if said == -1 else max(said or 1, 1)
+        given = trainer.get("gpus")
+    gpus = parse_gpus(given)
+    count = len(gpus) if isinstance(gpus, list) else 2 if gpus == -1 else max(gpus or 1, 1)
     return count * nodes
 
 
 def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
-    """The devices for a run; without CUDA one line says that the CPU is used, unless `accelerator` says so.
+    """The devices for a run; without CUDA the CPU, which is logged unless `accelerator` is "cpu".
 
-    Raises UserError for a GPU that this machine does not have.
+    Raises:
+        UserError: this machine does not have the GPU.
     """
-    wanted = parse_gpus(gpus)
+    requested = parse_gpus(gpus)
     if str(accelerator).lower() == "cpu":
         return Devices("cpu", 1)
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if there == 0:
-        if wanted not in (None, 0):
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if available == 0:
+        if requested not in (None, 0):
             logger.info("no CUDA device here: training on the CPU")
         return Devices("cpu", 1)
-    if wanted is None:
+    if requested is None:
         return Devices("cuda", [0])
-    if wanted == -1:
-        return Devices("cuda", there)
-    if wanted in (0, []):
+    if requested == -1:
+        return Devices("cuda", available)
+    if requested in (0, []):
         return Devices("cpu", 1)
-    if isinstance(wanted, int):
-        if not 0 < wanted <= there:
-            raise UserError(f"--gpus {wanted} asks for {wanted} GPUs; this machine has {there}")
-        return Devices("cuda", wanted)
-    absent = [number for number in wanted if not 0 <= number < there]
+    if isinstance(requested, int):
+        if not 0 < requested <= available:
+            raise UserError(f"--gpus {requested} asks for {requested} GPUs; this machine has {available}")
+        return Devices("cuda", requested)
+    absent = [number for number in requested if not 0 <= number < available]
     if absent:
-        raise UserError(f"--gpus asks for GPU {absent[0]}; this machine has {there}, numbered from 0")
-    return Devices("cuda", sorted(set(wanted)))
+        raise UserError(f"--gpus asks for GPU {absent[0]}; this machine has {available}, numbered from 0")
+    return Devices("cuda", sorted(set(requested)))
 
 
-# Old name -> today's name; None where nothing is left to set.
+# Options of Lightning 1.x -> their current names; None if there is no such option any more.
 OLD_TRAINER_KEYS: dict[str, str | None] = {
     "gpus": "gpus",
     "num_processes": "devices",
@@ -133,12 +137,12 @@ OLD_TRAINER_KEYS: dict[str, str | None] = {
     "truncated_bptt_steps": None,
     "multiple_trainloader_mode": None,
 }
-# Values of `accelerator` that are strategies now.
+# Old values of `accelerator` that are now values of `strategy`.
 _STRATEGIES = ("ddp", "ddp_spawn", "ddp2", "dp", "horovod")
 
 
 def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer options with old names replaced, or dropped with a line that says so; `gpus` stays."""
+    """Trainer options with current names; an option that no longer exists is dropped and logged. `gpus` stays."""
     found: dict[str, Any] = {}
     for key, value in options.items():
         if key not in OLD_TRAINER_KEYS:
@@ -154,8 +158,7 @@ def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# Callbacks that a run has without being told. A YAML changes their parameters under the same names, and adds
-# others by a node with a target.
+# The callbacks of every run. A YAML sets their parameters under these names, and adds others as nodes with a target.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     "image_logger": {
         "target": "ldm.training.callbacks.image_logger.ImageLogger",
@@ -168,21 +171,21 @@ DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
         "params": {"logging_interval": "step"},
     },
 }
-# Those that a personalization has besides.
+# Further callbacks of a run that trains a personalization.
 PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
     "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
-    "tripwires": {"target": "ldm.training.callbacks.guard.TrainingGuard", "params": {}},
+    "training_guard": {"target": "ldm.training.callbacks.guard.TrainingGuard", "params": {}},
     "deterministic_loss": {
         "target": "ldm.training.callbacks.fixed_loss.DeterministicLoss",
         "params": {},
     },
-    "health": {"target": "ldm.training.callbacks.guard.VectorStats", "params": {}},
-    "summary_pictures": {
+    "vector_stats": {"target": "ldm.training.callbacks.guard.VectorStats", "params": {}},
+    "summary_images": {
         "target": "ldm.training.callbacks.summary_images.SummaryImages",
         "params": {},
     },
 }
-# Added only where a YAML names them, or where they have something to do.
+# Callbacks that are added if a YAML names them; cuda_callback also on a GPU.
 OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
     "cuda_callback": {"target": "ldm.training.callbacks.performance.CUDACallback", "params": {}},
     "warm_start": {"target": "ldm.training.callbacks.warm_start.WarmStart", "params": {}},
@@ -199,20 +202,40 @@ OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
     },
 }
 KNOWN_CALLBACKS = DEFAULT_CALLBACKS | PERSONALIZATION_CALLBACKS | OPTIONAL_CALLBACKS
-# Loggers that Lightning has no more.
+# Old names of callbacks in YAMLs -> current names.
+OLD_CALLBACK_NAMES = {
+    "tripwires": "training_guard",
+    "health": "vector_stats",
+    "summary_pictures": "summary_images",
+}
+# Loggers that Lightning no longer has.
 _GONE_LOGGERS = ("TestTubeLogger",)
-# What of `modelcheckpoint` is about last.ckpt; anything else asks for Lightning's own callback beside it.
+# Params of `modelcheckpoint` for last.ckpt; any other param adds Lightning's ModelCheckpoint.
 _LAST_CHECKPOINT_KEYS = ("every_n_train_steps", "save_last", "verbose", "dirpath", "filename")
 _MODEL_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
 
 
+def rename_callbacks(config: DictConfig) -> DictConfig:
+    """A configuration in which old names of callbacks are replaced by the current ones."""
+    callbacks = OmegaConf.select(config, "lightning.callbacks", throw_on_missing=False)
+    if not isinstance(callbacks, DictConfig) or not callbacks.keys() & OLD_CALLBACK_NAMES.keys():
+        return config
+    config = config.copy()
+    renamed = OmegaConf.create({})
+    for name, node in callbacks.items_ex(resolve=False):
+        name = OLD_CALLBACK_NAMES.get(str(name), name)
+        renamed[name] = OmegaConf.merge(renamed[name], node) if renamed.get(name) and node else node
+    config["lightning"]["callbacks"] = renamed
+    return config
+
+
 def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: bool = False) -> DictConfig:
-    """The `lightning` node with every callback's target filled in, so that it can be checked and built."""
-    node = OmegaConf.create(lightning or {})
+    """The `lightning` node with the default callbacks and all targets, so that it can be checked and built."""
+    node = OmegaConf.create(dict(lightning or {}))
     named = node.get("callbacks") or {}
-    usual = DEFAULT_CALLBACKS | (PERSONALIZATION_CALLBACKS if personalization else {})
+    defaults = DEFAULT_CALLBACKS | (PERSONALIZATION_CALLBACKS if personalization else {})
     node["callbacks"] = OmegaConf.merge(
-        usual | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
+        defaults | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
     )
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
@@ -228,44 +251,42 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
 def trainer_kwargs(
     lightning: Mapping[str, Any], devices: Devices, *, personalization: bool
 ) -> dict[str, Any]:
-    """Options for Lightning's Trainer: what is usual here, then what the YAML and the flags say."""
-    said = translate_old_keys(
-        OmegaConf.to_container(OmegaConf.create(lightning.get("trainer") or {}), resolve=True)
-    )
-    said.pop("gpus", None)
-    said = {
-        key: value for key, value in said.items() if value is not None or key == "check_val_every_n_epoch"
+    """Options for Lightning's Trainer: the defaults, then those of the YAML and the flags."""
+    node = OmegaConf.to_container(OmegaConf.create(lightning.get("trainer") or {}), resolve=True)
+    options = translate_old_keys(cast(dict[str, Any], node))
+    options.pop("gpus", None)
+    options = {
+        key: value for key, value in options.items() if value is not None or key == "check_val_every_n_epoch"
     }
-    if personalization and not {"max_steps", "max_epochs", "max_time"} & said.keys():
+    if personalization and not {"max_steps", "max_epochs", "max_time"} & options.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
-        said["max_steps"] = 6100
-    several = processes(said, devices) > 1
-    usual = {
+        options["max_steps"] = 6100
+    defaults = {
         "accelerator": "gpu" if devices.accelerator == "cuda" else "cpu",
         "devices": devices.devices,
-        "strategy": "ddp" if several else "auto",
+        "strategy": "ddp" if processes(options, devices) > 1 else "auto",
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 10,
         "enable_model_summary": False,
-        # The data module's sampler divides the samples itself.
+        # The data module's sampler distributes the samples itself.
         "use_distributed_sampler": False,
     }
-    if "max_steps" not in said and "max_epochs" not in said:
-        usual["max_epochs"] = -1
-    return usual | said
+    if "max_steps" not in options and "max_epochs" not in options:
+        defaults["max_epochs"] = -1
+    return defaults | options
 
 
 def check_lengths(lightning: Mapping[str, Any]) -> None:
-    """Raise UsageError for numbers of steps or epochs that make no sense."""
+    """Raise UsageError unless max_steps and max_epochs are whole numbers from 1, or -1 for no limit."""
     for key in ("max_steps", "max_epochs"):
         number = (lightning.get("trainer") or {}).get(key)
-        if number is not None and (not isinstance(number, int) or (number < 1 and number != -1)):
-            raise UsageError(f"{key} is {number!r}; it must be a whole number from 1 on (-1: no limit)")
+        if number not in (None, -1):
+            check_integer(number, key, error=UsageError)
 
 
 def make_loggers(lightning: Mapping[str, Any], run: RunFolder) -> list[Logger]:
-    """CSV always; TensorBoard where it is installed, or the logger that the YAML names."""
-    # A file for each start of the run: Lightning empties an old one.
+    """The CSV logger, and the logger of the YAML or else TensorBoard, if it is installed."""
+    # A folder of its own for each start of the run, because Lightning deletes an old file.
     loggers: list[Logger] = [CSVLogger(run.path, name="csv", version=run.now)]
     if node := lightning.get("logger"):
         params = {"save_dir": str(run.path)} | dict(node.get("params") or {})
@@ -282,9 +303,14 @@ def make_loggers(lightning: Mapping[str, Any], run: RunFolder) -> list[Logger]:
 
 
 def make_callbacks(
-    lightning: DictConfig, config: DictConfig, run: RunFolder, model: Any, requests: Requests, resume: str
+    lightning: DictConfig,
+    config: DictConfig,
+    run: RunFolder,
+    model: pl.LightningModule,
+    requests: Requests,
+    resume: str,
 ) -> list[Callback]:
-    """All callbacks of a run; those whose `before_saving` is true go before the one that meets signals."""
+    """All callbacks of a run, in their order (see `RunCallback.runs_before_saving`)."""
     nodes = {name: node for name, node in lightning["callbacks"].items() if node is not None}
     checkpoint = dict((lightning.get("modelcheckpoint") or {}).get("params") or {})
     every = checkpoint.get("every_n_train_steps") or 500
@@ -300,20 +326,20 @@ def make_callbacks(
         logdir=run.path,
         ckptdir=run.checkpoints,
         cfgdir=run.configs,
-        config=OmegaConf.masked_copy(config, [key for key in config if key != "lightning"]),
+        config=OmegaConf.masked_copy(config, [str(key) for key in config if key != "lightning"]),
         lightning_config=config.get("lightning") or OmegaConf.create({}),
     )
     built = [instantiate_from_config(node) for node in nodes.values()]
     for callback in built:
-        if hasattr(callback, "requests"):
+        if isinstance(callback, RunCallback):
             callback.requests = requests
     last = LastCheckpoint(run.last, every_n_train_steps=every)
     further = {key: value for key, value in checkpoint.items() if key not in _LAST_CHECKPOINT_KEYS}
     if further and not is_personalization(model):
         built.append(_model_checkpoint(checkpoint, run))
     savers = [callback.save_now for callback in built if isinstance(callback, EmbeddingSaver)]
-    early = [callback for callback in built if getattr(callback, "before_saving", False)]
-    later = [callback for callback in built if callback not in early]
+    early = [one for one in built if isinstance(one, RunCallback) and one.runs_before_saving]
+    later = [one for one in built if one not in early]
     interruption = Interruption(requests, [last.save_now, *savers])
     return [setup, StepGuard(requests), ValidationSeed(), *early, interruption, *later, last]
 
@@ -326,8 +352,9 @@ def build_trainer(
     *,
     personalization: bool = False,
 ) -> pl.Trainer:
-    """Lightning's Trainer in the run folder; a `personalization` in half precision learns in float32 all the same."""
-    options, plugins = dict(options), [StateFile()]
+    """Lightning's Trainer; a personalization is trained in float32 even if the frozen model is in half precision."""
+    options = dict(options)
+    plugins: list[Any] = [StateFile()]
     if personalization and (half := plugin_for(options.get("precision"), options.get("accelerator", "auto"))):
         del options["precision"]
         plugins.append(half)
@@ -339,5 +366,5 @@ def build_trainer(
 
 
 def _model_checkpoint(params: Mapping[str, Any], run: RunFolder) -> ModelCheckpoint:
-    usual = {"dirpath": str(Path(run.checkpoints)), "filename": "{epoch:06}-{step:09}"}
-    return ModelCheckpoint(**usual | {k: v for k, v in params.items() if k != "save_last"})
+    defaults = {"dirpath": str(run.checkpoints), "filename": "{epoch:06}-{step:09}"}
+    return ModelCheckpoint(**defaults | {k: v for k, v in params.items() if k != "save_last"})

@@ -29,13 +29,13 @@ def tiny_config() -> Any:
 
 
 @pytest.fixture
-def pictures() -> PersonalizedBase:
+def images() -> PersonalizedBase:
     return PersonalizedBase(CONCEPT, size=32, repeats=2, seed=1)
 
 
 @pytest.fixture
 def subject(tiny_config: Any, tmp_path: Path) -> TimedModel:
-    """As a run of main.py sees it: batches of 2 pictures of 32 x 32."""
+    """As a run of main.py sees it: batches of 2 images of 32 x 32."""
     tiny_config.model.base_learning_rate = 5e-3
     tiny_config.data = {
         "target": "main.DataModuleFromConfig",

@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from benchmarks.original import OriginalLoop, plain_attention
+from benchmarks.loops import OriginalLoop, batches, plain_attention, twin
 from benchmarks.step_time import as_diffusers
-from benchmarks.supply import batches
-from benchmarks.twin import twin
 from ldm.modules.attention import attend
 from ldm.training.callbacks.latent_cache import LatentCache
 
 
 def ours(model: Any, dataset: Any, cpu: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient of our step on the first two pictures, from the cache as in a run."""
+    """Loss and gradient of our step on the first two images, from the cache as in a run."""
     cached = LatentCache().cached(model, dataset, cpu)
     batch = default_collate([cached[i] for i in range(2)])
     assert "image" not in batch
@@ -28,9 +26,9 @@ def ours(model: Any, dataset: Any, cpu: torch.device) -> tuple[torch.Tensor, tor
     return loss.detach(), vectors.grad[0].clone()
 
 
-def test_the_original_arithmetic_is_the_same_loss_and_gradient(tiny_model, pictures, cpu):
-    loop = OriginalLoop(tiny_model, batches(pictures, 2, cpu), cpu, 1e-3)
-    expected, gradient = ours(tiny_model, pictures, cpu)
+def test_the_original_arithmetic_is_the_same_loss_and_gradient(tiny_model, images, cpu):
+    loop = OriginalLoop(tiny_model, batches(images, 2, cpu), cpu, 1e-3)
+    expected, gradient = ours(tiny_model, images, cpu)
     torch.manual_seed(5)
     loss = loop.loss(next(loop.batches))
     loss.backward()
@@ -41,14 +39,12 @@ def test_the_original_arithmetic_is_the_same_loss_and_gradient(tiny_model, pictu
     )
 
 
-def test_the_diffusers_loop_is_the_same_loss_and_gradient(
-    tiny_model, tiny_config, pictures, cpu, monkeypatch
-):
+def test_the_diffusers_loop_is_the_same_loss_and_gradient(tiny_model, tiny_config, images, cpu, monkeypatch):
     pytest.importorskip("diffusers")
     # torch draws other numbers for a tensor that is a part of another; diffusers asks by the shape.
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape))
-    loop = as_diffusers(tiny_model, tiny_config, batches(pictures, 2, cpu), cpu, "float32")
-    expected, gradient = ours(tiny_model, pictures, cpu)
+    loop = as_diffusers(tiny_model, tiny_config, batches(images, 2, cpu), cpu, "float32")
+    expected, gradient = ours(tiny_model, images, cpu)
     torch.manual_seed(5)
     loss = loop.loss(next(loop.batches))
     loss.backward()
@@ -59,9 +55,9 @@ def test_the_diffusers_loop_is_the_same_loss_and_gradient(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_diffusers_loop_moves_the_new_word_alone(tiny_model, tiny_config, pictures, cpu, precision):
+def test_the_diffusers_loop_moves_the_new_word_alone(tiny_model, tiny_config, images, cpu, precision):
     pytest.importorskip("diffusers")
-    loop = as_diffusers(tiny_model, tiny_config, batches(pictures, 2, cpu), cpu, precision)
+    loop = as_diffusers(tiny_model, tiny_config, batches(images, 2, cpu), cpu, precision)
     before = loop.table.detach().clone()
     loop()
     assert torch.equal(loop.table[:-1], before[:-1])
@@ -69,8 +65,8 @@ def test_the_diffusers_loop_moves_the_new_word_alone(tiny_model, tiny_config, pi
     assert next(loop.denoiser.parameters()).dtype is getattr(torch, precision)
 
 
-def test_the_original_loop_has_vectors_of_its_own(tiny_model, pictures, cpu, monkeypatch):
-    loop = OriginalLoop(tiny_model, batches(pictures, 2, cpu), cpu, 1e-3)
+def test_the_original_loop_trains_its_own_vectors(tiny_model, images, cpu, monkeypatch):
+    loop = OriginalLoop(tiny_model, batches(images, 2, cpu), cpu, 1e-3)
     (mine,) = tiny_model.embedding_manager.embedding_parameters()
     before = mine.detach().clone()
 
@@ -109,8 +105,8 @@ def test_a_twin_shares_what_is_frozen_until_it_is_cast(tiny_model):
     assert {parameter.dtype for parameter in tiny_model.parameters()} == {torch.float32}
 
 
-def test_batches_come_again_and_again(pictures, cpu):
-    supply = batches(pictures, 2, cpu, distinct=3)
+def test_batches_repeat_without_end(images, cpu):
+    supply = batches(images, 2, cpu, distinct=3)
     taken = [next(supply) for _ in range(4)]
     assert taken[0]["image"].shape == (2, 32, 32, 3)
     assert taken[3] is taken[0] and taken[1] is not taken[0]

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.report import Report, table, verdict
 
 
-def test_a_report_is_written_for_people_and_for_programs(tmp_path):
+def test_a_report_is_written_as_markdown_and_json(tmp_path):
     report = Report("speed", "How fast", ("loop", "ms"), {"rounds": 3}, notes=["A note."], data={"s": [0.1]})
     report.rows.append(("ours", "1.0"))
     path = report.write(tmp_path / "results")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from benchmarks import step_time
+from benchmarks.rounds import OURS
 from benchmarks.step_time import Bench
 from benchmarks.subjects import EMBEDDED, fill_zeros, stable_diffusion
-from benchmarks.turns import OURS
 from ldm.training import command_line, run
 
 
-def test_ours_is_a_run_and_the_other_takes_turns_with_it(subject, tmp_path, cpu, monkeypatch):
+def test_steps_of_a_run_and_of_the_other_loop_take_turns(subject, tmp_path, cpu, monkeypatch):
     bench = Bench(subject, tmp_path, cpu, rounds=3, warm_up=1)
     steps = []
     step = step_time.OriginalLoop.__call__
@@ -55,7 +55,7 @@ def test_the_subjects_fit_our_command_line(tmp_path):
     assert plan.config.model.params.unet_config.params.model_channels == 320
 
 
-def test_layers_that_begin_at_zero_are_drawn():
+def test_zero_layers_are_initialized():
     zero = torch.nn.Conv2d(4, 4, 1)
     torch.nn.init.zeros_(zero.weight)
     other = torch.nn.Linear(2, 2)

@@ -18,7 +18,7 @@ from ldm.evaluation.edits import edits_of
 from ldm.generate.embeddings import load_embeddings
 
 
-def test_the_aim_must_be_held():
+def test_the_target_must_be_held_at_the_next_waypoint():
     curve = [(10, 1.0, 0.2), (20, 2.0, 0.6), (30, 3.0, 0.4), (40, 4.0, 0.5), (50, 5.0, 0.7)]
     assert reached(curve, 0.5) == 4.0  # at 2 seconds it was luck
     assert reached(curve, 0.6) == 5.0
@@ -31,7 +31,7 @@ def result(identity: float, seconds: float, edits: float = 0.5) -> dict:
     return {"curve": curve, "seconds": seconds, "identity": identity, "edits": edits}
 
 
-def test_both_have_the_aim_that_paper_sets():
+def test_both_recipes_have_the_target_that_paper_sets():
     one = compared(result(0.8, 100.0), result(0.75, 8.0))
     assert one["aim"] == pytest.approx(0.72)
     assert one["seconds"] == {"paper": 100.0, "fast": 8.0}
@@ -39,7 +39,7 @@ def test_both_have_the_aim_that_paper_sets():
     assert factor(compared(result(0.8, 100.0), result(0.5, 8.0))["seconds"]) == 0.0
 
 
-def test_the_table_says_what_is_missed(tmp_path):
+def test_the_table_shows_missed_bars(tmp_path):
     report = Report("t", "T", ("concept", "aim", "p", "f", "x", "end", "identity", "edits"), {})
     fill(report, {"bobo": compared(result(0.8, 100.0), result(0.5, 8.0))})
     text = report.markdown()
@@ -52,7 +52,7 @@ def saved(model: Any, path: Path) -> Tensor:
     return model.embedding_manager.export()["*"]
 
 
-def test_a_run_leaves_its_waypoints(subject, tmp_path):
+def test_a_run_saves_its_waypoints(subject, tmp_path):
     run = runs.prepare(
         subject.argv(
             tmp_path, "--max_steps", "4", "lightning.callbacks.image_logger.params.batch_frequency=0"
@@ -72,14 +72,14 @@ def test_a_run_leaves_its_waypoints(subject, tmp_path):
 
 class Counting:
     def __init__(self) -> None:
-        self.asked: list[Path] = []
+        self.scored_files: list[Path] = []
 
     def identity(self, vectors: Path, concept: object) -> float:
-        self.asked.append(vectors)
+        self.scored_files.append(vectors)
         return 0.5
 
     def editability(self, vectors: Path, concept: object) -> float:
-        self.asked.append(vectors)
+        self.scored_files.append(vectors)
         return 0.25
 
 
@@ -89,14 +89,14 @@ def test_nothing_is_scored_twice(tmp_path):
     first = scored(scorer, CONCEPT, tmp_path)
     assert first["curve"] == [(5, 1.5, 0.5), (10, 2.5, 0.5)]
     assert (first["seconds"], first["identity"], first["edits"]) == (2.5, 0.5, 0.25)
-    assert [path.name for path in scorer.asked] == ["5.pt", "10.pt", "result.pt", "result.pt"]
+    assert [path.name for path in scorer.scored_files] == ["5.pt", "10.pt", "result.pt", "result.pt"]
     assert scored(Counting(), CONCEPT, tmp_path) == first
     again = Counting()
     scored(again, CONCEPT, tmp_path)
-    assert again.asked == []
+    assert again.scored_files == []
 
 
-def test_another_recipe_or_model_begins_anew(tmp_path, monkeypatch):
+def test_another_recipe_or_model_has_another_digest(tmp_path, monkeypatch):
     settings = {"model": "a", "threads": 2}
     before = digest("fast", settings)
     assert before == digest("fast", dict(settings))
@@ -107,10 +107,10 @@ def test_another_recipe_or_model_begins_anew(tmp_path, monkeypatch):
     assert before != digest("fast", settings)
 
 
-def test_a_score_is_of_the_evaluation(tiny_model, tmp_path, monkeypatch):
+def test_scores_are_those_of_the_evaluation(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "edits_of", lambda creature: edits_of(creature)[:1])
     tiny_model.embedding_manager.save(tmp_path / "e.pt")
-    scorer = Scorer(tiny_model, None, pictures=2, edit_pictures=1, steps=2)
+    scorer = Scorer(tiny_model, None, images=2, edit_images=1, steps=2)
     concept = read_concept(CONCEPT)
     identity = scorer.identity(tmp_path / "e.pt", concept)
     assert identity == scorer.identity(tmp_path / "e.pt", concept)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm import prompts
 from ldm.data import personalized, personalized_style
-from ldm.data.personalized import PersonalizedBase
+from ldm.data.personalized import ImageSet, PersonalizedBase, squares
 from ldm.util import UserError
 
 PINNED = [
@@ -25,12 +25,12 @@ COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
 
 
 def folder_of(path, colours=COLOURS, size=(24, 16)):
-    """Pictures with a white left half, so that a mirrored one can be told."""
+    """Images with a white left half, so that flipping can be seen."""
     path.mkdir(exist_ok=True)
     for i, colour in enumerate(colours):
-        picture = Image.new("RGB", size, colour)
-        picture.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
-        picture.save(path / f"{i:02}.png")
+        image = Image.new("RGB", size, colour)
+        image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
+        image.save(path / f"{i:02}.png")
     return path
 
 
@@ -63,10 +63,10 @@ def test_only_the_training_set_repeats(folder):
 
 
 def test_crop_by_default_stretch_on_request(tmp_path):
-    picture = Image.new("RGB", (48, 16), "black")
-    picture.paste((255, 255, 255), (16, 0, 32, 16))
+    image = Image.new("RGB", (48, 16), "black")
+    image.paste((255, 255, 255), (16, 0, 32, 16))
     (tmp_path / "set").mkdir()
-    picture.save(tmp_path / "set" / "a.png")
+    image.save(tmp_path / "set" / "a.png")
     cropped = PersonalizedBase(tmp_path / "set", size=16)[0]["image"]
     assert (cropped == 1).all()
     stretched = PersonalizedBase(tmp_path / "set", size=16, center_crop=False)[0]["image"]
@@ -74,7 +74,7 @@ def test_crop_by_default_stretch_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "bilinear", "bicubic", "lanczos"])
-def test_numbers_are_pillows(tmp_path, interpolation: str):
+def test_pixels_are_those_of_pillow(tmp_path, interpolation: str):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 31, 3), dtype=np.uint8))
     noise.save(tmp_path / "a.png")
     dataset = PersonalizedBase(tmp_path, size=16, interpolation=interpolation, flip_p=0)
@@ -130,7 +130,7 @@ def test_samples_are_the_same_with_workers(folder):
     assert pickle.loads(pickle.dumps(dataset)).draw(3) == dataset.draw(3)
 
 
-def test_picture_and_caption_can_be_had_apart(folder):
+def test_image_and_caption_are_available_separately(folder):
     dataset = PersonalizedBase(folder, size=8)
     assert set(dataset.variants()) == {draw.variant for draw in map(dataset.draw, range(300))}
     assert {dataset.draw(i).caption for i in range(3000)} == set(dataset.captions())
@@ -180,7 +180,7 @@ def test_per_image_tokens_end_after_22(tmp_path):
     assert PersonalizedBase(folder).num_images == 23
 
 
-def test_style_differs_in_sentences_only(folder):
+def test_style_differs_in_templates_only(folder):
     style = personalized_style.PersonalizedBase(
         folder, size=8, per_image_tokens=True, coarse_class_text="ink"
     )
@@ -205,8 +205,8 @@ def test_several_concepts(tmp_path):
         assert sample["image"][0, -1, i % 3] > 0.9
 
 
-def test_what_is_no_picture_is_skipped(folder, caplog):
-    (folder / "notes.md").write_text("about the pictures")
+def test_what_is_no_image_is_skipped(folder, caplog):
+    (folder / "notes.md").write_text("about the images")
     (folder / ".DS_Store").touch()
     (folder / "old").mkdir()
     with caplog.at_level(logging.INFO):
@@ -245,10 +245,76 @@ def test_mistakes_are_one_line(folder, params: dict, message: str):
     ("content", "message"),
     [(b"just text", "cannot read image .*09.png"), (None, r"09\.png is 1x1 pixels")],
 )
-def test_a_bad_picture_is_named_before_training(folder, content: bytes | None, message: str):
+def test_a_bad_image_is_named_before_training(folder, content: bytes | None, message: str):
     if content is None:
         Image.new("RGB", (1, 1)).save(folder / "09.png")
     else:
         (folder / "09.png").write_bytes(content)
     with pytest.raises(UserError, match=message):
         PersonalizedBase(folder, size=8)
+
+
+def test_images_are_read_once_while_they_fit(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (10, 10), (i, i, i)).save(path)
+    reads = []
+
+    def counted(path):
+        reads.append(path)
+        return Image.open(path).convert("RGB")
+
+    monkeypatch.setattr(personalized, "open_image", counted)
+    images = ImageSet(paths, size=8, memory=2 * 8 * 8 * 3)
+    assert reads == paths
+    for _ in range(2):
+        for i in range(3):
+            assert torch.equal(images[i, 0], torch.full((8, 8, 3), i, dtype=torch.uint8))
+    assert reads[3:] == [paths[2], paths[2]]
+
+
+def test_without_a_size_images_keep_their_size(tmp_path):
+    Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
+    assert ImageSet([tmp_path / "a.png"], size=None)[0, 0].shape == (10, 10, 3)
+    assert ImageSet([tmp_path / "a.png"], size=None, center_crop=False)[0, 0].shape == (21, 10, 3)
+
+
+def test_squares_of_an_image():
+    assert squares(30, 20, 1, [1]) == [(5, 0, 20)]
+    assert squares(30, 20, 3, [1]) == [(0, 0, 20), (5, 0, 20), (10, 0, 20)]
+    assert squares(20, 30, 2, [1]) == [(0, 0, 20), (0, 10, 20)]
+    assert squares(20, 20, 3, [1]) == [(0, 0, 20)]
+    assert squares(20, 20, 2, [1, 2]) == [(0, 0, 20), (0, 0, 10), (10, 0, 10), (0, 10, 10), (10, 10, 10)]
+    assert squares(24, 20, 1, [1, 1.25]) == [(2, 0, 20), (4, 2, 16)]
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_images_are_cropped_to_the_squares(tmp_path, memory):
+    pixels = np.random.RandomState(0).randint(0, 255, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[:, :20]).save(tmp_path / "b.png")
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    images = ImageSet(paths, size=20, crops=2, zooms=[1, 2], memory=memory)
+    assert [images.views(i) for i in range(2)] == [6, 5]
+    assert np.array_equal(images[0, 1], pixels[:, 10:])
+    zoomed = Image.fromarray(pixels[10:, 20:]).resize((20, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(images[0, 5], np.asarray(zoomed))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"crops": 0}, "crops is 0"),
+        ({"crops": 1.5}, "crops is 1.5"),
+        ({"zooms": []}, "zooms is"),
+        ({"zooms": [0.5]}, "numbers of at least 1"),
+        ({"zooms": "2"}, "zooms is '2'"),
+        ({"zooms": [1, 2], "size": None}, "without a size"),
+        ({"crops": 2, "center_crop": False}, "center_crop: false stretches"),
+        ({"zooms": [1, 1.5]}, "10x21 pixels: each side needs at least 12 at zoom 1.5; use a larger"),
+    ],
+)
+def test_invalid_squares_are_user_errors(tmp_path, params, message):
+    Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=message):
+        ImageSet([tmp_path / "a.png"], **{"size": 8, **params})

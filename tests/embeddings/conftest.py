@@ -1,4 +1,4 @@
-"""Files to read: one valid file of every format that any tool writes."""
+"""A fixture with one valid file of every format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.embeddings.samples import FOREIGN, learned
 
 @pytest.fixture(scope="session")
 def every_file(tmp_path_factory) -> dict[str, Path]:
-    """A valid file of every format, those written here and those of other tools, and of both zip and legacy."""
+    """One valid file of every format by its name: ours, those of other tools, and both layouts of torch.save."""
     folder = tmp_path_factory.mktemp("files")
     files = {}
     for name, (file, save, *_) in FOREIGN.items():

@@ -1,17 +1,19 @@
-"""Vectors, and what other tools write: the material of the tests of embedding files."""
+"""Sample vectors, files as other tools write them, and helpers for the tests of embedding files."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, Progress
+from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, Progress, read
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 WIDTH = 768
@@ -41,7 +43,7 @@ def learned(trigger: str = "<cat>", count: int = 2, width: int = WIDTH, seed: in
 def progressive(
     trigger: str = "<cat>", step: int = 150, scale: int = 100, count: int = 4, seed: int = 0
 ) -> LearnedEmbeddings:
-    """Embeddings of a run that adds a vector every `scale` steps, after `step` steps; by default 2 of 4 in use."""
+    """Embeddings of a progressive run after `step` steps; with the defaults, 2 of 4 vectors are in use."""
     progress, rows = Progress(step, scale), vectors(count, seed=seed)
     used = progress.in_use(count)
     concept = Concept(trigger, rows[:used], unused=rows[used:] if used < count else None)
@@ -49,7 +51,7 @@ def progressive(
 
 
 def clip_folder(folder: Path) -> Path:
-    """The small text encoder's folder, its cut vocabulary filled up: diffusers adds words at the end of the table."""
+    """Copy the small text encoder to a folder, with a full vocabulary, because diffusers appends tokens after it."""
     for file in (GOLDEN / "clip_tiny").iterdir():
         shutil.copy(file, folder)
     ids = json.loads((folder / "vocab.json").read_text())
@@ -78,7 +80,7 @@ def a1111_dict(name: str = "cat", value: torch.Tensor | None = None) -> dict:
     }
 
 
-# What other tools write: file name, writer, then the format's name, the trigger and the encoder that it is read as.
+# Files of other tools: file name, writer, and the format, trigger and encoder that reading must give.
 FOREIGN = {
     "a1111 zip": ("cat.pt", torch_saved(a1111_dict()), "a1111", "cat", "clip_l"),
     "a1111 legacy": (
@@ -184,3 +186,24 @@ def as_bytes(content: object, **options: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file, **options)
     return file.getvalue()
+
+
+def saved(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(EmbeddingError, match=match) as caught:
+        read(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and message.isprintable() and len(message) < 500
+
+
+def rebuilt(data: bytes, edit: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
+        for name in old.namelist():
+            content = edit.get(name.split("/", 1)[1], old.read(name))
+            new.writestr(name, content)
+    return out.getvalue()

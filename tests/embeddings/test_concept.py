@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, Progress, encoder_kind
-from ldm.embeddings.concept import KINDS, architecture_of, kind_of_architecture, models_of
+from ldm.embeddings.concept import ENCODER_KINDS, architecture_of, kind_of_architecture, model_names
 from tests.embeddings.samples import learned, progressive, vectors
 
 
-def test_vectors_are_a_float32_copy_of_their_own():
+def test_vectors_are_copied_to_float32():
     table = torch.nn.Parameter(torch.ones(10, 8, dtype=torch.bfloat16))
     concept = Concept("x", table[2])
     assert concept.vectors.shape == (1, 8) and concept.vectors.dtype == torch.float32
@@ -21,14 +21,14 @@ def test_vectors_are_a_float32_copy_of_their_own():
     assert concept.vectors.sum() == 16
 
 
-def test_concepts_and_files_do_not_change():
+def test_concepts_and_embeddings_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         learned().concepts[0].trigger = "y"
     with pytest.raises(dataclasses.FrozenInstanceError):
         learned().concepts = ()
 
 
-def test_one_trigger_twice():
+def test_the_same_trigger_twice_is_refused():
     with pytest.raises(EmbeddingError, match="'x' occurs twice"):
         LearnedEmbeddings((Concept("x", vectors()), Concept("x", vectors(seed=1))))
 
@@ -45,21 +45,21 @@ def test_one_trigger_twice():
         ("clip_g", 1280, "clip_g"),
     ],
 )
-def test_kinds_by_family_and_width(family, width, kind):
+def test_encoder_kind_by_family_and_width(family, width, kind):
     assert encoder_kind(family, width) == kind
     assert kind_of_architecture(architecture_of(kind, width), width) == kind
 
 
-def test_every_kind_has_words_for_its_models():
-    for name, kind in KINDS.items():
-        assert models_of(name, kind.width) == kind.models
-    assert " or " in models_of(None, 1280)
-    assert models_of(None, 128) == "a model whose text encoder is 128 wide"
-    assert models_of("clip", 128) == "a model whose CLIP text encoder is 128 wide"
+def test_names_of_the_models_of_every_kind():
+    for name, kind in ENCODER_KINDS.items():
+        assert model_names(name, kind.width) == kind.models
+    assert " or " in model_names(None, 1280)
+    assert model_names(None, 128) == "a model whose text encoder has width 128"
+    assert model_names("clip", 128) == "a model whose CLIP text encoder has width 128"
 
 
-def test_a_width_that_is_not_the_encoders():
-    with pytest.raises(EmbeddingError, match="768 wide do not belong to the encoder 'clip_g'"):
+def test_a_width_that_does_not_fit_the_encoder_is_refused():
+    with pytest.raises(EmbeddingError, match="width 768 do not fit the encoder 'clip_g'"):
         Concept("x", vectors(), "clip_g")
     with pytest.raises(EmbeddingError, match="encoder 'nonsense'"):
         learned().with_encoder("nonsense")
@@ -69,11 +69,11 @@ def test_vectors_for_a_model():
     found = dataclasses.replace(learned("<cat>"), source="cat.pt")
     assert list(found.vectors_for(768, "clip")) == ["<cat>"] == list(found.vectors_for(768))
     with pytest.raises(
-        EmbeddingError, match=r"'cat.pt': '<cat>' \(768 wide\) is for Stable Diffusion 1.*takes width 1280"
+        EmbeddingError, match=r"'cat.pt': '<cat>' \(width 768\) is for Stable Diffusion 1.*has width 1280"
     ):
         found.vectors_for(1280, "bert")
     bert = learned(width=1280)
-    with pytest.raises(EmbeddingError, match="BERT.*takes width 1280, the second encoder of SDXL"):
+    with pytest.raises(EmbeddingError, match="BERT.*has width 1280, the second encoder of SDXL"):
         bert.vectors_for(1280, "clip")
 
 
@@ -105,7 +105,7 @@ def test_progress_gives_the_number_of_vectors_in_use():
         ("5", 1),
     ],
 )
-def test_progress_that_no_run_can_have(step, scale):
+def test_impossible_progress_is_refused(step, scale):
     assert Progress.from_values(step, scale) is None
     with pytest.raises(EmbeddingError, match="the progress has the (step|scale)") as error:
         Progress(step, scale)
@@ -115,10 +115,10 @@ def test_progress_that_no_run_can_have(step, scale):
 @pytest.mark.parametrize(
     ("unused", "match"),
     [
-        (vectors(1, 8), "768 wide, those not in use 8"),
-        (torch.full((1, 768), float("nan")), "not in use, holds NaN"),
+        (vectors(1, 8), "768 for vectors in use and 8 for those not in use"),
+        (torch.full((1, 768), float("nan")), "not in use, contains NaN"),
         (torch.zeros(0, 768), "shape"),
-        ([1.0], "no tensor"),
+        ([1.0], "not a tensor"),
         (vectors(1023), "is 1025 x 768; at most 1024"),
     ],
 )
@@ -137,7 +137,7 @@ def test_unused_vectors_and_progress_must_agree():
         LearnedEmbeddings((Concept("x", vectors(3)),), progress=Progress(150, 100))
 
 
-def test_renaming_and_choosing_keep_unused_vectors_and_progress():
+def test_renamed_and_selected_concepts_keep_unused_vectors_and_progress():
     start = progressive("x")
     for found in (start.renamed({"x": "y"}), start.only("x"), start.with_encoder("clip")):
         assert found.progress == Progress(150, 100)
@@ -147,8 +147,8 @@ def test_renaming_and_choosing_keep_unused_vectors_and_progress():
     assert torch.equal(plain.concepts[0].vectors, vectors(4)[:2])
 
 
-def test_metadata_takes_what_it_can():
-    said = {
+def test_metadata_drops_values_of_wrong_types():
+    values = {
         "steps": "500",
         "seed": 2**80,
         "learning_rate": "5e-3",
@@ -159,7 +159,7 @@ def test_metadata_takes_what_it_can():
         "date": "x" * 9999,
         "base_model": "",
     }
-    metadata = Metadata.from_values(said)
+    metadata = Metadata.from_values(values)
     assert metadata == Metadata(
         steps=500, learning_rate=5e-3, images=5, tool="a b", date="x" * 800, seed=metadata.seed
     )

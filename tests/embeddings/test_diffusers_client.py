@@ -1,4 +1,4 @@
-"""What diffusers makes of our files, in a small pipeline of random weights."""
+"""Loading our files in a small diffusers pipeline with random weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture
 def pipeline(parts, encoder_folder):
-    """A fresh tokenizer each time, and the text encoder with its own rows only."""
+    """A pipeline with a new tokenizer, and the text encoder without the rows that other tests added."""
     tokenizer = transformers.CLIPTokenizer.from_pretrained(encoder_folder)
     parts["text_encoder"].resize_token_embeddings(49408)
     return diffusers.StableDiffusionPipeline(
@@ -61,7 +61,7 @@ def pipeline(parts, encoder_folder):
 
 
 def embedded(pipeline, word: str, count: int) -> torch.Tensor:
-    """What the text encoder looks up for the prompt word, by diffusers' rewriting of the prompt."""
+    """Return the token embeddings that diffusers uses for the trigger in a prompt."""
     text = pipeline.maybe_convert_prompt(f"a photo of {word}", pipeline.tokenizer)
     ids = pipeline.tokenizer(text).input_ids
     table = pipeline.text_encoder.get_input_embeddings().weight
@@ -70,7 +70,7 @@ def embedded(pipeline, word: str, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("format", ["diffusers", "a1111", "safetensors"])
-def test_it_loads_what_we_write(format, count, pipeline, tmp_path):
+def test_diffusers_loads_our_files(format, count, pipeline, tmp_path):
     expected = vectors(count, 32)
     embeddings = LearnedEmbeddings((Concept("<my-cat>", expected),))
     suffix = ".pt" if format == "a1111" else ".safetensors"
@@ -81,7 +81,7 @@ def test_it_loads_what_we_write(format, count, pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_its_prompt_embeddings_are_ours(count, pipeline, encoder_folder, tmp_path):
+def test_diffusers_prompt_embeddings_equal_ours(count, pipeline, encoder_folder, tmp_path):
     embeddings = LearnedEmbeddings((Concept("<my-cat>", vectors(count, 32, seed=count)),))
     prompt = "a photo of <my-cat> on the beach"
     with skip_pretrained():

@@ -25,19 +25,19 @@ def part(source: str, *triggers: str, seed: int = 0, **metadata) -> LearnedEmbed
     return LearnedEmbeddings(concepts, Metadata(**metadata), "original", source)
 
 
-def test_different_words_are_joined_in_order():
+def test_different_triggers_are_merged_in_order():
     merged = merge([part("a.pt", "x", "y"), part("b.pt", "z", seed=7)])
     assert merged.triggers == ["x", "y", "z"]
     assert torch.equal(merged.only("z").concepts[0].vectors, vectors(seed=7))
     assert merged.source == "a.pt, b.pt"
 
 
-def test_a_clash_names_the_files_and_the_remedy():
+def test_the_error_for_equal_triggers_names_the_files_and_the_remedy():
     with pytest.raises(EmbeddingError, match=r"'a.pt' and 'b.pt' both have the trigger '\*'.*--rename"):
         merge([part("a.pt", "*"), part("b.pt", "*", seed=1)])
 
 
-def test_the_same_vectors_are_no_clash():
+def test_equal_vectors_are_merged_into_one():
     assert merge([part("a.pt", "*"), part("b.pt", "*")]).triggers == ["*"]
 
 
@@ -57,7 +57,7 @@ def test_several_names_go_to_several_files():
         merge(parts, {"*": ["a", "b", "a"]})
 
 
-def test_names_of_their_own_choice():
+def test_automatic_renames_use_the_file_names():
     parts = [part("a.pt", "*"), part("my dog.pt", "*", seed=1), part("my dog.pt", "*", seed=2)]
     assert merge(parts, automatic=True).triggers == ["*", "<my dog>", "<my dog-2>"]
     plan = plan_renames(parts, automatic=True)
@@ -67,14 +67,14 @@ def test_names_of_their_own_choice():
     ]
 
 
-def test_a_chosen_name_never_meets_one_that_is_there():
+def test_an_automatic_name_is_never_one_that_exists():
     parts = [part("a.pt", "*"), part("dog.pt", "*", seed=1), part("c.pt", "<dog>", seed=2)]
     assert merge(parts, automatic=True).triggers == ["*", "<dog-2>", "<dog>"]
     with pytest.raises(EmbeddingError, match="both have the trigger '<dog>'"):
         merge(parts, {"*": "<dog>"})
 
 
-def test_other_text_encoders_are_refused():
+def test_different_text_encoders_are_refused():
     with pytest.raises(EmbeddingError, match="different text encoders"):
         merge([part("a.pt", "x"), dataclasses.replace(learned("y", width=1280), source="b.pt")])
     both = [
@@ -86,7 +86,7 @@ def test_other_text_encoders_are_refused():
     merge([both[0], LearnedEmbeddings((Concept("z", vectors(width=1280)),))])
 
 
-def test_metadata_that_all_share_is_kept():
+def test_common_metadata_is_kept():
     merged = merge([part("a", "x", steps=5, base_model="m"), part("b", "y", steps=6, base_model="m")])
     assert merged.metadata == Metadata(base_model="m")
 
@@ -98,7 +98,7 @@ def test_the_same_progress_is_kept_with_the_unused_vectors():
         assert torch.equal(concept.unused, vectors(4, seed=seed)[2:])
 
 
-def test_another_progress_leaves_the_vectors_in_use():
+def test_different_progress_is_dropped_with_the_unused_vectors():
     for other in (progressive("y", step=250), part("b.pt", "y")):
         merged = merge([progressive("x"), other])
         assert merged.progress is None and [concept.unused for concept in merged.concepts] == [None, None]
@@ -106,7 +106,7 @@ def test_another_progress_leaves_the_vectors_in_use():
         assert torch.equal(merged.concepts[1].vectors, other.concepts[0].vectors)
 
 
-def test_unused_vectors_count_for_a_clash_while_they_are_kept():
+def test_unused_vectors_are_compared_only_if_they_are_kept():
     first = progressive("x")
     concept = dataclasses.replace(first.concepts[0], unused=vectors(2, seed=9))
     second = dataclasses.replace(first, concepts=(concept,))
@@ -116,7 +116,7 @@ def test_unused_vectors_count_for_a_clash_while_they_are_kept():
     assert merge([first, second.without_progress()]).triggers == ["x"]
 
 
-def test_nothing_to_merge():
+def test_merging_nothing_is_refused():
     with pytest.raises(EmbeddingError, match="at least one"):
         merge([])
 
@@ -128,7 +128,7 @@ def test_split_undoes_merge():
         assert torch.equal(one.concepts[0].vectors, again.concepts[0].vectors)
 
 
-def test_renames_of_a_command_line():
+def test_renames_from_a_command_line():
     assert renames_from(["*=<a>", "*=<b>", "x=y=z"]) == {"*": ["<a>", "<b>"], "x": ["y=z"]}
     assert renames_from(None) == {}
     for text in ("*", "=x", "x="):

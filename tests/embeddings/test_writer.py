@@ -1,19 +1,24 @@
+"""Conversions between all formats, and how ComfyUI, InvokeAI, kohya, SD.Next and OneTrainer read them.
+
+The rules of these tools are implemented here from their description.
+"""
+
 from __future__ import annotations
 
 import itertools
-import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ldm.embeddings import (
     FORMATS,
     Concept,
     EmbeddingError,
     LearnedEmbeddings,
-    Progress,
-    canonical_path,
     paths_for,
     read,
     write,
@@ -26,7 +31,7 @@ PAIRS = list(itertools.product(FORMATS, FORMATS))
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 @pytest.mark.parametrize("width", [32, 1280])
-def test_every_format_to_every_other_and_back(first, second, width, tmp_path):
+def test_conversion_from_every_format_to_every_other_and_back(first, second, width, tmp_path):
     start = learned("*" if width == 32 else "<my cat>/../x", count=3, width=width)
     there = read(write_all(start, tmp_path / "1", first)[0])
     beyond = read(write_all(there, tmp_path / "2", second)[0])
@@ -53,61 +58,6 @@ def test_every_float_survives_every_format(tmp_path):
         assert torch.equal(found.view(torch.int32), extreme.view(torch.int32)), format
 
 
-def test_the_canonical_file(tmp_path):
-    path = write(learned(), canonical_path(tmp_path, "<cat>"))
-    assert path == tmp_path / "cat.safetensors"
-    with safe_open(path, "pt") as file:
-        assert list(file.keys()) == ["emb_params"]
-        header = file.metadata()
-        assert file.get_tensor("emb_params").dtype == torch.float32
-    assert header["modelspec.trigger_phrase"] == "<cat>"
-    assert header["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
-    assert header["modelspec.resolution"] == "512x512"
-    assert header["modelspec.date"] == "2026-01-02T03:04:05+00:00"
-    own = json.loads(header["textual_inversion"])
-    assert own["initializer"] == "cat" and own["steps"] == 500 and own["seed"] == 23
-    assert own["images"] == 5 and own["base_model_hash"].startswith("cc6cb27103")
-
-
-def test_the_canonical_file_of_now_has_a_date(tmp_path):
-    embeddings = LearnedEmbeddings((Concept("x", vectors()),))
-    with safe_open(write(embeddings, tmp_path / "x"), "pt") as file:
-        assert file.metadata()["modelspec.date"].startswith("20")
-
-
-def test_ldm_bert_is_never_taken_for_sdxl(tmp_path):
-    path = write(learned(width=1280), tmp_path / "x.safetensors")
-    with safe_open(path, "pt") as file:
-        assert file.metadata()["modelspec.architecture"] == "latent-diffusion-bert/textual-inversion"
-
-
-def test_the_originals_file_is_what_its_manager_loads(tmp_path):
-    both = LearnedEmbeddings((*learned("*").concepts, *learned("@", seed=1).concepts))
-    path = write(both, tmp_path / "embeddings.pt", "original")
-    with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-        content = torch.load(path, weights_only=True)
-    assert isinstance(content["string_to_param"], torch.nn.ParameterDict)
-    assert list(content["string_to_param"].keys()) == ["*", "@"]
-    assert content["string_to_param"]["@"].shape == (2, 768)
-    token = content["string_to_token"]["*"]
-    assert token == 265 and token.dtype == torch.int64 and token.shape == ()
-    assert read(path).triggers == ["*", "@"]
-
-
-def test_the_originals_file_keeps_unused_vectors_and_progress(tmp_path):
-    path = write(progressive(), tmp_path / "a.pt", "original")
-    with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-        content = torch.load(path, weights_only=True)
-    assert (content["progressive_step"], content["progressive_scale"]) == (150, 100)
-    assert torch.equal(content["string_to_param"]["<cat>"], vectors(4))
-    found = read(write(read(path), tmp_path / "b.pt", "original"))
-    assert found.progress == Progress(150, 100)
-    assert torch.equal(found.concepts[0].vectors, vectors(4)[:2])
-    assert torch.equal(found.concepts[0].unused, vectors(4)[2:])
-    without = torch.load(write(learned(), tmp_path / "c.pt", "original"), weights_only=False)
-    assert not {"progressive_step", "progressive_scale"} & set(without)
-
-
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "original"])
 def test_other_formats_hold_the_vectors_in_use(format, tmp_path):
     path = write(progressive(), tmp_path / "cat", format)
@@ -116,23 +66,8 @@ def test_other_formats_hold_the_vectors_in_use(format, tmp_path):
     assert found.progress is None and found.concepts[0].unused is None
 
 
-def test_token_ids_are_kept_until_the_trigger_changes(tmp_path):
-    start = LearnedEmbeddings((Concept("sks", vectors(), token=48136),))
-    found = read(write(start, tmp_path / "a", "original"))
-    assert found.concepts[0].token == 48136
-    assert found.renamed({"sks": "zwx"}).concepts[0].token is None
-
-
-def test_onetrainer_and_diffusers_have_one_key(tmp_path):
-    for format, key in (("onetrainer", "emp_params"), ("diffusers", "<cat>")):
-        with safe_open(write(learned(), tmp_path / format, format), "pt") as file:
-            assert list(file.keys()) == [key]
-    with safe_open(write(learned(count=1), tmp_path / "one", "diffusers"), "pt") as file:
-        assert file.get_tensor("<cat>").shape == (768,)
-
-
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "original"])
-def test_formats_of_one_word_refuse_two(format, tmp_path):
+def test_formats_of_one_trigger_refuse_two(format, tmp_path):
     both = LearnedEmbeddings((*learned("a").concepts, *learned("b").concepts))
     with pytest.raises(EmbeddingError, match="one trigger, not 'a', 'b'"):
         write(both, tmp_path / "x", format)
@@ -141,7 +76,7 @@ def test_formats_of_one_word_refuse_two(format, tmp_path):
     assert [read(path).triggers for path in paths] == [["a"], ["b"]]
 
 
-def test_an_sdxl_pair_is_refused_where_it_has_no_place(tmp_path):
+def test_a_format_of_one_encoder_refuses_an_sdxl_pair(tmp_path):
     pair = LearnedEmbeddings((Concept("a", vectors()), Concept("a", vectors(width=1280), "clip_g")))
     with pytest.raises(EmbeddingError, match="one text encoder.*use 'safetensors'"):
         write(pair, tmp_path / "x", "a1111")
@@ -152,7 +87,7 @@ def test_unknown_formats_are_listed(tmp_path):
         write(learned(), tmp_path / "x", "pickle")
 
 
-def test_file_names_never_leave_the_folder_nor_meet(tmp_path):
+def test_file_names_stay_in_the_folder_and_are_unique(tmp_path):
     names = ["../../etc/passwd", "/abs", "..", "*", "@", "a/b", "a\\b", "A/B", "con", "<my-cat>", "x" * 200]
     paths = paths_for(names, tmp_path)
     assert {path.parent for path in paths} == {tmp_path}
@@ -165,3 +100,91 @@ def test_file_names_never_leave_the_folder_nor_meet(tmp_path):
         "embedding-3",
     ]
     assert paths[9].stem == "my-cat" and len(paths[10].name) < 120 and paths[8].stem != "con"
+
+
+def content_of(path: Path) -> Any:
+    """Load a file as all these tools do: safetensors by its suffix, others with torch's weights-only loader."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+def comfyui(path: Path, key: str = "clip_l") -> Tensor:
+    """Take the first value of string_to_param, else the encoder's key, else the first value."""
+    content = content_of(path)
+    if "string_to_param" in content:
+        return next(iter(content["string_to_param"].values()))
+    return content[key] if key in content else next(iter(content.values()))
+
+
+def invokeai(path: Path) -> Tensor:
+    """Take known keys first; for another key, the first dimension must be the width."""
+    content = content_of(path)
+    if "string_to_param" in content:
+        assert "string_to_token" in content
+        return next(iter(content["string_to_param"].values()))
+    if "emb_params" in content:
+        return content["emb_params"]
+    value = next(iter(content.values()))
+    assert value.shape[0] in (768, 1024, 1280), "InvokeAI reports it as incompatible with the model"
+    return value[None]
+
+
+def kohya(path: Path) -> Tensor:
+    """Take the first value of string_to_param or of the file."""
+    content = content_of(path)
+    content = content.get("string_to_param", content)
+    return next(iter(content.values()))
+
+
+def sdnext(path: Path, width: int = 768) -> Tensor:
+    """Take all tensors of the encoder's width; of a .pt, only the vectors of `*`."""
+    content = content_of(path)
+    if path.suffix == ".safetensors":
+        (found,) = [value for value in content.values() if value.shape[-1] == width]
+        return found
+    return content["string_to_param"]["*"]
+
+
+def onetrainer(path: Path) -> Tensor:
+    return content_of(path)["emp_params"]
+
+
+READERS = {
+    comfyui: ("safetensors", "a1111", "diffusers", "onetrainer"),
+    invokeai: ("safetensors", "a1111"),
+    kohya: ("safetensors", "a1111", "diffusers", "onetrainer"),
+    sdnext: ("safetensors", "a1111", "diffusers", "onetrainer"),
+    onetrainer: ("onetrainer",),
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("reader", "format"), [(r, f) for r, formats in READERS.items() for f in formats])
+def test_other_tools_find_the_vectors(reader, format, count, tmp_path) -> None:
+    path = write(learned(count=count), tmp_path / f"cat{FORMATS[format].suffix}", format)
+    found = reader(path)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.reshape(-1, 768), vectors(count))
+
+
+def test_invokeai_reads_a_single_vector_in_diffusers_format(tmp_path) -> None:
+    path = write(learned(count=1), tmp_path / "learned_embeds.safetensors", "diffusers")
+    assert torch.equal(invokeai(path), vectors(1))
+
+
+def test_the_trigger_is_the_stem_of_the_file_name(tmp_path) -> None:
+    for format in set(FORMATS) - {"original"}:
+        (path,) = write_all(learned("my-cat"), tmp_path, format)
+        assert path.stem == "my-cat", format
+
+
+def test_an_sdxl_pair_comes_back_and_is_found_by_encoder(tmp_path) -> None:
+    first, second = vectors(), vectors(width=1280)
+    pair = LearnedEmbeddings((Concept("cat", first), Concept("cat", second, "clip_g")))
+    for format in ("safetensors", "onetrainer"):
+        path = write(pair, tmp_path / f"{format}.safetensors", format)
+        assert torch.equal(comfyui(path, "clip_l"), first) and torch.equal(comfyui(path, "clip_g"), second)
+        found = {concept.encoder: concept.vectors for concept in read(path).concepts}
+        assert torch.equal(found["clip_l"], first) and torch.equal(found["clip_g"], second)
+        assert read(path).triggers == ["cat"]

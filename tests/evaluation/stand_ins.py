@@ -16,19 +16,19 @@ from ldm.evaluation import identity
 from ldm.images import to_tensor
 
 
-def draw_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer drawings behind every scale: the figures get rough, and the tests of what is done with them quick."""
+def use_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use fewer renderings for every scale: figures get less precise, and tests faster."""
     for module, name, count in (
-        (identity, "PICTURES", 2),
+        (identity, "IMAGES", 2),
         (identity, "OTHERS", 3),
-        (identity, "AMONG", 5),
-        (identity, "_DRAWINGS", 3),
+        (identity, "GALLERY_SIZE", 5),
+        (identity, "_STYLE_IMAGES", 3),
     ):
         monkeypatch.setattr(module, name, count)
 
 
-class SayingJudge:
-    """Sees the same on every picture: what the creature of `seed` is, in one background and style."""
+class FixedJudge:
+    """Predicts the same for every image: the attributes of the creature of `seed`, one background and one style."""
 
     def __init__(self, seed: int, **seen: Any) -> None:
         one = creature(seed)
@@ -37,20 +37,20 @@ class SayingJudge:
         self.seen |= {"background": "blue", "style": "photo"} | seen
         self.batches: list[int] = []
 
-    def read(self, pixels: Tensor) -> list[dict[str, Any]]:
+    def predict(self, pixels: Tensor) -> list[dict[str, Any]]:
         self.batches.append(len(pixels))
         return [dict(self.seen) for _ in range(len(pixels))]
 
 
 class MeanColor:
-    """Features that are a picture's mean colour; of words there is one feature, or none."""
+    """Features of an image are its mean colour; all texts have the same features, or none."""
 
     def __init__(self, name: str = "mean-color", words: bool = True) -> None:
-        self.name, self.words, self.told = name, words, []
+        self.name, self.words, self.prompts = name, words, []
 
-    def image(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return F.normalize(torch.stack([to_tensor(one).mean((1, 2)) + 1.01 for one in pictures]), dim=-1)
+    def image(self, images: Sequence[Image.Image]) -> Tensor:
+        return F.normalize(torch.stack([to_tensor(one).mean((1, 2)) + 1.01 for one in images]), dim=-1)
 
     def text(self, prompts: Sequence[str]) -> Tensor | None:
-        self.told += prompts
+        self.prompts += prompts
         return F.normalize(torch.ones(len(prompts), 3), dim=-1) if self.words else None

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from ldm.data.creatures.captions import words
+from ldm.data.creatures.captions import vocabulary
 from ldm.data.creatures.world import COLORS, PLAIN_BACKGROUNDS, STYLES, clash, creature
-from ldm.evaluation.concepts import SEEDS, others, redrawn
+from ldm.evaluation.concepts import EVALUATION_SEEDS, draw_creatures, other_creatures
 from ldm.evaluation.edits import Edit, edits_of, has_background, obeyed
 
 
 def test_each_creature_gets_four_colours_two_scenes_and_every_style() -> None:
-    several = [creature(SEEDS[k]) for k in range(12)]
+    several = [creature(EVALUATION_SEEDS[k]) for k in range(12)]
     for one in several:
         edits = edits_of(one)
         assert [edit.group for edit in edits] == ["plain"] * 4 + ["scene"] * 2 + ["style"] * (len(STYLES) - 1)
@@ -22,31 +22,28 @@ def test_each_creature_gets_four_colours_two_scenes_and_every_style() -> None:
 
 
 def test_prompts_hold_only_words_that_captions_have() -> None:
-    for edit in (edit for k in range(8) for edit in edits_of(creature(SEEDS[k]))):
-        assert set(edit.prompt.replace("{}", "").split()) <= set(words()), edit.prompt
+    for edit in (edit for k in range(8) for edit in edits_of(creature(EVALUATION_SEEDS[k]))):
+        assert set(edit.prompt.replace("{}", "").split()) <= set(vocabulary()), edit.prompt
 
 
 @pytest.mark.parametrize("color", PLAIN_BACKGROUNDS)
-def test_the_corners_of_true_pictures_show_their_background(color) -> None:
-    pictures = redrawn(others(6, background=color), 32, take=0, background=color)
-    assert all(has_background(picture, color) for picture in pictures)
+def test_the_corners_of_true_images_show_their_background(color) -> None:
+    images = draw_creatures(other_creatures(6, background=color), 32, take=0, background=color)
+    assert all(has_background(image, color) for image in images)
     assert not any(
-        has_background(picture, other)
-        for picture in pictures
-        for other in PLAIN_BACKGROUNDS
-        if other != color
+        has_background(image, other) for image in images for other in PLAIN_BACKGROUNDS if other != color
     )
 
 
 def test_one_corner_may_be_covered_and_two_may_not() -> None:
-    picture = Image.new("RGB", (64, 64), COLORS["blue"])
-    picture.paste(COLORS["red"], (0, 0, 16, 16))
-    assert has_background(picture, "blue")
-    picture.paste(COLORS["red"], (48, 48, 64, 64))
-    assert not has_background(picture, "blue")
+    image = Image.new("RGB", (64, 64), COLORS["blue"])
+    image.paste(COLORS["red"], (0, 0, 16, 16))
+    assert has_background(image, "blue")
+    image.paste(COLORS["red"], (48, 48, 64, 64))
+    assert not has_background(image, "blue")
 
 
-def test_a_plain_background_takes_corners_and_judge_and_a_style_the_judge() -> None:
+def test_a_plain_background_needs_corners_and_judge_and_a_style_the_judge() -> None:
     blue, edit = (
         Image.new("RGB", (32, 32), COLORS["blue"]),
         Edit("{} on a blue background", "background", "blue"),

@@ -1,4 +1,4 @@
-"""The judge of a picture's attributes, and its training."""
+"""The judge of an image's attributes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from benchmarks.study.judge_training import JudgeTraining, visible_attributes
-from ldm.data.creatures.dataset import Creatures
 from ldm.data.creatures.world import ATTRIBUTES
-from ldm.evaluation.judge import AttributeJudge
-from ldm.util import UserError, check_config
+from ldm.evaluation.judge import AttributeJudge, visible_attributes
+from ldm.util import UserError
 
 TOWER = {
     "target": "ldm.models.two_towers.ResidualTower",
@@ -32,25 +29,25 @@ def folder(judge, tmp_path):
     return tmp_path / "judge"
 
 
-def test_it_names_the_likeliest_value_of_every_attribute(judge) -> None:
+def test_predict_returns_the_most_likely_value_of_every_attribute(judge) -> None:
     pixels = torch.rand(3, 3, 32, 32) * 2 - 1
     seen, mirrored = judge.logits(pixels), judge.logits(pixels.flip(-1))
-    readings = judge.read(pixels)
-    assert list(seen) == list(ATTRIBUTES) and len(readings) == 3
+    predictions = judge.predict(pixels)
+    assert list(seen) == list(ATTRIBUTES) and len(predictions) == 3
     for name, values in ATTRIBUTES.items():
         assert seen[name].shape == (3, len(values))
         together = seen[name].softmax(1) * mirrored[name].softmax(1)
-        assert [one[name] for one in readings] == [values[k] for k in together.argmax(1)]
-    assert judge.read(pixels.flip(-1)) == readings
+        assert [one[name] for one in predictions] == [values[k] for k in together.argmax(1)]
+    assert judge.predict(pixels.flip(-1)) == predictions
 
 
-def test_pictures_of_another_size_are_resized(judge) -> None:
+def test_images_of_another_size_are_resized(judge) -> None:
     pixels = torch.full((1, 3, 32, 32), 0.3)
     larger = torch.full((1, 3, 80, 80), 0.3)
     torch.testing.assert_close(judge.logits(larger)["kind"], judge.logits(pixels)["kind"], atol=1e-4, rtol=0)
 
 
-def test_what_is_saved_reads_the_same(judge, folder) -> None:
+def test_a_saved_judge_predicts_the_same(judge, folder) -> None:
     pixels = torch.rand(4, 3, 32, 32) * 2 - 1
     again = AttributeJudge.load(folder)
     assert not again.training and next(again.parameters()).dtype == torch.float32
@@ -58,7 +55,7 @@ def test_what_is_saved_reads_the_same(judge, folder) -> None:
         torch.testing.assert_close(again.logits(pixels)[name], logits, atol=2e-2, rtol=0)
 
 
-def test_a_judge_that_cannot_be_is_one_line(folder, tmp_path) -> None:
+def test_a_missing_or_damaged_judge_is_a_one_line_error(folder, tmp_path) -> None:
     with pytest.raises(UserError, match="no judge in .*nowhere"):
         AttributeJudge.load(tmp_path / "nowhere")
     described = json.loads((folder / "judge.json").read_text())
@@ -71,32 +68,7 @@ def test_a_judge_that_cannot_be_is_one_line(folder, tmp_path) -> None:
         AttributeJudge.load(folder)
 
 
-def test_training_learns_and_exports(tmp_path) -> None:
-    data = Creatures(32, 32, split="classifier", attributes=True, captions=False)
-    items = [data[k] for k in range(32)]
-    batch = {name: torch.stack([item[name] for item in items]) for name in ("image", "attributes")}
-    torch.manual_seed(0)
-    model = JudgeTraining(TOWER, roughen=0.5, export_to=str(tmp_path / "judge"))
-    logged = {}
-    model.log_dict = lambda values, **_: logged.update(values)
-    model.learning_rate = 3e-3
-    optimizer = model.configure_optimizers()
-    losses = []
-    for _ in range(30):
-        loss = model.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
-    model.validation_step(batch, 0)
-    assert logged["val/background"] > 0.6
-    model._trainer = type("Trainer", (), {"is_global_zero": True})()
-    model.on_fit_end()
-    AttributeJudge.load(tmp_path / "judge")
-
-
-def test_what_a_picture_cannot_show_does_not_count() -> None:
+def test_invisible_attributes_do_not_count() -> None:
     columns = {name: k for k, name in enumerate(ATTRIBUTES)}
     attributes = torch.zeros(4, len(ATTRIBUTES), dtype=torch.int64)
     attributes[:, columns["pattern"]] = torch.tensor([0, 1, 2, 3])
@@ -104,7 +76,3 @@ def test_what_a_picture_cannot_show_does_not_count() -> None:
     assert visible_attributes("second", attributes).tolist() == [False, True, True, True]
     assert visible_attributes("background", attributes).tolist() == [True, False, True, True]
     assert visible_attributes("kind", attributes).all()
-
-
-def test_the_yaml_is_whole() -> None:
-    check_config(OmegaConf.load("configs/creatures/judge.yaml").model)

@@ -1,3 +1,5 @@
+"""`load_embeddings` on the small model of a golden record, and the check of prompts."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from torch import nn
 from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.generate import check_mentions, check_prompts, load_embeddings
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.encoders.modules import BERTEmbedder
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 from tests.golden_record import Golden
 
@@ -35,7 +37,7 @@ def written(tmp_path, name: str, kind: str = "original", width: int = 32, **vect
 
 
 @pytest.mark.parametrize("kind", ["original", "safetensors", "diffusers", "a1111", "onetrainer"])
-def test_a_file_of_any_format_replaces_what_the_model_holds(model, tmp_path, kind: str) -> None:
+def test_a_file_of_any_format_replaces_the_learned_vectors(model, tmp_path, kind: str) -> None:
     path = written(tmp_path, "cat.pt", kind, **{"<cat>": 0.5})
     names = load_embeddings(model, path)
     assert len(names) == 1 and model.embedding_manager.placeholders == {names[0]: 2}
@@ -58,7 +60,7 @@ def test_several_files_are_loaded_together(model, tmp_path) -> None:
     assert load_embeddings(model, paths) == ["<cat>", "<dog>"]
 
 
-def test_two_concepts_of_one_name_are_told_apart_by_the_user(model, tmp_path) -> None:
+def test_two_concepts_of_one_name_are_an_error_with_a_remedy(model, tmp_path) -> None:
     paths = [written(tmp_path, "cat.pt", **{"*": 0.5}), written(tmp_path, "dog.pt", **{"*": 0.1})]
     with pytest.raises(UserError, match=r"'cat.pt' and 'dog.pt' both have the trigger '\*'.*--rename"):
         load_embeddings(model, paths)
@@ -72,14 +74,14 @@ def test_vectors_of_another_width_are_named(model, tmp_path, kind: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_none_is_named(model, tmp_path) -> None:
+def test_a_file_without_embedding_is_named(model, tmp_path) -> None:
     (tmp_path / "page.pt").write_text("<html>")
     for name in ("page.pt", "missing.pt"):
         with pytest.raises(UserError, match=name):
             load_embeddings(model, tmp_path / name)
 
 
-def test_the_family_of_the_text_encoder_is_looked_at_where_a_file_says_it(tmp_path) -> None:
+def test_a_file_for_another_family_of_text_encoders_is_refused(tmp_path) -> None:
     bert = Golden("bert_one_vector").model(load_embeddings=False)
     assert load_embeddings(bert, written(tmp_path, "cat.pt", width=64, **{"*": 0.5})) == ["*"]
     concept = Concept("<cat>", torch.ones(1, 64), encoder="clip")
@@ -88,26 +90,31 @@ def test_the_family_of_the_text_encoder_is_looked_at_where_a_file_says_it(tmp_pa
         load_embeddings(bert, path)
 
 
-def test_a_file_must_say_which_of_two_encoders_of_its_width_it_is_for(tmp_path) -> None:
-    """1280 is LDM's BERT and one of SDXL's encoders, and most formats do not tell them apart."""
-    taken = {}
-    manager = SimpleNamespace(
-        width=1280,
-        take=lambda vectors, source: taken.update(vectors),
-        on_optimizer_step=lambda step: None,
-        to=lambda device: None,
-        placeholders=taken,
-    )
-    bert = SimpleNamespace(
-        embedding_manager=manager,
-        cond_stage_model=BERTEmbedder.__new__(BERTEmbedder),
+class WideEncoder(nn.Module, TextEncoder):
+    """A text encoder as wide as LDM's BERT, without its weights."""
+
+    family, width = "bert", 1280
+
+
+class TakingPersonalization(nn.Module, Personalization):
+    """A personalization that consists of vectors."""
+
+    def take(self, vectors, source: str) -> None:
+        self.string_to_token_dict = dict.fromkeys(vectors, torch.tensor(0))
+
+
+def test_a_file_of_width_1280_must_name_its_encoder(tmp_path) -> None:
+    """1280 is the width of LDM's BERT and of one of SDXL's encoders; most formats do not distinguish them."""
+    model = SimpleNamespace(
+        embedding_manager=TakingPersonalization(),
+        cond_stage_model=WideEncoder(),
         alphas_cumprod=torch.ones(1),
     )
     torch.save({"<cat>": torch.ones(1, 1280)}, tmp_path / "learned_embeds.bin")
     with pytest.raises(UserError, match="SDXL or .*BERT.* does not say which.*--encoder bert"):
-        load_embeddings(bert, tmp_path / "learned_embeds.bin")
-    told = write(read(tmp_path / "learned_embeds.bin").with_encoder("bert"), tmp_path / "told.safetensors")
-    assert load_embeddings(bert, told) == ["<cat>"]
+        load_embeddings(model, tmp_path / "learned_embeds.bin")
+    named = write(read(tmp_path / "learned_embeds.bin").with_encoder("bert"), tmp_path / "named.safetensors")
+    assert load_embeddings(model, named) == ["<cat>"]
 
 
 def test_only_vectors_in_use_come_from_a_progressive_file(model, tmp_path) -> None:
@@ -124,7 +131,7 @@ def test_only_vectors_in_use_come_from_a_progressive_file(model, tmp_path) -> No
     assert model.embedding_manager.placeholders == {"*": 2, "<cat>": 2}
 
 
-def test_a_progressive_config_uses_all_that_a_file_holds(model, tmp_path) -> None:
+def test_a_progressive_config_uses_all_vectors_of_a_file(model, tmp_path) -> None:
     encoder = model.cond_stage_model
     model.embedding_manager = EmbeddingManager(
         encoder, ["*"], num_vectors_per_token=3, progressive_words=True
@@ -133,49 +140,51 @@ def test_a_progressive_config_uses_all_that_a_file_holds(model, tmp_path) -> Non
     assert model.embedding_manager.placeholders == {"<cat>": 2}
 
 
-def test_a_model_without_manager_is_given_one(model, tmp_path) -> None:
+def test_a_model_without_personalization_gets_a_manager(model, tmp_path) -> None:
     model.embedding_manager = None
     plain = model.get_learned_conditioning(["a <cat>"])
     assert load_embeddings(model, written(tmp_path, "cat.pt", **{"<cat>": 0.5})) == ["<cat>"]
     assert not torch.allclose(plain, model.get_learned_conditioning(["a <cat>"]))
 
 
-def test_vectors_go_where_the_model_is(model, tmp_path) -> None:
+def test_vectors_are_on_the_device_of_the_model(model, tmp_path) -> None:
     model.embedding_manager = None
     model.to("meta")
     load_embeddings(model, written(tmp_path, "cat.pt", **{"<cat>": 0.5}))
     assert model.embedding_manager.vectors("<cat>").is_meta
 
 
-def test_a_model_without_text_encoder_says_so(tmp_path) -> None:
+def test_a_model_without_text_encoder_is_an_error(tmp_path) -> None:
     model = nn.Module()
     model.cond_stage_model = nn.Identity()
     with pytest.raises(UserError, match=r"no text encoder that takes embeddings \(Identity\)"):
         load_embeddings(model, written(tmp_path, "cat.pt", **{"<cat>": 0.5}))
 
 
-def test_a_manager_of_the_users_own_loads_its_own_file(model) -> None:
-    class Own(nn.Module):
-        placeholders = {"<own>": 1}
+class OwnPersonalization(nn.Module, Personalization):
+    """A user's class that does not consist of vectors: it has no `take`."""
 
-        def load(self, path) -> None:
-            self.loaded = path
+    def load(self, path) -> None:
+        self.path, self.string_to_token_dict = path, {"<own>": torch.tensor(0)}
 
-    model.embedding_manager = Own()
-    assert load_embeddings(model, "own.bin") == ["<own>"] and model.embedding_manager.loaded == "own.bin"
-    with pytest.raises(UserError, match="Own loads one embedding file, not 2"):
+
+def test_a_personalization_without_take_loads_one_file_of_its_own(model) -> None:
+    """Whatever is in the file: it is not read here."""
+    model.embedding_manager = OwnPersonalization()
+    assert load_embeddings(model, "own.bin") == ["<own>"] and model.embedding_manager.path == "own.bin"
+    with pytest.raises(UserError, match="OwnPersonalization loads one embedding file, not 2"):
         load_embeddings(model, ["a.bin", "b.bin"])
 
 
 @pytest.mark.parametrize(
     "prompt", ["a photo of *", "*, oil painting", "(<cat>) on <Cat>'s bed", "sky", "disk"]
 )
-def test_prompts_of_what_is_loaded_pass(prompt: str) -> None:
+def test_prompts_with_loaded_placeholders_pass(prompt: str) -> None:
     check_mentions([prompt], ["*", "<cat>"], ["*", "sk"])
 
 
 @pytest.mark.parametrize("prompt", ["2*3", "a **bold** dog", "1 < 2 > 0", "5 <3"])
-def test_signs_in_other_use_pass(prompt: str) -> None:
+def test_other_uses_of_the_characters_pass(prompt: str) -> None:
     check_mentions([prompt], [])
 
 
@@ -188,18 +197,18 @@ def test_signs_in_other_use_pass(prompt: str) -> None:
         ("sk", "sk"),
     ],
 )
-def test_a_mention_of_what_is_not_loaded_is_named(prompt: str, name: str) -> None:
+def test_a_placeholder_that_is_not_loaded_is_named(prompt: str, name: str) -> None:
     with pytest.raises(UserError, match=rf"mentions '{name}', but no loaded .* \(loaded: '<cat>'\)"):
         check_mentions(["a <cat>", prompt], ["<cat>"], ["sk"])
 
 
-def test_a_loaded_name_may_hold_another() -> None:
+def test_a_loaded_name_may_contain_another() -> None:
     check_mentions(["a <my *> b", "my *"], ["my", "my *", "<my *>"])
     with pytest.raises(UserError, match=r"loaded: none"):
         check_mentions(["a <my *> b"], [])
 
 
-def test_a_models_prompts_are_checked_against_what_it_holds(model) -> None:
+def test_prompts_are_checked_against_the_placeholders_of_the_model(model) -> None:
     check_prompts(model, ["a photo of *"])
     with pytest.raises(UserError, match=r"mentions '\*'"):
         check_prompts(model, ["a photo of *"], learned=[])

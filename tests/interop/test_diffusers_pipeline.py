@@ -1,4 +1,4 @@
-"""The pipeline that diffusers gets draws what we draw (dev extra)."""
+"""The converted pipeline of diffusers generates the same images as the model (dev extra)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def as_stable_diffusion(config):
 
 
 def as_embedded(config):
-    """What the embedded model has and Stable Diffusion has not, and averaged weights besides."""
+    """The options of the embedded model that Stable Diffusion does not use, and averaged weights."""
     params = config.params
     params.update(parameterization="v", scale_by_std=True, channels=8, use_ema=True)
     del params.scale_factor
@@ -60,7 +60,7 @@ def as_embedded(config):
 
 
 def as_others(config):
-    """Heads counted by their channels, defaults left out, another schedule, data predicted."""
+    """Attention heads given by their channels, default values omitted, another schedule, x0 predicted."""
     params = config.params
     params.update(parameterization="x0", beta_schedule="cosine")
     unet = params.unet_config.params
@@ -80,7 +80,7 @@ def case(request, encoder):
 
 @pytest.fixture(scope="module")
 def exported(case, tmp_path_factory):
-    """The folder of a model."""
+    """The folder of the exported model."""
     pipeline = diffusers_pipeline.to_pipeline(*case)
     return diffusers_pipeline.save_pipeline(pipeline, tmp_path_factory.mktemp("exported") / "pipeline")
 
@@ -94,8 +94,8 @@ def opened(folder):
 
 
 @torch.no_grad()
-def same_drawings(model, pipeline, ours: str, theirs: str, steps=10, scale=3.0) -> None:
-    """Latents to rounding and pictures to one of 255 levels, from the same noise."""
+def assert_same_images(model, pipeline, ours: str, theirs: str, steps=10, scale=3.0) -> None:
+    """Compare latents up to rounding, and images up to one of 255 levels, from the same noise."""
     side = model.image_size
     noise = torch.randn(1, model.channels, side, side, generator=torch.Generator().manual_seed(3))
     with model.ema_scope():
@@ -111,23 +111,23 @@ def same_drawings(model, pipeline, ours: str, theirs: str, steps=10, scale=3.0) 
     options = {"num_inference_steps": steps, "guidance_scale": scale, "latents": noise}
     theirs_latents = pipeline(theirs, **options, output_type="latent").images
     assert (latents - theirs_latents).abs().max() <= 1e-3 * latents.abs().max()
-    (picture,) = generate(model, [ours], steps=steps, scale=scale, x_T=noise)
-    (their_picture,) = pipeline(theirs, **options).images
-    assert picture.size == their_picture.size
-    difference = np.abs(np.asarray(picture, dtype=int) - np.asarray(their_picture, dtype=int))
+    (image,) = generate(model, [ours], steps=steps, scale=scale, x_T=noise)
+    (their_image,) = pipeline(theirs, **options).images
+    assert image.size == their_image.size
+    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(their_image, dtype=int))
     assert difference.max() <= 1
-    assert np.asarray(picture).std() > 2, "a picture of something"
+    assert np.asarray(image).std() > 2, "the image must not be blank"
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_same_noise_gives_the_same_picture(case, exported, count, tmp_path) -> None:
+def test_the_same_noise_gives_the_same_image(case, exported, count, tmp_path) -> None:
     model, _ = case
     learned = LearnedEmbeddings((Concept("<my-cat>", vectors(count, 32, seed=count) * 20),))
     load_embeddings(model, write(learned, tmp_path / "embeddings.pt", "original"))
     path = write(learned, tmp_path / "learned_embeds.safetensors", "diffusers")
     pipeline = opened(exported)
     pipeline.load_textual_inversion(str(tmp_path), weight_name=path.name)
-    same_drawings(model, pipeline, "a photo of <my-cat>, small", "a photo of <my-cat>, small")
+    assert_same_images(model, pipeline, "a photo of <my-cat>, small", "a photo of <my-cat>, small")
 
 
 def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
@@ -144,7 +144,7 @@ def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
         diffusers_pipeline.compare_with_model(model, again, {"<my-cat>": "a cat"})
 
 
-def test_a_saved_pipeline_knows_its_sizes(case, exported) -> None:
+def test_a_saved_pipeline_has_the_sizes_of_the_model(case, exported) -> None:
     model, _ = case
     pipeline = opened(exported)
     assert pipeline.tokenizer.model_max_length == model.cond_stage_model.max_length
@@ -153,7 +153,7 @@ def test_a_saved_pipeline_knows_its_sizes(case, exported) -> None:
     assert [path.name for path in exported.parent.iterdir()] == [exported.name]
 
 
-def test_the_names_of_schedules(case) -> None:
+def test_known_noise_schedules_have_their_names(case) -> None:
     model, config = case
     scheduler = diffusers_pipeline.to_pipeline(model, config).scheduler.config
     cosine = config.params.get("beta_schedule") == "cosine"
@@ -182,9 +182,11 @@ def test_what_diffusers_cannot_represent_is_refused(encoder) -> None:
 
 def test_other_kinds_of_models_are_refused() -> None:
     bert = Golden("bert_one_vector")
-    with pytest.raises(UserError, match="cond_stage_model is BERTEmbedder; only .* FrozenCLIPEmbedder"):
+    with pytest.raises(
+        UserError, match="cond_stage_model is BERTEmbedder; only FrozenCLIPEmbedder is exported"
+    ):
         diffusers_pipeline.to_pipeline(bert.model(load_embeddings=False), bert.config())
-    with pytest.raises(UserError, match="Linear is no latent diffusion model"):
+    with pytest.raises(UserError, match="Linear is not a LatentDiffusion"):
         diffusers_pipeline.to_pipeline(torch.nn.Linear(1, 1), {})
 
 
@@ -207,7 +209,7 @@ def test_nothing_is_overwritten(case, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_diffusers_is_asked_for_in_one_line(case, monkeypatch) -> None:
+def test_missing_diffusers_is_an_error_of_one_line(case, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match="diffusers is needed for this .*; pip install diffusers"):
         diffusers_pipeline.to_pipeline(*case)
@@ -215,13 +217,13 @@ def test_diffusers_is_asked_for_in_one_line(case, monkeypatch) -> None:
 
 @pytest.mark.skipif(not (EMBEDDED / "model.safetensors").is_file(), reason="the embedded model is not there")
 def test_the_embedded_model(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(EMBEDDED.parents[2])  # the YAML's paths are the repository's
+    monkeypatch.chdir(EMBEDDED.parents[2])  # the paths in the YAML are relative to the repository
     config = OmegaConf.load(EMBEDDED / "config.yaml")
     model = load_model_from_config(config, EMBEDDED / "model.safetensors")
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     diffusers_pipeline.compare_with_model(model, pipeline)
     width = model.cond_stage_model.width
-    # near a word of its own, as what is learned is
+    # near tokens of the vocabulary, as learned vectors are
     table = model.cond_stage_model.token_embedding.weight.detach()
     rows = table[300:302] + 0.1 * table.std() * torch.randn(
         2, width, generator=torch.Generator().manual_seed(1)
@@ -231,4 +233,4 @@ def test_the_embedded_model(tmp_path, monkeypatch) -> None:
     path = write(read(tmp_path / "embeddings.pt"), tmp_path / "learned_embeds.safetensors", "diffusers")
     again = opened(diffusers_pipeline.save_pipeline(pipeline, tmp_path / "pipeline"))
     again.load_textual_inversion(str(tmp_path), weight_name=path.name)
-    same_drawings(model, again, "a photo of <thing>", "a photo of <thing>", steps=20, scale=5.0)
+    assert_same_images(model, again, "a photo of <thing>", "a photo of <thing>", steps=20, scale=5.0)

@@ -1,4 +1,4 @@
-"""What scripts/demo.py makes of the two commands it runs."""
+"""What scripts/demo.py does with the results of the two commands that it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from scripts import demo
 
 
-def test_the_picture_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch, capsys) -> None:
+def test_the_sheet_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "out" / "logs" / "zuzu_earlier").mkdir(parents=True)
     used = []
 
@@ -32,5 +32,5 @@ def test_the_picture_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch
     now = tmp_path / "out" / "logs" / "bobo_now" / "checkpoints" / "embeddings.pt"
     assert used[0] == ("a photo of *", now) and used[-1] == (f"a photo of a {word}", None)
     assert Image.open(tmp_path / "out" / "demo.png").width > 5 * 32
-    said = capsys.readouterr().out
-    assert f"embeddings: {now}" in said and "colours shared with the images" in said
+    output = capsys.readouterr().out
+    assert f"embeddings: {now}" in output and "colours shared with the images" in output

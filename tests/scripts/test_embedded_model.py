@@ -13,7 +13,7 @@ from ldm.checkpoint import read_state_dict
 from scripts import embedded_model
 
 
-def test_what_assemble_does_not_know_is_an_error(tmp_path, monkeypatch, capsys) -> None:
+def test_unknown_arguments_of_assemble_are_an_error(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert embedded_model.main(["assemble", "--outt", "elsewhere"]) == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --outt elsewhere (see --help)\n"
@@ -21,7 +21,7 @@ def test_what_assemble_does_not_know_is_an_error(tmp_path, monkeypatch, capsys) 
     assert capsys.readouterr().err.startswith("error: the denoiser is not trained yet")
 
 
-def test_overrides_are_handed_on_to_main(monkeypatch) -> None:
+def test_overrides_are_passed_on_to_main(monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(embedded_model, "train_stages", lambda *words: seen.append(words))
     assert embedded_model.main(["train", "--stage", "ldm", "--max_steps", "5"]) == 0
@@ -31,7 +31,7 @@ def test_overrides_are_handed_on_to_main(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("stage", "wrote"), [("first-stage", "first-stage"), ("decoder", "decoder"), ("ldm", None)]
 )
-def test_a_stage_leaves_its_weights_where_the_next_looks(stage, wrote, tmp_path, monkeypatch) -> None:
+def test_a_stage_writes_its_weights_where_the_next_reads_them(stage, wrote, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def trained(command, **_):

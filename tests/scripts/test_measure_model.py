@@ -1,4 +1,4 @@
-"""scripts/measure_model.py on the shipped model, with few pictures."""
+"""scripts/measure_model.py on the shipped model, with few images."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_prompts_are_measured_and_shown(judge, tmp_path) -> None:
     [
         (["prompts", "--judge", "nowhere"], "no judge in 'nowhere'"),
         (["first-stage", "--model", "nowhere"], "'nowhere/model.safetensors' does not exist"),
-        (["prompts", "--count", "0"], "'0' is no positive whole number"),
+        (["prompts", "--count", "0"], "'0' is not a positive whole number"),
     ],
 )
 def test_mistakes_are_one_line(words, line, capsys) -> None:
     assert measure_model.main(words) != 0
-    said = capsys.readouterr().err
-    assert line in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A tiny text-to-image model with the golden weights, three pictures, and a YAML that trains on them."""
+"""A tiny text-to-image model with the golden weights, three images, and a YAML that trains on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     for number in range(3):
         pixels = np.random.RandomState(number).randint(0, 255, (32, 32, 3), dtype=np.uint8)
@@ -38,7 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_yaml(tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_yaml(tiny_model: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A YAML that trains 6 steps in 2 epochs; the working directory is the test's own."""
     config = OmegaConf.create({"model": GOLDEN.config()})
     dataset = {"target": "ldm.data.personalized.PersonalizedBase", "params": {"size": 32, "repeats": 2}}
@@ -60,7 +60,7 @@ def tiny_yaml(tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pyt
         "trainer": {"max_steps": 6},
     }
     config.actual_resume = str(tiny_model)
-    config.data_root = str(pictures)
+    config.data_root = str(image_folder)
     path = tmp_path / "tiny.yaml"
     OmegaConf.save(config, path)
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def tiny_yaml(tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pyt
 
 
 class Line(pl.LightningModule):
-    """The smallest thing that trains: a line through numbers; `log_images` paints its slope."""
+    """A minimal model: a line through numbers; `log_images` shows its slope."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def line() -> Line:
 
 
 class Numbers(torch.utils.data.Dataset):
-    """0, 1, 2, ... under the key x."""
+    """A dataset of the numbers 0, 1, 2, ... under the key x."""
 
     def __init__(self, length: int = 6) -> None:
         self.length = length
@@ -119,7 +119,7 @@ def numbers() -> type[Numbers]:
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """Signals, log levels and generators are left as they were found."""
+    """Check signal handlers, and restore log levels and the random state, after each test."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     levels = {
         name: logging.getLogger(name).level for name in ("ldm", "pytorch_lightning", "lightning_fabric")

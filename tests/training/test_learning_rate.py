@@ -1,47 +1,37 @@
-"""Rates by steps, accumulation and clipping in runs of a tiny model."""
+"""Learning rates by steps, schedules, accumulation and clipping in runs of a tiny model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
-import main
-
-
-def start(*words: object) -> int:
-    return main.main([str(word) for word in words])
-
-
-def state_of(folder: str = "logs") -> dict:
-    (run,) = Path(folder).iterdir()
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+from tests.training.runs import start, state_of
 
 
 def test_rates_by_steps(tiny_yaml, capsys):
     words = ["model.base_learning_rate=1e-3:2, 5e-4:4, 1e-4", "--scale_lr", "false"]
-    often = "lightning.callbacks.health.params.every_n_train_steps=1"
+    often = "lightning.callbacks.vector_stats.params.every_n_train_steps=1"
     assert start("--base", tiny_yaml, "-t", "-l", "a", often, *words) == 0
     assert "learning rate 1.00e-03; by steps: 1e-3:2, 5e-4:4, 1e-4" in capsys.readouterr().out
     rows = next(value for key, value in state_of("a")["callbacks"].items() if "Health" in key)["rows"]
-    # What is found after a step is the rate of the next one.
+    # The rate measured after a step is that of the next step.
     assert [rate for *_, rate in rows] == pytest.approx([1e-3, 5e-4, 5e-4, 1e-4, 1e-4, 1e-4])
     assert start("--base", tiny_yaml, "-t", "-l", "b", "model.base_learning_rate=1e-3:2, 5e-4") == 0
     (group,) = state_of("b")["optimizer_states"][0]["param_groups"]
     assert (group["initial_lr"], group["lr"]) == pytest.approx((2e-3, 1e-3)), "times the batch of 2"
 
 
-def test_a_rate_that_makes_no_sense(tiny_yaml, capsys):
+def test_invalid_rate(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", "model.base_learning_rate=quick") == 1
-    assert "'quick' is no RATE:STEPS" in capsys.readouterr().err
+    assert "'quick' is not RATE:STEPS" in capsys.readouterr().err
 
 
-def test_rates_by_steps_take_the_place_of_a_schedule(tiny_yaml, capsys):
+def test_rates_by_steps_replace_a_schedule(tiny_yaml, capsys):
     schedule = "model.params.scheduler_config"
     words = [f"{schedule}.target=ldm.lr_scheduler.LambdaStepScheduler", f"{schedule}.params.rates=7"]
     assert start("--base", tiny_yaml, "-t", "-l", "a", "model.base_learning_rate=1e-3:2, 5e-4", *words) == 0
-    assert "take the place of the YAML's scheduler_config" in capsys.readouterr().err
+    assert "replaces the YAML's scheduler_config" in capsys.readouterr().err
     (group,) = state_of("a")["optimizer_states"][0]["param_groups"]
     assert (group["initial_lr"], group["lr"]) == pytest.approx((2e-3, 1e-3))
 
@@ -52,7 +42,7 @@ COSINE = (
 )
 
 
-def test_a_schedule_without_a_length_is_as_long_as_the_run(tiny_yaml):
+def test_schedule_of_the_runs_length(tiny_yaml):
     for steps in (4, 6):
         assert start("--base", tiny_yaml, "-t", "-l", f"of{steps}", *COSINE, "--max_steps", steps) == 0
         scheduler = state_of(f"of{steps}")["lr_schedulers"][0]
@@ -64,14 +54,14 @@ def test_a_schedule_without_a_length_is_as_long_as_the_run(tiny_yaml):
     assert state_of("half")["lr_schedulers"][0]["_last_lr"] == half["lr_schedulers"][0]["_last_lr"]
 
 
-def test_a_schedule_as_long_as_a_run_without_steps(tiny_yaml, capsys):
+def test_schedule_of_the_runs_length_needs_max_steps(tiny_yaml, capsys):
     for limit in ("--max_epochs=2", "--max_steps=-1"):
         words = [*COSINE, limit] + (["lightning.trainer.max_steps=null"] if "epochs" in limit else [])
         assert start("--base", tiny_yaml, "-t", *words) == 1
         assert "the run has no max_steps; give one of the two" in capsys.readouterr().err
 
 
-def test_accumulation_and_clipping_are_lightnings(tiny_yaml):
+def test_accumulation_and_clipping(tiny_yaml):
     words = [
         "model.params.optimizer_config.target=torch.optim.SGD",
         "model.base_learning_rate=1",

@@ -1,4 +1,6 @@
-"""Whole runs of a tiny model through `main`, and what becomes of them when they are stopped."""
+"""Whole runs of a tiny model through `main`: results, signals, and resuming."""
+
+from __future__ import annotations
 
 import os
 import random
@@ -17,21 +19,9 @@ import main
 from ldm import embeddings
 from ldm.training import run as run_module
 from ldm.training.callbacks.checkpoint import LastCheckpoint
+from tests.training.runs import only_run, start, state_of
 
 ROOT = Path(main.__file__).parent
-
-
-def start(*words: object) -> int:
-    return main.main([str(word) for word in words])
-
-
-def only_run(folder: Path = Path("logs")) -> Path:
-    (path,) = folder.iterdir()
-    return path
-
-
-def state_of(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def equal(a: object, b: object) -> bool:
@@ -44,7 +34,7 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def test_a_run_leaves_the_originals_folder(tiny_yaml, capsys):
+def test_files_of_a_run(tiny_yaml, capsys):
     images = "lightning.callbacks.image_logger.params"
     kwargs = f"{images}.log_images_kwargs.ddim_steps=1"
     assert start("--base", tiny_yaml, "-t", "--gpus", "0,", f"{images}.batch_frequency=3", kwargs) == 0
@@ -78,7 +68,7 @@ def test_a_run_leaves_the_originals_folder(tiny_yaml, capsys):
     assert "Traceback" not in shown.err and "error" not in shown.err
 
 
-def test_only_the_vectors_are_learned_and_kept(tiny_yaml, tiny_model, monkeypatch):
+def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatch):
     models = []
     make = run_module.make_model
     monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
@@ -93,14 +83,16 @@ def test_only_the_vectors_are_learned_and_kept(tiny_yaml, tiny_model, monkeypatc
     word = before["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
     (learned,) = embeddings.read(run / "checkpoints" / "embeddings.pt").concepts
     assert learned.trigger == "*" and learned.vectors.shape == (1, 32)
-    assert not torch.isin(learned.vectors, word).all(), "the vector has moved"
-    assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, "but began at a word of the checkpoint"
+    assert not torch.isin(learned.vectors, word).all(), "the vector has changed"
+    assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, (
+        "but its initial value is a word of the checkpoint"
+    )
     canonical = embeddings.read(run / "checkpoints" / "embedding.safetensors")
     assert torch.equal(canonical.concepts[0].vectors, learned.vectors)
     assert (canonical.metadata.steps, canonical.metadata.seed) == (6, 23)
 
 
-def test_the_placeholder_reaches_captions_and_file(tiny_yaml):
+def test_placeholder_of_the_command_line(tiny_yaml):
     words = ["--placeholder_string", "<my-cat>", "--init_word", "photo of a cat", "--max_steps", "1"]
     assert start("--base", tiny_yaml, "-t", *words) == 0
     (learned,) = embeddings.read(only_run() / "checkpoints" / "embeddings.pt").concepts
@@ -108,15 +100,15 @@ def test_the_placeholder_reaches_captions_and_file(tiny_yaml):
     assert (only_run() / "checkpoints" / "my-cat.safetensors").is_file()
 
 
-def test_without_t_it_is_only_checked(tiny_yaml, capsys):
+def test_without_t_the_run_is_only_checked(tiny_yaml, capsys):
     assert start("--base", tiny_yaml) == 0
     assert "add -t to train" in capsys.readouterr().out
     assert not Path("logs").exists()
 
 
 @pytest.fixture
-def copies(monkeypatch):
-    """Keeps the state of every step beside last.ckpt, as a run that is killed there would leave it."""
+def copy_states(monkeypatch):
+    """Copies the state of every step, as a run that is killed after this step leaves it."""
     save = LastCheckpoint.save_now
 
     def save_and_copy(self, trainer):
@@ -146,12 +138,12 @@ def copies(monkeypatch):
     ],
     ids=["plain", "workers-progressive-accumulated"],
 )
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tiny_yaml, copies, steps, options):
+def test_resumed_run_equals_the_uninterrupted_run(tiny_yaml, copy_states, steps, options):
     every = "lightning.modelcheckpoint.params.every_n_train_steps=1"
     assert start("--base", tiny_yaml, "-t", every, *options) == 0
     run = only_run()
-    straight = state_of(run)
-    assert straight["global_step"] == 6
+    uninterrupted = state_of(run)
+    assert uninterrupted["global_step"] == 6
     for step in steps:
         killed = run.with_name(f"killed-{step}")
         for part in ("configs", "checkpoints"):
@@ -170,10 +162,10 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tiny_yaml, copies, step
             "DataModuleFromConfig",
             "global_step",
         ):
-            assert equal(resumed[part], straight[part]), (step, part)
+            assert equal(resumed[part], uninterrupted[part]), (step, part)
 
 
-def test_a_run_goes_on_for_longer(tiny_yaml):
+def test_resume_for_more_steps(tiny_yaml):
     assert start("--base", tiny_yaml, "-t", "--max_steps", 2) == 0
     assert start("-r", only_run(), "-t", "--max_steps", 4) == 0
     assert state_of(only_run())["global_step"] == 4
@@ -204,30 +196,30 @@ def sending(name: str, step: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stop_waits_for_the_step_and_saves_everything(tiny_yaml, capsys, name, code):
+def test_stop_request_waits_for_the_step_and_saves(tiny_yaml, capsys, name, code):
     assert start("--base", tiny_yaml, "-t", *sending(name, 2)) == code
     run = only_run()
     assert state_of(run)["global_step"] == 3
     assert (run / "checkpoints" / "embeddings_gs-3.pt").is_file()
     shown = capsys.readouterr()
     assert f"stopped by {name} at step 3" in shown.out
-    assert f"go on with: python main.py -r {run} -t" in shown.out
+    assert f"resume with: python main.py -r {run} -t" in shown.out
     assert "Traceback" not in shown.err
 
 
-def test_a_stop_between_a_step_and_the_validation(tiny_yaml, capsys):
+def test_stop_request_between_step_and_validation(tiny_yaml, capsys):
     Path("late_sender.py").write_text(SENDER.replace("on_before_backward", "on_train_batch_end"))
     words = [word.replace("sender.Sender", "late_sender.Sender") for word in sending("SIGTERM", 3)]
     assert start("--base", tiny_yaml, "-t", *words) == 143
     assert state_of(only_run())["global_step"] == 3
     assert (only_run() / "checkpoints" / "embeddings_gs-3.pt").is_file()
-    assert "go on with" in capsys.readouterr().out
+    assert "resume with" in capsys.readouterr().out
 
 
-def test_a_preview_is_broken_off_at_once(tiny_yaml, monkeypatch):
+def test_stop_request_ends_a_preview_at_once(tiny_yaml, monkeypatch):
     monkeypatch.setattr(
         "ldm.models.diffusion.ddpm.LatentDiffusion.log_images",
-        lambda *args, **kwargs: signal.raise_signal(signal.SIGINT) or pytest.fail("not broken off"),
+        lambda *args, **kwargs: signal.raise_signal(signal.SIGINT) or pytest.fail("not interrupted"),
     )
     images = "lightning.callbacks.image_logger.params"
     often = [f"{images}.batch_frequency=2", f"{images}.increase_log_steps=false"]
@@ -236,7 +228,7 @@ def test_a_preview_is_broken_off_at_once(tiny_yaml, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this platform has no SIGUSR1")
-def test_sigusr1_saves_and_goes_on(tiny_yaml):
+def test_sigusr1_saves_and_continues(tiny_yaml):
     assert start("--base", tiny_yaml, "-t", *sending("SIGUSR1", 1)) == 0
     names = {path.name for path in (only_run() / "checkpoints").iterdir()}
     assert {"embeddings_gs-2.pt", "embeddings_gs-6.pt"} <= names
@@ -244,7 +236,7 @@ def test_sigusr1_saves_and_goes_on(tiny_yaml):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of other processes")
-def test_sigterm_from_outside_ends_a_process_cleanly(tiny_yaml):
+def test_sigterm_from_another_process(tiny_yaml):
     command = [sys.executable, str(ROOT / "main.py"), "--base", str(tiny_yaml), "-t", "--max_steps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -255,7 +247,7 @@ def test_sigterm_from_outside_ends_a_process_cleanly(tiny_yaml):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err
-    assert "go on with" in out
+    assert "resume with" in out
     step = state_of(only_run())["global_step"]
     assert step > 0
     assert (only_run() / "checkpoints" / f"embeddings_gs-{step}.pt").is_file()
@@ -263,13 +255,13 @@ def test_sigterm_from_outside_ends_a_process_cleanly(tiny_yaml):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
-def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(tiny_yaml):
-    """Ten runs, each killed at a random moment and gone on with, against one that was left alone."""
+def test_killed_runs_resume_exactly(tiny_yaml):
+    """Ten runs, each killed at a random time and resumed, compared with an uninterrupted run."""
     program = [sys.executable, str(ROOT / "main.py")]
     words = ["--base", str(tiny_yaml), "-t", "--max_steps", "60", "data.params.num_workers=1"]
     words.append("lightning.modelcheckpoint.params.every_n_train_steps=7")
-    subprocess.run([*program, *words, "-l", "straight"], check=True, capture_output=True)
-    straight = state_of(only_run(Path("straight")))
+    subprocess.run([*program, *words, "-l", "uninterrupted"], check=True, capture_output=True)
+    uninterrupted = state_of(only_run(Path("uninterrupted")))
     for number in range(10):
         folder = Path(f"killed-{number}")
         process = subprocess.Popen([*program, *words, "-l", str(folder)], stdout=subprocess.DEVNULL)
@@ -281,83 +273,10 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(tiny_yaml):
         subprocess.run([*program, "-r", str(only_run(folder)), "-t"], check=True, capture_output=True)
         resumed = state_of(only_run(folder))
         for part in ("state_dict", "optimizer_states", "random_states", "global_step"):
-            assert equal(resumed[part], straight[part]), (number, part)
+            assert equal(resumed[part], uninterrupted[part]), (number, part)
 
 
-def test_out_of_memory_keeps_what_was_learned(tiny_yaml, monkeypatch, capsys):
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-
-    p_losses = LatentDiffusion.p_losses
-
-    def full(self, *args, **kwargs):
-        if self.trainer.global_step == 2:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
-        return p_losses(self, *args, **kwargs)
-
-    monkeypatch.setattr(LatentDiffusion, "p_losses", full)
-    assert start("--base", tiny_yaml, "-t") == 1
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(err) == 1 and "out of memory at step 2" in err[0] and "batch_size=1" in err[0]
-    assert "configs/recipes/low-memory.yaml" in err[0]
-    assert (only_run() / "checkpoints" / "embeddings_gs-2.pt").is_file()
-    assert state_of(only_run())["global_step"] == 2
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["--max_steps", "-5"], 2, "max_steps is -5"),
-        (["--gpuz", "0,"], 2, "did you mean --gpus"),
-        (["--gpus", "all"], 2, "not understood"),
-        (["--data_root", "nowhere"], 1, "image folder not found: nowhere"),
-        (["--actual_resume", "no.ckpt"], 1, "checkpoint 'no.ckpt' does not exist"),
-        (["model.params.nonsense=1"], 1, "'nonsense'"),
-        (["model.target=ldm.models.nothing.At"], 1, "no module 'ldm.models.nothing'"),
-        (["model.base_learning_rate=0"], 1, "base_learning_rate is 0"),
-        (["data.params.batch_size=0"], 1, "batch_size is 0"),
-        (["--base", "absent.yaml"], 1, "no such YAML: 'absent.yaml'"),
-        (
-            ["data.params.train.params.placeholder_token=@"],
-            1,
-            "none of the captions holds the placeholder '*'",
-        ),
-        (["lightning.trainer.precision=5"], 1, "lightning.trainer"),
-        (["-r", "nowhere"], 1, "does not exist"),
-    ],
-)
-def test_mistakes_are_one_line(tiny_yaml, capsys, words, code, message):
-    assert start("--base", tiny_yaml, "-t", *words) == code
-    shown = capsys.readouterr()
-    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1, shown.err
-    assert lines[0].startswith("error: ") and message in lines[0]
-    assert not Path("logs").exists() or not list(Path("logs").glob("*/checkpoints/*"))
-
-
-def test_a_placeholder_that_is_cut_off(tiny_yaml, capsys):
-    Path("lines.txt").write_text("one " * 100 + "{}\n")
-    assert start("--base", tiny_yaml, "-t", "data.params.train.params.template_file=lines.txt") == 1
-    assert "cuts off the placeholder '*'" in capsys.readouterr().err
-
-
-def test_a_state_of_another_placeholder(tiny_yaml, capsys):
-    assert start("--base", tiny_yaml, "-t", "--max_steps", 1) == 0
-    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 1
-    assert "does not fit the configuration" in capsys.readouterr().err
-
-
-def test_no_base_at_all(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert start("-t") == 2
-    assert "name a YAML with --base" in capsys.readouterr().err
-
-
-def test_debug_shows_the_traceback(tiny_yaml, capsys):
-    assert start("--base", tiny_yaml, "-t", "--debug", "model.params.nonsense=1") == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_the_saved_yamls_are_the_whole_run(tiny_yaml):
+def test_saved_yamls_repeat_the_run(tiny_yaml):
     assert start("--base", tiny_yaml, "-t", "--max_steps", 1, "--init_word", "cat") == 0
     saved = OmegaConf.merge(*map(OmegaConf.load, sorted((only_run() / "configs").iterdir())))
     assert saved.model.params.personalization_config.params.initializer_words == ["cat"]

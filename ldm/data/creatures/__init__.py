@@ -1,1 +1,1 @@
-"""The small procedural world on which the embedded model is trained: seeded creatures, pictures and captions."""
+"""The procedural world that the embedded model is trained on: creatures from seeds, their images and captions."""

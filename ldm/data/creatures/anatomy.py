@@ -1,4 +1,4 @@
-"""From a creature and a pose to the shapes that are painted: tapered bones and superellipses, sorted into layers."""
+"""The shapes of a creature in a pose: tapered bones and superellipses, sorted into layers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from enum import IntEnum
 
 from ldm.data.creatures.world import Creature, Scene
 
-Bone = tuple[float, float, float, float, float, float]  # x0, y0, x1, y1, radius at either end
+Bone = tuple[float, float, float, float, float, float]  # x0, y0, x1, y1, radius at each end
 Blob = tuple[float, float, float, float, float, float]  # x, y, half width, half height, exponent, taper
 
 
 class Layer(IntEnum):
-    """Painter's order, the last on top; also the material of what the layer paints."""
+    """Layers in drawing order, the last on top; the number is also the material of the layer's pixels."""
 
     BACK = 1
     HORN = 2
@@ -30,18 +30,18 @@ class Layer(IntEnum):
 
 @dataclass
 class Parts:
-    """The shapes of one picture, in the creature's own coordinates."""
+    """The shapes of one image, in the creature's coordinates."""
 
     bones: dict[Layer, list[Bone]] = field(default_factory=dict)
     blobs: dict[Layer, Blob] = field(default_factory=dict)
 
     def bone(self, layer: Layer, *values: float) -> None:
-        """Adds a tapered bone to a layer."""
+        """Add a tapered bone to a layer."""
         self.bones.setdefault(layer, []).append(values)  # type: ignore[arg-type]
 
 
 def parts_of(creature: Creature, scene: Scene) -> Parts:
-    """Every shape of `creature` in the pose of `scene`."""
+    """Return every shape of `creature` in the pose of `scene`."""
     build, parts = creature.build, Parts()
     parts.blobs[Layer.BODY] = (*build.body, build.taper)
     if build.head_apart:
@@ -146,7 +146,7 @@ def _ears(creature: Creature, parts: Parts) -> None:
     for side in (-1, 1):
 
         def at(angle: float, depth: float, side: int = side) -> tuple[float, float]:
-            """A point on the head's outline, `angle` away from the crown, at a share of the way out."""
+            """Return the point at `angle` from the top of the head; `depth` 1 is on the outline, 0 the centre."""
             across, up = math.sin(angle), math.cos(angle)
             edge = (abs(across) ** exponent + abs(up) ** exponent) ** (-1 / exponent)
             return x + side * width * across * edge * depth, y + height * up * edge * depth

@@ -1,4 +1,4 @@
-"""A creature's geometry: the numbers no caption names, drawn around each species' plan or freely."""
+"""A creature's proportions, which no caption names: drawn around the plan of its species, or freely."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ T = TypeVar("T")
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """One of `options`.
+    """Draw one of `options`.
 
-    Drawn by `random()` alone, whose sequence Python promises not to change.
+    It uses `random()` only, whose sequence is the same in every Python version.
     """
     return options[int(rng.random() * len(options))]
 
 
 def uniform(rng: random.Random, low: float, high: float) -> float:
-    """A number between `low` and `high`."""
+    """Draw a number between `low` and `high`."""
     return low + (high - low) * rng.random()
 
 
 @dataclass(frozen=True)
 class Build:
-    """Proportions in picture units: the picture spans [-1, 1], y points up, the creature looks to the right.
+    """Proportions in image units: the image spans [-1, 1], y points up, and the creature faces right.
 
-    Ellipses are (x, y, half width, half height, exponent); an exponent of 2 is round, 6 is a box.
-    A size of zero leaves the part out.
+    Ellipses are (x, y, half width, half height, exponent); exponent 2 is an ellipse, 6 nearly a box. A part of size
+    zero is not drawn.
     """
 
     body: tuple[float, float, float, float, float]
     head: tuple[float, float, float, float, float]
-    head_apart: bool = True  # False: the face sits on the body itself, `head` only places eyes and ears
+    head_apart: bool = True  # False: the face is on the body; `head` only positions eyes and ears
     taper: float = 0.0
     neck: float = 0.0
     ground: float = -0.9
@@ -100,7 +100,7 @@ _PLANS: dict[str, Build] = {
 
 
 def draw_build(kind: str, rng: random.Random) -> Build:
-    """An individual's proportions around the plan of its species; any other kind is drawn freely."""
+    """Draw an individual's proportions around the plan of its species; for any other kind, around a random plan."""
     plan = _PLANS[kind] if kind in _PLANS else _free_plan(rng)
     vary = _Vary(rng)
     body, head = plan.body, plan.head
@@ -142,7 +142,7 @@ def draw_build(kind: str, rng: random.Random) -> Build:
 
 
 class _Vary:
-    """Uniform jitter from one random stream."""
+    """Uniform random variation from one random stream."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -155,14 +155,14 @@ class _Vary:
 
 
 def _free_plan(rng: random.Random) -> Build:
-    """A body plan that no species has: any trunk with any limbs, tail and face parts."""
+    """Draw a body plan that no species has: any trunk with any limbs, tail and face parts."""
     trunk = rng.random()
     limbs = int(rng.random() * 5)
     exponent = pick(rng, (2.0, 2.2, 3.0, 5.0))
-    if trunk < 0.4:  # upright, the face on the trunk
+    if trunk < 0.4:  # upright, with the face on the trunk
         body = (0.0, uniform(rng, -0.3, -0.1), uniform(rng, 0.38, 0.6), uniform(rng, 0.46, 0.62), exponent)
         head, apart = (0.0, body[1] + 0.18, body[2] * 0.85, body[3] - 0.18, 2.0), False
-    elif trunk < 0.75:  # upright, a head of its own
+    elif trunk < 0.75:  # upright, with a separate head
         body = (0.0, uniform(rng, -0.48, -0.36), uniform(rng, 0.26, 0.56), uniform(rng, 0.3, 0.42), exponent)
         head = (
             uniform(rng, -0.06, 0.06),
@@ -172,7 +172,7 @@ def _free_plan(rng: random.Random) -> Build:
             pick(rng, (2.0, 2.4, 3.0)),
         )
         apart = True
-    else:  # lying, the head in front
+    else:  # horizontal, with the head in front
         body = (-0.16, uniform(rng, -0.4, -0.25), uniform(rng, 0.44, 0.6), uniform(rng, 0.26, 0.42), exponent)
         head, apart = (
             (

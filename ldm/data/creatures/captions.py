@@ -1,4 +1,4 @@
-"""Sentences about a picture: a random part of the truth, in the templates' wording and in freer ones."""
+"""Captions of an image: random true statements, in the wording of the templates and in freer wordings."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ _PLACES = {
     "snow": ("in the snow", "in snow"),
 }
 
-_BY_NAME = 0.7  # of the captions of one who has a name
-
-_FOILED = {
+# Share of the captions of an individual that use its name.
+_NAME_SHARE = 0.7
+# How often each attribute is the wrong one of a foil, relative to the others.
+_FOIL_WEIGHTS = {
     "eyes": 4.0,
     "ears": 4.0,
     "pattern": 4.0,
@@ -60,8 +61,8 @@ _FOILED = {
 
 
 @dataclass(frozen=True)
-class Names:
-    """The part of a picture that words can tell; `name` is that of an individual."""
+class Description:
+    """What captions can say about an image. `name` is the name of an individual, if it has one."""
 
     kind: str
     color: str
@@ -74,136 +75,152 @@ class Names:
     name: str | None = None
 
     @classmethod
-    def of(cls, creature: Creature, scene: Scene, name: str | None = None) -> Names:
-        """The names of a creature in a scene."""
+    def of(cls, creature: Creature, scene: Scene, name: str | None = None) -> Description:
+        """Describe a creature in a scene."""
         return cls(
             creature.kind, creature.color, creature.second, creature.pattern, creature.eyes, creature.ears,
             scene.background, scene.style, name,
         )  # fmt: skip
 
 
-def caption(names: Names, rng: random.Random) -> str:
-    """One sentence that is true of the picture: who it shows, or a random subset of its attributes."""
-    if names.name is not None and rng.random() < _BY_NAME:
-        return _by_name(names, rng)
+def caption(description: Description, rng: random.Random) -> str:
+    """Return a true caption: the name of the individual, or a random subset of the attributes."""
+    if description.name is not None and rng.random() < _NAME_SHARE:
+        return _named_caption(description, rng)
     draw = rng.random()
-    noun = CREATURE if draw < 0.025 else names.kind if draw < 0.04 else _noun(names, rng)
-    if names.style == "photo":
-        return _of_photo(names, noun, rng)
-    return _of_style(names, noun, rng)
+    noun = CREATURE if draw < 0.025 else description.kind if draw < 0.04 else _noun(description, rng)
+    if description.style == "photo":
+        return _photo_caption(description, noun, rng)
+    return _style_caption(description, noun, rng)
 
 
-def foil(names: Names, seed: str) -> str:
-    """The caption of the stream `seed` with one attribute told wrongly, or the caption itself where nothing can be.
+def foil(description: Description, seed: str) -> str:
+    """Return the caption of random stream `seed` with one wrong attribute (a hard negative).
 
-    What is hard to see is made wrong more often: a contrastive loss over whole pictures learns it last.
+    A caption without attributes is returned as it is. Attributes that are hard to see are wrong more often, because
+    a contrastive loss learns them last.
     """
-    truth = caption(names, random.Random(seed))
+    truth = caption(description, random.Random(seed))
     rng = random.Random(f"foil {seed}")
-    for key in sorted(_FOILED, key=lambda key: rng.random() / _FOILED[key]):
-        # To call a fox a creature, or not to mention its stripes, is not wrong.
+    for key in sorted(_FOIL_WEIGHTS, key=lambda key: rng.random() / _FOIL_WEIGHTS[key]):
+        # Calling a fox a creature, or not mentioning its stripes, is not wrong.
         options = [
-            value for value in ATTRIBUTES[key] if value not in (getattr(names, key), CREATURE, "plain")
+            value for value in ATTRIBUTES[key] if value not in (getattr(description, key), CREATURE, "plain")
         ]
-        text = caption(dataclasses.replace(names, **{key: pick(rng, options)}), random.Random(seed))
+        text = caption(dataclasses.replace(description, **{key: pick(rng, options)}), random.Random(seed))
         if text != truth:
             return text
     return truth
 
 
-def naming(names: Names, told: Collection[str] = tuple(ATTRIBUTES)) -> str:
-    """The sentence that names these attributes and no others; a pattern brings its second colour along."""
-    before = [names.color] if "color" in told else []
+def attribute_caption(description: Description, attributes: Collection[str] = tuple(ATTRIBUTES)) -> str:
+    """Return the caption that names these attributes and no others; a pattern includes the second colour."""
+    before = [description.color] if "color" in attributes else []
     traits = []
-    if "pattern" in told and names.pattern == "plain":
+    if "pattern" in attributes and description.pattern == "plain":
         before.insert(0, "plain")
-    elif "pattern" in told:
-        traits.append(_with_pattern(names))
-    if "eyes" in told:
-        traits.append(_with_eyes(names))
-    if "ears" in told:
-        traits.append(_with_ears(names))
-    kind = names.kind if "kind" in told else CREATURE
-    text = _told(" ".join(before), kind, traits, place(names.background) if "background" in told else "")
-    return articled(_MEDIA[names.style if "style" in told else "photo"][0].replace("{}", f"a {text}"))
+    elif "pattern" in attributes:
+        traits.append(_with_pattern(description))
+    if "eyes" in attributes:
+        traits.append(_with_eyes(description))
+    if "ears" in attributes:
+        traits.append(_with_ears(description))
+    kind = description.kind if "kind" in attributes else CREATURE
+    text = _join(
+        " ".join(before),
+        kind,
+        traits,
+        background_phrase(description.background) if "background" in attributes else "",
+    )
+    return fix_articles(
+        _MEDIA[description.style if "style" in attributes else "photo"][0].replace("{}", f"a {text}")
+    )
 
 
-def full_caption(names: Names) -> str:
-    """The sentence that names every attribute: the best that words can do."""
-    return naming(names)
+def full_caption(description: Description) -> str:
+    """Return the caption that names every attribute: the most detailed one."""
+    return attribute_caption(description)
 
 
-def place(background: str, choice: int = 0) -> str:
-    """The words for a background: "on a blue background", "on a beach"."""
+def background_phrase(background: str, choice: int = 0) -> str:
+    """Return the words for a background: "on a blue background", "on a beach"; `choice` selects the wording."""
     if background not in COLORS:
         return _PLACES[background][choice % len(_PLACES[background])]
     return (f"on a {background} background", f"in front of a {background} background")[choice % 2]
 
 
-def articled(text: str) -> str:
-    """`text` with "an" before the words that want it, and "a" before the others."""
+def fix_articles(text: str) -> str:
+    """Return `text` with "an" before words that begin with a vowel, and "a" before the others."""
     return re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
 
 
-def _by_name(names: Names, rng: random.Random) -> str:
-    """An individual by its name alone, with or without an article, and where it is."""
-    noun = _told("", str(names.name), [], _where(names, rng))
-    text = _of_photo(names, noun, rng) if names.style == "photo" else _of_style(names, noun, rng)
-    return re.sub(rf"\ba (?={names.name}\b)", "", text) if rng.random() < 0.5 else text
+def _named_caption(description: Description, rng: random.Random) -> str:
+    """Describe an individual by its name, with or without an article, and its background."""
+    noun = _join("", str(description.name), [], _background(description, rng))
+    text = (
+        _photo_caption(description, noun, rng)
+        if description.style == "photo"
+        else _style_caption(description, noun, rng)
+    )
+    return re.sub(rf"\ba (?={description.name}\b)", "", text) if rng.random() < 0.5 else text
 
 
-def _noun(names: Names, rng: random.Random) -> str:
-    """The creature, what it has and where it is, without an article in front."""
-    kind = names.kind if rng.random() < 0.9 else CREATURE
+def _noun(description: Description, rng: random.Random) -> str:
+    """Describe the creature, its parts and its background, without an article in front."""
+    kind = description.kind if rng.random() < 0.9 else CREATURE
     before, traits = [], []
     if rng.random() < 0.7:
-        spoken = rng.random()
-        if names.pattern == "plain":
-            before += ["plain"] if spoken < 0.6 else []
-        elif names.pattern == "belly" or spoken < 0.85:
-            traits.append(_with_pattern(names))
+        wording = rng.random()
+        if description.pattern == "plain":
+            before += ["plain"] if wording < 0.6 else []
+        elif description.pattern == "belly" or wording < 0.85:
+            traits.append(_with_pattern(description))
         else:
-            before.append({"stripes": "striped", "spots": "spotted"}[names.pattern])
+            before.append({"stripes": "striped", "spots": "spotted"}[description.pattern])
     if rng.random() < 0.82:
-        before.append(names.color)
+        before.append(description.color)
     if rng.random() < 0.5:
-        traits.append(_with_eyes(names))
+        traits.append(_with_eyes(description))
     if rng.random() < 0.5:
-        traits.append(_with_ears(names))
+        traits.append(_with_ears(description))
     if rng.random() < 0.5:
         traits.reverse()
-    return _told(" ".join(before), kind, traits, _where(names, rng))
+    return _join(" ".join(before), kind, traits, _background(description, rng))
 
 
-def _where(names: Names, rng: random.Random) -> str:
-    # Neon is dark whatever stands behind the creature.
-    told = names.style != "neon" and rng.random() < 0.66
-    return place(names.background, int(rng.random() * 6)) if told else ""
+def _background(description: Description, rng: random.Random) -> str:
+    # The neon style hides the background.
+    named = description.style != "neon" and rng.random() < 0.66
+    return background_phrase(description.background, int(rng.random() * 6)) if named else ""
 
 
-def _told(before: str, kind: str, traits: list[str], where: str) -> str:
+def _join(before: str, kind: str, traits: list[str], background: str) -> str:
     text = f"{before} {kind}".strip()
     if traits:
         *first, last = traits
         text += " with " + (", ".join(first) + " and " if first else "") + last
-    return f"{text} {where}".strip()
+    return f"{text} {background}".strip()
 
 
-def _with_pattern(names: Names) -> str:
-    if names.pattern == "plain":
+def _with_pattern(description: Description) -> str:
+    if description.pattern == "plain":
         return ""
-    return f"a {names.second} belly" if names.pattern == "belly" else f"{names.second} {names.pattern}"
+    return (
+        f"a {description.second} belly"
+        if description.pattern == "belly"
+        else f"{description.second} {description.pattern}"
+    )
 
 
-def _with_eyes(names: Names) -> str:
-    return f"{NUMBERS[names.eyes]} eye{'s' * (names.eyes > 1)}"
+def _with_eyes(description: Description) -> str:
+    return f"{NUMBERS[description.eyes]} eye{'s' * (description.eyes > 1)}"
 
 
-def _with_ears(names: Names) -> str:
-    return {"none": "no ears", "horns": "horns"}.get(names.ears, f"{names.ears} ears")
+def _with_ears(description: Description) -> str:
+    return {"none": "no ears", "horns": "horns"}.get(description.ears, f"{description.ears} ears")
 
 
-def _of_photo(names: Names, noun: str, rng: random.Random) -> str:
+def _photo_caption(description: Description, noun: str, rng: random.Random) -> str:
     draw = rng.random()
     if draw < 0.5:
         text = fill("a photo of a {}", noun)
@@ -214,41 +231,52 @@ def _of_photo(names: Names, noun: str, rng: random.Random) -> str:
     elif draw < 0.95:
         text = noun
     else:
-        text = _tags(names, rng)
-    return articled(text)
+        text = _tags(description, rng)
+    return fix_articles(text)
 
 
-def _of_style(names: Names, noun: str, rng: random.Random) -> str:
+def _style_caption(description: Description, noun: str, rng: random.Random) -> str:
     draw = rng.random()
     subject = ("a " if rng.random() < 0.8 else "the ") + noun
     if draw < 0.6:
-        text = pick(rng, _MEDIA[names.style]).replace("{n}", noun).replace("{}", subject)
+        text = pick(rng, _MEDIA[description.style]).replace("{n}", noun).replace("{}", subject)
     elif draw < 0.75:
-        text = pick(rng, _STYLE_TAILS).replace("{style}", names.style).replace("{}", subject)
+        text = pick(rng, _STYLE_TAILS).replace("{style}", description.style).replace("{}", subject)
     elif draw < 0.95:
-        text = fill(pick(rng, STYLE_TEMPLATES), names.style)
+        text = fill(pick(rng, STYLE_TEMPLATES), description.style)
         if rng.random() < 0.6:
-            text += f" with a {names.color} {names.kind}"
+            text += f" with a {description.color} {description.kind}"
     else:
-        text = _tags(names, rng)
-    return articled(text)
+        text = _tags(description, rng)
+    return fix_articles(text)
 
 
-def _tags(names: Names, rng: random.Random) -> str:
-    tags = [names.kind, names.color, _with_pattern(names) or "plain", _with_ears(names), names.style]
-    if names.style != "neon":
-        tags.append(f"{names.background} background" if names.background in COLORS else names.background)
-    kept = [tag for tag in tags if rng.random() < 0.7] or [names.kind]
+def _tags(description: Description, rng: random.Random) -> str:
+    tags = [
+        description.kind,
+        description.color,
+        _with_pattern(description) or "plain",
+        _with_ears(description),
+        description.style,
+    ]
+    if description.style != "neon":
+        tags.append(
+            f"{description.background} background"
+            if description.background in COLORS
+            else description.background
+        )
+    kept = [tag for tag in tags if rng.random() < 0.7] or [description.kind]
     return ", ".join(kept)
 
 
-def words() -> list[str]:
-    """Every word, number and mark that a caption or a template can hold, sorted."""
-    told = " ".join((
+def vocabulary() -> list[str]:
+    """Return every word, number and punctuation mark of captions and templates, sorted."""
+    text = " ".join((
         *OBJECT_TEMPLATES, *OBJECT_DUAL_TEMPLATES, *STYLE_TEMPLATES, *STYLE_DUAL_TEMPLATES, *_STYLE_TAILS,
         *(line for lines in (*_MEDIA.values(), *_PLACES.values()) for line in lines),
-        *COLORS, *KINDS, *SCENES, *PATTERNS, *EARS, *STYLES, *NAMES, *NUMBERS.values(), place("red"), place("red", 1),
+        *COLORS, *KINDS, *SCENES, *PATTERNS, *EARS, *STYLES, *NAMES, *NUMBERS.values(),
+        background_phrase("red"), background_phrase("red", 1),
         "an striped spotted eye eyes ears no and with , ."
     ))  # fmt: skip
-    told = told.replace("{style}", "").replace("{n}", "").replace("{}", "")
-    return sorted(set(re.findall(r"[a-z]+|[^\sa-z]", told)))
+    text = text.replace("{style}", "").replace("{n}", "").replace("{}", "")
+    return sorted(set(re.findall(r"[a-z]+|[^\sa-z]", text)))

@@ -1,4 +1,4 @@
-"""Pictures of creatures: hundreds a second on one core, drawn larger and averaged down."""
+"""Rendering of creatures: hundreds of images per second on one core, by signed distances and supersampling."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from ldm.data.creatures.anatomy import Layer, Parts, parts_of
 from ldm.data.creatures.scenery import apply_style, paint_background
 from ldm.data.creatures.world import Creature, Scene
 
-FAR = 9.0
+FAR = 9.0  # a distance outside of every image
 
 
-def blobs(x: Tensor, y: Tensor, rows: Sequence[Sequence[float] | None]) -> Tensor:
-    """Distances to each picture's superellipse (x, y, half width, half height, exponent, taper); FAR where None."""
+def blob_distances(x: Tensor, y: Tensor, rows: Sequence[Sequence[float] | None]) -> Tensor:
+    """Return signed distances [B, S, S] to each image's superellipse; FAR for images whose row is None.
+
+    A row is (x, y, half width, half height, exponent, taper). The distance is approximated by level and slope.
+    """
     out = torch.full_like(x, FAR)
     index = torch.tensor([i for i, row in enumerate(rows) if row is not None])
     if len(index) == 0:
@@ -37,22 +40,25 @@ def blobs(x: Tensor, y: Tensor, rows: Sequence[Sequence[float] | None]) -> Tenso
     return out
 
 
-def bones(x: Tensor, y: Tensor, rows: Sequence[Sequence[Sequence[float]]], into: Tensor) -> Tensor:
-    """The union of `into` and each picture's tapered bones (x0, y0, x1, y1, r0, r1); `into` may be overwritten."""
+def bone_distances(x: Tensor, y: Tensor, rows: Sequence[Sequence[Sequence[float]]], into: Tensor) -> Tensor:
+    """Return signed distances [B, S, S] to the union of `into` and each image's tapered bones.
+
+    A bone is (x0, y0, x1, y1, r0, r1). `into` may be overwritten.
+    """
     for k in range(max((len(row) for row in rows), default=0)):
         chosen = [i for i, row in enumerate(rows) if len(row) > k]
         values = torch.tensor([rows[i][k] for i in chosen], device=x.device)
         x0, y0, x1, y1, r0, r1 = (column[:, None, None] for column in values.unbind(1))
-        everyone = len(chosen) == len(rows)
+        everywhere = len(chosen) == len(rows)
         index = torch.tensor(chosen, device=x.device)
-        px, py = (x, y) if everyone else (x[index], y[index])
+        px, py = (x, y) if everywhere else (x[index], y[index])
         px, py = px - x0, py - y0
         bx, by = x1 - x0, y1 - y0
         length = (bx * bx + by * by).clamp(min=1e-9)
         along = (px * (bx / length)).addcmul_(py, by / length).clamp_(0, 1)
         distance = (px - along * bx).square_().add_((py - along * by).square_()).sqrt_()
         distance = distance.sub_(r0).addcmul_(along, r0 - r1)
-        if everyone:
+        if everywhere:
             into = torch.minimum(into, distance)
         else:
             into[index] = torch.minimum(into[index], distance)
@@ -60,9 +66,10 @@ def bones(x: Tensor, y: Tensor, rows: Sequence[Sequence[Sequence[float]]], into:
 
 
 SUPERSAMPLE = 2
-CHUNK = 32  # pictures painted at once: small enough to stay in a core's cache
+CHUNK = 32  # images rendered at once: small enough for a core's cache
 OUTLINE = 0.042
-SECOND = 12  # material beyond the layers
+# Materials besides the layers.
+SECOND = 12
 SHADOW = 13
 _MATERIALS = 14
 _HORN_RGB, _BEAK_RGB = (0.96, 0.91, 0.74), (0.99, 0.72, 0.12)
@@ -81,7 +88,7 @@ _OUTLINED = {
 
 @dataclass
 class Canvas:
-    """What a style may use: colours [B, 3, S, S] in [0, 1], the creature's silhouette and outlines [B, S, S] bool."""
+    """The input of a style: colours [B, 3, S, S] in [0, 1], and bool [B, S, S] silhouettes and outlines."""
 
     rgb: Tensor
     silhouette: Tensor
@@ -89,7 +96,7 @@ class Canvas:
 
 
 def render(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) -> Tensor:
-    """Pictures as uint8 [B, 3, size, size]."""
+    """Render images, uint8 [B, 3, size, size]."""
     return render_with_masks(creatures, scenes, size)[0]
 
 
@@ -97,17 +104,17 @@ def render(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) ->
 def render_with_masks(
     creatures: Sequence[Creature], scenes: Sequence[Scene], size: int
 ) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [B, 3, size, size] and the share of each pixel the creature covers, float [B, size, size]."""
+    """Render images, uint8 [B, 3, size, size], and the share of each pixel that the creature covers [B, size, size]."""
     if len(creatures) != len(scenes):
         raise ValueError(f"{len(creatures)} creatures but {len(scenes)} scenes")
-    pictures, masks = [], []
+    images, masks = [], []
     for start in range(0, len(creatures), CHUNK):
         chunk = slice(start, start + CHUNK)
         canvas = _paint(creatures[chunk], scenes[chunk], size * SUPERSAMPLE)
         rgb = F.avg_pool2d(canvas.rgb, SUPERSAMPLE)
-        pictures.append((rgb.clamp(0, 1) * 255 + 0.5).to(torch.uint8))
+        images.append((rgb.clamp(0, 1) * 255 + 0.5).to(torch.uint8))
         masks.append(F.avg_pool2d(canvas.silhouette.float()[:, None], SUPERSAMPLE)[:, 0])
-    return torch.cat(pictures), torch.cat(masks)
+    return torch.cat(images), torch.cat(masks)
 
 
 def _paint(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) -> Canvas:
@@ -138,7 +145,7 @@ def _paint(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) ->
 
 
 def _pose(scenes: Sequence[Scene], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Picture coordinates into each creature's own."""
+    """Transform image coordinates to each creature's coordinates."""
     values = torch.tensor([(s.x, s.y, s.scale, math.cos(s.tilt), math.sin(s.tilt), s.facing) for s in scenes])
     dx, dy, scale, cos, sin, facing = (column[:, None, None] for column in values.unbind(1))
     u, v = (x - dx) / scale, (y - dy) / scale
@@ -146,7 +153,7 @@ def _pose(scenes: Sequence[Scene], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
 
 def _layers(parts: Sequence[Parts], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Materials [B, S, S] (0 where the background shows) and the distance to the edge of the layer that is seen."""
+    """Return materials [B, S, S] (0 is background), and the distance to the edge of the visible layer."""
     material, depth = torch.zeros(x.shape, dtype=torch.int64), torch.zeros_like(x)
     for layer in Layer:
         chosen = [i for i, p in enumerate(parts) if p.bones.get(layer) or layer in p.blobs]
@@ -154,8 +161,8 @@ def _layers(parts: Sequence[Parts], x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
             continue
         index = torch.tensor(chosen)
         px, py = x[index], y[index]
-        distance = blobs(px, py, [parts[i].blobs.get(layer) for i in chosen])
-        distance = bones(px, py, [parts[i].bones.get(layer, ()) for i in chosen], distance)
+        distance = blob_distances(px, py, [parts[i].blobs.get(layer) for i in chosen])
+        distance = bone_distances(px, py, [parts[i].bones.get(layer, ()) for i in chosen], distance)
         below, deep = material[index], depth[index]
         if layer in _OUTLINED:
             below = torch.where(distance < OUTLINE, SHADOW, below)
@@ -165,7 +172,7 @@ def _layers(parts: Sequence[Parts], x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 
 def _pattern(creatures: Sequence[Creature], material: Tensor, x: Tensor, y: Tensor) -> None:
-    """Paints the second colour into the body and shell of `material`, in place."""
+    """Set the pattern in the body and shell of `material` to the second colour, in place."""
     for i, creature in enumerate(creatures):
         if creature.pattern == "plain":
             continue
@@ -199,7 +206,7 @@ def _pattern(creatures: Sequence[Creature], material: Tensor, x: Tensor, y: Tens
 
 
 def _palettes(creatures: Sequence[Creature]) -> Tensor:
-    """Each creature's colour of each material, [B, 3, materials]."""
+    """Return each creature's colour for each material, [B, 3, materials]."""
     body = torch.tensor([c.rgb for c in creatures])
     palette = body[:, :, None].repeat(1, 1, _MATERIALS)
     palette[:, :, Layer.BACK] = body * 0.88

@@ -14,7 +14,7 @@ from ldm.data.creatures.world import COLORS, Scene
 
 
 def paint_background(scenes: Sequence[Scene], x: Tensor, y: Tensor) -> Tensor:
-    """Colours [B, 3, S, S] in [0, 1] for picture coordinates `x`, `y` [B, S, S] (y points up)."""
+    """Return colours [B, 3, S, S] in [0, 1] for image coordinates `x`, `y` [B, S, S] (y points up)."""
     plain = torch.tensor([s.rgb for s in scenes])[:, :, None, None]
     slope = torch.tensor([0.05 * (2 * s.light - 1) for s in scenes])[:, None, None]
     out = plain * (1 + slope * y)[:, None]
@@ -89,7 +89,7 @@ _PAINTERS = {"beach": _beach, "forest": _forest, "night": _night, "snow": _snow}
 
 
 def apply_style(style: str, rgb: Tensor, silhouette: Tensor, outline: Tensor) -> Tensor:
-    """`rgb` [B, 3, S, S] in [0, 1] redone in `style`; silhouettes and outlines are bool [B, S, S]."""
+    """Return `rgb` [B, 3, S, S] in [0, 1] in another style; silhouettes and outlines are bool [B, S, S]."""
     return _STYLES[style](rgb, silhouette[:, None].float(), outline[:, None].float()).clamp(0, 1)
 
 
@@ -132,7 +132,7 @@ def _neon(rgb: Tensor, silhouette: Tensor, outline: Tensor) -> Tensor:
     edge = _edges(rgb, outline)
     hue = rgb / rgb.amax(1, keepdim=True).clamp(min=0.15)
     hue = (hue - 0.25 * hue.amin(1, keepdim=True)).clamp(0, 1)
-    # Outlines are dark: their light takes the colour around them, inside the creature.
+    # Outlines are dark; their light takes the colour around them, inside the creature.
     weight = (silhouette * (1 - outline)).clamp(min=1e-3)
     near = _blur(hue * weight, 0.12) / _blur(weight, 0.12).clamp(min=1e-3)
     glow = _blur(outline, 0.07)
@@ -168,7 +168,7 @@ def _painting(rgb: Tensor, silhouette: Tensor, outline: Tensor) -> Tensor:
 
 
 def _blueprint(rgb: Tensor, silhouette: Tensor, outline: Tensor) -> Tensor:
-    """White lines on blue paper: colours are gone, the drawing stays."""
+    """White lines on blue paper; no colours of the image remain."""
     light = _luminance(rgb)
     paper = torch.tensor([0.08, 0.24, 0.62])[:, None, None] * (0.85 + 0.3 * light)
     fill = paper + 0.16 * silhouette
@@ -177,7 +177,7 @@ def _blueprint(rgb: Tensor, silhouette: Tensor, outline: Tensor) -> Tensor:
 
 
 def _sunset(rgb: Tensor, silhouette: Tensor, outline: Tensor) -> Tensor:
-    """Brightness alone, from plum over orange to cream, in few steps, as a printed poster."""
+    """Brightness only, in four colours from plum to cream, like a printed poster."""
     light = _luminance(rgb).clamp(0, 1)
     stops = torch.tensor([[0.2, 0.05, 0.28], [0.72, 0.16, 0.36], [0.97, 0.52, 0.22], [1.0, 0.92, 0.68]])
     level = (light * 3.999).floor().long().clamp(0, 3)[:, 0]

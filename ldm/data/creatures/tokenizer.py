@@ -1,6 +1,6 @@
-"""CLIP's byte-pair tokenizer and text configuration for the captions: `python -m ldm.data.creatures.tokenizer OUT`.
+"""A CLIP tokenizer and text configuration for the captions: `python -m ldm.data.creatures.tokenizer FOLDER`.
 
-Every word of a caption or template is one token; any other text falls apart into shorter pieces, at worst bytes.
+Every word of captions and templates is one token. Any other text is split into shorter pieces, down to single bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.data.creatures.captions import words
+from ldm.data.creatures.captions import vocabulary
 from ldm.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -23,27 +23,27 @@ MAX_TOKENS = 32
 
 
 def byte_letters() -> list[str]:
-    """The printable letter by which CLIP's byte-pair files write each byte, in the order of its vocabulary."""
+    """Return the printable letters that stand for bytes in CLIP's byte-pair files, in the order of its vocabulary."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in kept]
     return [chr(byte) for byte in kept] + [chr(256 + k) for k in range(len(rest))]
 
 
 def learn_merges(vocabulary: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges after which each (ASCII) word of `vocabulary` is a single piece, most frequent pair first."""
+    """Return byte-pair merges, most frequent pair first, that make each (ASCII) word of `vocabulary` one piece."""
     spelled = [[*word[:-1], word[-1] + END_OF_WORD] for word in sorted(set(vocabulary))]
     merges = []
     while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        spelled = [_merged(word, best) for word in spelled]
+        spelled = [_merge(word, best) for word in spelled]
     return merges
 
 
-def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
     out: list[str] = []
     for piece in word:
-        # A piece that was just merged may not merge again in the same pass: it is no longer the pair's first half.
+        # A piece that was just merged is no longer the first half of the pair, so it does not merge again here.
         if out and (out[-1], piece) == pair:
             out[-1] += piece
         else:
@@ -52,11 +52,11 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(folder: str | Path) -> None:
-    """Writes vocab.json, merges.txt, tokenizer_config.json and the text encoder's config.json, always the same.
+    """Write vocab.json, merges.txt, tokenizer_config.json and the text encoder's config.json; they are deterministic.
 
-    Raises UserError when `folder` cannot be written.
+    Raises UserError if `folder` cannot be written.
     """
-    folder, merges = Path(folder), learn_merges(words())
+    folder, merges = Path(folder), learn_merges(vocabulary())
     letters = byte_letters()
     pieces = [
         *letters,
@@ -74,7 +74,7 @@ def write_tokenizer(folder: str | Path) -> None:
 
 
 def text_config(start: int, end: int) -> dict[str, object]:
-    """transformers' CLIPTextConfig of the embedded model; `end` is the highest id, where CLIP pools the sentence."""
+    """Return the CLIPTextConfig of the embedded model; `end` is the highest id, at which CLIP pools the sentence."""
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",

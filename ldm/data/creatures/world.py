@@ -1,15 +1,16 @@
-"""What exists in the world of creatures: attributes, seeds, individuals, and how creatures and scenes are drawn."""
+"""The world of creatures: attributes, seeds and individuals, and how seeds give creatures and scenes."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from ldm.data.creatures.builds import Build, draw_build, pick, uniform
 
 SPECIES = ("bear", "bird", "fish", "fox", "giraffe", "octopus", "robot", "snail")
-CREATURE = "creature"  # a free build, which has no name of its own
+CREATURE = "creature"  # the kind of every creature that is of no species
 KINDS = (*SPECIES, CREATURE)
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 36, 40),
@@ -35,8 +36,8 @@ BACKGROUNDS = (*PLAIN_BACKGROUNDS, *SCENES)
 STYLES = ("photo", "sketch", "neon", "mosaic", "painting")
 HELD_OUT_STYLES = ("blueprint", "sunset")
 
-# What words can say of a picture, in the order in which labels are stored.
-ATTRIBUTES: dict[str, tuple] = {
+# The values of each attribute that captions can name. Labels are stored in this order.
+ATTRIBUTES: dict[str, tuple[Any, ...]] = {
     "kind": KINDS,
     "color": BODY_COLORS,
     "second": SECOND_COLORS,
@@ -50,19 +51,19 @@ ATTRIBUTES: dict[str, tuple] = {
 FREE_SHARE = 0.35
 PHOTO_SHARE = 0.8
 
-# What a person hardly sees in front of a scene.
-_LOST_IN = {
+# Colours that are hard to see in front of a scene.
+_HIDDEN_IN = {
     "beach": ("yellow", "blue"),
     "forest": ("green", "brown"),
     "night": ("blue", "purple", "brown", "black"),
     "snow": ("gray", "white"),
 }
-_APART = 0.52  # RGB distance below which two named colours are not put side by side
+_MIN_DISTANCE = 0.52  # RGB distance below which two named colours are not combined
 
 
 @dataclass(frozen=True)
 class Creature:
-    """An individual: what words can say of it, and what they cannot (`build`, the exact colours)."""
+    """A creature: its attributes, and what captions cannot describe (`build` and the exact colours)."""
 
     seed: int
     kind: str
@@ -78,7 +79,7 @@ class Creature:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's surroundings and pose: everything that changes between two pictures of the same creature."""
+    """Background, style and pose: everything that differs between two images of the same creature."""
 
     seed: int
     background: str
@@ -96,13 +97,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class SeedRange:
-    """Seeds from `start` up to, not including, `stop`."""
+    """Seeds from `start` to `stop`, without `stop`."""
 
     start: int
     stop: int
 
     def __getitem__(self, index: int) -> int:
-        """The seed at `index`; an index outside the range raises IndexError."""
+        """Return the seed at `index`; raises IndexError for an index outside of the range."""
         if not 0 <= index < len(self):
             raise IndexError(f"seed {index} of a range of {len(self)}")
         return self.start + index
@@ -122,16 +123,19 @@ SPLITS: dict[str, SeedRange] = {
 
 
 def clash(color: str, other: str) -> bool:
-    """Whether a person would find it hard to see `color` beside `other`, a colour or a scene."""
-    if other in _LOST_IN:
-        return color in _LOST_IN[other]
+    """Return whether `color` is hard to see beside `other`, a colour or a scene."""
+    if other in _HIDDEN_IN:
+        return color in _HIDDEN_IN[other]
     if {color, other} == {"purple", "brown"}:
-        return True  # far apart in RGB, and yet equally dark
-    return sum((a - b) ** 2 for a, b in zip(COLORS[color], COLORS[other], strict=True)) < (255 * _APART) ** 2
+        return True  # distant in RGB, but equally dark
+    return (
+        sum((a - b) ** 2 for a, b in zip(COLORS[color], COLORS[other], strict=True))
+        < (255 * _MIN_DISTANCE) ** 2
+    )
 
 
 def creature(seed: int, **fixed: object) -> Creature:
-    """The creature of a seed, the same on every machine; `fixed` attributes (kind, color, ...) replace drawn ones."""
+    """Return the creature of a seed, the same on every machine; `fixed` fields (kind, ...) replace random ones."""
     rng = random.Random(f"creature {seed}")
     kind = CREATURE if rng.random() < FREE_SHARE else pick(rng, SPECIES)
     color = pick(rng, BODY_COLORS)
@@ -157,7 +161,7 @@ def creature(seed: int, **fixed: object) -> Creature:
 
 
 def scene(seed: int, body_color: str, **fixed: object) -> Scene:
-    """The surroundings of a seed against which `body_color` is seen well; `fixed` fields replace drawn ones."""
+    """Return the scene of a seed, in which `body_color` is easy to see; `fixed` fields replace random ones."""
     rng = random.Random(f"scene {seed}")
     style = STYLES[0] if rng.random() < PHOTO_SHARE else pick(rng, STYLES[1:])
     background = pick(rng, [name for name in BACKGROUNDS if not clash(body_color, name)])
@@ -180,7 +184,7 @@ def scene(seed: int, body_color: str, **fixed: object) -> Scene:
 
 
 def jittered(rng: random.Random, color: str, amount: float = 1.0) -> tuple[float, float, float]:
-    """An exact RGB in [0, 1] near the named colour, still recognisable as it."""
+    """Return a random RGB in [0, 1] near the named colour, still recognisable as it."""
     value = 1 + amount * uniform(rng, -0.1, 0.06)
     return tuple(  # type: ignore[return-value]
         round(min(1.0, max(0.0, channel / 255 * value + amount * uniform(rng, -0.04, 0.04))), 4)
@@ -191,9 +195,10 @@ def jittered(rng: random.Random, color: str, amount: float = 1.0) -> tuple[float
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
-def _drawn_names(count: int) -> tuple[str, ...]:
-    """Different words of two different syllables."""
-    rng, names = random.Random("names"), {}
+def _draw_names(count: int) -> tuple[str, ...]:
+    """Draw different words of two different syllables."""
+    rng = random.Random("names")
+    names: dict[str, None] = {}
     while len(names) < count:
         first, second = (pick(rng, _CONSONANTS) + pick(rng, _VOWELS) for _ in range(2))
         if first != second:
@@ -201,15 +206,15 @@ def _drawn_names(count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-NAMES = _drawn_names(len(SPLITS["individuals"]))
+NAMES = _draw_names(len(SPLITS["individuals"]))
 
 
 def individual_of(seed: int, share: float) -> int | None:
-    """Which individual the picture of a seed shows; None where it shows nobody known, as all but `share` do."""
+    """Return the number of the individual that the image of a seed shows; None for all but a `share` of the seeds."""
     rng = random.Random(f"individual {seed}")
     return int(rng.random() * len(NAMES)) if rng.random() < share else None
 
 
 def individual(number: int) -> Creature:
-    """The creature whose name is `NAMES[number]`."""
+    """Return the creature with the name `NAMES[number]`."""
     return creature(SPLITS["individuals"][number])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import repeat
 from torch import Tensor
 
+from ldm import random_state
 from ldm.images import text_image, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -58,7 +58,7 @@ def preview_images(
     x = channels_first(torch.as_tensor(batch[model.first_stage_key])[:N], model.device)
     shown: dict[str, Tensor] = {"inputs": x}
     first = {key: value[: len(x)] for key, value in batch.items()}
-    with _own_random_state(seed, model.device), model.first_stage_on(model.device):
+    with random_state.isolated(seed), model.first_stage_on(model.device):
         z, raw = model.get_input(first, model.first_stage_key)
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):
@@ -121,11 +121,3 @@ def _samples(
 def _noise(shape: Sequence[int], seed: int) -> Tensor:
     """Return the noise of one image, the same on every device."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Within this block random numbers follow `seed`; those of the training are not touched."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -217,6 +217,8 @@ class FrozenCLIPEmbedder(PromptEncoder):
 
     family = "clip"
 
+    family = "clip"
+
     def __init__(
         self,
         version: str = "openai/clip-vit-large-patch14",

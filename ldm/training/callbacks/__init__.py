@@ -1,1 +1,1 @@
-"""What happens around the steps of a run: previews, saving, progress, signals."""
+"""Callbacks of a training run: previews, saving, measurements, progress and signals."""

@@ -1,4 +1,4 @@
-"""The state that a stopped run goes on from: `last.ckpt`."""
+"""`last.ckpt`: the state that a stopped run resumes from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm import files, pickles, random_state
+from ldm.training.callbacks.base import is_personalization
 
 
 class StateFile(TorchCheckpointIO):
-    """How Lightning writes and reads checkpoints here.
+    """Writes checkpoints atomically and reads them safely, in place of Lightning's default.
 
-    Lightning's own way goes through a temporary file that may lie on another disk, and is not synced.
+    The default uses a temporary file that may be on another disk, and does not sync it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -27,11 +28,11 @@ class StateFile(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `path` every `every_n_train_steps` optimizer steps, at the end, and when the run breaks off.
+    """Saves the run's state to `path` every `every_n_train_steps` optimizer steps, at the end, and on an exception.
 
-    Of a personalization only what it trains is in the file, since the frozen model comes from its own
-    checkpoint; of other models all weights are. The random states of all processes go with it, so that a
-    resumed run draws what the uninterrupted one would have drawn.
+    For a personalization the file holds only what is trained, since the frozen weights come from their own
+    checkpoint; for other models it holds all weights. It also holds the random states of all processes, so that a
+    resumed run draws the numbers that the uninterrupted run would have drawn.
     """
 
     def __init__(self, path: str | Path, every_n_train_steps: int = 500) -> None:
@@ -39,36 +40,36 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(path)
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = 0
-        self._restore: list[Any] | None = None
+        self._restored_states: list[Any] | None = None
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Save unless this step is saved already; all processes of a run must call it."""
+        """Save, unless this step is already saved; all processes of a run must call it."""
         if trainer.global_step != self._saved_step:
             trainer.save_checkpoint(self.path)
             self._saved_step = trainer.global_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        if self._restore is not None and len(self._restore) != trainer.world_size:
-            self._restore = None
-        if self._restore is None and trainer.world_size > 1:
-            # Every process has set the same seed; equal noise on all GPUs would waste all but one. A run that goes on
-            # with another number of processes does not begin its noise anew.
+        if self._restored_states is not None and len(self._restored_states) != trainer.world_size:
+            self._restored_states = None
+        if self._restored_states is None and trainer.world_size > 1:
+            # All processes were seeded equally, but each needs noise of its own. The step is part of the seed, so that
+            # a run resumed with another number of processes does not repeat its first noise.
             random_state.seed_all(torch.initial_seed(), trainer.global_rank, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not before the first step: what is set up until then may draw numbers.
-        if self._restore is not None:
-            random_state.restore(self._restore[trainer.global_rank])
-            self._restore = None
+        # Not earlier: the setup of callbacks and data loaders may draw random numbers.
+        if self._restored_states is not None:
+            random_state.restore(self._restored_states[trainer.global_rank])
+            self._restored_states = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         due = self.every_n_train_steps > 0 and trainer.global_step % self.every_n_train_steps == 0
-        # A validation that is broken off must not cost the steps before it.
+        # Save before a validation, so that interrupting it does not lose the steps before it.
         validates = batch_idx + 1 == trainer.num_training_batches and trainer.enable_validation
         if due or (validates and is_personalization(pl_module)):
             self.save_now(trainer)
@@ -79,7 +80,7 @@ class LastCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        # The other processes of a run on several GPUs may be waiting elsewhere.
+        # With several processes the others may be blocked elsewhere, and saving waits for all of them.
         if trainer.global_step > 0 and trainer.world_size == 1:
             self.save_now(trainer)
 
@@ -97,9 +98,4 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._restore = checkpoint.get("random_states")
-
-
-def is_personalization(module: Any) -> bool:
-    """Whether a model trains the vectors of an embedding manager, so that its frozen part need not be saved."""
-    return getattr(module, "embedding_manager", None) is not None and hasattr(module, "trainable_state_dict")
+        self._restored_states = checkpoint.get("random_states")

@@ -1,73 +1,87 @@
-"""Previews while training: images of a batch and of fixed prompts, on disk and in TensorBoard."""
+"""Previews during training: images of a batch and of fixed prompts, on disk and in the loggers."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import files, random_state
 from ldm.images import ImageError, enlarged, image_grid, labelled, to_pil
-from ldm.training.callbacks.interruption import Requests
-from ldm.util import UserError
+from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
+from ldm.training.callbacks.latent_cache import CachedLatents
+from ldm.util import UserError, check_integer, evaluating
 
 logger = logging.getLogger(__name__)
 
-# Pictures smaller than this are enlarged, so that the words below them can be read.
+# Narrower images are enlarged to this width in pixels, so that the text below them is readable.
 SMALLEST = 128
 
 
-def filled_prompts(prompts: Sequence[str], model: Any) -> list[str]:
-    """The prompts with each of the model's placeholders in place of `{}`; what has no `{}` stays as it is."""
-    words = list(getattr(getattr(model, "embedding_manager", None), "placeholders", {})) or ["*"]
+@runtime_checkable
+class MakesImages(Protocol):
+    """A model with previews."""
+
+    def log_images(self, batch: Any, N: int = 8, **options: Any) -> dict[str, Tensor]:
+        """Up to N images [n, 3, H, W] per name, in [-1, 1]."""
+        ...
+
+
+def filled_prompts(prompts: Sequence[str], model: object) -> list[str]:
+    """Each prompt with each placeholder of the model in place of `{}`; without duplicates."""
+    manager = personalization_of(model)
+    words = list(manager.string_to_token_dict if manager is not None else ()) or ["*"]
     texts = [prompt.replace("{}", word) for prompt in prompts for word in words]
     return list(dict.fromkeys(texts))
 
 
 def prompt_sheet(
-    inputs: Sequence[Image.Image], prompts: Sequence[str], pictures: Sequence[Image.Image]
+    inputs: Sequence[Image.Image], prompts: Sequence[str], images: Sequence[Image.Image]
 ) -> Image.Image:
-    """A row for each prompt with its pictures, equally many for all, beside one of the inputs."""
-    each = len(pictures) // len(prompts)
+    """A sheet with one row per prompt: one of the inputs, then the prompt's images (equally many per prompt)."""
+    each = len(images) // len(prompts)
     cells: list[Image.Image] = []
     for row, prompt in enumerate(prompts):
         if inputs:
             cells.append(labelled(_large(inputs[row % len(inputs)]), "input"))
-        cells += [labelled(_large(picture), prompt) for picture in pictures[row * each : (row + 1) * each]]
+        cells += [labelled(_large(image), prompt) for image in images[row * each : (row + 1) * each]]
     return image_grid(cells, columns=len(cells) // len(prompts), padding=4)
 
 
-def _large(picture: Image.Image) -> Image.Image:
-    return enlarged(picture, max(1, -(-SMALLEST // picture.width)))
+def _large(image: Image.Image) -> Image.Image:
+    return enlarged(image, max(1, -(-SMALLEST // image.width)))
 
 
 PREVIEW_SEED = 42
 COLUMNS = 4
 
 
-class ImageLogger(Callback):
+class ImageLogger(RunCallback):
     """Saves grids of the model's `log_images` every `batch_frequency` steps.
 
-    Files are `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.jpg` in the run folder. At most
-    `max_images` per grid. `increase_log_steps` adds the steps 1, 2, 4, ... below the frequency,
-    `log_first_step` the first; `log_on_batch_idx` counts batches of the epoch in place of steps.
-    `rescale` takes pictures as [-1, 1] (otherwise [0, 1]); `clamp` cuts values outside [-1, 1].
-    `log_images_kwargs` go to `log_images`. Previews use random numbers of their own: they neither change the
-    training nor differ from one another by chance.
+    The files are `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.jpg` in the run folder. Every preview uses
+    the same seed, and the random numbers of the training do not change.
 
-    With `prompts` each preview of a training batch is `images_per_prompt` pictures of every prompt, the same noises
-    each time, on one sheet beside the inputs: `prompts_gs-...jpg`. `{}` in a prompt is the placeholder; of several
-    placeholders each has the prompt in turn.
+    Args:
+        max_images: the maximum number of images per grid.
+        clamp: clamp values to [-1, 1].
+        increase_log_steps: also log at the steps 1, 2, 4, ... below the frequency.
+        rescale: the model's images are in [-1, 1], otherwise in [0, 1].
+        log_on_batch_idx: count batches of the epoch instead of steps.
+        log_first_step: also log at step 1.
+        log_images_kwargs: further arguments for `log_images`.
+        prompts: instead of the captions of a training batch, sample these prompts with the same noise each time; the
+            sheet, with the inputs, is `prompts_gs-...jpg`. `{}` is filled with each placeholder in turn.
+        images_per_prompt: the number of images of each prompt.
     """
 
     def __init__(
@@ -87,10 +101,7 @@ class ImageLogger(Callback):
         super().__init__()
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"image_logger: prompts is {prompts!r}; give a list of texts")
-        if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
-            raise UserError(
-                f"image_logger: images_per_prompt is {images_per_prompt!r}; it must be a whole number from 1 on"
-            )
+        check_integer(images_per_prompt, "image_logger: images_per_prompt")
         self.prompts = list(prompts)
         self.images_per_prompt = images_per_prompt
         self.batch_frequency = batch_frequency
@@ -100,22 +111,21 @@ class ImageLogger(Callback):
         self.disabled = disabled or max_images < 1 or batch_frequency < 1
         self.log_on_batch_idx = log_on_batch_idx
         self.log_images_kwargs = dict(log_images_kwargs or {})
-        self.early_steps = set()
+        self.early_steps: set[int] = set()
         if increase_log_steps and batch_frequency > 0:
             self.early_steps |= {2**n for n in range(int(np.log2(batch_frequency)) + 1)}
         if log_first_step:
             self.early_steps.add(1)
-        self.requests = Requests()
-        self._last: dict[str, int] = {}
+        self._last_step: dict[str, int] = {}  # by split
 
     def is_due(self, split: str, step: int, batch_idx: int) -> bool:
-        """Whether a preview is due, and not done already, after this many optimizer steps."""
+        """Whether a preview is due after this optimizer step, and not yet done."""
         if self.disabled:
             return False
         count = batch_idx + 1 if self.log_on_batch_idx else step
         due = count > 0 and (count % self.batch_frequency == 0 or count in self.early_steps)
-        # Several batches may be accumulated into one step.
-        return due and (self.log_on_batch_idx or self._last.get(split) != step)
+        # With accumulated gradients several batches belong to one step.
+        return due and (self.log_on_batch_idx or self._last_step.get(split) != step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,22 +149,22 @@ class ImageLogger(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str
     ) -> None:
         """Make and save the previews of one batch."""
-        self._last[split] = trainer.global_step
-        if not trainer.is_global_zero or not callable(getattr(pl_module, "log_images", None)):
+        self._last_step[split] = trainer.global_step
+        if not trainer.is_global_zero or not isinstance(pl_module, MakesImages):
             return
         try:
-            batch = _with_pictures(trainer, pl_module, batch, split)
+            batch = _with_images(trainer, pl_module, batch, split)
         except ImageError as error:
-            # A cache of latents trains on without the pictures.
+            # With cached latents the training does not need the image files.
             logger.warning("step %d: no preview: %s", trainer.global_step, error)
             return
-        arguments = {"N": self.max_images, **self.log_images_kwargs}
+        arguments: dict[str, Any] = {"N": self.max_images, **self.log_images_kwargs}
         if "split" in inspect.signature(pl_module.log_images).parameters:
             arguments["split"] = split
         texts = filled_prompts(self.prompts, pl_module) if split == "train" else []
         if texts:
             arguments |= {"prompts": texts, "images_per_prompt": self.images_per_prompt}
-        # The other processes of a run on several GPUs would wait for one that ends here.
+        # With several processes the others would wait forever for one that stops here.
         stoppable = self.requests.interruptible() if trainer.world_size == 1 else nullcontext()
         with (
             stoppable,
@@ -163,26 +173,27 @@ class ImageLogger(Callback):
             torch.no_grad(),
             trainer.precision_plugin.val_step_context(),
         ):
-            pictures = pl_module.log_images(batch, **arguments)
+            images = pl_module.log_images(batch, **arguments)
         name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
-        shown = {key: self._as_pil(tensor) for key, tensor in pictures.items()}
-        if made := shown.pop("prompts", None):
-            sheet = prompt_sheet(shown.get("inputs", []), texts, made)
+        grids = {key: self._as_pil(tensor) for key, tensor in images.items()}
+        if prompted := grids.pop("prompts", None):
+            sheet = prompt_sheet(grids.get("inputs", []), texts, prompted)
             self._save(trainer, split, "prompts", name, sheet)
-        for key, found in shown.items():
-            self._save(trainer, split, key, name, image_grid(found[: self.max_images], columns=COLUMNS))
+        for key, cells in grids.items():
+            self._save(trainer, split, key, name, image_grid(cells[: self.max_images], columns=COLUMNS))
 
-    def _as_pil(self, pictures: Tensor) -> list[Image.Image]:
-        pictures = pictures.detach().float().cpu()
+    def _as_pil(self, images: Tensor) -> list[Image.Image]:
+        images = images.detach().float().cpu()
         if not self.rescale:
-            pictures = pictures * 2 - 1
+            images = images * 2 - 1
         if self.clamp:
-            pictures = pictures.clamp(-1, 1)
-        return [to_pil(picture) for picture in pictures]
+            images = images.clamp(-1, 1)
+        return [to_pil(image) for image in images]
 
     def _save(self, trainer: pl.Trainer, split: str, key: str, name: str, grid: Image.Image) -> None:
         path = Path(trainer.default_root_dir) / "images" / split / f"{key}_{name}.jpg"
         files.atomic_write(path, lambda file: grid.save(file, "JPEG", quality=95))
+        log: Any
         for log in trainer.loggers:
             if hasattr(log, "log_image"):  # Weights & Biases, Comet, MLflow
                 log.log_image(f"{split}/{key}", [grid], step=trainer.global_step)
@@ -192,22 +203,10 @@ class ImageLogger(Callback):
                 )
 
 
-def _with_pictures(trainer: pl.Trainer, model: Any, batch: Any, split: str) -> Any:
-    """The batch; where a cache has taken its pictures' place, with the pictures."""
+def _with_images(trainer: pl.Trainer, model: Any, batch: Any, split: str) -> Any:
+    """The batch; if it holds cached latents instead of images, with the images added."""
     key = getattr(model, "first_stage_key", None)
     if key is None or not isinstance(batch, Mapping) or key in batch:
         return batch
-    dataset = getattr(trainer.datamodule, "datasets", {}).get("train" if split == "train" else "validation")
-    return dataset.with_pictures(batch, key) if hasattr(dataset, "with_pictures") else batch
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode for this block; each part then returns to the mode it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    dataset = datasets_of(trainer).get("train" if split == "train" else "validation")
+    return dataset.with_images(batch, key) if isinstance(dataset, CachedLatents) else batch

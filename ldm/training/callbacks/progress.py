@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,16 +13,18 @@ from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.training.callbacks.base import RunCallback, callbacks_of, loss_of
+
 logger = logging.getLogger(__name__)
 
-# The loss of one step says little about a diffusion model, so a mean over these many is shown.
+# The number of steps whose mean loss is shown; the loss of a single step of a diffusion model says little.
 WINDOW = 50
 
 
 class RunProgress(ProgressBar):
-    """A bar on a terminal; elsewhere a log line after the first step and then every `every_n_steps`.
+    """A progress bar on a terminal; otherwise a log line after the first step and then every `every_n_steps`.
 
-    The loss is the mean of the last steps. It is read from the device only when it is shown.
+    The loss is the mean of the last steps, and is read from the device only when it is shown.
     """
 
     def __init__(self, every_n_steps: int = 50, terminal: bool | None = None) -> None:
@@ -31,7 +32,7 @@ class RunProgress(ProgressBar):
         self.every_n_steps = every_n_steps
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self._enabled = True
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._losses: list[Tensor] = []
         self._first_step = 0
         self._started = 0.0
@@ -57,8 +58,8 @@ class RunProgress(ProgressBar):
     ) -> None:
         if not self._enabled:
             return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
+        loss = loss_of(outputs)
+        if loss is not None:
             self._losses = [*self._losses[1 - WINDOW :], loss.detach()]
         step = trainer.global_step
         if step == self._shown:
@@ -66,10 +67,10 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % 10 == 0:
-                self._bar.set_postfix_str(", ".join(self.figures(trainer)), refresh=False)
+                self._bar.set_postfix_str(", ".join(self._figures(trainer)), refresh=False)
         elif step in (self._first_step + 1, total := total_steps(trainer)) or step % self.every_n_steps == 0:
             of_total = f"/{total}" if total else ""
-            parts = [f"step {step}{of_total}", *self.figures(trainer), *self._pace(step, total)]
+            parts = [f"step {step}{of_total}", *self._figures(trainer), *self._pace(step, total)]
             logger.info("%s", ", ".join(parts))
         self._shown = step
 
@@ -81,8 +82,8 @@ class RunProgress(ProgressBar):
     ) -> None:
         self._close(trainer)
 
-    def figures(self, trainer: pl.Trainer) -> list[str]:
-        """Loss and learning rate in words, and what other callbacks have to say."""
+    def _figures(self, trainer: pl.Trainer) -> list[str]:
+        """Loss and learning rate as texts, and the figures of the other callbacks."""
         loss = None
         if self._losses:
             loss = torch.stack([value.float().mean() for value in self._losses]).mean().item()
@@ -92,8 +93,8 @@ class RunProgress(ProgressBar):
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         shown = [] if loss is None else [f"loss {loss:.4f}"]
         shown += [f"lr {rates[0]:.2e}"] if rates else []
-        others = [c for c in trainer.callbacks if c is not self and hasattr(c, "figures")]
-        return shown + [figure for callback in others for figure in callback.figures(trainer)]
+        others = [callback for callback in callbacks_of(trainer) if isinstance(callback, RunCallback)]
+        return shown + [figure for callback in others for figure in callback.figures()]
 
     def _pace(self, step: int, total: int | None) -> list[str]:
         done = step - self._first_step
@@ -103,13 +104,13 @@ class RunProgress(ProgressBar):
 
     def _close(self, trainer: pl.Trainer) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(self.figures(trainer)), refresh=False)
+            self._bar.set_postfix_str(", ".join(self._figures(trainer)), refresh=False)
             self._bar.close()
             self._bar = None
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the whole run, or None where it has no end."""
+    """The number of optimizer steps of the whole run, or None if it has no limit."""
     if trainer.max_steps is not None and trainer.max_steps > 0:
         return trainer.max_steps
     batches = trainer.num_training_batches
@@ -119,7 +120,7 @@ def total_steps(trainer: pl.Trainer) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: "40 s", "12 min", "3 h 05 min"."""
+    """A time as text: "40 s", "12 min" or "3 h 05 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""The run folder with its saved YAMLs, and validation that draws the same random numbers each time."""
+"""The run folder with its saved YAMLs, and the seed of validation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ldm import files, random_state
 
 
 class SetupCallback(Callback):
-    """Makes `logdir`, `ckptdir` and `cfgdir` and saves `config` and `lightning_config` in the last.
+    """Creates `logdir`, `ckptdir` and `cfgdir`, and saves `config` and `lightning_config` in `cfgdir`.
 
-    The file names are `<now>-project.yaml` and `<now>-lightning.yaml`; `-r` reads them again. `resume` is kept
-    for the original's signature.
+    The files are `<now>-project.yaml` and `<now>-lightning.yaml`; `-r` reads them. `resume` is not used; it is part
+    of the original's signature.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SetupCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.is_global_zero or stage != "fit":
             return
-        # The first file written tells a folder that cannot be written to, before any step.
+        # Writing these files first makes a run fail before its first step if the folder is not writable.
         lightning = OmegaConf.create({"lightning": self.lightning_config})
         files.write_text(self.cfgdir / f"{self.now}-project.yaml", OmegaConf.to_yaml(self.config))
         files.write_text(self.cfgdir / f"{self.now}-lightning.yaml", OmegaConf.to_yaml(lightning))
@@ -52,19 +52,19 @@ VALIDATION_SEED = 4711
 
 
 class ValidationSeed(Callback):
-    """Sets the generators aside while a validation runs, so that its losses can be compared over the run."""
+    """Runs every validation with the same seed, so that its losses are comparable, and restores the generators."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._aside = ExitStack()
+        self._isolation = ExitStack()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._aside.enter_context(random_state.isolated(VALIDATION_SEED, trainer.global_rank))
+        self._isolation.enter_context(random_state.isolated(VALIDATION_SEED, trainer.global_rank))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._aside.close()
+        self._isolation.close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._aside.close()
+        self._isolation.close()

@@ -1,4 +1,4 @@
-"""Two images of a whole run, made when it ends: its curves and its previews."""
+"""Two images that summarize a run when it ends: its curves and its previews."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ldm import files
 from ldm.images import image_grid, labelled
+from ldm.training.callbacks.base import callbacks_of
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.guard import VectorStats
 
@@ -27,7 +28,7 @@ INK, GREY, LINE, MARK = "black", "#bbbbbb", "#1f5fa8", "#c0392b"
 
 @dataclass(frozen=True)
 class Curve:
-    """Values at steps, both of one length, under a title; values that are not finite are left out."""
+    """A titled curve: one value per step; values that are not finite are not drawn."""
 
     title: str
     steps: Sequence[int]
@@ -35,7 +36,7 @@ class Curve:
 
 
 def draw_curves(curves: Sequence[Curve], mark: int | None = None) -> Image.Image:
-    """One panel below the other over the same steps; `mark` is a step with a red line."""
+    """Draw one panel per curve, one below the other, with a common step axis; `mark` is a step with a red line."""
     last = max((step for curve in curves for step in curve.steps), default=1) or 1
     sheet = Image.new("RGB", (WIDTH, HEIGHT * max(1, len(curves))), "white")
     draw = ImageDraw.Draw(sheet)
@@ -78,11 +79,11 @@ LARGEST = 512
 
 
 class SummaryImages(Callback):
-    """Writes `learning_curve.png` and `progress.png` into the run folder at its end, and when it breaks off.
+    """Writes `learning_curve.png` and `progress.png` into the run folder at the end of the run or on an exception.
 
-    The first shows the deterministic loss with the best step, the vectors' norm and the rate, as far as they were
-    measured. The second has a row for each preview: the inputs, and what the model made of the same captions, or of
-    the fixed prompts where the run has such; of more than `rows` previews that many are taken, evenly.
+    The first shows what was measured of the deterministic loss (with its best step), the norm of the vectors and the
+    learning rate. The second has one row per preview: the input images and the samples of their captions, or the
+    sheet of the fixed prompts if the run has such prompts. At most `rows` previews are shown, evenly spaced.
     """
 
     def __init__(self, rows: int = 12) -> None:
@@ -98,7 +99,7 @@ class SummaryImages(Callback):
         self.write(trainer)
 
     def write(self, trainer: pl.Trainer) -> None:
-        """Make both pictures out of what there is by now; a run never fails over them."""
+        """Write both images; a failure is a warning, because the run itself is complete."""
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -108,47 +109,49 @@ class SummaryImages(Callback):
             if sheet := progress_sheet(folder / "images" / "train", self.rows):
                 _save(sheet, folder / "progress.png")
         except (OSError, ValueError) as error:
-            logger.warning("no summary pictures: %s", error)
+            logger.warning("no summary images: %s", error)
 
 
 def learning_curve(trainer: pl.Trainer) -> Image.Image | None:
-    """The curves of a run, or None where nothing was measured."""
-    curves, best = [], None
-    for callback in trainer.callbacks:
+    """The curves of a run, or None if nothing was measured."""
+    curves: list[Curve] = []
+    best = None
+    for callback in callbacks_of(trainer):
         if isinstance(callback, DeterministicLoss) and callback.losses:
             curves.insert(0, Curve("deterministic loss", callback.steps, callback.losses))
             best = callback.best_step
         elif isinstance(callback, VectorStats) and callback.rows:
-            steps, ratios, _, rates = zip(*callback.rows, strict=True)
+            steps = [row.step for row in callback.rows]
+            ratios = [row.norm_ratio for row in callback.rows]
             curves.append(Curve("norm of the vectors / mean norm of the vocabulary", steps, ratios))
-            curves.append(Curve("learning rate", steps, rates))
+            curves.append(Curve("learning rate", steps, [row.learning_rate for row in callback.rows]))
     return draw_curves(curves, mark=best) if curves else None
 
 
 def progress_sheet(folder: Path, rows: int) -> Image.Image | None:
-    """Inputs and guided samples of the previews in a folder, a row for each step, or None without any.
+    """One row per step: inputs and guided samples of the previews in a folder; None if there are none.
 
-    Sheets of fixed prompts show their inputs themselves.
+    Sheets of fixed prompts are shown alone, because they include the inputs.
     """
     sheets = sorted(folder.glob("prompts_gs-*.jpg"))
     found: dict[int, dict[str, Path]] = {}
     for path in sheets or folder.glob("samples_scaled_gs-*.jpg"):
         inputs = path.with_name(path.name.replace("samples_scaled", "inputs"))
-        step = re.search(r"_gs-(\d+)", path.name)
-        if step and inputs.is_file():
-            beside = {} if sheets else {"inputs": inputs}
-            found[int(step[1])] = {**beside, f"step {int(step[1])}": path}
+        match = re.search(r"_gs-(\d+)", path.name)
+        if match and inputs.is_file():
+            step = int(match[1])
+            found[step] = ({} if sheets else {"inputs": inputs}) | {f"step {step}": path}
     steps = sorted(found)
     if len(steps) > rows:
         steps = [steps[i * (len(steps) - 1) // (rows - 1)] for i in range(rows)]
     cells = []
     for step in steps:
         for text, path in found[step].items():
-            with Image.open(path) as picture:
-                picture.thumbnail((LARGEST, LARGEST))
-                cells.append(labelled(picture.convert("RGB"), text))
+            with Image.open(path) as image:
+                image.thumbnail((LARGEST, LARGEST))
+                cells.append(labelled(image.convert("RGB"), text))
     return image_grid(cells, columns=3 if sheets else 2, padding=8) if cells else None
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    files.atomic_write(path, lambda file: picture.save(file, "PNG"))
+def _save(image: Image.Image, path: Path) -> None:
+    files.atomic_write(path, lambda file: image.save(file, "PNG"))

@@ -1,80 +1,89 @@
-"""Vectors that begin where CLIP sees the pictures, instead of at a word that comes near them."""
+"""A warm start: before training, CLIP moves the vectors to where captions describe the training images."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.images import to_pil
 from ldm.models.features import Features, load_features
 from ldm.modules.embedding_manager import place_after_insertion
-from ldm.util import UserError
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.personalization import Personalization, TextEncoder
+from ldm.training.callbacks.base import datasets_of, personalization_of
+from ldm.util import UserError, check_integer
 
 logger = logging.getLogger(__name__)
 
-# The encoder and the text tower of the same CLIP agree by 1 about each of these, rounding apart; by chance two
-# strangers agree about one of them, not about all.
+# If the text encoder is the text tower of the given CLIP, the cosine of their features of these texts is 1 up to
+# rounding. Two unrelated towers may agree on one text by chance, but not on all.
 PROBES = ("a photo of a house beside a tree", "dog", "a painting of the sea in winter, oil on canvas", "7")
 LEAST_AGREEMENT = 0.8
 
 
 class WarmStart(Callback):
-    """Moves the vectors, before the first training step, to where captions mean to CLIP what the pictures show.
+    """Trains the vectors with CLIP before the first training step, until captions describe their images to CLIP.
 
-    The text features of `captions` drawn captions at a time approach the features of their pictures, by the cosine,
-    in `steps` steps of Adam. Its rate falls linearly from `rate`, in standard deviations of the vocabulary's
-    embeddings, to zero. Neither denoiser nor first stage takes part, so that all of it, the reading of the towers
-    included, takes as long as two or three training steps of the embedded model. QuickEmbedding starts Stable
-    Diffusion so, with 100 steps.
+    Adam maximizes the cosine between CLIP's text features of captions and its image features of their images. The
+    denoiser and the first stage are not used, so that the warm start, including loading CLIP, takes as long as two or
+    three training steps of the embedded model. QuickEmbedding does the same for Stable Diffusion with 100 steps.
 
-    The picture tower is what the text encoder names as `image_tower`. Vectors that come from a file or a state stay
-    as they are; without pictures apart from their captions, or the picture tower of the encoder's own CLIP at hand, a
-    line says why they begin at their initializers. No random numbers are taken from the training.
+    CLIP's image tower is read from the text encoder's `image_tower`. Vectors from a file or a saved state are not
+    changed. If the image tower, or a dataset that gives images and captions separately, is missing, a warning
+    explains why the vectors keep their initial values. The random numbers of the training do not change.
+
+    Args:
+        steps: the number of Adam steps.
+        rate: Adam's initial learning rate, in standard deviations of the vocabulary's embeddings; it falls linearly
+            to zero.
+        captions: captions per step.
     """
 
     def __init__(self, steps: int = 15, rate: float = 1.25, captions: int = 8) -> None:
         super().__init__()
-        for name, number in (("steps", steps), ("captions", captions)):
-            if not isinstance(number, int) or number < 1:
-                raise UserError(f"warm_start: {name} is {number!r}; it must be a whole number from 1 on")
+        check_integer(steps, "warm_start: steps")
+        check_integer(captions, "warm_start: captions")
         if not rate > 0:
             raise UserError(f"warm_start: rate is {rate}; it must be above 0")
         self.steps, self.rate, self.captions = steps, rate, captions
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        manager = getattr(pl_module, "embedding_manager", None)
-        if trainer.ckpt_path is not None or manager is None or getattr(manager, "loaded", False):
+        manager = personalization_of(pl_module)
+        if trainer.ckpt_path is not None or manager is None or manager.loaded:
             return
-        dataset = getattr(trainer.datamodule, "datasets", {}).get("train")
-        encoder, device = pl_module.cond_stage_model, trainer.strategy.root_device
-        # The encoder's layers may lie in half precision already.
-        with _on(device, encoder, manager), trainer.precision_plugin.train_step_context():
+        dataset = datasets_of(trainer).get("train")
+        encoder, device = cast(TextEncoder, pl_module.cond_stage_model), trainer.strategy.root_device
+        # The encoder's layers may already be in half precision.
+        with _moved_to(device, encoder, manager), trainer.precision_plugin.train_step_context():
             try:
                 features = features_of(encoder, dataset)
             except UserError as error:
-                logger.warning("no warm start, the vectors begin at their initializers: %s", error)
+                logger.warning("no warm start, the vectors keep their initial values: %s", error)
                 return
-            first, last = self.approach(encoder, manager, dataset, features)
+            assert isinstance(encoder, FrozenCLIPEmbedder), "checked by features_of"
+            first, last = self.train_vectors(encoder, manager, dataset, features)
         with torch.no_grad():
             for vectors in manager.embedding_parameters():
                 vectors.copy_(trainer.strategy.broadcast(vectors.detach()))
-        logger.info("warm start: captions and pictures agree by %.2f, %.2f before", last, first)
+        logger.info("warm start: cosine of captions and images %.2f, %.2f before", last, first)
 
-    def approach(self, encoder: Any, manager: Any, dataset: Any, features: Features) -> tuple[float, float]:
-        """Learn from CLIP alone; returns the mean cosine of captions and pictures in the first and the last step."""
+    def train_vectors(
+        self, encoder: FrozenCLIPEmbedder, manager: Personalization, dataset: Any, features: Features
+    ) -> tuple[float, float]:
+        """Train with CLIP; return the mean cosine of captions and images in the first and in the last step."""
         draws = [dataset.draw(index) for index in range(self.steps * self.captions)]
-        # Of a large set only what is drawn is read.
+        # Read only the images that are drawn: the set may be large.
         rows = {variant: row for row, variant in enumerate(dict.fromkeys(one.variant for one in draws))}
-        pictures = features.image([to_pil(dataset.image(*variant).movedim(-1, 0)) for variant in rows])
+        images = features.image([to_pil(dataset.image(*variant).movedim(-1, 0)) for variant in rows])
         table = encoder.token_embedding.weight
-        pictures = pictures.to(table.device)
+        images = images.to(table.device)
         optimizer = torch.optim.Adam(
             manager.embedding_parameters(), lr=self.rate * float(table.detach().float().std())
         )
@@ -82,9 +91,10 @@ class WarmStart(Callback):
         cosines: list[Tensor] = []
         for step in range(self.steps):
             drawn = draws[step * self.captions :][: self.captions]
-            shown = pictures[[rows[one.variant] for one in drawn]]
-            said = features.of_states(end_states(encoder, manager, [one.caption for one in drawn]))
-            cosines.append((said * shown).sum(dim=-1).mean())
+            image_features = images[[rows[one.variant] for one in drawn]]
+            states = end_states(encoder, manager, [one.caption for one in drawn])
+            text_features = features.of_states(states)
+            cosines.append((text_features * image_features).sum(dim=-1).mean())
             optimizer.zero_grad()
             (-cosines[-1]).backward()
             optimizer.step()
@@ -94,46 +104,57 @@ class WarmStart(Callback):
         return float(cosines[0].detach()), float(cosines[-1].detach())
 
 
-def features_of(encoder: Any, dataset: Any) -> Features:
-    """The two towers of the encoder's CLIP; UserError where they, or pictures for them, are not to be had."""
-    source = getattr(encoder, "image_tower", None)
-    if source is None:
-        raise UserError(f"{type(encoder).__name__} has no picture tower")
+def features_of(encoder: TextEncoder, dataset: Any) -> Features:
+    """The two towers of the encoder's CLIP.
+
+    Raises:
+        UserError: the encoder is not CLIP's, its image tower cannot be read or belongs to another CLIP, or the
+            dataset does not give images and captions separately.
+    """
+    if not isinstance(encoder, FrozenCLIPEmbedder):
+        raise UserError(f"{type(encoder).__name__} has no image tower")
+    source = encoder.image_tower
     if not all(hasattr(dataset, name) for name in ("draw", "image")):
-        raise UserError(f"{type(dataset).__name__} does not give pictures and captions apart")
+        raise UserError(f"{type(dataset).__name__} does not give images and captions separately")
     features = load_features(source, encoder.token_embedding.weight.device, "image_tower")
     with torch.no_grad():
         ours = features.of_states(end_states(encoder, None, PROBES))
-        agreement = float((ours.cpu() * features.text(PROBES)).sum(dim=-1).min())
+        theirs = cast(
+            Tensor, features.text(PROBES)
+        )  # None only for models without text, which of_states refuses
+        agreement = float((ours.cpu() * theirs).sum(dim=-1).min())
     if agreement < LEAST_AGREEMENT:
         raise UserError(
-            f"image_tower '{source}' is of another CLIP than the text encoder (about a caption they agree by "
-            f"{agreement:.2f}); name the picture tower of the same one"
+            f"image_tower '{source}' belongs to another CLIP than the text encoder (the cosine of their text features "
+            f"is {agreement:.2f}); give the image tower of the same CLIP"
         )
     return features
 
 
-def end_states(encoder: Any, manager: Any, captions: Sequence[str]) -> Tensor:
-    """The encoder's states [B, d] at the captions' ends, which CLIP makes its text features of."""
+def end_states(
+    encoder: FrozenCLIPEmbedder, manager: Personalization | None, captions: Sequence[str]
+) -> Tensor:
+    """The encoder's states [B, d] at the end tokens of the captions, from which CLIP makes its text features."""
     ids = encoder.token_ids(captions, manager)
     ends = (ids == encoder.prompt_tokenizer.end_id).int().argmax(dim=1)
     if manager is not None:
         words = manager.string_to_token_dict
         widths = {int(words[word]): count for word, count in manager.placeholders.items()}
         ends = place_after_insertion(ids, ends, widths).clamp(max=ids.shape[1] - 1)
-    # What follows the ends changes nothing before it.
+    # Encoding up to the last end token is enough, because CLIP's attention is causal.
     states = encoder.embed_ids(ids[:, : int(ends.max()) + 1], manager)
     return states[torch.arange(len(ids), device=ids.device), ends].float()
 
 
 @contextmanager
-def _on(device: torch.device, encoder: Any, manager: Any) -> Iterator[None]:
-    """Both on the device, and where they were again: Lightning moves the model at a time that versions differ in."""
+def _moved_to(device: torch.device, encoder: TextEncoder, manager: Personalization) -> Iterator[None]:
+    """Both on the device for this block: versions of Lightning move the model before or after on_fit_start."""
     home = encoder.token_embedding.weight.device
-    for module in (encoder, manager):
+    modules = [cast(nn.Module, encoder), cast(nn.Module, manager)]
+    for module in modules:
         module.to(device)
     try:
         yield
     finally:
-        for module in (encoder, manager):
+        for module in modules:
             module.to(home)

@@ -13,22 +13,22 @@ def _few(count: int, **fixed: object):
     return creatures, [scene(c.seed, c.color, **fixed) for c in creatures]
 
 
-def test_pictures_and_masks_have_their_shapes_and_do_not_depend_on_the_batch():
+def test_images_and_masks_have_their_shapes_and_do_not_depend_on_the_batch():
     creatures, scenes = _few(40)
-    pictures, masks = render_with_masks(creatures, scenes, 32)
-    assert pictures.shape == (40, 3, 32, 32) and pictures.dtype == torch.uint8
+    images, masks = render_with_masks(creatures, scenes, 32)
+    assert images.shape == (40, 3, 32, 32) and images.dtype == torch.uint8
     assert masks.shape == (40, 32, 32) and masks.min() >= 0 and masks.max() == 1
-    assert torch.equal(render(creatures[35:36], scenes[35:36], 32)[0], pictures[35])
+    assert torch.equal(render(creatures[35:36], scenes[35:36], 32)[0], images[35])
     assert render(creatures[:2], scenes[:2], 64).shape == (2, 3, 64, 64)
 
 
-def test_the_creature_is_large_and_its_colour_is_there():
+def test_the_creature_is_large_and_shows_its_colour():
     creatures, scenes = _few(64, style="photo")
-    pictures, masks = render_with_masks(creatures, scenes, 32)
+    images, masks = render_with_masks(creatures, scenes, 32)
     assert (masks.mean((1, 2)) > 0.15).all()
     plain = [i for i, c in enumerate(creatures) if c.pattern == "plain"]
     for i in plain:
-        inside = pictures[i].float()[:, masks[i] == 1].median(1).values / 255
+        inside = images[i].float()[:, masks[i] == 1].median(1).values / 255
         assert (inside - torch.tensor(creatures[i].rgb)).abs().max() < 0.25
 
 
@@ -38,7 +38,7 @@ def test_a_plain_background_shows_in_the_upper_corners():
 
 
 @pytest.mark.parametrize("style", [*STYLES[1:], *HELD_OUT_STYLES])
-def test_a_style_changes_the_whole_picture(style):
+def test_a_style_changes_the_whole_image(style):
     creatures, plain = _few(4, style="photo")
     _, styled = _few(4, style=style)
     change = (render(creatures, plain, 32).float() - render(creatures, styled, 32).float()).abs()
@@ -46,7 +46,7 @@ def test_a_style_changes_the_whole_picture(style):
 
 
 def test_the_world_of_this_version_still_looks_the_same():
-    """A change of what a seed looks like must raise WORLD_VERSION, or old caches would be taken for new pictures."""
+    """A change of what a seed looks like must raise WORLD_VERSION, or old caches would be taken for new images."""
     creatures, scenes = _few(12)
     mean = render(creatures, scenes, 32).float().mean((1, 2, 3))
     expected = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from ldm.data.creatures.captions import Names, caption, full_caption, words
+from ldm.data.creatures.captions import Description, caption, full_caption, vocabulary
 from ldm.data.creatures.tokenizer import MAX_TOKENS, learn_merges, write_tokenizer
 from ldm.data.creatures.world import creature, scene
 from ldm.prompts import OBJECT_DUAL_TEMPLATES, OBJECT_TEMPLATES, STYLE_DUAL_TEMPLATES, STYLE_TEMPLATES
@@ -29,7 +29,7 @@ def test_the_shipped_files_are_what_the_command_writes(tmp_path):
 
 def test_every_word_digit_and_mark_is_one_token(tokenizer):
     marks = "0123456789*@&#$%!?.,;:+=<>()[]{}/\\'\"~^_-|"
-    for word in (*words(), *marks, *"abcdefghijklmnopqrstuvwxyz"):
+    for word in (*vocabulary(), *marks, *"abcdefghijklmnopqrstuvwxyz"):
         assert len(tokenizer.tokenize(word)) == 1, word
     template_words = " ".join(
         (*OBJECT_TEMPLATES, *OBJECT_DUAL_TEMPLATES, *STYLE_TEMPLATES, *STYLE_DUAL_TEMPLATES)
@@ -38,17 +38,17 @@ def test_every_word_digit_and_mark_is_one_token(tokenizer):
         assert tokenizer.tokenize(word) == [word + "</w>"]
 
 
-def test_unknown_words_and_other_letters_fall_apart_but_are_never_unknown(tokenizer):
+def test_unknown_words_and_letters_are_split_into_known_pieces(tokenizer):
     assert len(tokenizer.tokenize("unicorn")) > 1
     ids = tokenizer("zebra é א").input_ids
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_captions_fit_and_hold_only_known_words(tokenizer):
-    known = {word + "</w>" for word in words()}
+    known = {word + "</w>" for word in vocabulary()}
     for seed in range(1000):
         c = creature(seed)
-        names = Names.of(c, scene(seed, c.color))
+        names = Description.of(c, scene(seed, c.color))
         for text in (caption(names, random.Random(seed)), full_caption(names)):
             pieces = tokenizer.tokenize(text)
             assert len(pieces) + 2 <= 30, text

@@ -14,6 +14,8 @@ from ldm.data.creatures.world import (
     STYLES,
     clash,
     creature,
+    individual,
+    individual_of,
     scene,
 )
 
@@ -35,7 +37,7 @@ def test_splits_do_not_share_a_seed():
         train[len(train)]
 
 
-def test_all_names_occur_and_none_is_lost_in_its_background():
+def test_all_values_occur_and_no_creature_is_hidden_by_its_background():
     creatures = [creature(seed) for seed in range(3000)]
     scenes = [scene(c.seed, c.color) for c in creatures]
     assert {c.kind for c in creatures} == set(KINDS)
@@ -51,3 +53,17 @@ def test_fixed_attributes_are_kept():
     c = creature(3, kind="snail", color="red", eyes=1)
     assert (c.kind, c.color, c.eyes) == ("snail", "red", 1) and not clash("red", c.second)
     assert scene(3, "red", background="beach", style="neon").background == "beach"
+
+
+def test_seeds_of_individuals_are_in_no_other_split() -> None:
+    taken = SPLITS["individuals"]
+    for name, seeds in SPLITS.items():
+        assert name == "individuals" or seeds.stop <= taken.start or seeds.start >= taken.stop
+    assert individual(7) == creature(taken[7]) != individual(8)
+
+
+def test_the_share_of_images_with_an_individual() -> None:
+    shown = [individual_of(seed, 0.4) for seed in range(4000)]
+    known = [who for who in shown if who is not None]
+    assert 0.37 < len(known) / len(shown) < 0.43
+    assert len(set(known)) > 450 and {individual_of(seed, 0.0) for seed in range(50)} == {None}

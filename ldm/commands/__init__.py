@@ -1,0 +1,1 @@
+"""The commands of a user: argument parsing, checks and one call each."""

@@ -1,0 +1,89 @@
+"""What all commands share: exit codes, errors of one line, checks of paths, and loading a model.
+
+Commands check what they can before they import torch and transformers, which takes seconds. So the modules of this
+folder import heavy packages only inside functions.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.console import Interrupted
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+# The embedded model and its attribute judge, relative to the root of the checkout.
+MODEL, JUDGE = Path("models/ldm/creatures"), Path("models/judge/creatures")
+WEIGHTS = str(MODEL / "model.safetensors")
+
+SMALLER = "fewer images at once (--n_samples, --batch_size), a smaller --H or --W, or --precision autocast"
+
+
+def guarded(command: Callable[[], int | None], debug: bool = False, less_memory: str = SMALLER) -> int:
+    """Call `command` and return the exit code: its result, or 0 if it returns None.
+
+    A UserError is written as one line to stderr (after its traceback if `debug`). Ctrl-C, a signal and exhausted
+    memory end without a traceback too; `less_memory` is what the user is advised to try in the last case.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        write_error(error)
+        return error.exit_code
+    except Interrupted as signal:
+        return signal.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        from ldm.training.fitting import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        write_error(f"out of memory; try {less_memory}")
+        return 1
+
+
+def write_error(error: UserError | str) -> None:
+    """Write one line to stderr."""
+    sys.stderr.write(f"error: {error}\n")
+
+
+def check_files(*paths: str | Path | None) -> None:
+    """Raise UserError for the first path that was given but is not a file."""
+    for path in paths:
+        if path and not Path(path).is_file():
+            raise UserError(f"'{path}' does not exist; check the path")
+
+
+def read_model_config(ckpt: str, config: str | None) -> DictConfig:
+    """Read the YAML of a model: `config`, or the one that belongs to the checkpoint."""
+    from ldm.checkpoint import config_of
+    from ldm.yaml_files import read_yaml
+
+    return read_yaml(config or config_of(ckpt))
+
+
+def load_latent_diffusion(config: DictConfig, ckpt: str, device: str | None = None) -> LatentDiffusion:
+    """Load a model, by default on the GPU if there is one; UserError if it is not a LatentDiffusion."""
+    import torch
+
+    from ldm.checkpoint import load_model_from_config
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    model = load_model_from_config(config, ckpt, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(model, LatentDiffusion):
+        raise UserError(
+            f"the config of '{ckpt}' describes {type(model).__name__}, which cannot generate images from prompts; "
+            "name a LatentDiffusion and its config"
+        )
+    return model

@@ -1,0 +1,335 @@
+"""The commands for embedding files: scripts/embeddings.py and scripts/merge_embeddings.py."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.commands.base import check_files, guarded, write_error
+from ldm.console import Parser, positive, write_line
+from ldm.util import UsageError, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from ldm.embeddings import LearnedEmbeddings
+    from ldm.embeddings.inspection import ConceptReport
+
+_DESCRIPTION = """Inspect embedding files of any tool, convert them to the format of another tool, merge and split them.
+
+    %(prog)s inspect cat.pt --ckpt_path model.ckpt
+    %(prog)s convert cat.pt --to a1111 --trigger "<my-cat>"
+    %(prog)s merge cat.pt dog.safetensors --rename "*=<dog>" -o both.pt
+    %(prog)s split both.pt -o words
+
+Code in a file is never executed."""
+
+_MERGE_DESCRIPTION = """Merge embedding files of any format into one that the original's code loads.
+
+    %(prog)s --manager_ckpts cat.pt dog.pt --output_path both.pt --rename "*=<dog>"
+
+Where two files have different vectors for the same trigger, the later one is renamed (--rename or --auto_rename);
+without these options the conflict is reported and nothing is written."""
+
+# The keys of `ldm.embeddings.FORMATS`, so that a wrong command line is reported before torch is imported.
+FORMAT_NAMES = ("original", "safetensors", "diffusers", "a1111", "a1111-png", "onetrainer")
+
+_RENAME_HELP = (
+    "rename the trigger OLD of the last file that has it to NEW; given n times, those of the last n files"
+)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "embeddings.py") -> int:
+    """Run the command line of scripts/embeddings.py; returns the exit code."""
+
+    def command() -> None:
+        options = _make_parser(prog).parse_args(argv)
+        options.run(options)
+
+    return guarded(command)
+
+
+def merge_main(argv: Sequence[str] | None = None, prog: str = "merge_embeddings.py") -> int:
+    """Run the command line of scripts/merge_embeddings.py; returns the exit code."""
+    return guarded(lambda: _merge_originals(_make_merge_parser(prog).parse_args(argv)))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Report on every file; a file that cannot be read does not prevent the report on the others."""
+    from ldm.embeddings import read
+    from ldm.embeddings.inspection import inspect_concepts, words_of
+
+    folder = options.tokenizer
+    if folder is None and options.ckpt_path:
+        folder = _tokenizer_of(options.ckpt_path)
+    words = words_of(folder) if folder else None
+    state_dict = _vocabulary_weights(options)
+    reports: list[dict[str, Any]] = []
+    failures: list[UserError] = []
+    for file in options.files:
+        try:
+            learned = read(file)
+            table = _table(state_dict, options, learned)
+        except UserError as error:
+            failures.append(error)
+            reports.append({"file": str(file), "error": str(error)})
+            continue
+        concepts = inspect_concepts(learned, table, words, options.words)
+        reports.append(
+            {
+                "file": str(file),
+                "format": learned.format,
+                "metadata": learned.metadata.known(),
+                "concepts": [dataclasses.asdict(concept) for concept in concepts],
+            }
+        )
+        if not options.json:
+            for line in _report_lines(file, learned, concepts, table):
+                write_line(line)
+    if options.json:
+        write_line(json.dumps(reports, indent=2, ensure_ascii=False))
+    if failures:
+        for failure in failures[:-1]:
+            write_error(failure)
+        raise failures[-1]
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write one file in the format of another tool."""
+    check_files(options.file, options.preview)
+
+    from ldm.embeddings import read
+    from ldm.images import open_image
+
+    learned = read(options.file)
+    if options.encoder:
+        learned = learned.with_encoder(options.encoder)
+    if options.trigger:
+        if len(learned.triggers) > 1:
+            raise UsageError(
+                f"--trigger: '{options.file}' has {len(learned.triggers)} triggers; split it first, or use "
+                "merge --rename"
+            )
+        learned = learned.renamed({learned.triggers[0]: options.trigger})
+    preview = open_image(options.preview) if options.preview else None
+    _write(learned, options, beside=options.file, preview=preview)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write the words of several files to one, or to a folder in a format that holds one word per file."""
+    _write(_merged(options.files, options), options, beside=options.output)
+
+
+def split(options: argparse.Namespace) -> None:
+    """Write every word of a file to a file of its own."""
+    check_files(options.file)
+
+    from ldm.embeddings import paths_for, read, write
+
+    learned = read(options.file)
+    paths = paths_for(learned.triggers, options.output or options.file.parent, options.to)
+    _check_overwriting(paths, options)
+    for trigger, path in zip(learned.triggers, paths, strict=True):
+        write_line(f"wrote {write(learned.only(trigger), path, options.to)}")
+
+
+def _merge_originals(options: argparse.Namespace) -> None:
+    from ldm.embeddings import write
+
+    merged = _merged(options.manager_ckpts, options, encoder="bert" if options.use_bert else None)
+    suffix = options.output_path.suffix.lower()
+    path = write(merged, options.output_path, "safetensors" if suffix == ".safetensors" else "original")
+    for concept in merged.concepts:
+        write_line(f"'{concept.trigger}': {len(concept.vectors)} x {concept.width}, for {concept.models}")
+    write_line(f"wrote {path}")
+
+
+def _merged(
+    files: Sequence[Path], options: argparse.Namespace, encoder: str | None = None
+) -> LearnedEmbeddings:
+    """Merge files as --rename and --auto_rename request, and write a line for each renamed trigger."""
+    check_files(*files)
+
+    from ldm import embeddings
+
+    renames = embeddings.renames_from(options.rename)
+    parts = [embeddings.read(file) for file in files]
+    if encoder:
+        parts = [part.with_encoder(encoder) for part in parts]
+    merged = embeddings.merge(parts, renames, options.auto_rename)
+    for step in embeddings.plan_renames(parts, renames, options.auto_rename):
+        write_line(f"{step.source}: '{step.old}' is now '{step.new}'")
+    return merged
+
+
+def _write(
+    learned: LearnedEmbeddings, options: argparse.Namespace, beside: Path, preview: Image | None = None
+) -> None:
+    """Write to --output, or beside a file: one file if it can hold everything, else a folder of files."""
+    from ldm.embeddings import FORMATS, paths_for, write, write_all
+
+    chosen = FORMATS[options.to]
+    if chosen.several_triggers or (options.output and len(learned.triggers) == 1):
+        path = options.output or beside.with_suffix(chosen.suffix)
+        _check_overwriting([path], options)
+        paths = [write(learned, path, options.to, preview)]
+    else:
+        folder = options.output or beside.parent
+        _check_overwriting(paths_for(learned.triggers, folder, options.to), options)
+        paths = write_all(learned, folder, options.to, preview)
+    for path in paths:
+        write_line(f"wrote {path}")
+
+
+def _check_overwriting(paths: Sequence[Path], options: argparse.Namespace) -> None:
+    for path in paths:
+        if path.exists() and not options.overwrite:
+            raise UserError(f"'{path}' exists already; choose another with -o, or add --overwrite")
+
+
+def _vocabulary_weights(options: argparse.Namespace) -> dict[str, Tensor] | None:
+    """Read the state dict with the vocabulary's vectors: of the checkpoint, or beside the tokenizer."""
+    from ldm.checkpoint import read_state_dict
+
+    if options.ckpt_path:
+        return read_state_dict(options.ckpt_path)
+    if options.tokenizer:
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (options.tokenizer / name).is_file():
+                return read_state_dict(options.tokenizer / name)
+    return None
+
+
+def _tokenizer_of(ckpt: Path) -> Path | None:
+    """Find the folder of the tokenizer that the config of a checkpoint names; None if there is no such folder."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ldm.checkpoint import config_of
+    from ldm.embeddings.inspection import known_folder
+
+    try:
+        node = OmegaConf.select(OmegaConf.load(config_of(str(ckpt))), "model.params.cond_stage_config")
+    except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
+        return None  # the report then shows token ids instead of words
+    if not isinstance(node, Mapping):
+        return None
+    params = node.get("params") or {}
+    default = "bert-base-uncased" if "BERT" in str(node.get("target")) else "openai/clip-vit-large-patch14"
+    return known_folder(str(params.get("version") or params.get("tokenizer") or default))
+
+
+def _table(
+    state_dict: dict[str, Tensor] | None, options: argparse.Namespace, learned: LearnedEmbeddings
+) -> Tensor | None:
+    from ldm.embeddings.inspection import table_of
+
+    if state_dict is None:
+        return None
+    return table_of(state_dict, str(options.ckpt_path or options.tokenizer), learned.concepts[0].width)
+
+
+def _report_lines(
+    file: Path, learned: LearnedEmbeddings, reports: Sequence[ConceptReport], table: Tensor | None
+) -> Iterator[str]:
+    """The report on one file, as text."""
+    yield f"{file}: {learned.format}"
+    for report in reports:
+        part = f" ({report.part})" if report.part else ""
+        count = f"{report.vectors} vector{'s' if report.vectors > 1 else ''}"
+        norms = ", ".join(f"{norm:.3f}" for norm in report.norms)
+        spread = report.vocabulary_norms
+        vocabulary = f" (vocabulary: {spread.low:.3f} to {spread.high:.3f})" if spread else ""
+        yield f"  trigger     {report.trigger}{part}"
+        yield f"  vectors     {count}, {report.width} wide: for {report.models}"
+        yield f"  norms       {norms}{vocabulary}"
+        if table is not None and report.nearest is None:
+            yield f"  nearest     not known: the checkpoint's vocabulary is {table.shape[1]} wide"
+        for index, row in enumerate(report.nearest or ()):
+            near = ", ".join(f"{word} {similarity:.2f}" for word, similarity in row)
+            yield f"  nearest {index + 1:<3} {near}"
+    for key, value in learned.metadata.known().items():
+        yield f"  {key.replace('_', ' '):<11} {value}"
+
+
+def _make_parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("inspect", help="report what files contain")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--ckpt_path", type=Path, help="checkpoint to compare with its vocabulary")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with the vocabulary's words (and weights); default: that of the checkpoint's config",
+    )
+    command.add_argument(
+        "--words", type=positive, default=5, help="number of nearest words to show (default: 5)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser("convert", help="write a file in another tool's format")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--to", required=True, choices=FORMAT_NAMES, help="the format")
+    command.add_argument("--trigger", help="new prompt word")
+    command.add_argument(
+        "--encoder", help="the text encoder, if the file does not name it: bert, clip_g, ..."
+    )
+    command.add_argument("--preview", type=Path, help="image for a1111-png")
+    _add_output(command, "file to write, or folder if several files are written")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("merge", help="merge several files into one")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument(
+        "--to", default="original", choices=FORMAT_NAMES, help="the format (default: original)"
+    )
+    command.add_argument("--rename", action="append", metavar="OLD=NEW", help=_RENAME_HELP)
+    command.add_argument(
+        "--auto_rename", action="store_true", help="name a conflicting trigger after its file"
+    )
+    _add_output(command, "file to write, or folder for formats of one word per file", required=True)
+    command.set_defaults(run=merge)
+
+    command = commands.add_parser("split", help="write every word of a file to its own file")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--to", default="safetensors", choices=FORMAT_NAMES, help="default: safetensors")
+    _add_output(command, "folder to write to (default: the file's)")
+    command.set_defaults(run=split)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=required, metavar="PATH", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _make_merge_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog, description=_MERGE_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--manager_ckpts", nargs="+", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--output_path", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--rename", action="append", metavar="OLD=NEW", help=_RENAME_HELP)
+    parser.add_argument(
+        "--auto_rename", action="store_true", help="name a conflicting trigger after its file: <dog>"
+    )
+    parser.add_argument(
+        "--use_bert",
+        action="store_true",
+        help="the vectors are for LDM's BERT; needed for a file that does not name its text encoder",
+    )
+    # The original built the whole text encoder to find one token id; embedding files name what they are for.
+    parser.add_argument(
+        "-sd", "--stable_diffusion", action="store_true", help="accepted for old commands; not needed"
+    )
+    parser.add_argument("--config", help="accepted for old commands; not needed")
+    return parser

@@ -1,0 +1,100 @@
+"""The command that writes a model as a pipeline of diffusers: scripts/export_diffusers.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ldm.commands.base import WEIGHTS, check_files, guarded, load_latent_diffusion, read_model_config
+from ldm.console import Parser, write_line
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DESCRIPTION = """Write a model, with learned words if given, as a folder that the pipelines of diffusers load.
+
+    %(prog)s --ckpt_path model.ckpt --config model.yaml --out my-pipeline
+    %(prog)s --embedding_path embeddings.pt --rename "*=<my-cat>" --out my-pipeline
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained("my-pipeline")
+    pipeline("a photo of <my-cat>").images[0]
+
+A word can also be added later: convert its file with scripts/embeddings.py convert --to diffusers, then call
+pipeline.load_textual_inversion. With DDIM, the folder's scheduler, and a number of steps that divides the model's
+number of timesteps, the pipeline generates the same image from the same noise as scripts/txt2img.py. Every part of the
+pipeline is compared with the model before anything is written."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "export_diffusers.py") -> int:
+    """Run the command line of scripts/export_diffusers.py; returns the exit code."""
+    return guarded(lambda: export(_make_parser(prog).parse_args(argv)))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Load the model and its embeddings, convert them, compare, and write the folder."""
+    check_files(options.ckpt_path, options.config, *options.embedding_path)
+
+    # Both libraries warn about image processors and new token embeddings, which do not matter here.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+    from ldm.embeddings import renames_from
+    from ldm.generate.embeddings import load_embeddings, personalization_of
+    from ldm.interop import diffusers_pipeline
+
+    renames = renames_from(options.rename)
+    config = read_model_config(options.ckpt_path, options.config)
+    model = load_latent_diffusion(config, options.ckpt_path, "cpu")
+    placeholders: list[str] = []
+    vectors: dict[str, Tensor] = {}
+    if options.embedding_path:
+        placeholders = load_embeddings(model, options.embedding_path)
+        vectors = personalization_of(model).export()
+    for old, new in renames.items():
+        if old not in placeholders or len(new) > 1:
+            loaded = ", ".join(f"'{name}'" for name in placeholders) or "none"
+            raise UserError(f"--rename '{old}={new[-1]}': name each learned word once (loaded: {loaded})")
+    names = {word: renames.get(word, [word])[0] for word in placeholders}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"--rename gives two words the same name ({', '.join(names.values())})")
+    pipeline = diffusers_pipeline.to_pipeline(model, config)
+    if names:
+        for word in names.keys() - vectors.keys():
+            raise UserError(
+                f"'{word}' has no vectors that diffusers can use; export without --embedding_path"
+            )
+        diffusers_pipeline.add_words(pipeline, {new: vectors[old] for old, new in names.items()})
+    diffusers_pipeline.compare_with_model(model, pipeline, names)
+    write_line(f"wrote {diffusers_pipeline.save_pipeline(pipeline, options.out)}")
+    for name in names.values():
+        write_line(f'in prompts: "a photo of {name}"')
+
+
+def _make_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt_path", "--ckpt", default=WEIGHTS, metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help="default: config.yaml beside the model, or that of the published model",
+    )
+    parser.add_argument(
+        "--embedding_path",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="embedding files in the format of any tool",
+    )
+    parser.add_argument(
+        "--rename", action="append", metavar="OLD=NEW", help="rename a learned word in the pipeline"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    return parser

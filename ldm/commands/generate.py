@@ -1,0 +1,263 @@
+"""The commands that generate images from prompts: scripts/txt2img.py and scripts/stable_txt2img.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.commands.base import WEIGHTS, check_files, guarded, load_latent_diffusion, read_model_config
+from ldm.console import Parser, positive, share, write_line
+from ldm.util import UsageError, UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+_DESCRIPTION = """Generate images from prompts, with learned embeddings.
+
+    %(prog)s --embedding_path logs/RUN/checkpoints/embeddings.pt --prompt "a photo of *"
+    %(prog)s --embedding_path cat.pt dog.safetensors --prompt "<cat> beside <dog>" --dpm_solver
+
+Images are numbered in OUTDIR/samples, and OUTDIR holds a grid of them that is named after the prompt. Every path is
+printed. An image depends on the seed, its number in the run, the prompt and the settings, and on nothing else."""
+
+_STABLE_DESCRIPTION = """Generate images with Stable Diffusion v1 and embeddings that were learned for it.
+
+    %(prog)s --ckpt sd-v1-4.ckpt --embedding_path embeddings.pt --prompt "a photo of *" --plms
+
+The same as scripts/txt2img.py, with Stable Diffusion's defaults. Images are numbered in OUTDIR/samples, and OUTDIR
+holds a numbered grid of them that is named after the prompt. Every path is printed."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What differs between the commands that generate images: defaults, and how files are numbered."""
+
+    description: str = _DESCRIPTION
+    ckpt: str = WEIGHTS
+    config: str | None = None
+    outdir: str = "outputs/txt2img-samples"
+    prompt: str = "a photo of a creature"
+    steps: int = 50
+    scale: float = 5.0
+    n_iter: int = 1
+    n_samples: int = 4
+    precision: str = "full"
+    digits: int = 4
+    numbered_grids: bool = False
+
+
+STABLE = Profile(
+    description=_STABLE_DESCRIPTION,
+    ckpt="models/ldm/stable-diffusion-v1/model.ckpt",
+    config="configs/stable-diffusion/v1-inference.yaml",
+    prompt="a painting of a virus monster playing guitar",
+    scale=7.5,
+    n_iter=2,
+    n_samples=3,
+    precision="autocast",
+    digits=5,
+    numbered_grids=True,
+)
+LAION = replace(
+    STABLE,
+    ckpt="models/ldm/text2img-large/model.ckpt",
+    config="configs/latent-diffusion/txt2img-1p4B-eval.yaml",
+    outdir="outputs/txt2img-samples-laion400m",
+)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "txt2img.py") -> int:
+    """Run the command line of scripts/txt2img.py; returns the exit code."""
+    profile = Profile()
+    return guarded(lambda: run(make_parser(profile, prog).parse_args(argv), profile))
+
+
+def stable_main(argv: Sequence[str] | None = None, prog: str = "stable_txt2img.py") -> int:
+    """Run the command line of scripts/stable_txt2img.py; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    profile = LAION if "--laion400m" in argv else STABLE
+    parser = make_parser(profile, prog)
+    parser.add_argument(
+        "--laion400m", action="store_true", help="the LDM text2img-large model and its output folder"
+    )
+    for flag, meaning in (("--C", "latent channels"), ("--f", "downsampling factor")):
+        parser.add_argument(
+            flag, type=int, help=f"{meaning}: accepted for old commands; the model's own is used"
+        )
+    return guarded(lambda: run(parser.parse_args(argv), profile))
+
+
+def make_parser(profile: Profile, prog: str) -> Parser:
+    """Return the parser of a command that generates images, with the defaults of `profile`."""
+    parser = Parser(
+        prog=prog,
+        description=profile.description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--ckpt_path", "--ckpt", default=profile.ckpt, metavar="FILE", help="default: %(default)s"
+    )
+    own_config = profile.config or "config.yaml beside the model, or that of the published model it is"
+    model.add_argument("--config", default=profile.config, metavar="YAML", help=f"default: {own_config}")
+    model.add_argument(
+        "--embedding_path",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="embedding files in the format of any tool",
+    )
+    model.add_argument(
+        "--precision", choices=("full", "autocast"), default=profile.precision, help="default: %(default)s"
+    )
+
+    what = parser.add_argument_group("what to generate")
+    what.add_argument(
+        "--prompt", nargs="?", metavar="TEXT", help="default: a photo of the first learned placeholder"
+    )
+    what.add_argument(
+        "--negative_prompt", default="", metavar="TEXT", help="prompt that guidance steers away from"
+    )
+    what.add_argument(
+        "--from-file", metavar="FILE", help="text file with one prompt per line: one image each per round"
+    )
+    what.add_argument(
+        "--n_samples",
+        type=positive,
+        default=profile.n_samples,
+        metavar="N",
+        help="batch size, and images of --prompt per round (default: %(default)s)",
+    )
+    what.add_argument(
+        "--n_iter", type=positive, default=profile.n_iter, metavar="N", help="rounds (default: %(default)s)"
+    )
+    what.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's own)")
+    what.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's own)")
+
+    how = parser.add_argument_group("sampling")
+    how.add_argument(
+        "--ddim_steps", type=positive, default=profile.steps, metavar="N", help="default: %(default)s"
+    )
+    sampler = how.add_mutually_exclusive_group()
+    sampler.add_argument("--plms", action="store_true", help="PLMS instead of DDIM")
+    sampler.add_argument(
+        "--dpm_solver", action="store_true", help="DPM-Solver++ instead of DDIM; 20 steps are enough"
+    )
+    how.add_argument(
+        "--ddim_eta", type=share, default=0.0, metavar="ETA", help="noise of DDIM, 0 (default) to 1"
+    )
+    how.add_argument(
+        "--scale", type=float, default=profile.scale, help="guidance scale (default: %(default)s)"
+    )
+    how.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    how.add_argument("--fixed_code", action="store_true", help="use the same initial noise in every round")
+
+    out = parser.add_argument_group("files")
+    out.add_argument("--outdir", default=profile.outdir, metavar="FOLDER", help="default: %(default)s")
+    out.add_argument("--format", choices=("png", "jpg"), default="png", help="default: %(default)s, lossless")
+    out.add_argument("--skip_save", action="store_true", help="do not save single images")
+    out.add_argument("--skip_grid", action="store_true", help="do not save a grid")
+    out.add_argument(
+        "--n_rows", type=positive, metavar="N", help="images in a row of the grid (default: n_samples)"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace, profile: Profile) -> None:
+    """Check everything that can be checked without the model, load it, generate and save."""
+    sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else "ddim"
+    if options.ddim_eta and sampler != "ddim":
+        raise UsageError(f"--ddim_eta {options.ddim_eta} needs DDIM; remove --{sampler}")
+    check_files(options.ckpt_path, options.config, options.from_file, *options.embedding_path)
+    lines = read_lines(options.from_file) if options.from_file else None
+
+    from tqdm import tqdm
+
+    from ldm import console
+    from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
+
+    console.set_up_logging()
+    outdir = Path(options.outdir)
+    samples = ImageFolder(outdir / "samples", options.format, profile.digits)
+    model, prompts = load(options, lines, profile)
+    prompts_of_round = prompts if lines else prompts * options.n_samples
+    with tqdm(unit="step", desc="sampling", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        def save(place: int, image: Image) -> None:
+            write_line(str(samples.save(image)))
+
+        images = generate(
+            model,
+            prompts_of_round * options.n_iter,
+            steps=options.ddim_steps,
+            scale=options.scale,
+            eta=options.ddim_eta,
+            sampler=sampler,
+            height=options.H,
+            width=options.W,
+            seed=options.seed,
+            batch_size=options.n_samples,
+            precision=options.precision,
+            negative_prompt=options.negative_prompt,
+            numbers=list(range(len(prompts_of_round))) * options.n_iter if options.fixed_code else None,
+            progress=progress,
+            on_image=None if options.skip_save else save,
+        )
+    if not options.skip_grid:
+        name = "grid" if lines else name_of(prompts[0])
+        if lines or profile.numbered_grids:
+            name = f"{name}-{free_number(outdir, f'{name}-'):04}"
+        path = outdir / f"{name}.{options.format}"
+        write_line(str(save_grid(images, options.n_rows or options.n_samples, path)))
+
+
+def load(
+    options: argparse.Namespace, lines: list[str] | None, profile: Profile
+) -> tuple[LatentDiffusion, list[str]]:
+    """Return the model with the embeddings in it, and the prompts; these are checked before the model is read."""
+    from omegaconf import OmegaConf
+
+    from ldm.embeddings import read
+    from ldm.generate.embeddings import check_mentions, load_embeddings, takes_vectors
+    from ldm.util import get_obj_from_str
+
+    config = read_model_config(options.ckpt_path, options.config)
+    node = OmegaConf.select(config, "model.params.personalization_config") or {}
+    params = node.get("params") or {}
+    configured = [str(word) for word in params.get("placeholder_strings") or []]
+    learned = configured if params.get("embedding_manager_ckpt") else []
+    prompts = lines or [options.prompt or profile.prompt]
+    # Another kind of personalization alone knows its files and its placeholders.
+    if "target" not in node or takes_vectors(get_obj_from_str(node["target"])):
+        if options.embedding_path:
+            learned = [trigger for path in options.embedding_path for trigger in read(path).triggers]
+        if learned and not (lines or options.prompt):
+            prompts = [f"a photo of {learned[0]}"]
+        check_mentions([*prompts, options.negative_prompt], learned, configured)
+    model = load_latent_diffusion(config, options.ckpt_path)
+    if options.embedding_path:
+        load_embeddings(model, options.embedding_path)
+    return model, prompts
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Return the lines of a text file that are not blank; UserError if there is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from '{path}': it is not a UTF-8 text file") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"'{path}' holds no prompt; write one prompt per line")
+    return prompts

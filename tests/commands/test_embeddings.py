@@ -1,0 +1,242 @@
+"""The command lines of scripts/embeddings.py and scripts/merge_embeddings.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm.commands import embeddings
+from ldm.commands.embeddings import main, merge_main
+from ldm.embeddings import FORMATS, read, write
+from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
+
+
+@pytest.fixture
+def cat(tmp_path) -> Path:
+    torch.save(a1111_dict(), tmp_path / "cat.pt")
+    return tmp_path / "cat.pt"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    table = vectors(49408, 32, seed=3)
+    save_file(
+        {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": table},
+        tmp_path / "m.safetensors",
+    )
+    return tmp_path / "m.safetensors"
+
+
+def run(arguments: list[str]) -> None:
+    """Run scripts/embeddings.py, which must succeed."""
+    assert main(arguments) == 0
+
+
+def fails(capsys, code: int, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_the_names_of_formats_are_those_of_the_writer():
+    assert tuple(FORMATS) == embeddings.FORMAT_NAMES
+
+
+def test_inspect_as_text(cat, capsys):
+    run(["inspect", str(cat), str(GOLDEN / "clip_one_vector" / "embeddings.pt")])
+    output = capsys.readouterr().out
+    for words in (
+        "cat.pt: a1111",
+        "trigger     cat",
+        "2 vectors, 768 wide: for Stable Diffusion 1.x",
+        "v1-5-pruned",
+    ):
+        assert words in output
+    assert "embeddings.pt: original" in output and "1 vector, 32 wide" in output
+
+
+def test_inspect_against_a_vocabulary(tmp_path, checkpoint, capsys):
+    table = vectors(49408, 32, seed=3)
+    torch.save({"<x>": table[[265, 320]]}, tmp_path / "x.bin")
+    words = ["--tokenizer", str(GOLDEN / "clip_tiny")]
+    run(["inspect", str(tmp_path / "x.bin"), "--ckpt_path", str(checkpoint), *words])
+    output = capsys.readouterr().out
+    assert "nearest 1   * 1.00" in output and "nearest 2   a 1.00" in output and "vocabulary:" in output
+    run(["inspect", str(tmp_path / "x.bin"), "--ckpt_path", str(checkpoint), "--json", "--words", "1"])
+    [report] = json.loads(capsys.readouterr().out)
+    assert report["concepts"][0]["nearest"][0][0][0] == "#265"
+
+
+def test_a_tokenizer_folder_with_weights_is_enough(tmp_path, capsys):
+    (tmp_path / "vocab.txt").write_text("a\nb\nc\n")
+    save_file({"text_model.embeddings.token_embedding.weight": torch.eye(3)}, tmp_path / "model.safetensors")
+    torch.save({"<x>": torch.tensor([0.0, 2.0, 0.0])}, tmp_path / "x.bin")
+    run(["inspect", str(tmp_path / "x.bin"), "--tokenizer", str(tmp_path), "--words", "1"])
+    assert "nearest 1   b 1.00" in capsys.readouterr().out
+
+
+def test_the_words_come_from_the_tokenizer_of_the_checkpoint(tmp_path, checkpoint, capsys):
+    torch.save({"<x>": vectors(49408, 32, seed=3)[[320]]}, tmp_path / "x.bin")
+    command = ["inspect", str(tmp_path / "x.bin"), "--ckpt_path", str(checkpoint)]
+    encoder = "cond_stage_config: {target: x.FrozenCLIPEmbedder, params: {version: %s}}"
+    for version, word in (
+        (GOLDEN / "clip_tiny", "a"),
+        ("nobody/nothing", "#320"),
+        ("no/such/folder", "#320"),
+    ):
+        (tmp_path / "config.yaml").write_text("model: {params: {%s}}" % (encoder % version))  # noqa: UP031
+        run(command)
+        assert f"nearest 1   {word} 1.00" in capsys.readouterr().out
+    for damaged in ("[1", "[1]", "a: b", "model: {params: {cond_stage_config: __is_unconditional__}}"):
+        (tmp_path / "config.yaml").write_text(damaged)
+        run(command)
+        assert "nearest 1   #320 1.00" in capsys.readouterr().out
+
+
+def test_inspect_reports_another_width(cat, checkpoint, capsys):
+    run(["inspect", str(cat), "--ckpt_path", str(checkpoint)])
+    assert "vocabulary is 32 wide" in capsys.readouterr().out
+
+
+def test_inspect_as_json_and_a_bad_file_among_good_ones(tmp_path, cat, capsys):
+    (tmp_path / "bad.pt").write_text("<html>")
+    assert main(["inspect", str(tmp_path / "bad.pt"), str(cat), "--json"]) == 1
+    output = capsys.readouterr()
+    bad, good = json.loads(output.out)
+    assert "web page" in bad["error"] and good["format"] == "a1111"
+    assert good["concepts"][0]["width"] == 768 and good["metadata"]["steps"] == 499
+    assert output.err.count("\n") == 1 and output.err.startswith("error: ")
+
+
+def test_convert(cat, tmp_path, capsys):
+    run(["convert", str(cat), "--to", "safetensors", "--trigger", "<my-cat>"])
+    assert f"wrote {tmp_path / 'my-cat.safetensors'}" in capsys.readouterr().out
+    found = read(tmp_path / "my-cat.safetensors")
+    assert found.triggers == ["<my-cat>"] and torch.equal(found.concepts[0].vectors, vectors())
+    run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "sub" / "x.pt")])
+    assert read(tmp_path / "sub" / "x.pt").format == "original"
+
+
+def test_convert_to_an_image_with_a_preview(cat, tmp_path):
+    Image.new("RGB", (300, 300), (1, 2, 250)).save(tmp_path / "p.png")
+    run(
+        [
+            "convert",
+            str(cat),
+            "--to",
+            "a1111-png",
+            "-o",
+            str(tmp_path / "c.png"),
+            "--preview",
+            str(tmp_path / "p.png"),
+        ]
+    )
+    assert (np.array(Image.open(tmp_path / "c.png"))[150, 150] == [1, 2, 250]).all()
+    assert read(tmp_path / "c.png").triggers == ["cat"]
+
+
+def test_convert_overwrites_only_with_the_flag(cat, capsys):
+    before = cat.read_bytes()
+    assert "--overwrite" in fails(capsys, 1, "convert", cat, "--to", "original")
+    assert cat.read_bytes() == before
+    run(["convert", str(cat), "--to", "original", "--overwrite"])
+    assert read(cat).format == "original"
+
+
+def test_convert_of_width_1280_needs_the_encoder(tmp_path, capsys):
+    save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
+    command = ["convert", tmp_path / "x.safetensors", "--to", "safetensors", "-o", tmp_path / "y.safetensors"]
+    assert "--encoder bert" in fails(capsys, 1, *command)
+    run([*map(str, command), "--encoder", "bert"])
+    assert read(tmp_path / "y.safetensors").concepts[0].encoder == "bert"
+
+
+def test_convert_of_several_triggers(tmp_path, capsys):
+    both = GOLDEN / "embeddings_torch_1_10_layout.pt"
+    assert "split it first" in fails(capsys, 2, "convert", both, "--to", "a1111", "--trigger", "x")
+    run(["convert", str(both), "--to", "a1111", "-o", str(tmp_path)])
+    written = {path.name: read(path).triggers for path in (tmp_path / "a1111").iterdir()}
+    assert written == {"embedding.pt": ["*"], "embedding-2.pt": ["@"]}
+
+
+def test_merge_and_split(cat, tmp_path, capsys):
+    dog = write(learned("cat", seed=1), tmp_path / "dog.safetensors")
+    out = tmp_path / "both.pt"
+    assert "--rename 'cat=NEW'" in fails(capsys, 1, "merge", cat, dog, "-o", out)
+    assert not out.exists()
+    run(["merge", str(cat), str(dog), "-o", str(out), "--rename", "cat=<dog>"])
+    assert "dog.safetensors: 'cat' is now '<dog>'" in capsys.readouterr().out
+    assert read(out).triggers == ["cat", "<dog>"]
+    run(["split", str(out), "-o", str(tmp_path / "words"), "--to", "safetensors"])
+    assert sorted(path.name for path in (tmp_path / "words").iterdir()) == [
+        "cat.safetensors",
+        "dog.safetensors",
+    ]
+    assert "cat.safetensors' exists already" in fails(capsys, 1, "split", out, "-o", tmp_path / "words")
+    run(["split", str(out), "-o", str(tmp_path / "words"), "--overwrite"])
+    run(["merge", str(cat), str(dog), "-o", str(tmp_path / "m"), "--auto_rename", "--to", "diffusers"])
+    assert sorted(path.name for path in (tmp_path / "m" / "diffusers").iterdir()) == [
+        "cat.safetensors",
+        "dog.safetensors",
+    ]
+
+
+def test_mistakes_end_in_one_line(cat, tmp_path, capsys):
+    assert fails(capsys, 1, "inspect", tmp_path / "absent.pt").count("\n") == 1
+    assert "old=new" in fails(capsys, 2, "merge", cat, "-o", tmp_path / "b", "--rename", "x")
+    assert "error: " in fails(capsys, 2, "convert", tmp_path / "a", "--to", "pickle")
+    assert "error: " in fails(capsys, 2)
+
+
+ONE = GOLDEN / "clip_one_vector" / "embeddings.pt"
+THREE = GOLDEN / "clip_three_vectors" / "embeddings.pt"
+
+
+def merge_originals(tmp_path, *arguments: object, code: int = 0) -> None:
+    """Run scripts/merge_embeddings.py, which must end with `code`."""
+    assert merge_main(["--output_path", str(tmp_path / "out.pt"), *map(str, arguments)]) == code
+
+
+def test_the_originals_command_line(tmp_path, capsys):
+    other = tmp_path / "dog.safetensors"
+    save_file({"emb_params": vectors(2, 32)}, other)
+    merge_originals(tmp_path, "--manager_ckpts", ONE, other, "-sd")
+    content = read(tmp_path / "out.pt")
+    assert content.format == "original" and content.triggers == ["*", "dog"]
+    assert torch.equal(content.concepts[0].vectors, read(ONE).concepts[0].vectors)
+    assert content.concepts[0].token == 265
+    assert "'dog': 2 x 32" in capsys.readouterr().out
+    merge_originals(tmp_path, "--manager_ckpts", ONE, other, "--config", "any.yaml", "--stable_diffusion")
+
+
+def test_a_conflict_of_triggers_is_reported_and_nothing_written(tmp_path, capsys):
+    merge_originals(tmp_path, "--manager_ckpts", ONE, THREE, code=1)
+    assert not (tmp_path / "out.pt").exists()
+    error = capsys.readouterr().err
+    assert "both have the trigger '*'" in error and error.count("\n") == 1
+
+
+def test_a_conflict_is_solved_by_renaming(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it must not ask the user"))
+    merge_originals(tmp_path, "--manager_ckpts", ONE, THREE, "--rename", "*=@")
+    assert [len(c.vectors) for c in read(tmp_path / "out.pt").concepts] == [1, 3]
+    assert "'*' is now '@'" in capsys.readouterr().out
+    merge_originals(tmp_path, "--manager_ckpts", ONE, THREE, "--auto_rename")
+    assert read(tmp_path / "out.pt").triggers == ["*", "<embeddings>"]
+
+
+def test_bert_for_a_file_that_does_not_name_its_encoder(tmp_path):
+    save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
+    merge_originals(tmp_path, "--manager_ckpts", tmp_path / "x.safetensors", "--use_bert")
+    assert read(tmp_path / "out.pt").concepts[0].encoder == "bert"
+
+
+def test_a_missing_argument_is_a_usage_error(capsys):
+    assert merge_main(["--output_path", "x"]) == 2 and "error: " in capsys.readouterr().err

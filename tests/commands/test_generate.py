@@ -1,0 +1,282 @@
+"""The command lines of scripts/txt2img.py and scripts/stable_txt2img.py, on the model of a golden record."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm.checkpoint import config_of
+from ldm.commands import generate
+from ldm.embeddings import Concept, LearnedEmbeddings, write
+from tests.golden_record import Golden
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--ddim_steps", "1", "--n_samples", "2", "--scale", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with its config beside it, and two embedding files."""
+    folder = tmp_path_factory.mktemp("model")
+    Golden("clip_one_vector").write_model(folder)
+    for name, value, width in (("cat", 0.5, 32), ("dog", 0.1, 32), ("wide", 0.1, 768)):
+        concept = Concept(f"<{name}>", torch.full((1, width), value))
+        write(LearnedEmbeddings((concept,)), folder / f"{name}.pt", "original")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys):
+    """Run a command; returns its exit code, its output, and the files it wrote."""
+
+    def run(*arguments: str, command=generate.main, options=QUICK):
+        base = ["--ckpt_path", str(folder / "model.ckpt"), "--outdir", str(tmp_path / "out")]
+        code = command([*base, *options, *map(str, arguments)])
+        output = capsys.readouterr()
+        files = sorted(str(p.relative_to(tmp_path / "out")) for p in tmp_path.glob("out/**/*") if p.is_file())
+        return code, output, files
+
+    return run
+
+
+def test_images_are_numbered_and_the_grid_is_named_after_the_prompt(run, folder, tmp_path) -> None:
+    arguments = ["--embedding_path", folder / "cat.pt", "--prompt", "a photo of <cat>, small"]
+    code, output, files = run(*arguments, "--n_iter", 2)
+    grid = "a-photo-of-<cat>,-small.png"
+    assert code == 0
+    assert files == [grid, *(f"samples/000{n}.png" for n in range(4))]
+    printed = [line for line in output.out.splitlines() if line.startswith(str(tmp_path))]
+    assert printed == [str(tmp_path / "out" / name) for name in [*files[1:], grid]]
+    assert Image.open(tmp_path / "out/samples/0003.png").size == (32, 32)
+    assert Image.open(tmp_path / "out" / grid).size == (70, 70)  # two rows of two, with a padding of 2
+    _, _, files = run(*arguments)
+    assert files[-1] == "samples/0005.png" and len(files) == 7
+
+
+def test_the_default_prompt_names_the_first_learned_placeholder(run, folder) -> None:
+    assert run("--embedding_path", folder / "cat.pt")[2][0] == "a-photo-of-<cat>.png"
+    assert run()[2][0] == "a-photo-of-<cat>.png"
+    assert run()[2][1] == "a-photo-of-a-creature.png"
+
+
+def test_several_embedding_files(run, folder) -> None:
+    code, _, files = run(
+        "--embedding_path", folder / "cat.pt", folder / "dog.pt", "--prompt", "<cat> and <dog>", "--skip_save"
+    )
+    assert code == 0 and files == ["<cat>-and-<dog>.png"]
+
+
+def test_each_prompt_of_a_file_gives_one_image(run, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n\na photo\n a sculpture \n")
+    assert generate.read_lines(tmp_path / "prompts.txt") == ["a dog", "a photo", "a sculpture"]
+    arguments = ["--from-file", tmp_path / "prompts.txt", "--n_rows", 3]
+    assert run(*arguments)[2] == ["grid-0000.png", *(f"samples/000{n}.png" for n in range(3))]
+    assert Image.open(tmp_path / "out/grid-0000.png").size == (104, 36)
+    assert run(*arguments, "--skip_save")[2][:2] == ["grid-0000.png", "grid-0001.png"]
+
+
+def test_skipping_files_and_choosing_the_format(run, tmp_path) -> None:
+    assert run("--skip_grid", "--format", "jpg")[2] == ["samples/0000.jpg", "samples/0001.jpg"]
+    assert Image.open(tmp_path / "out/samples/0000.jpg").format == "JPEG"
+    assert len(run("--skip_grid", "--skip_save")[2]) == 2
+
+
+def test_the_same_command_generates_the_same_images(run, tmp_path) -> None:
+    run("--prompt", "a dog", "--seed", 3)
+    run("--prompt", "a dog", "--seed", 3, "--H", 32)
+    run("--prompt", "a dog", "--seed", 4)
+    first, _, again, _, other, _ = (
+        path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir())
+    )
+    assert first == again != other
+
+
+def test_fixed_code_uses_the_same_noise_in_every_round(run, tmp_path) -> None:
+    run("--prompt", "a dog", "--n_iter", 2, "--fixed_code")
+    images = [path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir())]
+    assert images[:2] == images[2:] and images[0] != images[1]
+
+
+@pytest.mark.parametrize("sampler", ["--plms", "--dpm_solver", "--ddim_eta=1"])
+def test_samplers(run, sampler: str) -> None:
+    assert run(sampler, "--skip_grid")[0] == 0
+
+
+def test_every_option_reaches_generate(run, monkeypatch) -> None:
+    seen = {}
+
+    def record(model, prompts, **settings):
+        seen.update(settings, prompts=prompts)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr("ldm.generate.images.generate", record)
+    arguments = [
+        "--prompt",
+        "a dog",
+        "--negative_prompt",
+        "a cat",
+        "--scale",
+        2,
+        "--ddim_eta",
+        0.5,
+        "--seed",
+        9,
+    ]
+    more = [
+        "--H",
+        24,
+        "--W",
+        40,
+        "--ddim_steps",
+        7,
+        "--n_samples",
+        2,
+        "--n_iter",
+        2,
+        "--precision",
+        "autocast",
+    ]
+    assert run(*arguments, *more, options=[])[0] == 0
+    expected = {
+        "prompts": ["a dog"] * 4,
+        "negative_prompt": "a cat",
+        "scale": 2.0,
+        "eta": 0.5,
+        "seed": 9,
+        "height": 24,
+        "width": 40,
+        "steps": 7,
+        "batch_size": 2,
+        "precision": "autocast",
+        "sampler": "ddim",
+        "numbers": None,
+    }
+    assert {key: seen[key] for key in expected} == expected
+    for flag in ("plms", "dpm_solver"):
+        run("--prompt", "a dog", f"--{flag}")
+        assert seen["sampler"] == flag
+
+
+def test_grids_of_stable_diffusion_are_numbered(run, folder) -> None:
+    arguments = ["--config", folder / "config.yaml", "--prompt", "a dog", "--C", 4, "--f", 8]
+    for number in range(2):
+        code, _, files = run(*arguments, command=generate.stable_main, options=[*QUICK, "--n_iter", "1"])
+        assert code == 0 and f"a-dog-000{number}.png" in files
+    assert "samples/00003.png" in files
+
+
+def test_defaults_of_stable_diffusion(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(generate, "run", lambda options, profile: seen.append(options))
+    assert generate.stable_main([]) == generate.stable_main(["--laion400m"]) == 0
+    stable, laion = seen
+    assert (stable.ddim_steps, stable.scale, stable.n_iter, stable.n_samples) == (50, 7.5, 2, 3)
+    assert stable.precision == "autocast" and stable.config.endswith("v1-inference.yaml")
+    assert laion.ckpt_path == "models/ldm/text2img-large/model.ckpt" and "laion400m" in laion.outdir
+    assert (ROOT / stable.config).is_file() and (ROOT / laion.config).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--ddim_steps", "-5"], 2, "argument --ddim_steps: '-5' is not a positive whole number"),
+        (["--ddim_steps", "0"], 2, "'0' is not a positive"),
+        (["--n_samples", "some"], 2, "'some' is not a positive"),
+        (["--H", "-32"], 2, "argument --H"),
+        (["--ddim_eta", "2"], 2, "argument --ddim_eta: '2' is not a number from 0 to 1"),
+        (["--ddim_eta", "much"], 2, "'much' is not a number"),
+        (["--plms", "--dpm_solver"], 2, "not allowed with argument --plms"),
+        (["--plms", "--ddim_eta", "0.5"], 2, "--ddim_eta 0.5 needs DDIM; remove --plms"),
+        (["--precision", "half"], 2, "invalid choice: 'half'"),
+        (["--colour"], 2, "unrecognized arguments: --colour"),
+        (["--ckpt_path", "gone.ckpt"], 1, "'gone.ckpt' does not exist"),
+        (["--embedding_path", "gone.pt"], 1, "'gone.pt' does not exist"),
+        (["--config", "gone.yaml"], 1, "'gone.yaml' does not exist"),
+        (["--from-file", "gone.txt"], 1, "'gone.txt' does not exist"),
+        (["--prompt", "a photo of <cat>"], 1, "mentions '<cat>', but no loaded embedding"),
+        (["--prompt", "a photo of *"], 1, r"mentions '\*'"),
+        (["--negative_prompt", "<cat>"], 1, "mentions '<cat>'"),
+        (["--H", "36"], 1, "height 36 is not a multiple of 8"),
+        (["--ddim_steps", "1001"], 1, "more than the model's 1000"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments: list[str], code: int, message: str) -> None:
+    returned, output, files = run(*arguments, options=[])
+    assert returned == code and files == []
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert re.search(message, output.err)
+
+
+def test_files_of_another_kind_are_errors_of_one_line(run, folder, tmp_path) -> None:
+    (tmp_path / "page.ckpt").write_text("<!DOCTYPE html>")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "list.yaml").write_text("- a")
+    (tmp_path / "out").write_text("in the way")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    whole, config = (folder / "model.ckpt").read_bytes(), OmegaConf.load(folder / "config.yaml")
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.pt").write_bytes((folder / "cat.pt").read_bytes()[:-200])
+    config.model.params.unet_config.params.model_channels = 64
+    OmegaConf.save(config, tmp_path / "wider.yaml")
+    config.model.params.unet_config.params.chanels = 64
+    OmegaConf.save(config, tmp_path / "misspelt.yaml")
+    config.model.target = "ldm.models.diffusion.ddpm.Diffusion"
+    OmegaConf.save(config, tmp_path / "nowhere.yaml")
+    beside = ["--config", folder / "config.yaml", "--outdir", tmp_path / "o"]
+    for arguments, message in (
+        (["--ckpt_path", tmp_path / "cut.ckpt", *beside], "cut.ckpt' is damaged"),
+        (["--embedding_path", tmp_path / "cut.pt", *beside], "cut.pt"),
+        (["--config", tmp_path / "wider.yaml", "--outdir", tmp_path / "o"], "does not fit the config"),
+        (["--config", tmp_path / "misspelt.yaml", "--outdir", tmp_path / "o"], "unknown key 'chanels'"),
+        (["--config", tmp_path / "nowhere.yaml", "--outdir", tmp_path / "o"], "has no 'Diffusion'"),
+        (["--embedding_path", tmp_path / "page.ckpt", "--outdir", tmp_path / "o"], "page.ckpt"),
+        (["--embedding_path", folder / "wide.pt", "--outdir", tmp_path / "o"], "768"),
+        (["--ckpt_path", tmp_path / "page.ckpt", "--outdir", tmp_path / "o"], "page.ckpt"),
+        (["--ckpt_path", tmp_path / "other.safetensors", "--outdir", tmp_path / "o"], "with --config"),
+        (["--config", tmp_path / "list.yaml", "--outdir", tmp_path / "o"], "must hold a mapping"),
+        (["--from-file", tmp_path / "empty.txt"], "holds no prompt"),
+        (["--from-file", folder / "cat.pt"], "not a UTF-8 text file"),
+        ([], "cannot create the folder"),
+    ):
+        code, output, _ = run(*arguments)
+        assert code == 1 and message in output.err and output.err.count("\n") == 1, output.err
+
+
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [
+        ("cond_stage_model.transformer.token_emb.weight", "txt2img-1p4B-eval_with_tokens.yaml"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "v1-inference.yaml"),
+    ],
+)
+def test_a_published_checkpoint_finds_its_config(tmp_path, key: str, config: str) -> None:
+    save_file({key: torch.zeros(1)}, tmp_path / "model.safetensors")
+    found = config_of(str(tmp_path / "model.safetensors"))
+    assert found.name == config and found.is_file()
+
+
+def test_a_prompt_may_use_a_learned_placeholder_of_the_config(run, folder, tmp_path) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.params.personalization_config.params.embedding_manager_ckpt = str(
+        Golden("clip_one_vector").embeddings
+    )
+    OmegaConf.save(config, tmp_path / "learned.yaml")
+    assert run("--config", tmp_path / "learned.yaml", "--prompt", "a photo of *")[0] == 0
+
+
+def test_a_personalization_of_the_users_own(run, folder, tmp_path) -> None:
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.params.personalization_config = {"target": "tests.commands.own_word.OwnWord"}
+    OmegaConf.save(config, tmp_path / "own.yaml")
+    arguments = ["--config", tmp_path / "own.yaml", "--prompt", "a photo of <own>", "--skip_grid"]
+    for value in (1, -1):
+        torch.save({"<own>": value * torch.linspace(-1, 1, 32)[None]}, tmp_path / "own.pt")
+        assert run(*arguments, "--embedding_path", tmp_path / "own.pt")[0] == 0
+    first, _, other, _ = (path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir()))
+    assert first != other

@@ -1,0 +1,52 @@
+"""Files that are something else, or whose container is damaged."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from tests.embeddings.samples import refused, saved
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>Not found</html>", "web page"),
+        (b"\n <html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
+        (b'{"a": 1}', "JSON"),
+        (b"MZ\x90\x00", "not an embedding file"),
+        (b"\x80", "damaged"),
+        (b"\x80\x02K\x01.", "not of torch.save"),
+        (b"PK\x03\x04", "damaged"),
+        (b"\x89PNG\r\n\x1a\n", "damaged"),
+        (b"RIFF\x00\x00\x00\x00WEBP", "damaged"),
+    ],
+)
+def test_files_of_other_kinds_are_refused(data, match, tmp_path):
+    refused(saved(tmp_path / "cat.pt", data), match)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    refused(tmp_path / "absent.pt", "does not exist")
+    refused(tmp_path, "folder")
+
+
+def test_a_file_as_large_as_a_model_is_refused(tmp_path):
+    with (tmp_path / "model.ckpt").open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.truncate(2**32)
+    refused(tmp_path / "model.ckpt", "4096 MB.*model checkpoint")
+
+
+def test_a_safetensors_header_larger_than_the_file_is_refused(tmp_path):
+    refused(saved(tmp_path / "a", struct.pack("<Q", 2**40) + b'{"a": 1}'), "header should be 1099511627776")
+    header = b'{"emb_params":{"dtype":"F32","shape":[1000000,768],"data_offsets":[0,3072000000]}}'
+    refused(saved(tmp_path / "b", struct.pack("<Q", len(header)) + header), "header is damaged")
+
+
+def test_texts_of_a_file_in_error_messages_stay_on_one_line(tmp_path):
+    header = b'{"emb_params":{"dtype":"F\\n\\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
+    refused(saved(tmp_path / "a", struct.pack("<Q", len(header)) + header + bytes(4)), "header is damaged")

@@ -1,0 +1,81 @@
+"""The embedding files of a run: metadata and formats."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import main
+from ldm import embeddings
+from ldm.files import images_fingerprint
+from ldm.training.callbacks.embedding_saver import EmbeddingSaver
+
+
+def checkpoints(*words: object) -> Path:
+    """Run 2 steps and return the checkpoints folder."""
+    assert main.main([str(word) for word in ("--max_steps", 2, "-t", "--base", *words)]) == 0
+    (run,) = Path("logs").iterdir()
+    return run / "checkpoints"
+
+
+def test_metadata(tiny_yaml, tiny_model, image_folder) -> None:
+    folder = checkpoints(tiny_yaml, "--init_word", "photo", "--scale_lr", "false")
+    for name in ("embedding.safetensors", "embedding_gs-2.safetensors"):
+        metadata = embeddings.read(folder / name).metadata
+        assert (metadata.base_model, metadata.steps, metadata.seed) == ("model.safetensors", 2, 23)
+        assert metadata.base_model_hash == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+        assert (metadata.images, metadata.resolution, metadata.initializer) == (3, 32, "photo")
+        assert metadata.images_fingerprint == images_fingerprint(sorted(image_folder.iterdir()))
+        assert metadata.learning_rate == pytest.approx(5e-3)
+
+
+def test_formats(tiny_yaml) -> None:
+    config = OmegaConf.load(tiny_yaml)
+    config.lightning.callbacks.embedding_saver = {"params": {"formats": ["a1111", "a1111-png", "diffusers"]}}
+    OmegaConf.save(config, tiny_yaml)
+    folder = checkpoints(tiny_yaml, "--placeholder_string", "<my-cat>")
+    learned = embeddings.read(folder / "embeddings.pt").concepts[0].vectors
+    for suffix in ("", "_gs-2"):
+        for name in ("{}.safetensors", "a1111/{}.pt", "a1111-png/{}.png", "diffusers/{}.safetensors"):
+            (concept,) = embeddings.read(folder / name.format(f"my-cat{suffix}")).concepts
+            assert torch.equal(concept.vectors, learned), name
+            assert concept.trigger == "<my-cat>"
+
+
+def test_default_format_is_always_written() -> None:
+    assert EmbeddingSaver().formats == ["safetensors"]
+    assert EmbeddingSaver(formats=["onetrainer", "safetensors"]).formats == ["safetensors", "onetrainer"]
+
+
+def test_metadata_without_unreadable_files(tiny_yaml, tiny_model, image_folder, tmp_path, caplog) -> None:
+    mine = shutil.copy(tiny_model, tmp_path / "mine.safetensors")
+    shutil.copytree(image_folder, tmp_path / "mine")
+    config = OmegaConf.load(tiny_yaml)
+    config.actual_resume, config.data_root = str(mine), str(tmp_path / "mine")
+    OmegaConf.save(config, tiny_yaml)
+
+    def gone(*args: object) -> None:
+        mine.unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "mine", ignore_errors=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingSaver, "on_train_start", lambda self, *rest: gone())
+        folder = checkpoints(tiny_yaml)
+    metadata = embeddings.read(folder / "embedding.safetensors").metadata
+    assert (metadata.base_model, metadata.steps, metadata.images) == ("mine.safetensors", 2, 3)
+    assert metadata.base_model_hash is None and metadata.images_fingerprint is None
+
+
+def test_conversion_to_the_original_format(tiny_yaml, tmp_path) -> None:
+    """The original finds a placeholder by the tokenizer's id, which only the run knows."""
+    folder = checkpoints(tiny_yaml, "--placeholder_string", "sculpture", "--init_word", "photo")
+    (first,) = embeddings.read(folder / "embeddings.pt").concepts
+    canonical = embeddings.read(folder / "sculpture.safetensors")
+    (again,) = embeddings.read(embeddings.write(canonical, tmp_path / "again.pt", "original")).concepts
+    assert again.token == first.token is not None
+    assert torch.equal(again.vectors, first.vectors)

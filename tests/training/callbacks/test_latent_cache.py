@@ -1,0 +1,184 @@
+"""Training images that are encoded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.data.personalized import Sample
+from ldm.models.diffusion.ddpm import LATENT, POSTERIOR
+from ldm.training.callbacks.latent_cache import CachedLatents, LatentCache
+from ldm.util import UserError
+from tests.golden_record import Golden
+
+
+class Images:
+    """Three images, each also mirrored."""
+
+    placeholders = ["*"]
+
+    def __init__(self) -> None:
+        self.images = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def variants(self) -> list[tuple[int, bool, int]]:
+        return [(i, flipped, 0) for i in range(3) for flipped in (False, True)]
+
+    def image(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
+        self.read += 1
+        pixels = self.images[image]
+        return pixels.flip(1) if flipped else pixels
+
+    def draw(self, index: int) -> Sample:
+        return Sample(index % 3, index % 2 == 1, f"a photo of * {index}")
+
+
+@pytest.fixture(scope="module", params=["clip_one_vector", "vq_one_vector"])
+def model(request):
+    return Golden(request.param).model()
+
+
+def batch(dataset, indices) -> dict:
+    items = [dataset[i] for i in indices]
+    return {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "caption"} | {
+        "caption": [item["caption"] for item in items]
+    }
+
+
+def test_cached_latents_equal_encoded_ones(model) -> None:
+    images = Images()
+    cached = LatentCache(batch_size=4).cached(model, images, torch.device("cpu"))
+    assert len(cached) == 6 and cached.placeholders == ["*"] and images.read == 6 + 1, (
+        "and one to see the size"
+    )
+    indices = [0, 1, 5]
+    drawn = [images.draw(i) for i in indices]
+    stacked = torch.stack([images.image(*d.variant) for d in drawn])
+    torch.manual_seed(3)
+    expected, captions = model.get_input({"image": stacked, "caption": [d.caption for d in drawn]}, "image")
+    torch.manual_seed(3)
+    got, got_captions = model.get_input(batch(cached, indices), "image")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got_captions == captions
+    assert images.read == 7 + 3
+
+
+def test_posterior_is_sampled_at_every_step() -> None:
+    model = Golden("clip_one_vector").model()
+    cached = LatentCache().cached(model, Images(), torch.device("cpu"))
+    torch.manual_seed(0)
+    draws = torch.stack([model.get_input(batch(cached, [2]), "image")[0] for _ in range(2000)])
+    posterior = model.encode_first_stage(Images().image(2).movedim(-1, 0)[None])
+    torch.testing.assert_close(draws.mean(0) / model.scale_factor, posterior.mean, atol=0.15, rtol=0.1)
+    torch.testing.assert_close(draws.std(0) / model.scale_factor, posterior.std, atol=0.05, rtol=0.1)
+
+
+def trainer(dataset) -> SimpleNamespace:
+    return SimpleNamespace(
+        datamodule=SimpleNamespace(datasets={"train": dataset}),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+
+
+def test_which_datasets_are_cached() -> None:
+    model = Golden("vq_one_vector").model()
+    fit = trainer(Images())
+    LatentCache().on_fit_start(fit, model)
+    assert isinstance(fit.datamodule.datasets["train"], CachedLatents)
+    assert fit.datamodule.datasets["train"].key == LATENT
+    plain = [1, 2, 3]
+    fit = trainer(plain)
+    LatentCache().on_fit_start(fit, model)
+    assert fit.datamodule.datasets["train"] is plain
+    fit = trainer(Images())
+    LatentCache().on_fit_start(fit, torch.nn.Identity())
+    assert isinstance(fit.datamodule.datasets["train"], Images)
+
+
+def test_large_cache_is_a_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    model = Golden("clip_one_vector").model()
+    in_memory = LatentCache().cached(model, Images(), torch.device("cpu"))
+    on_disk = LatentCache(memory_mib=0).cached(model, Images(), torch.device("cpu"))
+    assert isinstance(on_disk.encoded, np.memmap) and not isinstance(in_memory.encoded, np.memmap)
+    assert torch.equal(on_disk[4][POSTERIOR], in_memory[4][POSTERIOR])
+
+
+def test_invalid_batch_size() -> None:
+    with pytest.raises(UserError, match="batch_size is 0"):
+        LatentCache(batch_size=0)
+
+
+def test_images_of_different_sizes_are_not_cached() -> None:
+    images = Images()
+    images.image = lambda image, flipped=False, view=0: torch.zeros(32 + 8 * image, 32, 3)
+    model = Golden("clip_one_vector").model()
+    assert LatentCache(batch_size=4).cached(model, images, torch.device("cpu")) is images
+
+
+def test_images_for_previews() -> None:
+    cached = LatentCache().cached(Golden("clip_one_vector").model(), Images(), torch.device("cpu"))
+    stacked = cached.with_images(batch(cached, [4, 1]), "image")
+    assert torch.equal(stacked["image"][0], Images().image(1, False))
+    assert torch.equal(stacked["image"][1], Images().image(1, True))
+
+
+def test_first_stage_stays_on_the_cpu() -> None:
+    """The meta device stands for an accelerator; what is moved there loses its values."""
+    accelerator = torch.device("meta")
+    model = Golden("clip_one_vector").model()
+    before = {key: value.clone() for key, value in model.first_stage_model.state_dict().items()}
+    fit = trainer(Images())
+    cache = LatentCache()
+    cache.on_fit_start(fit, model)
+    moved: list[object] = []
+    model.first_stage_model.to = lambda place: moved.append(place)
+    cache.on_train_start(fit, model)
+    assert moved == ["cpu"]
+    del model.first_stage_model.to
+
+    resting = model.first_stage_model
+    images = torch.zeros(2, 3, 32, 32, device=accelerator)
+    assert model.encode_first_stage(images).parameters.device == accelerator
+    latents = torch.zeros(2, *model.encode_first_stage(images).mean.shape[1:], device=accelerator)
+    assert model.decode_first_stage(latents).device == accelerator
+    assert model.first_stage_model is resting
+    after = resting.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    with pytest.raises(KeyError), model.first_stage_on(accelerator) as there:
+        assert next(there.parameters()).device == accelerator and model.first_stage_model is there
+        raise KeyError
+    assert model.first_stage_model is resting
+
+
+def test_first_stage_stays_without_a_cache() -> None:
+    model = Golden("clip_one_vector").model()
+    model.first_stage_model.to = lambda place: pytest.fail(f"moved to {place}")
+    LatentCache().on_train_start(trainer([1, 2]), model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_validation_moves_the_first_stage_once(fails: bool) -> None:
+    accelerator = torch.device("meta")
+    model = Golden("clip_one_vector").model()
+    resting = model.first_stage_model
+    fit = SimpleNamespace(strategy=SimpleNamespace(root_device=accelerator))
+    cache = LatentCache()
+    cache.on_validation_start(fit, model)
+    there = model.first_stage_model
+    assert there is not resting and next(there.parameters()).device == accelerator
+    model.encode_first_stage(torch.zeros(1, 3, 32, 32, device=accelerator))
+    assert model.first_stage_model is there
+    if fails:
+        cache.on_exception(fit, model, KeyboardInterrupt())
+    else:
+        cache.on_validation_end(fit, model)
+    assert model.first_stage_model is resting

@@ -1,0 +1,99 @@
+"""Compiled and channels-last denoisers, and the CUDA callback."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm.training.callbacks import performance as performance
+from ldm.training.callbacks.performance import ChannelsLast, CompiledDenoiser, CUDACallback
+from ldm.util import UserError
+from tests.golden_record import Golden
+from tests.training.runs import fit_line
+
+
+@pytest.fixture
+def model():
+    return Golden("clip_one_vector").model()
+
+
+def trainer_of(steps: int = 5000, done: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(
+        max_steps=steps, max_epochs=None, global_step=done, estimated_stepping_batches=steps
+    )
+
+
+def output(model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, model.channels, 8, 8, generator=generator)
+    return model.apply_model(x, torch.tensor([3, 500]), model.get_learned_conditioning(["a *"] * 2))
+
+
+def test_only_training_is_compiled(model, monkeypatch) -> None:
+    used = []
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **options: lambda *a, **k: used.append(options) or function(*a, **k),
+    )
+    names, before = list(model.state_dict()), output(model).detach()
+    callback = CompiledDenoiser(mode="max-autotune")
+    callback.on_train_start(trainer_of(), model)
+    assert torch.equal(output(model), before)
+    assert used == [{"backend": "inductor", "mode": "max-autotune", "dynamic": False}]
+    with torch.no_grad():
+        output(model)
+    assert len(used) == 1
+    assert list(model.state_dict()) == names, "no _orig_mod"
+    callback.teardown(trainer_of(), model, "fit")
+    output(model)
+    assert len(used) == 1 and "forward" not in vars(model.model.diffusion_model)
+
+
+@pytest.mark.slow
+def test_compiled_gradient(model) -> None:
+    (vectors,) = model.embedding_manager.embedding_parameters()
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        output(model).square().mean().backward()
+        return vectors.grad.clone()
+
+    expected = gradient()
+    callback = CompiledDenoiser(backend="eager")
+    callback.on_train_start(trainer_of(), model)
+    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-6)
+    callback.teardown(trainer_of(), model, "fit")
+
+
+def test_short_run_is_not_compiled(model, caplog) -> None:
+    caplog.set_level(logging.INFO, logger=performance.__name__)
+    CompiledDenoiser().on_train_start(trainer_of(5000, done=3500), model)
+    assert caplog.messages == [
+        "compiled: not used, because compiling takes longer than it saves in 1500 steps (least_steps: 2000)"
+    ]
+    assert "forward" not in vars(model.model.diffusion_model)
+    CompiledDenoiser().on_train_start(trainer_of(), torch.nn.Identity())
+
+
+def test_channels_last(model) -> None:
+    before = output(model).detach()
+    ChannelsLast().on_train_start(trainer_of(), model)
+    assert model.model.diffusion_model.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output(model).detach(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_invalid_least_steps() -> None:
+    with pytest.raises(UserError, match="least_steps is -1"):
+        CompiledDenoiser(least_steps=-1)
+
+
+def test_cuda_callback_on_a_cpu(line, numbers, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    fit_line(line, numbers, tmp_path, [CUDACallback()])
+    assert [message for message in caplog.messages if "CUDA" in message] == [
+        "CUDACallback: not on a CUDA device, nothing to measure"
+    ]

@@ -1,0 +1,93 @@
+"""Checks before the first step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.training import preflight
+from ldm.util import UserError
+from tests.golden_record import Golden
+from tests.training.runs import start
+
+
+@pytest.mark.parametrize(
+    ("steps", "warns"), [(400, True), (2000, True), (6100, False), (None, False), (-1, False)]
+)
+def test_progressive_run_that_ends_before_its_second_vector(steps, warns: bool, caplog) -> None:
+    model = Golden("clip_one_vector").model()
+    model.embedding_manager.progressive_step, model.embedding_manager.progressive_scale = 0, 2000
+    with caplog.at_level(logging.WARNING):
+        preflight.check_progress(model, steps)
+        preflight.check_progress(Golden("clip_one_vector").model(), steps)
+        preflight.check_progress(nn.Identity(), steps)
+    assert bool(caplog.records) is warns
+
+
+def test_identical_captions(tiny_yaml, capsys):
+    Path("one.txt").write_text("a photo of {}\n")
+    assert start("--base", tiny_yaml, "data.params.train.params.template_file=one.txt") == 0
+    assert "all captions are 'a photo of *'" in capsys.readouterr().err
+
+
+def test_truncated_placeholder(tiny_yaml, capsys):
+    Path("lines.txt").write_text("one " * 100 + "{}\n")
+    assert start("--base", tiny_yaml, "-t", "data.params.train.params.template_file=lines.txt") == 1
+    assert "cuts off the placeholder '*'" in capsys.readouterr().err
+
+
+def test_run_warns_once_of_captions_without_placeholder(tiny_yaml, capsys):
+    Path("some.txt").write_text("a photo of {}\na photo\n")
+    assert start("--base", tiny_yaml, "data.params.train.params.template_file=some.txt") == 0
+    assert capsys.readouterr().err.count("placeholder") == 1
+
+
+class Captions:
+    """A dataset of captions; `placeholders` are those that they should contain."""
+
+    def __init__(self, *captions: str, placeholders: tuple[str, ...] = ()) -> None:
+        self.lines, self.placeholders = captions, placeholders
+
+    def captions(self) -> list[str]:
+        return list(self.lines)
+
+
+@pytest.fixture
+def model():
+    model = Golden("clip_one_vector").model()
+    model.embedding_manager.take({"*": torch.ones(1, 32), "@": torch.ones(3, 32)}, "test")
+    return model
+
+
+def test_captions_without_placeholder_are_one_warning(model, caplog) -> None:
+    preflight.check_captions(model, Captions("a *", "an @", "a cat", "a dog"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 4 captions contain no placeholder and train nothing, such as 'a cat'"
+    ]
+    preflight.check_captions(nn.Identity(), Captions("a cat"))
+    assert len(caplog.records) == 1
+
+
+def test_placeholder_of_the_dataset_in_no_caption(model) -> None:
+    preflight.check_captions(model, Captions("a *", "the *", placeholders=("*", "another model's")))
+    with pytest.raises(UserError, match="none of the captions contains the placeholder '@'"):
+        preflight.check_captions(model, Captions("a *", "the *", placeholders=("*", "@")))
+
+
+def test_token_limit_counts_the_most_positions(model, monkeypatch) -> None:
+    room = model.cond_stage_model.max_length - 2
+    long = " ".join(["a"] * (room - 3)) + " @"
+    preflight.check_captions(model, Captions(long, "@"))
+    monkeypatch.setattr(model.embedding_manager, "most_positions", lambda: {"@": 5})
+    with pytest.raises(UserError, match=rf"token limit of {room + 2} cuts off the placeholder '@'"):
+        preflight.check_captions(model, Captions(long, "@"))
+
+
+def test_samples_of_a_dataset_that_cannot_list_its_captions(model) -> None:
+    samples = [{"caption": "a *"}, {"caption": "a *"}, {"caption": "the *"}, {"image": 1}]
+    assert preflight.captions_of(samples) == ["a *", "the *"]
+    assert preflight.captions_of(iter(samples)) == []

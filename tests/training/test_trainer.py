@@ -1,0 +1,254 @@
+"""Devices, Trainer options, callbacks and loggers from the YAML's lightning node."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.training import trainer as trainer_module
+from ldm.training.callbacks.checkpoint import LastCheckpoint
+from ldm.training.callbacks.image_logger import ImageLogger
+from ldm.training.callbacks.interruption import Requests
+from ldm.training.run_folder import RunFolder
+from ldm.training.trainer import Devices, choose_devices, parse_gpus, processes
+from ldm.util import ConfigError, UsageError, UserError
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("0,", [0]),
+        ("0", 0),
+        ("2", 2),
+        ("-1", -1),
+        ("0,1", [0, 1]),
+        (0, 0),
+        ([1], [1]),
+        (None, None),
+        ("1,", [1]),
+        ("[0]", [0]),
+        ("[0, 1]", [0, 1]),
+    ],
+)
+def test_parse_gpus(text, meaning):
+    assert parse_gpus(text) == meaning
+
+
+@pytest.mark.parametrize("text", ["all", "0;1", "0,x", {"a": 1}])
+def test_invalid_gpus(text):
+    with pytest.raises(UsageError, match="not understood"):
+        parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "accelerator", "count"),
+    [
+        ("0,", "cuda", 1),
+        ("0", "cpu", 1),
+        ("2", "cuda", 2),
+        ("-1", "cuda", 2),
+        ("0,1", "cuda", 2),
+        (None, "cuda", 1),
+    ],
+)
+def test_choose_devices_with_cuda(two_gpus, text, accelerator, count):
+    chosen = choose_devices(text)
+    assert (chosen.accelerator, chosen.count) == (accelerator, count)
+
+
+@pytest.mark.parametrize("text", ["3", "2,", "0,5"])
+def test_missing_gpu(two_gpus, text):
+    with pytest.raises(UserError, match="this machine has 2"):
+        choose_devices(text)
+
+
+@pytest.mark.parametrize(("text", "lines"), [("0,", 1), ("-1", 1), ("0", 0), (None, 0)])
+def test_choose_devices_without_cuda(no_gpu, caplog, text, lines):
+    caplog.set_level(logging.INFO, logger="ldm")
+    assert choose_devices(text).accelerator == "cpu"
+    assert len(caplog.messages) == lines
+
+
+def test_accelerator_cpu(two_gpus, caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    for gpus in (None, "0,", "0,1", "-1"):
+        assert choose_devices(gpus, "cpu") == Devices("cpu", 1)
+    assert choose_devices("0,", "gpu") == choose_devices("0,", "ddp") == Devices("cuda", [0])
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({}, 1),
+        ({"gpus": "0,"}, 1),
+        ({"gpus": "0,1"}, 2),
+        ({"gpus": "-1"}, 2),
+        ({"gpus": "0,", "num_nodes": 3}, 3),
+        ({"devices": 2, "accelerator": "cpu"}, 2),
+        ({"devices": "0,1", "num_nodes": 2}, 4),
+        ({"devices": "auto"}, 1),
+    ],
+)
+def test_processes(trainer, count):
+    assert processes(trainer) == count
+
+
+def test_processes_of_chosen_devices():
+    assert processes({"num_nodes": 2}, Devices("cuda", [0, 1])) == 4
+    assert processes({"devices": 3}, Devices("cpu", 1)) == 3
+
+
+CPU = Devices("cpu", 1)
+
+
+def kwargs(personalization=True, **trainer):
+    return trainer_module.trainer_kwargs({"trainer": trainer}, CPU, personalization=personalization)
+
+
+def build_callbacks(tmp_path, lightning, model=None):
+    run = RunFolder(tmp_path, "now")
+    node = trainer_module.complete_lightning(lightning)
+    return trainer_module.make_callbacks(
+        node, OmegaConf.create({"lightning": lightning}), run, model, Requests(), ""
+    )
+
+
+def test_old_option_names(caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    options = kwargs(
+        gpus="0,",
+        accelerator="ddp",
+        weights_summary="top",
+        replace_sampler_ddp=True,
+        benchmark=True,
+        max_steps=9,
+    )
+    assert options["strategy"] == "ddp"
+    assert options["accelerator"] == "cpu"
+    assert options["use_distributed_sampler"] is True
+    assert options["benchmark"] is True
+    assert not {"gpus", "weights_summary"} & options.keys()
+    assert caplog.messages == ["lightning.trainer.weights_summary belongs to Lightning 1.x and is ignored"]
+
+
+def test_default_number_of_steps():
+    assert kwargs()["max_steps"] == 6100
+    assert "max_steps" not in kwargs(max_epochs=2)
+    scratch = kwargs(personalization=False)
+    assert scratch["max_epochs"] == -1 and "max_steps" not in scratch
+
+
+def test_several_gpus_use_ddp():
+    options = trainer_module.trainer_kwargs({}, Devices("cuda", [0, 1]), personalization=True)
+    assert (options["strategy"], options["accelerator"], options["devices"]) == ("ddp", "gpu", [0, 1])
+
+
+def test_several_machines_use_ddp():
+    options = trainer_module.trainer_kwargs(
+        {"trainer": {"num_nodes": 2}}, Devices("cuda", [0]), personalization=True
+    )
+    assert (options["strategy"], options["num_nodes"], options["devices"]) == ("ddp", 2, [0])
+    assert kwargs(devices=2)["strategy"] == "ddp"
+    assert kwargs()["strategy"] == "auto"
+
+
+@pytest.mark.parametrize("steps", [0, -5, 2.5, "many"])
+def test_invalid_max_steps(steps):
+    with pytest.raises(UsageError, match="max_steps is"):
+        trainer_module.check_lengths({"trainer": {"max_steps": steps}})
+
+
+def test_null_that_is_a_value():
+    assert kwargs(check_val_every_n_epoch=None, limit_val_batches=None)["check_val_every_n_epoch"] is None
+
+
+def test_callbacks_by_name_and_by_target(tmp_path):
+    lightning = {
+        "modelcheckpoint": {"params": {"every_n_train_steps": 50}},
+        "callbacks": {
+            "image_logger": {"params": {"max_images": 1}},
+            "mine": {"target": "pytorch_lightning.callbacks.Timer"},
+            "progress": None,
+        },
+    }
+    built = {type(callback).__name__: callback for callback in build_callbacks(tmp_path, lightning)}
+    assert built["ImageLogger"].max_images == 1
+    assert built["ImageLogger"].batch_frequency == 750
+    assert built["LastCheckpoint"].every_n_train_steps == 50
+    assert built["EmbeddingSaver"].every_n_train_steps == 50
+    assert "Timer" in built
+    assert "RunProgress" not in built
+    assert "ModelCheckpoint" not in built
+
+
+def test_order_of_signals_previews_and_saving(tmp_path):
+    built = build_callbacks(tmp_path, {})
+    kinds = [type(callback).__name__ for callback in built]
+    assert kinds.index("Interruption") < kinds.index("ImageLogger")
+    assert isinstance(built[-1], LastCheckpoint)
+    logger = next(callback for callback in built if isinstance(callback, ImageLogger))
+    assert logger.requests is built[kinds.index("Interruption")].requests
+
+
+def test_monitored_checkpoint_is_lightnings_own(tmp_path):
+    lightning = {"modelcheckpoint": {"params": {"monitor": "val/loss", "save_top_k": 2}}}
+    assert "ModelCheckpoint" in [type(callback).__name__ for callback in build_callbacks(tmp_path, lightning)]
+
+
+def test_loggers(tmp_path):
+    def names(node):
+        return [
+            type(log).__name__
+            for log in trainer_module.make_loggers(
+                trainer_module.complete_lightning(node), RunFolder(tmp_path, "n")
+            )
+        ]
+
+    assert names({}) == ["CSVLogger", "TensorBoardLogger"]
+    assert names({"logger": {"target": "pytorch_lightning.loggers.TestTubeLogger"}}) == names({})
+    assert names({"logger": {"target": "pytorch_lightning.loggers.CSVLogger"}}) == ["CSVLogger", "CSVLogger"]
+
+
+def test_logger_with_a_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
+    node = trainer_module.complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
+    with pytest.raises(ConfigError, match="WandbLogger needs a package that is not installed"):
+        trainer_module.make_loggers(node, RunFolder(tmp_path, "n"))
+
+
+def test_callbacks_of_a_personalization():
+    assert "latent_cache" not in trainer_module.complete_lightning({})["callbacks"]
+    assert trainer_module.complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
+    assert (
+        trainer_module.complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)[
+            "callbacks"
+        ]["latent_cache"]
+        is None
+    )
+    named = trainer_module.complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})[
+        "callbacks"
+    ]
+    assert named["latent_cache"]["target"].endswith("LatentCache")
+
+
+def test_state_of_a_step_is_complete_before_it_is_saved(tmp_path):
+    lightning = {"callbacks": {"deterministic_loss": {}}}
+    kinds = [type(callback).__name__ for callback in build_callbacks(tmp_path, lightning)]
+    assert kinds.index("DeterministicLoss") < kinds.index("Interruption")
