@@ -51,6 +51,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 # Targets in saved runs and models -> where they are now.
 _MOVED = {
+    "ldm.modules.losses.contperceptual.DummyLoss": "torch.nn.Identity",
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": "ldm.modules.losses.LPIPSWithDiscriminator",
+    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "ldm.modules.losses.VQLPIPSWithDiscriminator",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": (
+        "ldm.modules.losses.VQLPIPSWithDiscriminator"
+    ),
     "ldm.models.muon.MuonWithAdamW": "ldm.models.optimizers.MuonWithAdamW",
     "ldm.models.sphere.SphereSGD": "ldm.models.optimizers.SphereSGD",
     "ldm.models.contrastive.ContrastiveCLIP": "ldm.models.two_towers.ContrastiveCLIP",

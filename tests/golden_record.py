@@ -1,4 +1,4 @@
-"""Reads the numbers recorded from the original (tests/golden) and makes the weights they were recorded with."""
+"""Read the numbers recorded from the original (tests/golden), and build models with the weights of that record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = ("clip_one_vector", "clip_three_vectors", "bert_one_vector", "vq_one_vec
 
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The weight that follows from a state-dict name, by the rule of tests/golden/README.md."""
+    """Return the weight of a state-dict name, by the rule of tests/golden/README.md."""
     r = np.random.RandomState(zlib.crc32(name.encode()) % 2**32).standard_normal(shape)
     if any(part in name for part in ("embedding", "token_emb", "pos_emb")):
         r = r * 0.05
@@ -35,7 +35,7 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def golden_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """The golden weights of a module's parameters, by its own state-dict names, the embedding manager's left out."""
+    """Return the golden weights of a module's parameters by state-dict name, without those of the embedding manager."""
     parameters = {id(parameter) for parameter in module.parameters()}
     kept = module.state_dict(keep_vars=True)
     return {
@@ -46,7 +46,7 @@ def golden_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, prefix: str = "") -> nn.Module:
-    """Give a module its golden weights; `prefix` is its place in the whole model, such as `cond_stage_model.`."""
+    """Load a module's golden weights; `prefix` is its prefix in the whole model, such as `cond_stage_model.`."""
     result = module.load_state_dict(golden_state(module, prefix), strict=False)
     assert not result.unexpected_keys
     return module.eval()
@@ -75,7 +75,7 @@ class Golden:
         return self.folder / "embeddings.pt"
 
     def config(self):
-        """The `model:` node, with the paths of tokenizers made absolute."""
+        """Return the `model:` node, with absolute paths of tokenizers."""
         node = OmegaConf.load(self.folder / "config.yaml").model
         params = node.params.cond_stage_config.params
         for key in ("version", "tokenizer"):
@@ -84,7 +84,7 @@ class Golden:
         return node
 
     def model(self, load_embeddings: bool = True) -> nn.Module:
-        """The whole model with the weights and the vectors of the record."""
+        """Return the whole model with the weights, and by default the vectors, of the record."""
         with skip_pretrained():
             model = instantiate_from_config(self.config())
         fill(model)
@@ -93,7 +93,7 @@ class Golden:
         return model
 
     def write_model(self, folder: Path) -> Path:
-        """The model as a checkpoint with its config beside it, without vectors; returns the checkpoint's path."""
+        """Write the model as a checkpoint without vectors, with its config.yaml; return the checkpoint's path."""
         state = self.model(load_embeddings=False).state_dict()
         own = {key: value for key, value in state.items() if not key.startswith("embedding_manager.")}
         torch.save({"state_dict": own}, folder / "model.ckpt")

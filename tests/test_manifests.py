@@ -1,4 +1,4 @@
-"""Every key and shape of the full-size models, from the shipped YAMLs, on the meta device."""
+"""Full-size models on the meta device: keys and shapes of the shipped YAMLs, and the original's YAMLs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from ldm.util import instantiate_from_config, skip_pretrained
+from ldm.checkpoint import uninitialised
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import check_config, instantiate_from_config, skip_pretrained
 from tests.golden_record import GOLDEN
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,3 +45,67 @@ def test_keys_and_shapes(manifest: str, config: str, encoder: dict[str, str], cl
     assert {k: v for k, v in ours.items() if k not in IGNORED} == {
         k: v for k, v in recorded.items() if k not in IGNORED
     }
+
+
+# The `model:` nodes of the YAMLs beside the models that CompVis/latent-diffusion published.
+ORIGINAL_MODELS = sorted((Path(__file__).parent / "old_yamls" / "models").glob("*.yaml"))
+DENOISER_SIZES = {  # in millions of parameters
+    "bsr_sr": 114,
+    "celeba256": 274,
+    "cin256": 395,
+    "ffhq256": 274,
+    "inpainting_big": 387,
+    "layout2img-openimages256": 246,
+    "lsun_beds256": 274,
+    "lsun_churches256": 295,
+    "semantic_synthesis256": 215,
+    "semantic_synthesis512": 215,
+    "text2img256": 404,
+}
+
+
+@pytest.mark.parametrize("path", ORIGINAL_MODELS, ids=lambda path: path.stem)
+def test_the_original_models_build(path: Path) -> None:
+    node = OmegaConf.load(path).model
+    if path.stem == "text2img256":
+        node.params.cond_stage_config.params.tokenizer = str(GOLDEN / "bert_tiny_tokenizer")
+    check_config({key: node[key] for key in ("target", "params")})
+    with skip_pretrained(), uninitialised(), torch.device("meta"):
+        model = instantiate_from_config({"target": node.target, "params": node.params})
+    with torch.device("meta"):
+        first_stage = getattr(model, "first_stage_model", model)
+        images = torch.zeros(1, 3, 64, 64)
+        assert first_stage.decode(latent_of(first_stage, images)).shape == images.shape
+        if first_stage is not model:
+            size = sum(parameter.numel() for parameter in model.model.parameters())
+            assert round(size / 1e6) == DENOISER_SIZES[path.stem]
+            x = torch.zeros(1, node.params.channels, 16, 16)
+            assert model.apply_model(x, torch.ones(1), condition_of(model, node.params)).shape == x.shape
+
+
+def latent_of(first_stage: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    encoded = first_stage.encode(images)
+    if isinstance(encoded, DiagonalGaussianDistribution):
+        return encoded.mode()
+    return encoded[0] if isinstance(encoded, tuple) else encoded
+
+
+def condition_of(model: torch.nn.Module, params: DictConfig) -> torch.Tensor | None:
+    """The kind of condition that a model was trained with, encoded."""
+    if params.cond_stage_key == "masked_image":  # the mask is a channel of its own
+        masked = model.get_learned_conditioning(torch.zeros(1, 3, 64, 64))
+        return torch.cat([masked, torch.zeros(1, 1, 16, 16)], dim=1)
+    raw = {
+        "segmentation": torch.zeros(1, 182, 64, 64),
+        "LR_image": torch.zeros(1, 3, 16, 16),
+        "coordinates_bbox": torch.zeros(1, 92, dtype=torch.long),
+        "caption": ["a dog"],
+        "class_label": {"class_label": torch.zeros(1, dtype=torch.long)},
+    }
+    if params.cond_stage_config == "__is_unconditional__":
+        return None
+    return model.get_learned_conditioning(raw[params.cond_stage_key])
+
+
+def test_all_original_models_are_tested() -> None:
+    assert len(ORIGINAL_MODELS) == 20

@@ -1,4 +1,4 @@
-"""Features in which pictures and prompts can be compared: CLIP's, DINO's, or those of the model's own towers."""
+"""Features by which images and prompts are compared: of CLIP, of DINO, or of the embedded model's own towers."""
 
 from __future__ import annotations
 
@@ -23,31 +23,41 @@ _CLIP, _IMAGE_ONLY = ("clip",), ("vit", "dinov2", "dinov2_with_registers", "dino
 
 
 class Features(Protocol):
-    """Unit features, [N, d] float32 on the CPU; `text` gives None where the network knows no words.
+    """An extractor of features of length 1.
 
-    `of_states` takes the text tower's last states [N, D] at the prompts' ends to features on their device, with
-    gradients.
+    Attributes:
+        name: the folder or hub name that it was loaded from.
     """
 
     name: str
 
-    def image(self, pictures: Sequence[Image.Image]) -> Tensor: ...
+    def image(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return features of images, [N, d] float32 on the CPU."""
+        ...
 
-    def text(self, prompts: Sequence[str]) -> Tensor | None: ...
+    def text(self, prompts: Sequence[str]) -> Tensor | None:
+        """Return features of prompts, [N, d] float32 on the CPU; None from a network without text."""
+        ...
 
-    def of_states(self, states: Tensor) -> Tensor: ...
+    def of_states(self, states: Tensor) -> Tensor:
+        """Return features [N, d] of the text tower's last states [N, D] at the ends of prompts, with gradients.
+
+        Raises:
+            UserError: the network has no text tower of this width.
+        """
+        ...
 
 
 class OwnFeatures:
-    """The two towers with which the embedded model's text encoder was trained."""
+    """Features of the two towers with which the embedded model's text encoder was trained."""
 
     def __init__(self, towers: TwoTowers, name: str) -> None:
         self.towers, self.name = towers.requires_grad_(False), name
 
     @torch.no_grad()
-    def image(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def image(self, images: Sequence[Image.Image]) -> Tensor:
         weights = self.towers.logit_scale
-        batches = [torch.stack([to_tensor(one) for one in batch]) for batch in _batches(pictures)]
+        batches = [torch.stack([to_tensor(image) for image in batch]) for batch in _batches(images)]
         return torch.cat([self.towers.image_features(b.to(weights)).float().cpu() for b in batches])
 
     @torch.no_grad()
@@ -59,7 +69,15 @@ class OwnFeatures:
 
 
 class PublishedFeatures:
-    """A model of transformers: CLIP's projected features, or the first token of a vision transformer as DINO."""
+    """Features of a model of transformers: CLIP's projected ones, or a vision transformer's first token, as in DINO.
+
+    Args:
+        source: a folder or a hub name.
+        device: the device to compute on.
+        what: the name of `source` in errors.
+    Raises:
+        UserError: the model cannot be read, or is neither CLIP nor a vision transformer.
+    """
 
     def __init__(self, source: str, device: torch.device | str, what: str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
@@ -77,12 +95,12 @@ class PublishedFeatures:
         self.name, self.device = source, device
 
     @torch.no_grad()
-    def image(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return torch.cat([self._image(batch) for batch in _batches(pictures)])
+    def image(self, images: Sequence[Image.Image]) -> Tensor:
+        return torch.cat([self._image(batch) for batch in _batches(images)])
 
-    def _image(self, pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = self.processor(images=[one.convert("RGB") for one in pictures], return_tensors="pt")
-        pixels = pixels["pixel_values"].to(self.device)
+    def _image(self, images: Sequence[Image.Image]) -> Tensor:
+        inputs = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.device)
         if self.tokenizer is None:
             return _unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
         return _unit(self.model.get_image_features(pixel_values=pixels))
@@ -91,26 +109,29 @@ class PublishedFeatures:
     def text(self, prompts: Sequence[str]) -> Tensor | None:
         if self.tokenizer is None:
             return None
-        # CLIP's text tower attends to what comes before only, so that padding changes nothing.
+        # In CLIP's text tower a token attends to earlier ones only, so that padding changes nothing.
         length = self.model.config.text_config.max_position_embeddings
-        found = []
+        features = []
         for batch in _batches(prompts):
             ids = self.tokenizer(
                 list(batch), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
             ).input_ids
-            found.append(_unit(self.model.get_text_features(input_ids=ids.to(self.device))))
-        return torch.cat(found)
+            features.append(_unit(self.model.get_text_features(input_ids=ids.to(self.device))))
+        return torch.cat(features)
 
     def of_states(self, states: Tensor) -> Tensor:
         if self.tokenizer is None:
-            raise UserError(f"'{self.name}' knows no words; name a CLIP")
+            raise UserError(f"'{self.name}' has no text tower; name a CLIP model")
         return _projected(self.model.text_projection, states, self.name)
 
 
 def load_features(source: str | Path, device: torch.device | str, what: str = "--features") -> Features:
-    """The feature extractor in a folder (TwoTowers or transformers') or of a hub name; errors call it `what`.
+    """Return the feature extractor in a folder (of TwoTowers or of transformers) or of a hub name.
 
-    Raises UserError for a folder that holds neither, and a model that is neither CLIP nor a vision transformer.
+    `what` is the name of `source` in errors.
+
+    Raises:
+        UserError: the folder holds neither, or the model is neither CLIP nor a vision transformer.
     """
     if (Path(source) / _TOWERS).is_file():
         return OwnFeatures(TwoTowers.load(source).to(device), str(source))
@@ -118,7 +139,7 @@ def load_features(source: str | Path, device: torch.device | str, what: str = "-
 
 
 def check_features(source: str | Path) -> None:
-    """Raise UserError for a folder from which no features can come, before anything is loaded."""
+    """Raise UserError if `load_features` could not read a folder, without loading anything."""
     if not (Path(source) / _TOWERS).is_file():
         require_files(
             f"--features '{source}'", str(source), ("config.json", _TOWERS), ("preprocessor_config.json",)
@@ -128,14 +149,14 @@ def check_features(source: str | Path) -> None:
 def _projected(projection: nn.Linear, states: Tensor, name: str) -> Tensor:
     if states.shape[-1] != projection.in_features:
         raise UserError(
-            f"'{name}' is a CLIP with text of width {projection.in_features}, not {states.shape[-1]}; name the one "
-            "that the text encoder is of"
+            f"'{name}' is a CLIP with text of width {projection.in_features}, not {states.shape[-1]}; name the CLIP "
+            "that the text encoder belongs to"
         )
     return F.normalize(projection(states), dim=-1)
 
 
 def _unit(features: Any) -> Tensor:
-    # transformers 5 gives what the tower gives, with the projected features as the pooled ones
+    # transformers 5 returns the output of the tower, with the projected features as its pooled ones.
     tensor = features if isinstance(features, Tensor) else features.pooler_output
     return F.normalize(tensor.float(), dim=-1).cpu()
 

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, as a YAML names them."""
+"""Optimizers and learning-rate schedules of a YAML."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ def build_optimizer(
     optimizer_config: Mapping[str, Any] | None = None,
     scheduler_config: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What Lightning's `configure_optimizers` returns.
+    """Return what Lightning's `configure_optimizers` must return.
 
-    `optimizer_config` names any class with torch's interface (default AdamW with torch's settings, as the
-    original); `scheduler_config` a class with `schedule(step) -> factor`, applied each step. Raises ConfigError.
+    Args:
+        groups: torch's parameter groups; a group may have an "lr" of its own.
+        optimizer_config: node of any torch optimizer; by default AdamW with torch's settings, as in the original.
+        scheduler_config: node of a class with `schedule(step) -> factor`; the factor is applied at each step.
+    Raises:
+        ConfigError: a class does not exist, or does not accept its parameters.
     """
-    node = optimizer_config or ADAMW
+    node: Mapping[str, Any] = optimizer_config or ADAMW
     options = dict(node.get("params") or {})
     try:
         optimizer = get_obj_from_str(node["target"])(list(groups), lr=learning_rate, **options)
@@ -37,20 +41,26 @@ def build_optimizer(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-# Quintic Newton-Schulz iteration of Jordan's Muon: the slope at zero is largest that keeps singular values near 1.
+# Coefficients of Muon's quintic Newton-Schulz iteration: the largest slope at zero that keeps singular values near 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
-# Below this many rows or columns nothing is gained by making a matrix orthogonal.
-_LEAST = 5
+# Matrices with fewer rows or columns gain nothing from orthogonal steps.
+_MIN_SIZE = 5
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Matrices move along their orthogonalised momentum, kernels too, flattened to [out, in * kh * kw].
+    """Muon for matrices and kernels, AdamW for all other parameters, with one learning rate.
 
-    `lr` is the rate of AdamW for vectors, biases and thin matrices; that of the others is `lr * matrix_factor`, so
-    that one schedule drives both. Where a gradient is missing nothing moves. Weight decay is decoupled in both.
-    torch.optim.Muon takes matrices alone, and a model would need two optimisers.
-    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
+    Muon steps along the orthogonalised momentum (Jordan et al., Muon: an optimizer for hidden layers in neural
+    networks, 2024); kernels count as matrices [out, in * kh * kw]. torch.optim.Muon accepts matrices alone, so that a
+    model would need two optimizers. Parameters without gradient stay as they are.
+
+    Args:
+        lr: learning rate of AdamW.
+        matrix_factor: the learning rate of Muon is `lr * matrix_factor`, so that one schedule serves both.
+        momentum: of Muon.
+        betas, eps: of AdamW.
+        weight_decay: decoupled, of both.
     """
 
     def __init__(
@@ -74,30 +84,31 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; returns what `closure` gives."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step, and return the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            alike: dict[tuple[int, ...], list[Tensor]] = {}
-            for parameter in moving:
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 if _is_matrix(parameter):
-                    alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+                    by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
                 else:
                     _adamw(parameter, self.state[parameter], group)
-            for parameters in alike.values():
+            for parameters in by_shape.values():
                 _muon(parameters, [self.state[parameter] for parameter in parameters], group)
         return loss
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices [..., m, n] with their singular values brought near 1 (0.7 to 1.2), float32.
+    """Return matrices [..., m, n] with their singular values moved to 0.7 to 1.2, float32.
 
     The iteration x <- (a + b x x' + c (x x')^2) x runs on the smaller of the two Gram matrices, and the product of its
-    polynomials is applied once: for wide kernels a third of the arithmetic.
+    polynomials is applied to x once; for wide kernels that is a third of the arithmetic.
     """
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -105,65 +116,77 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    product = None
+    product: Tensor | None = None
     for _ in range(_STEPS):
         square = gram @ gram
         polynomial = b * gram + c * square
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         product = polynomial if product is None else polynomial @ product
         gram = polynomial @ gram @ polynomial
-    x = product @ x
+    x = x if product is None else product @ x
     return x.mT if tall else x
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= _LEAST
+    return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= _MIN_SIZE
 
 
 def _muon(parameters: Sequence[Tensor], states: Sequence[dict[str, Any]], group: Mapping[str, Any]) -> None:
-    """A step of matrices of one shape, which share the arithmetic."""
+    """Take a step of Muon of matrices of one shape, in one batch."""
     directions = []
     for parameter, state in zip(parameters, states, strict=True):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum, gradient = state["momentum"], parameter.grad
+        momentum, gradient = state["momentum"], _gradient(parameter)
         momentum.mul_(group["momentum"]).add_(gradient)
         directions.append(gradient.add(momentum, alpha=group["momentum"]).flatten(1))
     rate = group["lr"] * group["matrix_factor"]
-    # A tall matrix needs longer steps for the same change of what it puts out.
+    # A tall matrix needs longer steps for the same change of its output.
     stretch = max(1.0, directions[0].shape[0] / directions[0].shape[1]) ** 0.5
     for parameter, direction in zip(parameters, orthogonalised(torch.stack(directions)), strict=True):
         parameter.mul_(1 - rate * group["weight_decay"])
         parameter.add_(direction.reshape(parameter.shape).to(parameter.dtype), alpha=-rate * stretch)
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None  # parameters without one are left out
+    return parameter.grad
+
+
 def _adamw(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    """Take a step of AdamW (Loshchilov and Hutter 2019)."""
+    gradient = _gradient(parameter)
     if not state:
         state["step"] = 0
         state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     state["step"] += 1
     first, second = group["betas"]
-    state["mean"].lerp_(parameter.grad, 1 - first)
-    state["square"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
+    state["mean"].lerp_(gradient, 1 - first)
+    state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
     corrected = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.addcdiv_(state["mean"], corrected, value=-group["lr"] / (1 - first ** state["step"]))
 
 
-# Keeps a row of zeros from being divided by its length.
+# The smallest length to divide by, for rows of zeros.
 _TINY = 1e-12
 
 
 class SphereSGD(torch.optim.Optimizer):
-    """Gradient descent on directions, after Directional Textual Inversion (Kim et al., ICLR 2026).
+    """Gradient descent on the directions of vectors, after Directional Textual Inversion (Kim et al., ICLR 2026).
 
-    Each row of a parameter [N, d] turns by about `lr` radians a step, whatever the scale of the loss: its gradient is
-    taken along the sphere, set to length 1, and the row goes against it and back to its length. `kappa` pulls towards
-    the direction that the row had at first, which is the initializer's (the paper's prior of von Mises and Fisher);
-    it is a share of the gradient's running mean length, so that it means the same for every batch and precision
-    (the paper adds 1e-4 to the raw gradient). With `norm_control: fixed` in the embedding manager the length is the
-    vocabulary's. The paper's rate is 0.01 for 400 steps; `--scale_lr false` takes it as it is. For
-    `optimizer_config.target`.
+    Each row of a parameter [N, d] turns by about `lr` radians per step and keeps its length: its gradient is projected
+    on the sphere and normalised, so that the scale of the loss does not matter. Use it as `optimizer_config.target`.
+    With `norm_control: fixed` of the embedding manager, the length is that of the vocabulary's vectors. The paper's
+    learning rate is 0.01 for 400 steps; `--scale_lr false` keeps it as given.
+
+    Args:
+        lr: angle of a step, in radians.
+        kappa: weight of the pull towards a row's first direction, that of the initializer (the paper's von
+            Mises-Fisher prior), as a fraction of the running mean length of the gradient. So it does not depend on
+            batch size and precision; the paper adds 1e-4 to the raw gradient.
+    Raises:
+        ConfigError: `kappa` is below 0.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.01, kappa: float = 0.0) -> None:
@@ -172,8 +195,8 @@ class SphereSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "kappa": kappa})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Turn every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Turn every parameter that has a gradient, and return the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,7 +210,7 @@ class SphereSGD(torch.optim.Optimizer):
     def _turn(self, vectors: Tensor, rate: float, kappa: float) -> None:
         length = vectors.norm(dim=-1, keepdim=True)
         direction = vectors / length.clamp_min(_TINY)
-        gradient, state = vectors.grad, self.state[vectors]
+        gradient, state = _gradient(vectors), self.state[vectors]
         if kappa:
             size = gradient.norm(dim=-1, keepdim=True)
             if not state:

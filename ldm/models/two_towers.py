@@ -12,11 +12,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast  # type: ignore[attr-defined]  # isort: skip
 
 from ldm.files import atomic_write, write_text
 from ldm.models.optimizers import build_optimizer
@@ -29,16 +31,19 @@ _WEIGHTS, _DESCRIPTION, _TEXT_FOLDER = "model.safetensors", "towers.json", "text
 
 
 class ResidualTower(nn.Module):
-    """A residual CNN over pictures [B, 3, size, size] in [-1, 1] to states [B, width].
+    """A residual CNN from images [B, 3, size, size] in [-1, 1] to states [B, width].
 
-    One level per entry of `channels`, each half as large as the one before, the first half of the picture's size.
-    Small pictures of few shapes are learnt several times faster so than by a vision transformer.
+    There is one level for each entry of `channels`; the first has half the size of the images, and each of the others
+    half the size of the one before. On small, simple images it trains several times faster than a vision transformer.
+
+    Raises:
+        UserError: `size` cannot be halved so often.
     """
 
     def __init__(self, size: int = 32, channels: Sequence[int] = (64, 128, 192), width: int = 256) -> None:
         super().__init__()
         if size % 2 ** len(channels):
-            raise UserError(f"size {size} cannot be halved {len(channels)} times: use fewer channels")
+            raise UserError(f"size {size} cannot be halved {len(channels)} times; use fewer channels")
         self.size, self.width = size, width
         first = channels[0]
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, first, 3, padding=1), _Residual(first)]
@@ -69,32 +74,38 @@ class _Residual(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Unit features of pictures and of captions, alike where they belong together.
+    """An image tower and a text tower, whose features are similar where image and caption match.
 
-    `text_encoder` is a folder with CLIP tokenizer files and the text tower's config.json; its weights are fresh.
-    `image_tower` is a `target:` node of a module with `.width` and `.size` that maps pictures [B, 3, size, size] in
-    [-1, 1] to states [B, width]. Raises UserError for a folder that lacks a file.
+    Args:
+        text_encoder: folder with the files of a CLIP tokenizer and the text tower's config.json; weights are random.
+        image_tower: node of a module with attributes `width` and `size` that maps images [B, 3, size, size] in
+            [-1, 1] to states [B, width].
+    Raises:
+        UserError: the folder lacks a file.
     """
+
+    image_tower: ResidualTower  # or any module with the same attributes
 
     def __init__(self, text_encoder: str | Path, image_tower: Mapping[str, Any]) -> None:
         super().__init__()
         self.text_folder = Path(text_encoder)
-        self.image_node = OmegaConf.to_container(OmegaConf.create(image_tower), resolve=True)
+        self.image_node = OmegaConf.to_container(OmegaConf.create(dict(image_tower)), resolve=True)
         for name in TEXT_FILES:
             if not (self.text_folder / name).is_file():
                 raise UserError(f"text encoder folder '{text_encoder}' lacks {name}")
         self.tokenizer = CLIPTokenizerFast.from_pretrained(self.text_folder)
-        # Sequences this short are faster without the fused kernel, forward and backward, on a CPU.
+        # On a CPU, sequences this short are faster without the fused kernel, forward and backward.
         config = CLIPTextConfig.from_pretrained(self.text_folder, attn_implementation="eager")
         self.max_length = config.max_position_embeddings
         self.text_tower = CLIPTextModel(config)
         self.image_tower = instantiate_from_config(image_tower)
+        assert config.hidden_size is not None and config.projection_dim is not None  # both have defaults
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.image_projection = nn.Linear(self.image_tower.width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [B, L] on the model's device, L no more than the longest caption needs, cut to the positions."""
+        """Return token ids [B, L] on the model's device, as long as the longest caption; longer text is truncated."""
         ids = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -103,28 +114,29 @@ class TwoTowers(nn.Module):
             return_tensors="pt",
         ).input_ids
         longest = int((ids != self.tokenizer.pad_token_id).sum(1).max()) + 1
-        return ids[:, :longest].to(self.logit_scale.device)  # what follows the end changes nothing before it
+        return ids[:, :longest].to(self.logit_scale.device)  # padding changes nothing before it
 
     def image_states(self, pixels: Tensor) -> Tensor:
-        """The image tower's states [B, width] of pictures [B, 3, H, W] in [-1, 1], resized where they need it."""
+        """Return the image tower's states [B, width] of images [B, 3, H, W] in [-1, 1]; resizes them to its size."""
         size = self.image_tower.size
         if pixels.shape[-2:] != (size, size):
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
         return self.image_tower(pixels)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Unit features [B, d] of pictures [B, 3, H, W] in [-1, 1]."""
+        """Return features [B, d] of length 1 of images [B, 3, H, W] in [-1, 1]."""
         return F.normalize(self.image_projection(self.image_states(pixels)), dim=-1)
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Unit features [B, d] of captions."""
+        """Return features [B, d] of length 1 of captions."""
         ends = self.text_tower(input_ids=self.tokenize(captions)).pooler_output
         return F.normalize(self.text_projection(ends), dim=-1)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the towers, weights as `dtype`; `folder`/text_encoder alone is what FrozenCLIPEmbedder reads.
+        """Write the towers to a folder, weights as `dtype`; FrozenCLIPEmbedder reads its sub-folder text_encoder.
 
-        Raises UserError when the folder cannot be written.
+        Raises:
+            UserError: the folder cannot be written.
         """
         folder, text, rest = Path(folder), {}, {}
         for key, value in self.state_dict().items():
@@ -138,13 +150,16 @@ class TwoTowers(nn.Module):
             write_text(folder / _TEXT_FOLDER / name, content)
         write_text(folder / _DESCRIPTION, json.dumps({"image_tower": self.image_node}, indent=1) + "\n")
         for target, weights in ((folder / _TEXT_FOLDER / _WEIGHTS, text), (folder / _WEIGHTS, rest)):
-            data = save(weights, {"format": "pt"})
-            atomic_write(target, lambda file, data=data: file.write(data))
+            _write_bytes(target, save(weights, {"format": "pt"}))
         logger.info("CLIP towers written to %s", folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> TwoTowers:
-        """The towers that `save` wrote, in evaluation mode; raises UserError for what is missing or does not fit."""
+        """Return the towers that `save` wrote, in eval mode.
+
+        Raises:
+            UserError: a file is absent or damaged, or does not fit.
+        """
         folder = Path(folder)
         try:
             node = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))["image_tower"]
@@ -169,17 +184,27 @@ class TwoTowers(nn.Module):
         return towers.eval()
 
 
-_LARGEST_SCALE = math.log(100.0)
+def _write_bytes(path: Path, data: bytes) -> None:
+    atomic_write(path, lambda file: file.write(data))
+
+
+_MAX_LOG_SCALE = math.log(100.0)
 
 
 class ContrastiveCLIP(pl.LightningModule):
-    """Two towers that learn which caption belongs to which picture (symmetric InfoNCE, learnt temperature).
+    """Contrastive training of `TwoTowers` (symmetric InfoNCE with a trained temperature).
 
-    A batch is {"image": [B, H, W, 3] in [-1, 1], "caption": list[str]}. `text_encoder` and `image_tower` are those
-    of `TwoTowers`. `attributes` maps names to numbers of values: batches then also carry "attributes" [B, A] in that
-    order, and linear heads on the image tower, used in training only, learn them with weight `attribute_weight`.
-    A batch that carries "foil", list[str], makes each picture tell its caption from its foil too.
-    When training ends the towers are saved in `export_to`, if it is given.
+    A batch is {"image": [B, H, W, 3] in [-1, 1], "caption": list[str]}. It may hold a "foil", list[str], for each
+    image: a wrong caption, which the loss sets against the right one.
+
+    Args:
+        text_encoder, image_tower: those of `TwoTowers`.
+        attributes: names with their numbers of values. Batches then hold "attributes" [B, A] in this order, and
+            linear heads on the image tower, which only training uses, classify them with weight `attribute_weight`.
+        optimizer_config, scheduler_config: nodes, see `ldm.models.optimizers`.
+        image_key, caption_key: the batch's keys.
+        export_to: folder in which the towers are saved at the end of training.
+        monitor: the logged value by which checkpoints are compared.
     """
 
     def __init__(
@@ -208,31 +233,34 @@ class ContrastiveCLIP(pl.LightningModule):
         )
 
     def forward(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features of pictures [B, H, W, 3] and captions, [B, d] each, and the image tower's states [B, width]."""
-        states = self.towers.image_states(images.movedim(-1, 1).to(self.device, torch.float32))
-        pictures = F.normalize(self.towers.image_projection(states), dim=-1)
-        return pictures, self.towers.text_features(captions), states
+        """Return features [B, d] of images [B, H, W, 3] and of captions, and the image tower's states [B, width]."""
+        pixels = rearrange(images, "b h w c -> b c h w").to(self.device, torch.float32)
+        states = self.towers.image_states(pixels)
+        image_features = F.normalize(self.towers.image_projection(states), dim=-1)
+        return image_features, self.towers.text_features(captions), states
 
     def contrastive_loss(
         self, images: Tensor, texts: Tensor, wrong: Tensor | None = None, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """InfoNCE both ways of unit features [B, d], and the share of captions whose own picture is nearest.
+        """Return InfoNCE in both directions, and the share of captions whose own image is nearest.
 
-        `wrong` [B, d] are the features of each picture's foil: one more caption that it must not be taken for,
-        where `counts` [B] (bool) says so.
+        Args:
+            images, texts: features [B, d] of length 1.
+            wrong: features [B, d] of each image's foil, one more wrong caption of it.
+            counts: [B], bool; which foils differ from the caption. Needed with `wrong`.
         """
         scale, images, texts = self.towers.logit_scale.exp(), images.float(), texts.float()
         logits = scale * texts @ images.t()
         target = torch.arange(len(logits), device=logits.device)
         of_image = logits.t()
-        if wrong is not None:
+        if wrong is not None and counts is not None:
             confusion = scale * (images * wrong.float()).sum(1)
             of_image = torch.cat([of_image, confusion.masked_fill(~counts, -torch.inf)[:, None]], 1)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(of_image, target)) / 2
         return loss, (logits.argmax(1) == target).float().mean()
 
     def shared_step(self, batch: Mapping[str, Any], stage: str) -> Tensor:
-        """The batch's loss, its parts logged under `stage`."""
+        """Return the loss of a batch, and log its parts under `stage`."""
         captions, foils = list(batch[self.caption_key]), list(batch.get("foil", ()))
         images, texts, states = self(batch[self.image_key], captions + foils)
         texts, wrong = texts[: len(captions)], texts[len(captions) :]
@@ -265,16 +293,16 @@ class ContrastiveCLIP(pl.LightningModule):
         return self.shared_step(batch, "val")
 
     def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
-        """Step, and hold the temperature in its bounds before any callback can save it."""
+        """Step, and clamp the temperature before any callback can save it."""
         super().optimizer_step(*arguments, **keywords)
         with torch.no_grad():
-            self.towers.logit_scale.clamp_(0.0, _LARGEST_SCALE)
+            self.towers.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
 
     def configure_optimizers(self) -> Any:
-        """The YAML's optimiser and schedule; biases, norms and the temperature are never decayed."""
+        """Build the optimizer and the schedule of the YAML; biases, norms and the temperature have no weight decay."""
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         return build_optimizer(groups, self.learning_rate, self.optimizer_config, self.scheduler_config)
 
     def on_fit_end(self) -> None:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, zero_module
 
-# Positions times positions. Up to here the plain product, measured on an AVX-512 CPU with its backward pass, took
-# between a quarter (64 x 64) and two thirds of the fused kernel's time in bfloat16, and between half and 1.13 times
-# (1024 x 77) of it in float32; its weights take little memory.
+# Queries times keys. Up to this many, the plain product with its backward pass took on an AVX-512 CPU 0.25 (64 x 64)
+# to 0.67 of the fused kernel's time in bfloat16, and 0.5 to 1.13 (1024 x 77) of it in float32; its weights take little
+# memory.
 SHORT = 1 << 17
 
 
 def is_short(queries: int, keys: int, device: torch.device) -> bool:
-    """Whether sequences of these lengths attend by the plain product on a device; on an accelerator none does."""
+    """Return whether sequences of these lengths attend by the plain product; on an accelerator none does."""
     return device.type == "cpu" and queries * keys <= SHORT
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention without a mask: softmax(q k^T / sqrt(d)) v.
+    """Return softmax(q k^T / sqrt(d)) v, attention without a mask.
 
-    q: [B, H, N, d], k and v: [B, H, M, d]; returns [B, H, N, d]. The kernel is torch's fused one, but for short
-    sequences on a CPU, where it is slower than the product.
+    q: [B, H, N, d], k and v: [B, H, M, d]; returns [B, H, N, d]. Uses torch's fused kernel, except for short sequences
+    on a CPU, where the plain product is faster.
     """
     if is_short(q.shape[-2], k.shape[-2], q.device):
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -32,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by a GELU of its second half (Shazeer 2020)."""
+    """Linear layer whose first half is multiplied by the GELU of its second half (Shazeer 2020)."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated two-layer perceptron; [..., dim] -> [..., dim]."""
+    """Two-layer perceptron with a gated hidden layer; [..., dim] -> [..., dim]."""
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -75,11 +76,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
-        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim_head)
+        q, k, v = (
+            rearrange(states, "b n (h d) -> b h n d", h=self.heads)
+            for states in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -136,8 +137,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Conv2d(inner, in_channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        height = x.shape[2]
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, inner)
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (height, -1)))
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))

@@ -1,4 +1,4 @@
-"""Running average of a model's weights, under the names that checkpoints use."""
+"""A running average of a model's weights, under the names that checkpoints use."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from torch import Tensor, nn
 class LitEma(nn.Module):
     """Exponential moving average of all trainable parameters.
 
-    `decay` is the asymptotic rate; with `use_num_updates` it grows towards it as (1 + n) / (10 + n). Buffers are
-    named as the parameters, without dots.
+    The averages are buffers, with the names of the parameters without dots.
+
+    Args:
+        decay: the rate in the long run, in [0, 1].
+        use_num_updates: let the rate after n updates be (1 + n) / (10 + n) at most.
+    Raises:
+        ValueError: `decay` is not in [0, 1].
     """
+
+    decay: Tensor
+    num_updates: Tensor
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
         super().__init__()
@@ -30,7 +38,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Move the averages towards the model's present weights."""
+        """Move the averages towards the weights of the model."""
         decay = self.decay
         if self.num_updates >= 0:
             self.num_updates += 1
@@ -40,19 +48,19 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
-        """Begin anew at the model's present weights."""
+        """Set the averages to the weights of the model."""
         for average, weight in zip(*self._pairs(model), strict=True):
             average.copy_(weight)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's weights by the averages."""
+        """Overwrite the weights of the model by the averages."""
         for average, weight in zip(*self._pairs(model), strict=True):
             weight.copy_(average)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights within this block, its own again after it."""
+        """Within this block the model has the averaged weights."""
         _, weights = self._pairs(model)
         own = [weight.detach().clone() for weight in weights]
         self.copy_to(model)

@@ -1,4 +1,4 @@
-"""The bidirectional transformer of LDM's text encoder, under the parameter names of its checkpoints."""
+"""The bidirectional transformer of LDM's text encoder, with the parameter names of its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.modules.prompt_tokenizer import embed_tokens
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask: padding is attended to, as in the published weights."""
+    """Multi-head self-attention without a mask, [B, L, dim] -> the same: as published, padding is attended to too."""
 
     def __init__(self, dim: int, heads: int = 8, dim_head: int = 64) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them; [..., dim] -> [..., dim]."""
 
     def __init__(self, dim: int, mult: int = 4) -> None:
         super().__init__()
-        # Place 1 was a dropout; it is kept so that the second linear layer is `net.2`.
+        # The identity was a dropout; with it, checkpoints name the second linear layer `net.2`.
         self.net = nn.Sequential(
             nn.Sequential(nn.Linear(dim, dim * mult), nn.GELU()), nn.Identity(), nn.Linear(dim * mult, dim)
         )
@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` pairs of pre-normalised attention and feed-forward layers: [B, L, dim] -> [B, L, dim]."""
+    """`depth` pairs of attention and feed-forward layers, each normalised first: [B, L, dim] -> [B, L, dim]."""
 
     def __init__(self, dim: int, depth: int, heads: int = 8, dim_head: int = 64) -> None:
         super().__init__()
@@ -57,7 +57,9 @@ class Encoder(nn.Module):
             self.layers.append(nn.ModuleList([nn.LayerNorm(dim), FeedForward(dim)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for norm, layer in self.layers:
+        for pair in self.layers:
+            assert isinstance(pair, nn.ModuleList)
+            norm, layer = pair
             x = x + layer(norm(x))
         return x
 
@@ -74,7 +76,7 @@ class AbsolutePositionalEmbedding(nn.Module):
 
 
 class TransformerWrapper(nn.Module):
-    """Token and position embeddings around an `Encoder`, and its last norm."""
+    """An `Encoder` with token and position embeddings before it and a norm after it."""
 
     def __init__(
         self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0
@@ -87,7 +89,7 @@ class TransformerWrapper(nn.Module):
         self.emb_dropout = nn.Dropout(emb_dropout)
         self.attn_layers = attn_layers
         self.norm = nn.LayerNorm(dim)
-        # The language-model head: never called, but every LDM checkpoint holds its weights.
+        # The language-model head is never called, but every LDM checkpoint holds its weights.
         self.to_logits = nn.Linear(dim, num_tokens).requires_grad_(False)
         for table in (self.token_emb, self.pos_emb.emb):
             nn.init.normal_(table.weight, std=0.02)
@@ -95,7 +97,7 @@ class TransformerWrapper(nn.Module):
     def forward(
         self, ids: Tensor, embedding_manager: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Embed token ids [B, L] as [B, L, dim]; the manager changes the token embeddings in between."""
+        """Encode token ids [B, L] as [B, L, dim]; the embedding manager may replace token embeddings."""
         x = embed_tokens(self.token_emb, ids, embedding_manager)
         x = self.emb_dropout(x + self.pos_emb(ids.shape[1]))
         return self.norm(self.attn_layers(x))

@@ -111,6 +111,7 @@ def check_state(path: Path, model: pl.LightningModule) -> None:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if state is None or "loops" not in content:
         raise UserError(f"'{path}' is not the state of a run; give the run folder, or a last.ckpt")
+    model.configure_model()  # a first stage builds its loss, which has weights of its own
     expected = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
     mismatched = sorted(state.keys() ^ expected.keys())
     if mismatched:

@@ -21,7 +21,7 @@ from ldm.models.two_towers import TwoTowers
 from ldm.util import UserError
 from tests.golden_record import GOLDEN
 
-PICTURES = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue", "white", "black")]
+IMAGES = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue", "white", "black")]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def processor(size: int = 16):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A CLIP of transformers, with words and pictures."""
+    """A CLIP of transformers, with words and images."""
     folder = tmp_path_factory.mktemp("clip")
     text = SMALL | {"intermediate_size": 16, "vocab_size": 49408, "max_position_embeddings": 20}
     vision = SMALL | {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
@@ -56,20 +56,20 @@ def check_unit(found: torch.Tensor, count: int) -> None:
     assert torch.allclose(found.norm(dim=1), torch.ones(count))
 
 
-def test_clip_has_pictures_and_words_in_one_space(clip, monkeypatch) -> None:
+def test_clip_has_images_and_text_in_one_space(clip, monkeypatch) -> None:
     own = load_features(clip, CPU)
-    pictures, texts = own.image(PICTURES), own.text(["a cat", "a photo of on the moon " * 9])
-    check_unit(pictures, 5)
+    images, texts = own.image(IMAGES), own.text(["a cat", "a photo of on the moon " * 9])
+    check_unit(images, 5)
     check_unit(texts, 2)
-    assert pictures.shape[1] == texts.shape[1] == 8
+    assert images.shape[1] == texts.shape[1] == 8
     model = own.model
     assert torch.allclose(
-        pictures[:1],
-        features._unit(model.get_image_features(**own.processor(PICTURES[:1], return_tensors="pt"))),
+        images[:1],
+        features._unit(model.get_image_features(**own.processor(IMAGES[:1], return_tensors="pt"))),
         atol=1e-5,  # another batch size rounds elsewhere
     )
     monkeypatch.setattr(features, "_BATCH", 2)
-    assert torch.allclose(own.image(PICTURES), pictures, atol=1e-6)
+    assert torch.allclose(own.image(IMAGES), images, atol=1e-6)
 
 
 def test_states_of_the_text_tower_become_its_features(clip) -> None:
@@ -82,17 +82,17 @@ def test_states_of_the_text_tower_become_its_features(clip) -> None:
     assert states.grad.abs().sum() > 0
 
 
-def test_dino_knows_no_words(dino) -> None:
+def test_dino_has_no_text(dino) -> None:
     own = load_features(dino, CPU)
-    check_unit(own.image(PICTURES), 5)
-    states = own.model(**own.processor(PICTURES, return_tensors="pt")).last_hidden_state
-    assert torch.allclose(own.image(PICTURES), features._unit(states[:, 0]))
+    check_unit(own.image(IMAGES), 5)
+    states = own.model(**own.processor(IMAGES, return_tensors="pt")).last_hidden_state
+    assert torch.allclose(own.image(IMAGES), features._unit(states[:, 0]))
     assert own.text(["a cat"]) is None
-    with pytest.raises(UserError, match="knows no words; name a CLIP"):
+    with pytest.raises(UserError, match="has no text tower; name a CLIP"):
         own.of_states(torch.zeros(1, 16))
 
 
-def test_the_models_own_towers(tmp_path) -> None:
+def test_features_of_the_own_towers(tmp_path) -> None:
     write_tokenizer(tmp_path / "text")
     node = {
         "target": "ldm.models.two_towers.ResidualTower",
@@ -100,12 +100,12 @@ def test_the_models_own_towers(tmp_path) -> None:
     }
     TwoTowers(tmp_path / "text", node).save(tmp_path / "towers")
     own = load_features(tmp_path / "towers", CPU)
-    check_unit(own.image(PICTURES), 5)
+    check_unit(own.image(IMAGES), 5)
     check_unit(own.text(["a red fox"]), 1)
     check_features(tmp_path / "towers")
 
 
-def test_what_cannot_give_features_is_told_in_a_line(tmp_path, clip) -> None:
+def test_folders_without_features_are_errors(tmp_path, clip) -> None:
     check_features(clip)
     with pytest.raises(UserError, match="no such folder"):
         check_features(tmp_path / "absent")

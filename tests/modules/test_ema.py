@@ -44,6 +44,6 @@ def test_scope_restores_the_weights_even_after_an_error() -> None:
     assert (net[0].weight == 7).all()
 
 
-def test_decay_out_of_range() -> None:
+def test_a_decay_out_of_range_is_an_error() -> None:
     with pytest.raises(ValueError, match="1.5"):
         LitEma(network(), decay=1.5)

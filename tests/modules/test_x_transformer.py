@@ -21,7 +21,7 @@ def test_attention_is_the_softmax_of_scaled_products():
         torch.testing.assert_close(attention(x), attention.to_out(expected))
 
 
-def test_layers_add_to_what_they_normalise():
+def test_layers_have_residual_connections():
     encoder = Encoder(8, depth=1, heads=2, dim_head=4)
     x = torch.randn(1, 3, 8)
     (norm1, attention), (norm2, feed) = encoder.layers

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
@@ -12,6 +14,7 @@ import main
 from ldm.checkpoint import read_state_dict, save_state_dict
 from ldm.models.two_towers import TwoTowers
 from ldm.training import command_line, config
+from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.trainer import OLD_TRAINER_KEYS
 
 CONFIGS = Path(main.__file__).parent / "configs"
@@ -110,6 +113,27 @@ def test_first_stage_and_denoiser_with_its_text_encoder() -> None:
     assert weights(run)["scale_factor"] != 1
     assert weights(run)["model_ema.num_updates"] == 3
     assert list((run / "images" / "train").glob("samples_scaled_gs-000001*.jpg"))
+
+
+def test_a_resumed_first_stage_is_the_one_that_was_never_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = LastCheckpoint.save_now
+
+    def save_and_copy(self: LastCheckpoint, trainer: pl.Trainer) -> None:
+        save(self, trainer)
+        if trainer.global_step == 2:
+            shutil.copytree(self.path.parents[1], "killed", dirs_exist_ok=True)
+
+    monkeypatch.setattr(LastCheckpoint, "save_now", save_and_copy)
+    small = [f"model.params.{word}" for word in SMALL_AUTOENCODER]
+    run = train(
+        "first-stage", *small, "lightning.modelcheckpoint.params.every_n_train_steps=1", "--max_steps", "4"
+    )
+    early = weights(Path("killed"))
+    assert main.main(["-r", "killed", "-t"]) == 0
+    straight, resumed = weights(run), weights(Path("killed"))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[key], value) for key, value in straight.items())
+    assert len({0.0, early["loss.logvar"].item(), straight["loss.logvar"].item()}) == 3, "it is trained"
 
 
 def test_text_encoder() -> None:

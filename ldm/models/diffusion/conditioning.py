@@ -1,22 +1,31 @@
-"""How a condition enters the denoiser."""
+"""Conditions of a denoiser: their forms, and how they enter it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ldm.util import ConfigError, instantiate_from_config
+from ldm.util import ConfigError, UserError, instantiate_from_config
 
-Condition = Tensor | Sequence[Tensor] | Mapping[str, Sequence[Tensor]]
+# A tensor such as a context [B, M, d], several of them, or {"c_crossattn": [...], "c_concat": [...]}.
+Condition: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
 
 
 class DiffusionWrapper(nn.Module):
-    """Hands a condition to the UNet: as channels (concat), context (crossattn), both (hybrid) or class (adm)."""
+    """Passes a condition to the UNet.
+
+    Args:
+        diff_model_config: node of the UNet.
+        conditioning_key: where the condition enters: `concat` as channels, `crossattn` as context, `hybrid` as both,
+            `adm` as class, or None.
+    Raises:
+        ConfigError: `conditioning_key` is none of these.
+    """
 
     def __init__(self, diff_model_config: Mapping[str, Any], conditioning_key: str | None) -> None:
         super().__init__()
@@ -29,11 +38,7 @@ class DiffusionWrapper(nn.Module):
         self.conditioning_key = conditioning_key
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Sequence[Tensor] | None = None,
-        c_crossattn: Sequence[Tensor] | None = None,
+        self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] = (), c_crossattn: Sequence[Tensor] = ()
     ) -> Tensor:
         """x: [B, C, H, W]; t: [B]; c_concat: [B, C', H, W] each; c_crossattn: [B, M, d] each (adm: ids [B])."""
         if self.conditioning_key in ("concat", "hybrid"):
@@ -45,10 +50,52 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t)
 
     def keywords(self, condition: Condition | None) -> dict[str, Sequence[Tensor]]:
-        """A condition in any of its forms, as the keywords of `forward`."""
+        """Return a condition as keyword arguments of `forward`."""
         if condition is None:
             return {}
         if isinstance(condition, Mapping):
             return dict(condition)
         parts = [condition] if isinstance(condition, Tensor) else list(condition)
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
+
+
+def concat_conditions(first: Condition | None, second: Condition | None) -> Condition:
+    """Return two conditions of the same form, concatenated along the batch.
+
+    Raises:
+        UserError: their forms or shapes differ.
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.shape[1:] != second.shape[1:]:
+            raise UserError(
+                f"conditionings of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be guided against "
+                "each other; encode both with the same text encoder and length"
+            )
+        return torch.cat([first, second])
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return {key: concat_conditions(first[key], second[key]) for key in first}
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        return [concat_conditions(one, other) for one, other in zip(first, second, strict=True)]
+    raise UserError(
+        f"the unconditional conditioning is {_form(first)} but the conditioning is {_form(second)}; give both in the "
+        "same form"
+    )
+
+
+def condition_rows(cond: Condition | None) -> int | None:
+    """Return the batch size of a condition, None if it holds no tensor."""
+    if isinstance(cond, Tensor):
+        return cond.shape[0]
+    parts = cond.values() if isinstance(cond, Mapping) else cond or ()
+    return next((count for count in map(condition_rows, parts) if count is not None), None)
+
+
+def _form(cond: Condition | None) -> str:
+    """Describe a condition's form, for an error text."""
+    if isinstance(cond, Tensor):
+        return f"a tensor of shape {tuple(cond.shape)}"
+    if isinstance(cond, Mapping):
+        return f"a dict of {', '.join(cond) or 'nothing'}"
+    if isinstance(cond, (list, tuple)):
+        return f"a list of {len(cond)}"
+    return f"of type {type(cond).__name__}"

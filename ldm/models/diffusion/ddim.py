@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Condition, Generators, GuidedEps, Sampler, SamplingRun, gaussian
+from ldm.models.diffusion.conditioning import Condition
+from ldm.models.diffusion.sampler import Generators, GuidedEps, Sampler, SamplingRun, gaussian
 from ldm.models.diffusion.steps import Step, ddim_step, ddim_steps, diffuse, predict_x0
 from ldm.util import UserError
 
 
 class DDIMSampler(Sampler):
-    """DDIM: deterministic with eta 0, ancestral with eta 1; it can also start from an image (`decode`)."""
+    """DDIM: deterministic with eta 0, ancestral with eta 1; `decode` starts from a noised latent."""
 
-    steps: list[Step] | None = None  # what `decode` and `stochastic_encode` work with
+    steps: list[Step] | None = None  # of `decode` and `stochastic_encode`
 
     def make_schedule(
         self,
@@ -22,10 +23,13 @@ class DDIMSampler(Sampler):
         ddim_eta: float = 0.0,
         verbose: bool = False,
     ) -> None:
-        """Fix the steps that `stochastic_encode` and `decode` use; `ddim_discretize` is "uniform" or "quad".
+        """Set the steps that `stochastic_encode` and `decode` use.
 
+        Args:
+            ddim_discretize: uniform or quad; see `ddim_steps`.
+            verbose: not used.
         Raises:
-            UserError: steps or eta out of range.
+            UserError: see `ddim_steps`.
         """
         self.steps = ddim_steps(self.alphas, ddim_num_steps, ddim_eta, ddim_discretize)
 
@@ -47,10 +51,11 @@ class DDIMSampler(Sampler):
     def stochastic_encode(
         self, x0: Tensor, t: Tensor | int, noise: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """`x0` [B, C, H, W] noised to the level of the `t`-th step counted from the clean end, from 0.
+        """Return `x0` [B, C, H, W] noised to the level of the `t`-th step, counted from 0 at the clean end.
 
         Args:
-            t: one index, or one per image; what lies beyond the last step means the last.
+            t: one index, or one per image; an index beyond the last step means the last.
+            noise: the noise to add, drawn if absent.
         """
         ascending = self._steps()[::-1]
         indices = torch.as_tensor(t).reshape(-1).expand(x0.shape[0]).tolist()
@@ -68,7 +73,7 @@ class DDIMSampler(Sampler):
         unconditional_conditioning: Condition | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        """Run the last `t_start` steps of the schedule from `x_latent` [B, C, H, W]."""
+        """Denoise `x_latent` [B, C, H, W] by the last `t_start` steps of the schedule."""
         steps = self._steps()
         eps = GuidedEps(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
         return self.loop(

@@ -1,4 +1,8 @@
-"""Diffusion models as Lightning modules: `DDPM` in pixel space, `LatentDiffusion` in latent space."""
+"""Diffusion models as Lightning modules: `DDPM` in pixel space, `LatentDiffusion` in the latent space of a first stage.
+
+A training step runs `training_step`, `shared_step`, `get_input`, `forward`, `p_losses`, `apply_model`. LatentDiffusion
+replaces `get_input` and `forward`, which encode images and captions, and adds to `p_losses`; all else is shared.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +22,64 @@ from ldm.models.diffusion.loss_weighting import check_loss_options, loss_weights
 from ldm.models.diffusion.previews import preview_images
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.optimizers import build_optimizer
+from ldm.modules.diffusionmodules.util import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.personalization import Personalization
 from ldm.util import ConfigError, instantiate_from_config, pretrained_wanted
 
 logger = logging.getLogger(__name__)
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
+# Under these keys a batch holds moments [B, 2C, h, w] or latents [B, C, h, w] that a cache encoded, not images.
+POSTERIOR, LATENT = "posterior", "latent"
 
 
 class DDPM(NoiseSchedule, pl.LightningModule):
-    """Denoising diffusion in pixel space (Ho et al. 2020), and the base of `LatentDiffusion`.
+    """Denoising diffusion (Ho et al. 2020) in pixel space, and the base of `LatentDiffusion`.
 
-    Parameters have the original's names and defaults. Beside them: `ema_decay`; `loss_weighting` and
-    `min_snr_gamma`, `timestep_sampling` and `timestep_range` (see `weighting`); `optimizer_config` (see
-    `ldm.models.optimizers`); `ucg_rate`, the share of captions replaced by the empty one when a model is trained from
-    scratch.
+    Names and defaults of the parameters up to `model_lr` are the original's. The constructor ends by reading
+    `ckpt_path`. A subclass that adds modules passes it no `ckpt_path` and calls `init_from_ckpt` at the end of its own
+    constructor, as LatentDiffusion does.
+
+    Args:
+        unet_config: node of the denoiser.
+        timesteps: T, the number of noise levels.
+        beta_schedule, linear_start, linear_end, cosine_s, given_betas: the noise schedule; see `make_beta_schedule`.
+            `given_betas` [T] replaces the others.
+        loss_type: l2 for the squared error, l1 for the absolute error.
+        ckpt_path: checkpoint to start from.
+        ignore_keys: beginnings of the checkpoint's keys that are not loaded.
+        load_only_unet: load nothing but the denoiser.
+        monitor: the logged value by which checkpoints are compared.
+        use_ema: keep a running average of the denoiser's weights, with rate `ema_decay`.
+        first_stage_key: the batch's key of the images.
+        image_size, channels: of what is denoised.
+        log_every_t, clip_denoised: kept for old YAMLs; they change nothing.
+        original_elbo_weight: weight of the variational bound in the loss.
+        embedding_reg_weight: weight of the distance of learned vectors from their initial ones.
+        v_posterior: variance of the reverse step, from its lower bound (0) to its upper bound (1).
+        l_simple_weight: weight of the error in the loss.
+        conditioning_key: how a condition enters the denoiser; see `DiffusionWrapper`.
+        parameterization: what the denoiser predicts: eps, x0 or v.
+        scheduler_config: node of the learning-rate schedule; see `ldm.models.optimizers`.
+        use_positional_encodings: must be false.
+        learn_logvar, logvar_init: the log variance of the output per timestep, and whether it is trained.
+        unfreeze_model: with a personalization, train the denoiser too, at the learning rate `model_lr`.
+        ema_decay: rate of the running average.
+        loss_weighting, min_snr_gamma: weight of each timestep in the loss; see `loss_weights`.
+        timestep_sampling, timestep_range: which timesteps a training step draws; see `sample_timesteps`.
+        optimizer_config: node of the optimizer; see `ldm.models.optimizers`.
+        ucg_rate: share of captions that training replaces by the empty one, for classifier-free guidance.
+    Raises:
+        ConfigError: a value is unknown or not supported.
+        UserError: the checkpoint cannot be read or does not fit.
     """
+
+    learning_rate: float  # set by whoever trains
+    model_ema: LitEma
+    logvar: Tensor
+    timestep_bias: Tensor | None
 
     def __init__(
         self,
@@ -92,8 +137,6 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         self.first_stage_key = first_stage_key
         self.image_size = image_size
         self.channels = channels
-        self.log_every_t = log_every_t
-        self.clip_denoised = clip_denoised
         self.original_elbo_weight = original_elbo_weight
         self.embedding_reg_weight = embedding_reg_weight
         self.v_posterior = v_posterior
@@ -109,13 +152,13 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         self.ucg_rate = ucg_rate
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.denoiser_is_trained = True
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model, ema_decay)
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        bias = None
-        if timestep_sampling == "biased":
-            bias = noise_bias(self.alphas_cumprod / (1 - self.alphas_cumprod))
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        bias = noise_bias(snr) if timestep_sampling == "biased" else None
         self.register_buffer("timestep_bias", bias, persistent=False)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
@@ -123,140 +166,124 @@ class DDPM(NoiseSchedule, pl.LightningModule):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self._initial_checkpoint = (ckpt_path, tuple(ignore_keys), load_only_unet)
-        if type(self) is DDPM:
-            self.init_from_ckpt()
+        self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
-    def init_from_ckpt(self) -> None:
-        """Fill the finished model from `ckpt_path`, without keys that begin with one of `ignore_keys`."""
-        path, ignore_keys, only_unet = self._initial_checkpoint
+    def init_from_ckpt(
+        self, path: str | None, ignore_keys: Sequence[str] = (), only_model: bool = False
+    ) -> None:
+        """Load a checkpoint, without keys that begin with one of `ignore_keys`; of the denoiser if `only_model`.
+
+        Raises:
+            UserError: the checkpoint cannot be read or does not fit.
+        """
         if path is None or not pretrained_wanted():
             return
-        state = {
-            k: v for k, v in read_state_dict(path).items() if not (ignore_keys and k.startswith(ignore_keys))
-        }
-        if only_unet:
-            prefix = "model."
-            ignore_keys = tuple(key.removeprefix(prefix) for key in ignore_keys)
-            state = {
-                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-            }
-        model = self.model if only_unet else self
-        load_state(model, state, source=f"ckpt_path '{path}'", filled=ignore_keys)
+        ignored = tuple(ignore_keys)
+        state = {k: v for k, v in read_state_dict(path).items() if not (ignored and k.startswith(ignored))}
+        if only_model:
+            ignored = tuple(key.removeprefix("model.") for key in ignored)
+            state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        model = self.model if only_model else self
+        load_state(model, state, source=f"ckpt_path '{path}'", filled=ignored)
 
     def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
-        """Averages that a checkpoint did not bring begin at the weights it brought."""
-        if self.use_ema and not any(key.startswith("model_ema.") for key in state):
+        """Start the averages at the weights that were loaded, if the checkpoint holds no averages."""
+        if self.use_ema and not _holds(state, "model_ema."):
             self.model_ema.reset(self.model)
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """The denoiser has its averaged weights within this block, if it keeps them."""
-        if not self.use_ema:
-            yield
-            return
-        if context is not None:
-            logger.debug("%s: averaged weights in use", context)
-        with self.model_ema.applied_to(self.model):
-            yield
+    # -- a training step, in the order in which it runs ------------------------------------------------------
 
-    # -- the denoiser ----------------------------------------------------------------------------------------
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss, parts = self.shared_step(batch)
+        size = _batch_size(batch)
+        self.log_dict(parts, prog_bar=False, logger=True, on_step=True, on_epoch=False, batch_size=size)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, batch_size=size)
+        return loss
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """What the network predicts for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
-        return self.model(x_noisy, t, **self.model.keywords(cond))
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch of training or validation, and its parts for the log."""
+        x, condition = self.get_input(batch, self.first_stage_key)
+        return self(x, condition)
 
-    # -- the loss --------------------------------------------------------------------------------------------
+    def get_input(self, batch: Mapping[str, Any], key: str) -> tuple[Tensor, Any]:
+        """Return what is denoised and its condition, not yet encoded: images [B, C, H, W] of [B, H, W, C], and None."""
+        return channels_first(batch[key], self.device), None
 
-    def get_loss(self, prediction: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """Squared or absolute error in float32, averaged if `mean`."""
-        difference = target.float() - prediction.float()
-        error = difference.abs() if self.loss_type == "l1" else difference**2
-        return error.mean() if mean else error
+    def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of x [B, C, H, W] at random timesteps, and its parts for the log."""
+        return self.p_losses(x, cond, self.random_timesteps(x.shape[0]))
+
+    def random_timesteps(self, count: int) -> Tensor:
+        """Return timesteps [count] for a training step, by `timestep_sampling` and `timestep_range`."""
+        device, span, bias = self.alphas_cumprod.device, self.timestep_range, self.timestep_bias
+        return sample_timesteps(
+            self.timestep_sampling, count, self.num_timesteps, device, span=span, bias=bias
+        )
 
     def p_losses(
         self, x_start: Tensor, cond: Condition | None, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss of x_start [B, C, h, w] at timesteps t [B], and its parts for the log."""
+        """Return the loss of x_start [B, C, h, w] at timesteps t [B] (Ho et al. 2020, equation 14), and its parts."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        error = self.get_loss(output, self.training_target(x_start, t, noise), mean=False)
+        error = self.get_loss(output, self.training_target(x_start, t, noise))
         simple = error.flatten(1).mean(dim=1)  # (B,)
         weights = loss_weights(self.loss_weighting, self.min_snr_gamma, self.snr(t), self.parameterization)
         logvar = self.logvar[t]
         loss = self.l_simple_weight * (weights * simple / logvar.exp() + logvar).mean()
         vlb = (self.lvlb_weights[t] * simple).mean()
         loss = loss + self.original_elbo_weight * vlb
-        prefix = "train" if self.training else "val"
-        parts = {f"{prefix}/loss_simple": simple.mean(), f"{prefix}/loss_vlb": vlb, f"{prefix}/loss": loss}
+        parts = {"loss_simple": simple.mean(), "loss_vlb": vlb, "loss": loss}
         if self.learn_logvar:
-            parts[f"{prefix}/logvar"] = self.logvar.mean()
-        loss, extra = self.regularise(loss)
-        parts |= {f"{prefix}/{name}": value for name, value in extra.items()}
-        return loss, {name: value.detach() for name, value in parts.items()}
+            parts["logvar"] = self.logvar.mean()
+        return loss, {f"{self.stage}/{name}": value.detach() for name, value in parts.items()}
 
-    def regularise(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add what pulls the parameters towards a prior; nothing in pixel space."""
-        return loss, {}
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Return the denoiser's prediction for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
+        return self.model(x_noisy, t, **self.model.keywords(cond))
 
-    def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at random timesteps."""
-        return self.p_losses(x, cond, self.random_timesteps(x.shape[0]))
+    def get_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the squared or absolute error of each element, in float32."""
+        difference = target.float() - prediction.float()
+        return difference.abs() if self.loss_type == "l1" else difference**2
 
-    def random_timesteps(self, count: int) -> Tensor:
-        """Timesteps [count] for a training step, as `timestep_sampling` and `timestep_range` say."""
-        return sample_timesteps(
-            self.timestep_sampling,
-            count,
-            self.num_timesteps,
-            self.alphas_cumprod.device,
-            span=self.timestep_range,
-            bias=self.timestep_bias,
-        )
+    @property
+    def stage(self) -> str:
+        """The prefix of logged values: train or val."""
+        return "train" if self.training else "val"
 
-    # -- training --------------------------------------------------------------------------------------------
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Step, and update the averages before any callback can save them."""
+        super().optimizer_step(*arguments, **keywords)
+        if self.use_ema and self.denoiser_is_trained:
+            self.model_ema(self.model)
 
-    def get_input(self, batch: Mapping[str, Any], key: str) -> Any:
-        """Pictures [B, 3, H, W] of a batch that holds [B, H, W, 3]."""
-        x = batch[key]
-        x = x[..., None] if x.ndim == 3 else x
-        return x.movedim(-1, 1).to(self.device, torch.float32, memory_format=torch.contiguous_format)
-
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(self.get_input(batch, self.first_stage_key))
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        loss, parts = self.shared_step(batch)
-        size = _size(batch)
-        self.log_dict(parts, prog_bar=False, logger=True, on_step=True, on_epoch=False, batch_size=size)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, batch_size=size)
-        return loss
+    # -- the rest of training --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        size = _size(batch)
+        size = _batch_size(batch)
         _, parts = self.shared_step(batch)
         self.log_dict(parts, on_epoch=True, batch_size=size)
         if self.use_ema:
             with self.ema_scope():
                 _, averaged = self.shared_step(batch)
-            self.log_dict(
-                {f"{key}_ema": value for key, value in averaged.items()}, on_epoch=True, batch_size=size
-            )
+            averaged = {f"{key}_ema": value for key, value in averaged.items()}
+            self.log_dict(averaged, on_epoch=True, batch_size=size)
 
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
-        """Step, and let what follows the weights follow before any callback can save them."""
-        super().optimizer_step(*arguments, **keywords)
-        self.after_optimizer_step(self.global_step + 1)  # Lightning counts when this returns
-
-    def after_optimizer_step(self, step: int) -> None:
-        """Told after each optimizer step how many there were."""
-        if self.use_ema:
-            self.model_ema(self.model)
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Within this block the denoiser has its averaged weights, if `use_ema`."""
+        if not self.use_ema:
+            yield
+            return
+        logger.debug("%s: averaged weights in use", context)
+        with self.model_ema.applied_to(self.model):
+            yield
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained: the denoiser, and the output variances if they are learned."""
-        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        """Return what is trained: the denoiser, and the output variances with `learn_logvar`."""
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
         if self.learn_logvar:
             groups.append({"params": [self.logvar]})
         return groups
@@ -267,34 +294,38 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         )
 
     def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, Tensor]:
-        """Pictures [N, 3, H, W] in [-1, 1] by name; see `previews`."""
-        return preview_images(self, batch, N, **options)
-
-
-def _size(batch: Mapping[str, Any]) -> int:
-    return len(next(iter(batch.values())))
-
-
-__all__ = ["DDPM", "LATENT", "POSTERIOR", "LatentDiffusion"]
-
-
-# Under these keys a batch holds moments [B, 2C, h, w] or latents [B, C, h, w] encoded before, in place of pictures.
-POSTERIOR, LATENT = "posterior", "latent"
+        """Return the first `N` images of a batch, [N, C, H, W] in [-1, 1], as `inputs`."""
+        return {"inputs": channels_first(batch[self.first_stage_key][:N], self.device)}
 
 
 class LatentDiffusion(DDPM):
     """Diffusion in the latent space of a first stage, under a condition (Rombach et al. 2022).
 
-    `first_stage_config` and `cond_stage_config` are nodes; the latter may be "__is_first_stage__" or
-    "__is_unconditional__". With `personalization_config`, the node of an embedding manager, everything but its
-    parameters is frozen (and the denoiser too, unless `unfreeze_model`); without it the denoiser is trained, and the
-    condition's encoder if `cond_stage_trainable`. Of a frozen denoiser averages are kept only where a checkpoint
-    brings them. Latents are multiplied by `scale_factor`, or with `scale_by_std`
-    by what gives the first batch unit variance. Further keywords are those of `DDPM`.
+    With `personalization_config` everything but the personalization's parameters is frozen, and the denoiser too
+    unless `unfreeze_model`. Averages of a frozen denoiser are kept only where a checkpoint holds them. Without it the
+    denoiser is trained, and the encoder of the condition if `cond_stage_trainable`.
+
+    Args:
+        first_stage_config: node of the first stage.
+        cond_stage_config: node of the condition's encoder, "__is_first_stage__" or "__is_unconditional__".
+        personalization_config: node of a `ldm.modules.personalization.Personalization`.
+        num_timesteps_cond: must be 1.
+        cond_stage_key: the batch's key of the condition.
+        cond_stage_trainable: train the condition's encoder.
+        concat_mode: without `conditioning_key`, concatenate the condition as channels rather than attend to it.
+        cond_stage_forward: the encoder's method to call in place of `encode`.
+        scale_factor: multiplies latents.
+        scale_by_std: set `scale_factor` from the first batch, so that its latents have unit variance.
+        conditioning_key, ckpt_path, ignore_keys, load_only_unet, **ddpm: see `DDPM`.
     """
 
-    # A checkpoint need not bring these: they are learned here, or kept by training alone.
+    # A checkpoint need not hold these: they are learned here, or kept by training alone.
     optional_state = ("embedding_manager.", "model_ema.", "logvar", "cond_stage_model.transformer.to_logits.")
+
+    first_stage_model: Any  # any module with encode and decode
+    cond_stage_model: Any  # a TextEncoder, an encoder of another condition, the first stage, or None
+    embedding_manager: Personalization | None
+    scale_factor: Tensor | float
 
     def __init__(
         self,
@@ -309,12 +340,13 @@ class LatentDiffusion(DDPM):
         conditioning_key: str | None = None,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
         **ddpm: Any,
     ) -> None:
         if (num_timesteps_cond or 1) != 1:
-            raise ConfigError(
-                f"num_timesteps_cond is {num_timesteps_cond}; only 1 (a clean condition) is supported"
-            )
+            raise ConfigError(f"num_timesteps_cond is {num_timesteps_cond}; only 1 (a clean condition) works")
         if cond_stage_config == "__is_unconditional__":
             conditioning_key = None
         elif conditioning_key is None:
@@ -328,172 +360,120 @@ class LatentDiffusion(DDPM):
         else:
             self.scale_factor = scale_factor
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
-        self.cond_stage_model = self._condition_encoder(cond_stage_config)
+        self.cond_stage_model = None
+        if cond_stage_config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        elif not isinstance(cond_stage_config, str):
+            self.cond_stage_model = instantiate_from_config(cond_stage_config)
         self.cond_stage_trainable = cond_stage_trainable and personalization_config is None
         self.embedding_manager = None
         self._captions_of_step: set[str] = set()
         if personalization_config is not None:
-            with initialised():  # a base checkpoint does not bring what is learned here
-                self.embedding_manager = instantiate_from_config(
-                    personalization_config, embedder=self.cond_stage_model
-                )
+            self.embedding_manager = self._personalization(personalization_config)
         self._freeze()
-        self.init_from_ckpt()
+        self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
-    def _condition_encoder(self, config: Mapping[str, Any] | str) -> nn.Module | None:
-        if config == "__is_first_stage__":
-            return self.first_stage_model
-        return None if config == "__is_unconditional__" else instantiate_from_config(config)
+    def _personalization(self, config: Mapping[str, Any]) -> Personalization:
+        with initialised():  # a base checkpoint does not hold what is learned here
+            personalization = instantiate_from_config(config, embedder=self.cond_stage_model)
+        if not isinstance(personalization, Personalization):
+            raise ConfigError(
+                f"personalization_config: {config['target']} is no Personalization; derive it from the class in "
+                "ldm/modules/personalization.py"
+            )
+        return personalization
 
     def _freeze(self) -> None:
         encoder = self.cond_stage_model
+        froze_itself = encoder is not None and not any(p.requires_grad for p in encoder.parameters())
         if encoder is not None and not self.cond_stage_trainable:
             encoder.eval().requires_grad_(False)
-        elif encoder not in (None, self.first_stage_model) and not any(_trained(encoder)):
-            encoder.requires_grad_(True)  # it froze itself, as CLIP's does, and is to be trained after all
+        elif froze_itself and encoder is not self.first_stage_model:  # as CLIP's encoder does
+            encoder.requires_grad_(True)
         if self.personalised:
+            self.denoiser_is_trained = self.unfreeze_model
             self.model.requires_grad_(self.unfreeze_model)
             self.logvar.requires_grad_(False)
-            # A run then saves and loads the vectors alone; the frozen rest comes from its own checkpoint.
-            self.strict_loading = False
+            self.strict_loading = False  # a run saves and loads what it trains, not the frozen rest
 
     def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
-        """Vectors that the weights did not bring begin at the words of the encoder that has just been filled."""
+        """Let averages and vectors that the checkpoint does not hold start from the weights that it holds."""
         super().on_weights_loaded(state)
-        if not self.personalised:
+        if self.embedding_manager is None:
             return
-        if (
-            self.use_ema
-            and not self.unfreeze_model
-            and not any(key.startswith("model_ema.") for key in state)
-        ):
-            # The average of weights that stand still would be a second copy of them.
-            self.use_ema = False
+        if self.use_ema and not self.denoiser_is_trained and not _holds(state, "model_ema."):
+            self.use_ema = False  # the average of frozen weights would be a second copy of them
             del self.model_ema
-        if not any(key.startswith("embedding_manager.") for key in state):
-            self.embedding_manager.reset(self.cond_stage_model)
-        elif hasattr(self.embedding_manager, "measure"):
+        if _holds(state, "embedding_manager."):
             self.embedding_manager.measure(self.cond_stage_model)
+        else:
+            self.embedding_manager.reset(self.cond_stage_model)
 
     @property
     def personalised(self) -> bool:
-        """Whether vectors are learned, rather than the denoiser trained from scratch."""
+        """Whether a personalization is trained, rather than the denoiser from scratch."""
         return self.embedding_manager is not None
 
     def train(self, mode: bool = True) -> LatentDiffusion:
-        """Frozen parts stay in eval mode."""
+        """Set training mode, in which frozen parts stay in eval mode."""
         super().train(mode)
         self.first_stage_model.eval()
         if self.cond_stage_model is not None and not self.cond_stage_trainable:
             self.cond_stage_model.eval()
-        if self.personalised and not self.unfreeze_model:
+        if not self.denoiser_is_trained:
             self.model.eval()
         return self
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """What a run of this model learns: the part of the state dict that a base checkpoint does not hold."""
+        """Return what a run of this model trains: the part of the state dict that no base checkpoint holds."""
         if not self.personalised:
             return self.state_dict()
-        prefixes = (
-            ("embedding_manager.", "model.", "model_ema.") if self.unfreeze_model else ("embedding_manager.",)
-        )
+        prefixes = ("embedding_manager.", *(("model.", "model_ema.") if self.denoiser_is_trained else ()))
         return {key: value for key, value in self.state_dict().items() if key.startswith(prefixes)}
 
-    # -- first stage -----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def first_stage_on(self, device: torch.device) -> Iterator[nn.Module]:
-        """The first stage on a device for this block; where it rests elsewhere, a copy that goes with the block.
-
-        A cache of latents lets it rest on the CPU (see `LatentCache`), and few things need it from then on.
-        """
-        resting = self.first_stage_model
-        if all(parameter.device == device for parameter in resting.parameters()):
-            yield resting
-            return
-        self.first_stage_model = copy.deepcopy(resting).to(device)
-        try:
-            yield self.first_stage_model
-        finally:
-            self.first_stage_model = resting
-
-    @torch.no_grad()
-    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
-        """Posterior (KL) or latent (VQ) of pictures [B, 3, H, W] in [-1, 1]."""
-        with self.first_stage_on(x.device) as first_stage:
-            return first_stage.encode(x)
-
-    def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
-        """A latent [B, C, h, w] at the scale that the denoiser sees; a posterior is sampled."""
-        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        return self.scale_factor * latent
-
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Pictures [B, 3, H, W], about [-1, 1], of latents at the denoiser's scale."""
-        options = {"force_not_quantize": True} if force_not_quantize else {}
-        with self.first_stage_on(z.device) as first_stage:
-            return first_stage.decode(z / self.scale_factor, **options)
+    # -- a training step, in the order in which it runs ------------------------------------------------------
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Take the scale from the very first batch, if asked to."""
-        if self.scale_by_std and self.global_step == 0 and batch_idx == 0 and float(self.scale_factor) == 1.0:
-            self.scale_factor.fill_(1.0 / self._latents(batch, self.first_stage_key).std())
+        """Set the scale from the very first batch, with `scale_by_std`."""
+        if not isinstance(self.scale_factor, Tensor) or float(self.scale_factor) != 1.0:
+            return
+        if self.global_step == 0 and batch_idx == 0:
+            self.scale_factor.fill_(1.0 / self.get_input(batch, self.first_stage_key)[0].std())
             logger.info("scale_factor is %.5f, from the first batch", float(self.scale_factor))
 
-    # -- condition -------------------------------------------------------------------------------------------
-
-    def get_learned_conditioning(self, c: Any) -> Any:
-        """Encode a condition: prompts to [B, M, d]; the embedding manager puts its vectors in."""
-        encoder = self.cond_stage_model
-        if self.cond_stage_forward is not None:
-            return getattr(encoder, self.cond_stage_forward)(c)
-        if self.personalised:
-            return self._encode_captions(c)
-        encoded = encoder.encode(c) if callable(getattr(encoder, "encode", None)) else encoder(c)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-
-    def _encode_captions(self, captions: Any) -> Tensor:
-        """Equal captions of a batch go through the text encoder once; their rows [M, d] are then shared."""
-        encoder, manager = self.cond_stage_model, self.embedding_manager
-        different = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
-        encoded = encoder.encode(different, embedding_manager=manager)
-        if len(different) == len(captions):
-            return encoded
-        places = torch.tensor([different.index(caption) for caption in captions])
-        # Without waiting for the device: the steps before are still at work there.
-        return encoded.index_select(0, places.to(encoded.device, non_blocking=True))
-
-    # -- training --------------------------------------------------------------------------------------------
-
     def get_input(self, batch: Mapping[str, Any], key: str) -> tuple[Tensor, Any]:
-        """Latents [B, C, h, w] and the condition as the batch holds it (captions, labels or pictures)."""
-        return self._latents(batch, key), self._raw_condition(batch)
-
-    def _latents(self, batch: Mapping[str, Any], key: str) -> Tensor:
-        """Of pictures, or of what a cache has encoded before."""
+        """Return latents [B, C, h, w], and the condition as the batch holds it: captions, classes, ids or images."""
+        encoded: DiagonalGaussianDistribution | Tensor
         if POSTERIOR in batch:
             encoded = DiagonalGaussianDistribution(batch[POSTERIOR])
         elif LATENT in batch:
             encoded = batch[LATENT]
         else:
-            encoded = self.encode_first_stage(super().get_input(batch, key))
-        return self.get_first_stage_encoding(encoded).detach()
-
-    def _raw_condition(self, batch: Mapping[str, Any]) -> Any:
+            encoded = self.encode_first_stage(channels_first(batch[key], self.device))
+        z = self.get_first_stage_encoding(encoded).detach()
         if self.model.conditioning_key is None:
-            return None
+            return z, None
         if self.cond_stage_key == "class_label":
-            return batch
-        value = batch[self.cond_stage_key]
-        return super().get_input(batch, self.cond_stage_key) if isinstance(value, Tensor) else list(value)
+            return z, batch
+        condition = batch[self.cond_stage_key]
+        if not isinstance(condition, Tensor):
+            return z, list(condition)
+        return z, condition if condition.ndim < 3 else channels_first(condition, self.device)
 
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self(*self.get_input(batch, self.first_stage_key))
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """Return the posterior (KL) or the latents (VQ) of images [B, 3, H, W] in [-1, 1]."""
+        with self.first_stage_on(x.device) as first_stage:
+            return first_stage.encode(x)
+
+    def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
+        """Return latents [B, C, h, w] at the scale that the denoiser sees; a posterior is sampled."""
+        latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return self.scale_factor * latent
 
     def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of latents at random timesteps under a raw condition, which is encoded here."""
+        """Return the loss of latents at random timesteps under a condition, which is encoded here, and its parts."""
         t = self.random_timesteps(x.shape[0])
         if cond is None:
             return self.p_losses(x, None, t)
@@ -502,52 +482,76 @@ class LatentDiffusion(DDPM):
             cond = ["" if dropped else caption for caption, dropped in zip(cond, drop.tolist(), strict=True)]
         if self.training and self.personalised and isinstance(cond, list):
             self._captions_of_step.update(cond)
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() and (self.personalised or self.cond_stage_trainable)
-        ):
+        trained = self.personalised or self.cond_stage_trainable
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             encoded = self.get_learned_conditioning(cond)
         return self.p_losses(x, encoded, t)
 
-    def regularise(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pull the vectors towards their initial words, by `embedding_reg_weight`."""
-        if not (self.personalised and self.embedding_reg_weight > 0):
-            return loss, {}
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Return a condition encoded: prompts as [B, M, d], into which the personalization puts its vectors."""
+        encoder = self.cond_stage_model
+        if self.cond_stage_forward is not None:
+            return getattr(encoder, self.cond_stage_forward)(c)
+        if self.personalised:
+            return self._encode_captions(c)
+        encoded = encoder.encode(c) if hasattr(encoder, "encode") else encoder(c)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def _encode_captions(self, captions: Any) -> Tensor:
+        """Encode equal captions of a batch once, and repeat their rows."""
+        unique = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
+        encoded = self.cond_stage_model.encode(unique, embedding_manager=self.embedding_manager)
+        if len(unique) == len(captions):
+            return encoded
+        rows = torch.tensor([unique.index(caption) for caption in captions])
+        # Do not wait for the device, which may still compute earlier steps.
+        return encoded.index_select(0, rows.to(encoded.device, non_blocking=True))
+
+    def p_losses(
+        self, x_start: Tensor, cond: Condition | None, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of `DDPM`, plus the distance of the vectors from their initial ones if it has a weight."""
+        loss, parts = super().p_losses(x_start, cond, t, noise)
+        if self.embedding_manager is None or self.embedding_reg_weight <= 0:
+            return loss, parts
         distance = self.embedding_manager.embedding_to_coarse_loss().mean()
-        return loss + self.embedding_reg_weight * distance, {"loss_emb_reg": distance}
+        parts[f"{self.stage}/loss_emb_reg"] = distance.detach()
+        return loss + self.embedding_reg_weight * distance, parts
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Vectors whose word was in no caption of the step rest: no momentum or weight decay moves them.
+        """Drop the gradients of words that no caption of the step holds, so that no momentum or decay moves them.
 
-        So each of several concepts goes the way that it would go if the others' pictures were not there.
+        Each of several concepts is so trained as it would be without the images of the others.
         """
         captions, self._captions_of_step = self._captions_of_step, set()
-        find = getattr(self.embedding_manager, "absent_parameters", None)
-        parameters = list(self.embedding_manager.embedding_parameters()) if find else []
-        if len(parameters) < 2 or not captions:
+        if self.embedding_manager is None or not captions:
             return
-        absent = {id(parameter) for parameter in find(captions)}
-        if self.trainer.world_size > 1:  # what another process has seen has a gradient here too
-            seen = torch.tensor(
-                [id(p) not in absent for p in parameters], dtype=torch.int32, device=self.device
-            )
+        parameters = list(self.embedding_manager.embedding_parameters())
+        if len(parameters) < 2:
+            return
+        absent = {id(parameter) for parameter in self.embedding_manager.absent_parameters(captions)}
+        if self.trainer.world_size > 1:  # captions of other processes have gradients here too
+            present = [id(parameter) not in absent for parameter in parameters]
+            seen = torch.tensor(present, dtype=torch.int32, device=self.device)
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             absent = {id(p) for p, there in zip(parameters, seen.tolist(), strict=True) if not there}
         for parameter in parameters:
             if id(parameter) in absent:
                 parameter.grad = None
 
-    def after_optimizer_step(self, step: int) -> None:
-        """The averages follow a denoiser that moves, and the manager counts."""
-        if not self.personalised or self.unfreeze_model:
-            super().after_optimizer_step(step)
-        if self.personalised:
-            self.embedding_manager.on_optimizer_step(step)
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Step, update the averages, and report the number of steps to the personalization."""
+        super().optimizer_step(*arguments, **keywords)
+        if self.embedding_manager is not None:
+            self.embedding_manager.on_optimizer_step(self.global_step + 1)  # Lightning counts it afterwards
+
+    # -- the rest --------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The vectors, and with `unfreeze_model` the denoiser at `model_lr`; or what is trained from scratch."""
-        if self.personalised:
-            groups = [{"params": list(self.embedding_manager.embedding_parameters())}]
-            if self.unfreeze_model:
+        """Return the personalization, and the denoiser if unfrozen; or the denoiser, and the encoder if trained."""
+        if self.embedding_manager is not None:
+            groups = list(self.embedding_manager.parameter_groups())
+            if self.denoiser_is_trained:
                 groups.append({"params": list(self.model.parameters()), "lr": self.model_lr})
             return groups
         groups = super().parameter_groups()
@@ -555,6 +559,37 @@ class LatentDiffusion(DDPM):
             groups.append({"params": list(self.cond_stage_model.parameters())})
         return groups
 
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Return images [B, 3, H, W], about [-1, 1], of latents [B, C, h, w] at the denoiser's scale."""
+        options = {"force_not_quantize": True} if force_not_quantize else {}
+        with self.first_stage_on(z.device) as first_stage:
+            return first_stage.decode(z / self.scale_factor, **options)
 
-def _trained(module: nn.Module) -> Iterator[bool]:
-    return (parameter.requires_grad for parameter in module.parameters())
+    @contextmanager
+    def first_stage_on(self, device: torch.device) -> Iterator[Any]:
+        """Within this block the first stage is on a device: itself, or a copy if it lies elsewhere.
+
+        With a cache of latents (see `LatentCache`) it lies on the CPU, and training rarely needs it.
+        """
+        original = self.first_stage_model
+        if all(parameter.device == device for parameter in original.parameters()):
+            yield original
+            return
+        self.first_stage_model = copy.deepcopy(original).to(device)
+        try:
+            yield self.first_stage_model
+        finally:
+            self.first_stage_model = original
+
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, Tensor]:
+        """Return images [n, 3, H, W] in [-1, 1] by name: inputs, reconstructions and samples; see `preview_images`."""
+        return preview_images(self, batch, N, **options)
+
+
+def _holds(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in state)
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return len(next(iter(batch.values())))

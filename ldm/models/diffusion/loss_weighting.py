@@ -1,4 +1,4 @@
-"""Which timesteps a training step sees, and how much each counts."""
+"""The timesteps that a training step draws, and their weights in the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLINGS = ("uniform", "stratified", "biased")
 
 
 def check_loss_options(weighting: str, sampling: str, span: Sequence[float] = (0.0, 1.0)) -> None:
-    """Raise ConfigError for names that do not exist, and a span of timesteps that is none."""
+    """Raise ConfigError for unknown names, and for a span that is not 0 <= first < last <= 1."""
     if weighting not in WEIGHTINGS:
         raise ConfigError(f"loss_weighting '{weighting}' is unknown; use one of {', '.join(WEIGHTINGS)}")
     if sampling not in SAMPLINGS:
@@ -25,16 +25,16 @@ def check_loss_options(weighting: str, sampling: str, span: Sequence[float] = (0
         or not 0 <= span[0] < span[1] <= 1
     ):
         raise ConfigError(
-            f"timestep_range is {list(span)}; give two shares of the schedule such as [0.5, 0.9]"
+            f"timestep_range is {list(span)}; give two fractions of the schedule such as [0.5, 0.9]"
         )
 
 
 def loss_weights(weighting: str, gamma: float, snr: Tensor, parameterization: str) -> Tensor | float:
-    """Weight [B] of each sample's squared error, given its signal-to-noise ratio [B].
+    """Return the weight [B] of each sample's squared error, given its signal-to-noise ratio [B].
 
-    In terms of the error of x_0, `min_snr` weighs by min(SNR, gamma) (Hang et al. 2023, equation 5) and
-    `min_snr_plus_one` by 1 + min(SNR, gamma): Salimans and Ho's "SNR + 1" (2022, section 4), truncated. The second
-    keeps the noisiest timesteps, which decide on colours and layout.
+    `min_snr` weights the error of x_0 by min(SNR, gamma) (Hang et al. 2023, equation 5), and `min_snr_plus_one` by
+    1 + min(SNR, gamma), the truncated "SNR + 1" of Salimans and Ho (2022, section 4), which does not vanish at the
+    noisiest timesteps. They decide on colours and layout.
     """
     if weighting == "none":
         return 1.0
@@ -44,10 +44,10 @@ def loss_weights(weighting: str, gamma: float, snr: Tensor, parameterization: st
 
 
 def noise_bias(snr: Tensor) -> Tensor:
-    """Cumulative probabilities [T] of timesteps, of which the noisy ones are the likelier.
+    """Return cumulative probabilities [T] of timesteps, of which noisier ones are more probable.
 
-    In proportion to the largest log SNR minus that of the timestep, as TextBoost samples them (Park et al. 2024,
-    arXiv 2409.08248): most of what a word means is decided while there is much noise.
+    The probability is proportional to the largest log SNR minus that of the timestep, as in TextBoost (Park et al.
+    2024, arXiv 2409.08248): a word affects the image most while there is much noise.
     """
     share = snr.log().max() - snr.log()
     return (share / share.sum()).cumsum(0)
@@ -62,12 +62,14 @@ def sample_timesteps(
     span: Sequence[float] = (0.0, 1.0),
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Random timesteps, int64 [count].
+    """Return random timesteps, int64 [count].
 
-    `uniform` draws each by itself, `stratified` one from each of `count` equal ranges, which is the same
-    expectation with less variance. `biased` draws as `stratified` does through the inverse of `bias`, cumulative
-    probabilities [num_timesteps]. `span` keeps to a part of the schedule: ZOODiP (Seo et al., CVPR 2025) learns
-    subjects from [0.5, 0.9], and finds that the less noisy half alone does not learn them.
+    Args:
+        sampling: `uniform` draws each independently; `stratified` draws one from each of `count` equal ranges, which
+            has the same expectation with less variance; `biased` draws like `stratified`, but from `bias`.
+        span: the part of the schedule to draw from, as fractions. ZOODiP (Seo et al., CVPR 2025) learns subjects from
+            [0.5, 0.9], and finds that the less noisy half alone does not suffice.
+        bias: cumulative probabilities [num_timesteps], see `noise_bias`.
     """
     first, last = int(span[0] * num_timesteps), max(int(span[1] * num_timesteps), 1)
     if sampling == "uniform":

@@ -10,17 +10,15 @@ from ldm.util import UserError
 
 
 class PLMSSampler(Sampler):
-    """PLMS: deterministic, one model call per step after the first, which takes two."""
+    """PLMS: deterministic, with two model calls in the first step and one in each of the others."""
 
     def schedule(self, steps: int, eta: float) -> list[Step]:
         if eta != 0.0:
-            raise UserError(
-                f"PLMS is deterministic: eta must be 0, not {eta}; use DDIM for a stochastic sampler"
-            )
+            raise UserError(f"PLMS is deterministic, but eta is {eta}; set it to 0, or use DDIM")
         return ddim_steps(self.alphas, steps)
 
     def loop(self, x: Tensor, run: SamplingRun) -> Tensor:
-        """DDIM's transfer along a noise estimate extrapolated from the last three steps."""
+        """Take DDIM's step along a noise estimate that is extrapolated from the last three steps."""
         history: list[Tensor] = []
         for step in run.steps:
             x = run.keep_known(x, step)
@@ -34,7 +32,7 @@ class PLMSSampler(Sampler):
 
     @staticmethod
     def _two_point_eps(x: Tensor, eps: Tensor, step: Step, run: SamplingRun) -> Tensor:
-        """The start has no history: the mean of the noise here and at the end of a trial step (improved Euler)."""
+        """Return the first step's noise: the mean of that here and after a trial step (improved Euler)."""
         following = run.steps[min(1, len(run.steps) - 1)]
         trial = ddim_step(run.quantized(predict_x0(x, eps, step.alpha)), eps, step)
         return (eps + run.eps(trial, following.t, step.alpha_prev)) / 2.0

@@ -1,4 +1,4 @@
-"""Pictures that show a model at work while it trains."""
+"""Images that show the progress of a latent diffusion model in training."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from ldm import random_state
 from ldm.images import text_image, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.modules.diffusionmodules.util import channels_first
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import DDPM
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 GUIDANCE_SCALE = 5.0
 
 
 @torch.no_grad()
 def preview_images(
-    model: DDPM,
+    model: LatentDiffusion,
     batch: Mapping[str, Any],
     N: int = 8,
     n_row: int = 4,
@@ -37,23 +39,27 @@ def preview_images(
     prompts: Sequence[str] = (),
     images_per_prompt: int = 1,
 ) -> dict[str, Tensor]:
-    """inputs, reconstruction, conditioning, samples and samples_scaled (guided), [n, 3, H, W] in [-1, 1] each.
+    """Return images [n, 3, H, W] in [-1, 1] by name, of a batch and of prompts.
 
-    The same `seed` gives the same noise at every call, so that pictures of a run can be compared. The sampler is
-    DPM-Solver++ (2M) with 20 steps, or DDIM with `ddim_steps` if that is given. With `prompts` there are, under
-    that name and guided, `images_per_prompt` pictures of each, one after the other; every prompt begins from the
-    same noises. They take the place of the samples under the batch's captions, unless `sample` is true.
-    `n_row`, `inpaint` and the `plot_...` switches are taken from old YAMLs: the grid is the logger's business, and
-    the latter drew what nobody trains on.
+    They are `inputs`, their `reconstruction`, their captions as `conditioning`, `samples` under these captions and,
+    guided, `samples_scaled`; and with `prompts`, under that name, guided samples of each prompt.
+
+    Args:
+        N: the number of images of the batch, and the batch size of sampling.
+        sample: sample under the batch's captions; by default only without `prompts`.
+        ddim_steps, ddim_eta: sample by DDIM; without `ddim_steps`, by DPM-Solver++ (2M) with 20 steps.
+        return_keys: return these only.
+        guidance_scale: scale of the guided samples.
+        seed: seed of the noise; it is the same at every call, so that images of a run can be compared.
+        prompts, images_per_prompt: sample so many images of each, in this order; every prompt starts from the same
+            noises.
+        n_row, inpaint, plot_progressive_rows, plot_diffusion_rows: kept for old YAMLs; they change nothing.
     """
-    images = model.first_stage_key
-    x = torch.as_tensor(batch[images])[:N].movedim(-1, 1).to(model.device, torch.float32)
+    x = channels_first(torch.as_tensor(batch[model.first_stage_key])[:N], model.device)
     shown: dict[str, Tensor] = {"inputs": x}
-    few = {key: value[: len(x)] for key, value in batch.items()}
-    if not hasattr(model, "first_stage_model"):
-        return shown
+    first = {key: value[: len(x)] for key, value in batch.items()}
     with random_state.isolated(seed), model.first_stage_on(model.device):
-        z, raw = model.get_input(few, images)
+        z, raw = model.get_input(first, model.first_stage_key)
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):
             size = x.shape[-1]
@@ -64,10 +70,10 @@ def preview_images(
             if isinstance(raw, list):
                 shown["samples_scaled"] = _samples(model, raw, noise, ddim_steps, ddim_eta, guidance_scale)
         if prompts:
-            # Drawn picture by picture: those of a prompt stay the same when there are more of them.
-            noise = torch.stack([_noise(z.shape[1:], seed + place) for place in range(images_per_prompt)])
+            # Drawn image by image, so that those of a prompt stay the same when there are more of them.
+            noise = torch.stack([_noise(z.shape[1:], seed + index) for index in range(images_per_prompt)])
             texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-            noise = noise.repeat(len(prompts), 1, 1, 1)
+            noise = repeat(noise, "n c h w -> (p n) c h w", p=len(prompts))
             shown["prompts"] = torch.cat(
                 [
                     _samples(
@@ -85,9 +91,14 @@ def preview_images(
 
 
 def _samples(
-    model: DDPM, raw: Any, noise: Tensor, ddim_steps: int | None, ddim_eta: float, scale: float = 1.0
+    model: LatentDiffusion,
+    raw: Any,
+    noise: Tensor,
+    ddim_steps: int | None,
+    ddim_eta: float,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Pictures of conditions, from noise [B, C, h, w] on the CPU; guided away from the empty caption by `scale`."""
+    """Sample images under raw conditions from noise [B, C, h, w], guided by `scale` away from the empty caption."""
     sampler = DPMSolverSampler(model) if ddim_steps is None else DDIMSampler(model)
     guidance: dict[str, Any] = {}
     if scale != 1.0:
@@ -108,5 +119,5 @@ def _samples(
 
 
 def _noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Noise of one picture, the same on every device."""
+    """Return the noise of one image, the same on every device."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))

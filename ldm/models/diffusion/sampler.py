@@ -1,4 +1,4 @@
-"""What all samplers share: the call that users make, guidance, random numbers, inpainting and intermediate results."""
+"""The base of all samplers: `sample`, guidance, random numbers, inpainting and intermediate results."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ldm.models.diffusion.conditioning import Condition, concat_conditions, condition_rows
 from ldm.models.diffusion.steps import Step, diffuse
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# a context [B, L, d], a list of such, or {"c_crossattn": [...], "c_concat": [...]}
-Condition: TypeAlias = Tensor | list | Mapping[str, Any]
-
 
 def to_eps(output: Tensor, x: Tensor, alpha: float, parameterization: str) -> Tensor:
-    """The noise in `x` at level `alpha`, from what a model of that parameterization returned for it.
+    """Return the noise in `x` at level `alpha`, from the output of a model of that parameterization.
 
     Raises:
-        UserError: the parameterization is none of eps, x0, v.
+        UserError: the parameterization is not one of eps, x0, v.
     """
     if parameterization == "eps":
         return output
@@ -39,42 +37,17 @@ def to_eps(output: Tensor, x: Tensor, alpha: float, parameterization: str) -> Te
     )
 
 
-def concat_conditions(first: Condition, second: Condition) -> Condition:
-    """Two conditionings of the same make as one, batch after batch.
-
-    Raises:
-        UserError: they are not of the same make.
-    """
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        if first.shape[1:] != second.shape[1:]:
-            raise UserError(
-                f"conditionings of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be guided against "
-                "each other; encode both with the same text encoder and length"
-            )
-        return torch.cat([first, second])
-    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
-        return {key: concat_conditions(first[key], second[key]) for key in first}
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        return [concat_conditions(one, other) for one, other in zip(first, second, strict=True)]
-    raise UserError(
-        f"the unconditional conditioning is {_make(first)} but the conditioning is {_make(second)}; make them alike"
-    )
-
-
-def condition_rows(cond: Condition | None) -> int | None:
-    """Batch size of a conditioning, None where it holds no tensor."""
-    if isinstance(cond, Tensor):
-        return cond.shape[0]
-    parts = cond.values() if isinstance(cond, Mapping) else cond or ()
-    return next((count for count in map(condition_rows, parts) if count is not None), None)
-
-
 @dataclass(frozen=True)
 class GuidedEps:
-    """`eps(x, empty) + scale * (eps(x, cond) - eps(x, empty))` (Ho and Salimans 2022).
+    """Classifier-free guidance: `eps(x, uncond) + scale * (eps(x, cond) - eps(x, uncond))` (Ho and Salimans 2022).
 
-    Guidance is linear and so is the conversion to eps, thus the guided output is converted once.
-    `corrector` is an object with `modify_score(model, eps, x, t, cond, **corrector_kwargs) -> eps`.
+    Guidance and the conversion of outputs to eps are both linear, so the guided output is converted once.
+
+    Attributes:
+        model: see `Sampler`.
+        cond, uncond: the conditions; without `uncond` there is no guidance.
+        scale: 1 is no guidance.
+        corrector: an object with `modify_score(model, eps, x, t, cond, **corrector_kwargs) -> eps`.
     """
 
     model: Any
@@ -85,8 +58,8 @@ class GuidedEps:
     corrector_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, t: float, alpha: float) -> Tensor:
-        """The guided noise in `x` [B, C, H, W] at timestep `t`, whose level is `alpha`."""
-        # whole timesteps stay integers: a model may use them as an index
+        """Return the guided noise in `x` [B, C, H, W] at timestep `t`, whose level is `alpha`."""
+        # Integer timesteps stay integers, because a model may use them as an index.
         dtype = torch.long if float(t).is_integer() else torch.float32
         times = torch.full((x.shape[0],), t, device=x.device, dtype=dtype)  # (B,)
         output = self._output(x, times).to(x.dtype)
@@ -105,25 +78,14 @@ class GuidedEps:
         return without + self.scale * (with_cond - without)
 
 
-def _make(cond: Condition) -> str:
-    """A conditioning's kind, for an error text."""
-    if isinstance(cond, Tensor):
-        return f"a tensor of shape {tuple(cond.shape)}"
-    if isinstance(cond, Mapping):
-        return f"a dict of {', '.join(cond) or 'nothing'}"
-    if isinstance(cond, (list, tuple)):
-        return f"a list of {len(cond)}"
-    return f"of type {type(cond).__name__}"
-
-
-# one generator for the batch, or one for each of its images
+# One generator for the batch, or one for each of its images.
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def gaussian(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise in the shape, device and dtype of `like` [B, ...].
+    """Return standard normal noise with the shape, device and dtype of `like` [B, ...].
 
-    It is drawn where the generator lives, so that a CPU generator gives every device the same noise.
+    It is drawn on the generator's device, so that a CPU generator gives the same noise on every device.
     """
     if isinstance(generator, Sequence):
         return torch.cat([gaussian(row[None], one) for row, one in zip(like, generator, strict=True)])
@@ -135,7 +97,7 @@ def gaussian(like: Tensor, generator: Generators) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """All that a sampler's loop needs besides the latent."""
+    """The arguments of a sampler's loop besides the latent; see `Sampler.sample`."""
 
     steps: Sequence[Step]
     eps: GuidedEps
@@ -152,17 +114,17 @@ class SamplingRun:
     intermediates: dict[str, list[Tensor]] = field(default_factory=lambda: {"x_inter": [], "pred_x0": []})
 
     def keep_known(self, x: Tensor, step: Step) -> Tensor:
-        """`x` with what the mask holds (1) replaced by `x0`, noised to this step's level."""
-        if self.mask is None:
+        """Return `x`, with `x0` noised to this step's level where the mask is 1."""
+        if self.mask is None or self.x0 is None:
             return x
         return diffuse(self.x0, gaussian(x, self.generator), step.alpha) * self.mask + (1.0 - self.mask) * x
 
     def quantized(self, x0: Tensor) -> Tensor:
-        """`x0` moved to the nearest codebook vectors where the call asked for that."""
+        """Return `x0`, moved to the nearest codebook vectors with `quantize_x0`."""
         return x0 if self.quantize is None else self.quantize(x0)[0]
 
     def noise(self, x: Tensor, step: Step) -> Tensor | float:
-        """What a stochastic step adds; no random number is drawn for a deterministic one."""
+        """Return the noise that a step adds; a deterministic step draws no random numbers."""
         if step.sigma == 0.0:
             return 0.0
         number = len(self.steps) - 1 - step.index
@@ -170,7 +132,7 @@ class SamplingRun:
         return functional.dropout(step.sigma * self.temperature * drawn, p=self.noise_dropout)
 
     def report(self, x: Tensor, x0: Tensor, step: Step) -> None:
-        """Call the caller's callbacks, and note the way every `log_every_t` steps."""
+        """Call the callbacks, and keep the latent and the predicted x0 every `log_every_t` steps."""
         number = len(self.steps) - 1 - step.index
         if self.callback is not None:
             self.callback(number)
@@ -182,26 +144,26 @@ class SamplingRun:
 
 
 class Sampler:
-    """The call that all samplers share; a subclass offers `schedule` and `loop`.
+    """Base of the samplers; a subclass defines `schedule` and `loop`.
 
-    Of the model it uses `apply_model(x, t, cond)`, `alphas_cumprod` [T], `parameterization` ("eps" where there is
-    none) and, with `quantize_x0`, `first_stage_model.quantize`.
+    Of the model it uses `apply_model(x, t, cond)`, `alphas_cumprod` [T], `parameterization` ("eps" if there is no such
+    attribute) and, with `quantize_x0`, `first_stage_model.quantize`.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def schedule(self, steps: int, eta: float) -> list[Step]:
-        """The steps to take, noisiest first."""
+        """Return the steps to take, noisiest first."""
         raise NotImplementedError
 
     def loop(self, x: Tensor, run: SamplingRun) -> Tensor:
-        """From noise `x` [B, C, H, W] to a latent of the same shape."""
+        """Denoise `x` [B, C, H, W]."""
         raise NotImplementedError
 
     @property
     def alphas(self) -> np.ndarray:
-        """The model's cumulative alphas [T] in float64, on the host."""
+        """The model's cumulative alphas [T], float64."""
         return self.model.alphas_cumprod.detach().double().cpu().numpy()
 
     @torch.no_grad()
@@ -233,21 +195,26 @@ class Sampler:
 
         Args:
             conditioning: a tensor, list or dict with `batch_size` rows, as `apply_model` takes it.
-            callback, img_callback: called after each step with its number, and with (predicted x0, number).
-            normals_sequence: `S` noise tensors to use instead of drawing (stochastic steps only).
+            callback: called after each step with its number.
+            normals_sequence: `S` noise tensors for the stochastic steps, drawn if absent.
+            img_callback: called after each step with the predicted x0 and its number.
             quantize_x0: move each predicted x0 to the first stage's codebook.
+            eta: 0 is deterministic; 1 adds the noise of the ancestral sampler.
             mask, x0: inpainting; where the mask is 1 the result keeps `x0` [B, C, H, W].
             temperature, noise_dropout: scale and dropout of the noise of stochastic steps.
-            x_T: the noise to start from, drawn if absent.
+            score_corrector, corrector_kwargs: see `GuidedEps`.
+            verbose: log the sampler, its steps and its shape.
+            x_T: the noise to start from, [batch_size, C, H, W], drawn if absent.
+            log_every_t: interval of the intermediate results, in steps counted from the end.
             unconditional_guidance_scale, unconditional_conditioning: guidance; without the latter there is none.
             generator: source of random numbers, one for the batch or one per image.
 
         Returns:
-            the latents [B, C, H, W], and {"x_inter", "pred_x0"}: the latent and the predicted x0 at the start, after
-            the first step and every `log_every_t` steps counted from the end.
+            The latents [B, C, H, W], and {"x_inter", "pred_x0"}: the latent and the predicted x0 at the start, after
+            the first step and every `log_every_t` steps.
 
         Raises:
-            UserError: steps or eta out of range, or sizes that do not fit together.
+            UserError: steps or eta are out of range, or sizes do not fit together.
         """
         steps = self.schedule(S, eta)
         x = self._start(x_T, (batch_size, *shape), generator)
@@ -283,7 +250,7 @@ class Sampler:
         if x_T is None:
             return gaussian(torch.empty(size, device=levels.device, dtype=levels.dtype), generator)
         if tuple(x_T.shape) != size:
-            raise UserError(f"x_T has shape {tuple(x_T.shape)}, but {size} was asked for")
+            raise UserError(f"x_T has shape {tuple(x_T.shape)}; it must have the shape {size} of the latents")
         return x_T.to(levels.device)
 
     @staticmethod
@@ -303,6 +270,8 @@ class Sampler:
                     f"{name} has {count} rows, but batch_size is {batch_size}; give one row per image"
                 )
         if mask is not None and x0 is None:
-            raise UserError("a mask needs x0, the latents it keeps")
+            raise UserError("mask is given without x0; give the latents that the mask keeps")
         if normals is not None and len(normals) != steps:
-            raise UserError(f"normals_sequence holds {len(normals)} tensors for {steps} steps")
+            raise UserError(
+                f"normals_sequence holds {len(normals)} tensors; give one for each of the {steps} steps"
+            )

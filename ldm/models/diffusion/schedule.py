@@ -1,8 +1,9 @@
-"""The noise schedule of a diffusion process, and what follows from it."""
+"""The noise schedule of a diffusion process, and the quantities that follow from it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,10 +21,16 @@ def make_beta_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> np.ndarray:
-    """Variances of the forward process, float64 [T].
+    """Return the variances of the forward process, float64 [T].
 
-    `linear` is linear in the square root of beta, as LDM means it; `cosine` is Nichol and Dhariwal 2021, equation
-    17; `sqrt_linear` is linear in beta; `sqrt` is its square root.
+    Args:
+        schedule: `linear` is linear in the square root of beta, as in LDM; `cosine` is Nichol and Dhariwal 2021,
+            equation 17; `sqrt_linear` is linear in beta; `sqrt` is the square root of that.
+        n_timestep: T.
+        linear_start, linear_end: the first and the last beta, of all but `cosine`.
+        cosine_s: the offset of `cosine`.
+    Raises:
+        ConfigError: the schedule is unknown.
     """
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
@@ -39,7 +46,7 @@ def make_beta_schedule(
 
 
 def schedule_buffers(betas: np.ndarray, v_posterior: float, parameterization: str) -> dict[str, np.ndarray]:
-    """The buffers that checkpoints carry (Ho et al. 2020), computed in float64, and the weights of the VLB.
+    """Return the buffers that checkpoints hold (Ho et al. 2020), in float64, and the weights of the variational bound.
 
     `v_posterior` interpolates the variance of the reverse step between its lower (0) and upper (1) bound.
     """
@@ -67,8 +74,8 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float, parameterization: st
 
 
 def _vlb_weights(buffers: dict[str, np.ndarray], alphas: np.ndarray, parameterization: str) -> np.ndarray:
-    """Weight of each timestep's squared error in the variational bound (Ho et al. 2020, equation 12)."""
-    # The original computes with the float32 buffers; so do we, to reproduce its numbers.
+    """Return the weight of each timestep's squared error in the variational bound (Ho et al. 2020, equation 12)."""
+    # As in the original, from the float32 buffers, to reproduce its numbers.
     betas, cumprod, variance = (
         buffers[name].astype(np.float32) for name in ("betas", "alphas_cumprod", "posterior_variance")
     )
@@ -83,7 +90,7 @@ def _vlb_weights(buffers: dict[str, np.ndarray], alphas: np.ndarray, parameteriz
 
 
 class NoiseSchedule(nn.Module):
-    """Mix-in of a diffusion model: registers the schedule's buffers and computes with them.
+    """Base of a diffusion model: registers the schedule's buffers and computes with them.
 
     Timesteps are int64 [B] in [0, num_timesteps); x, noise and v share the shape [B, ...].
     """
@@ -92,17 +99,20 @@ class NoiseSchedule(nn.Module):
     alphas_cumprod: Tensor
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
+    lvlb_weights: Tensor
     parameterization: str
+    v_posterior: float
 
     def register_schedule(
         self,
-        given_betas: np.ndarray | None = None,
+        given_betas: Sequence[float] | np.ndarray | None = None,
         beta_schedule: str = "linear",
         timesteps: int = 1000,
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
     ) -> None:
+        """Register the buffers of `given_betas` [T], or else of `make_beta_schedule`."""
         if given_betas is None:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         else:
@@ -115,7 +125,7 @@ class NoiseSchedule(nn.Module):
             )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Noisy x_t given x_0 (Ho et al. 2020, equation 4)."""
+        """Return the noisy x_t of x_0 (Ho et al. 2020, equation 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return (
             at_timesteps(self.sqrt_alphas_cumprod, t, x_start) * x_start
@@ -123,41 +133,24 @@ class NoiseSchedule(nn.Module):
         )
 
     def get_v(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity (Salimans and Ho 2022, section 4)."""
+        """Return the velocity (Salimans and Ho 2022, section 4)."""
         return (
             at_timesteps(self.sqrt_alphas_cumprod, t, x_start) * noise
             - at_timesteps(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
         )
 
-    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return (
-            at_timesteps(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-            - at_timesteps(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
-        )
-
-    def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """x_0 from what the network predicts."""
-        if self.parameterization == "eps":
-            return self.predict_start_from_noise(x_t, t, output)
-        if self.parameterization == "x0":
-            return output
-        return (
-            at_timesteps(self.sqrt_alphas_cumprod, t, x_t) * x_t
-            - at_timesteps(self.sqrt_one_minus_alphas_cumprod, t, x_t) * output
-        )
-
     def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network should predict."""
+        """Return what the network should predict: noise, x_0 or velocity."""
         if self.parameterization == "eps":
             return noise
         return x_start if self.parameterization == "x0" else self.get_v(x_start, noise, t)
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio at timesteps [B]."""
+        """Return the signal-to-noise ratio at timesteps [B]."""
         alphas = self.alphas_cumprod[t]
         return alphas / (1 - alphas)
 
 
 def at_timesteps(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """`values[t]`, shaped to multiply `like`: [T], [B], [B, ...] -> [B, 1, ...]."""
+    """Return `values[t]`, shaped to multiply `like`: [T], [B], [B, ...] -> [B, 1, ...]."""
     return values[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

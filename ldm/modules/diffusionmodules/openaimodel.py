@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +38,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None) -> None:
         super().__init__()
+        self.op: nn.Module
         if use_conv:
             self.op = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1)
         else:
@@ -47,10 +49,12 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block that takes the timestep embedding; [B, C, H, W], [B, E] -> [B, out, H', W'].
+    """Residual block with the timestep embedding; [B, C, H, W], [B, E] -> [B, out, H', W'].
 
-    `up` and `down` change the resolution inside the block; `use_scale_shift_norm` lets the embedding scale and
-    shift the normalised features instead of being added to them.
+    Args:
+        use_scale_shift_norm: the embedding scales and shifts normalised features rather than being added to them.
+        use_checkpoint: recompute activations in the backward pass.
+        up, down: double or halve the resolution inside the block.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(Conv3x3(out_channels, out_channels)),
         )
+        self.skip_connection: nn.Module
         if out_channels == channels:
             self.skip_connection = nn.Identity()
         else:
@@ -111,7 +116,8 @@ def _resampling(channels: int, up: bool, down: bool) -> nn.Module:
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over positions, for UNets without a context; [B, C, H, W] -> the same.
 
-    Old checkpoints order the joint projection by heads first, those with `use_new_attention_order` by q, k, v.
+    The channels of the joint projection are ordered by heads first, then by q, k and v; with
+    `use_new_attention_order` by q, k and v first.
     """
 
     def __init__(
@@ -133,20 +139,21 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)  # (B, C, N)
-        qkv = self.qkv(self.norm(flat))
-        if self.new_order:
-            q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).transpose(-1, -2).unbind(1)
-        else:
-            q, k, v = qkv.unflatten(1, (self.num_heads, 3, -1)).transpose(-1, -2).unbind(2)
-        h = attend(q, k, v).transpose(-1, -2).flatten(1, 2)  # (B, C, N)
-        return (flat + self.proj_out(h)).view_as(x)
+        flat = rearrange(x, "b c h w -> b c (h w)")
+        order = "b (qkv heads d) n" if self.new_order else "b (heads qkv d) n"
+        q, k, v = rearrange(
+            self.qkv(self.norm(flat)), f"{order} -> qkv b heads n d", qkv=3, heads=self.num_heads
+        )
+        h = rearrange(attend(q, k, v), "b heads n d -> b (heads d) n")
+        return rearrange(flat + self.proj_out(h), "b c (h w) -> b c h w", h=x.shape[2])
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands the timestep embedding and the context to the layers that take them."""
+    """A sequence of layers that passes the timestep embedding and the context to those that take them."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a Sequential takes one input
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -160,11 +167,24 @@ class TimestepEmbedSequential(nn.Sequential):
 class UNetModel(nn.Module):
     """Predicts noise, data or velocity from a noisy latent.
 
-    Attention follows every residual block at the downsampling factors in `attention_resolutions`: a
-    `SpatialTransformer` over `context_dim` if `use_spatial_transformer`, else plain self-attention. Give
-    `num_heads` or `num_head_channels` (which wins); with `legacy` a spatial transformer always divides its
-    channels by `num_heads`. `resblock_updown` resamples inside residual blocks. `num_classes` adds a class
-    embedding. `use_checkpoint` trades time for memory in training. `image_size` is documentary.
+    Args:
+        image_size: not used.
+        model_channels, channel_mult: level i has `model_channels * channel_mult[i]` channels.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: downsampling factors at which attention follows every residual block: a
+            `SpatialTransformer` with `use_spatial_transformer`, else self-attention alone.
+        conv_resample: convolve when the resolution changes; with `resblock_updown` inside residual blocks.
+        num_classes: size of a class embedding.
+        use_checkpoint: recompute activations in the backward pass, which takes less memory and more time.
+        num_heads, num_head_channels: set one; `num_head_channels` takes precedence.
+        num_heads_upsample: number of heads of self-attention in the second half.
+        use_scale_shift_norm: see `ResBlock`.
+        use_new_attention_order: see `AttentionBlock`.
+        transformer_depth: blocks per `SpatialTransformer`.
+        context_dim: width of the context.
+        legacy: with `num_head_channels`, round the size of a spatial transformer's heads up to use all channels.
+    Raises:
+        ConfigError: heads are not set, or a spatial transformer and a context width do not come together.
     """
 
     def __init__(
@@ -195,7 +215,7 @@ class UNetModel(nn.Module):
         if use_spatial_transformer != (context_dim is not None):
             raise ConfigError(
                 f"UNetModel: use_spatial_transformer={use_spatial_transformer} and context_dim={context_dim} "
-                "do not go together; give both or neither"
+                "do not fit together; set both or neither"
             )
         if num_heads == num_head_channels == -1:
             raise ConfigError(
@@ -246,7 +266,7 @@ class UNetModel(nn.Module):
         last_level = len(channel_mult) - 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [residual(channels, mult * model_channels)]
+                layers: list[nn.Module] = [residual(channels, mult * model_channels)]
                 channels = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(attention(channels, num_heads))
@@ -268,7 +288,7 @@ class UNetModel(nn.Module):
                 layers = [residual(channels + skips.pop(), mult * model_channels)]
                 channels = mult * model_channels
                 if factor in attention_resolutions:
-                    # The original gives the number for upsampling to plain attention only.
+                    # As in the original, `num_heads_upsample` applies to self-attention only.
                     layers.append(attention(channels, num_heads if use_spatial_transformer else heads_up))
                 if level and index == num_res_blocks:
                     layers.append(upsample(channels))
@@ -284,7 +304,7 @@ class UNetModel(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
-        """x: [B, in, H, W]; timesteps: [B]; context: [B, M, context_dim]; y: class ids [B]; -> [B, out, H, W]."""
+        """x: [B, in, H, W]; timesteps: [B]; context: [B, M, context_dim]; y: class ids [B]; returns [B, out, H, W]."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError(
                 f"class labels {'given' if y is not None else 'missing'}: num_classes={self.num_classes}"

@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 class DiagonalGaussianDistribution:
-    """A Gaussian given by its moments [B, 2C, H, W]: mean, then log variance (clamped to [-30, 20]).
+    """A Gaussian given by its moments [B, 2C, H, W]: the mean, then the log variance, which is clamped to [-30, 20]."""
 
-    `deterministic` makes `sample` return the mean.
-    """
-
-    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+    def __init__(self, parameters: Tensor) -> None:
         self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.mean, logvar = rearrange(parameters, "b (moment c) h w -> moment b c h w", moment=2)
         self.logvar = logvar.clamp(-30.0, 20.0)
-        self.deterministic = deterministic
 
     @property
     def std(self) -> Tensor:
-        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+        return torch.exp(0.5 * self.logvar)
 
     @property
     def var(self) -> Tensor:
         return self.std**2
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw [B, C, H, W]; a given `generator` lives on the CPU, so that seeds carry over."""
-        if generator is None:
-            noise = torch.randn_like(self.mean)
-        else:
-            noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype).to(
-                self.mean.device
-            )
-        return self.mean + self.std * noise
+    def sample(self) -> Tensor:
+        """Return a random sample, [B, C, H, W]."""
+        return self.mean + self.std * torch.randn_like(self.mean)
 
     def mode(self) -> Tensor:
+        """Return the mean, [B, C, H, W]."""
         return self.mean
 
-    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence in nats per sample [B], to `other` or to the standard normal."""
-        if self.deterministic:
-            return self.mean.new_zeros(self.mean.shape[0])
-        if other is None:
-            terms = self.mean**2 + self.var - 1.0 - self.logvar
-        else:
-            terms = (
-                (self.mean - other.mean) ** 2 / other.var
-                + self.var / other.var
-                - 1.0
-                - self.logvar
-                + other.logvar
-            )
+    def kl(self) -> Tensor:
+        """Return the KL divergence [B] to the standard normal distribution in nats, summed over each sample."""
+        terms = self.mean**2 + self.var - 1.0 - self.logvar
         return 0.5 * terms.flatten(1).sum(dim=1)

@@ -46,7 +46,7 @@ def test_temperature_dropout_and_given_normals_reach_the_noise(gaussian_model) -
     torch.testing.assert_close(sampled(normals_sequence=normals, temperature=0.5), halved)
 
 
-def test_encoding_and_decoding_bring_an_image_back(gaussian_model) -> None:
+def test_decoding_an_encoded_latent_restores_it(gaussian_model) -> None:
     model = gaussian_model()
     sampler = DDIMSampler(model)
     sampler.make_schedule(50)
@@ -77,6 +77,6 @@ def test_a_quadratic_schedule_can_be_chosen(gaussian_model) -> None:
     assert [t for _, t in model.calls] == [801.0, 356.0, 89.0, 1.0]
 
 
-def test_decoding_without_a_schedule_says_what_to_call(gaussian_model) -> None:
+def test_decoding_without_a_schedule_is_an_error(gaussian_model) -> None:
     with pytest.raises(UserError, match="call make_schedule"):
         DDIMSampler(gaussian_model()).decode(torch.zeros(1, *SHAPE), None, 3)

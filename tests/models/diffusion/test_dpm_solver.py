@@ -12,7 +12,7 @@ def test_dpm_solver_converges_with_order_two(observed_order) -> None:
     assert observed_order(DPMSolverSampler) == pytest.approx(2.0, abs=0.15)
 
 
-def test_twenty_steps_are_nearer_to_the_solution_than_ddims(gaussian_model) -> None:
+def test_twenty_steps_are_closer_to_the_solution_than_with_ddim(gaussian_model) -> None:
     x_T = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = {}
     for sampler_class in (DDIMSampler, DPMSolverSampler):
@@ -31,6 +31,6 @@ def test_the_model_is_called_once_per_step_at_fractional_times(gaussian_model) -
     assert [t for _, t in model.calls] == [999.0, 749.25, 499.5, 249.75]
 
 
-def test_noise_is_refused(gaussian_model) -> None:
-    with pytest.raises(UserError, match=r"DPM-Solver\+\+ is deterministic: eta must be 0, not 1.0"):
+def test_eta_above_zero_is_an_error(gaussian_model) -> None:
+    with pytest.raises(UserError, match=r"DPM-Solver\+\+ is deterministic, but eta is 1.0; set it to 0"):
         DPMSolverSampler(gaussian_model()).sample(4, 1, (1, 4, 4), eta=1.0)

@@ -11,7 +11,7 @@ def test_plms_converges_with_order_two(observed_order) -> None:
     assert observed_order(PLMSSampler) == pytest.approx(2.0, abs=0.15)
 
 
-def test_only_the_first_step_asks_the_model_twice(gaussian_model) -> None:
+def test_only_the_first_step_calls_the_model_twice(gaussian_model) -> None:
     model = gaussian_model()
     PLMSSampler(model).sample(4, 1, (1, 4, 4))
     assert [t for _, t in model.calls] == [751.0, 501.0, 501.0, 251.0, 1.0]
@@ -37,6 +37,6 @@ def test_the_noise_is_extrapolated_from_up_to_three_earlier_steps(gaussian_model
     torch.testing.assert_close(sample, x)
 
 
-def test_noise_is_refused(gaussian_model) -> None:
-    with pytest.raises(UserError, match="PLMS is deterministic: eta must be 0, not 0.5"):
+def test_eta_above_zero_is_an_error(gaussian_model) -> None:
+    with pytest.raises(UserError, match="PLMS is deterministic, but eta is 0.5; set it to 0"):
         PLMSSampler(gaussian_model()).sample(4, 1, (1, 4, 4), eta=0.5, x_T=torch.zeros(1, 1, 4, 4))

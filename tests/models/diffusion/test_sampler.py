@@ -1,6 +1,8 @@
-"""What all samplers share, on each of them."""
+"""The base of the samplers, tested on each of them, and guidance."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import gaussian
+from ldm.models.diffusion.sampler import GuidedEps, gaussian, to_eps
 from ldm.util import UserError
 
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
@@ -20,7 +22,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("sampler_class", SAMPLERS)
-def test_a_seed_decides_the_sample(gaussian_model, sampler_class) -> None:
+def test_a_seed_determines_the_sample(gaussian_model, sampler_class) -> None:
     sampler = sampler_class(gaussian_model())
     first, _ = sampler.sample(5, 2, SHAPE, generator=seeded(1))
     again, _ = sampler.sample(5, 2, SHAPE, generator=seeded(1))
@@ -57,7 +59,7 @@ def test_the_mask_keeps_what_is_known(gaussian_model, sampler_class) -> None:
 
 
 @pytest.mark.parametrize("sampler_class", SAMPLERS)
-def test_the_way_is_recorded_and_callbacks_are_called(gaussian_model, sampler_class) -> None:
+def test_intermediates_are_kept_and_callbacks_called(gaussian_model, sampler_class) -> None:
     numbers, seen = [], []
     samples, way = sampler_class(gaussian_model()).sample(
         10,
@@ -87,7 +89,7 @@ def test_quantize_moves_the_predicted_latents_to_the_codebook(gaussian_model, sa
 
 @pytest.mark.parametrize("sampler_class", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 300, 1000])
-def test_any_number_of_steps_runs(gaussian_model, sampler_class, steps: int) -> None:
+def test_every_number_of_steps_works(gaussian_model, sampler_class, steps: int) -> None:
     model = gaussian_model()
     samples, _ = sampler_class(model).sample(steps, 1, SHAPE)
     assert torch.isfinite(samples).all()
@@ -104,12 +106,20 @@ def test_any_number_of_steps_runs(gaussian_model, sampler_class, steps: int) -> 
             {"unconditional_conditioning": {"c_crossattn": [torch.zeros(1, 1)]}},
             "has 1 rows, but batch_size is 2",
         ),
-        ({"mask": torch.ones(1, 1, 4, 4)}, "a mask needs x0"),
-        ({"x_T": torch.zeros(1, 1, 4, 4)}, r"x_T has shape \(1, 1, 4, 4\), but \(2, 1, 4, 4\)"),
-        ({"normals_sequence": [torch.zeros(2, 1, 4, 4)]}, "holds 1 tensors for 5 steps"),
+        ({"mask": torch.ones(1, 1, 4, 4)}, "mask is given without x0"),
+        (
+            {"x_T": torch.zeros(1, 1, 4, 4)},
+            r"x_T has shape \(1, 1, 4, 4\); it must have the shape \(2, 1, 4, 4\)",
+        ),
+        (
+            {"normals_sequence": [torch.zeros(2, 1, 4, 4)]},
+            "holds 1 tensors; give one for each of the 5 steps",
+        ),
     ],
 )
-def test_what_does_not_fit_is_named(gaussian_model, sampler_class, arguments: dict, message: str) -> None:
+def test_arguments_that_do_not_fit_are_errors(
+    gaussian_model, sampler_class, arguments: dict, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         sampler_class(gaussian_model()).sample(**{"S": 5, "batch_size": 2, "shape": SHAPE} | arguments)
 
@@ -118,3 +128,81 @@ def test_noise_per_image_does_not_depend_on_the_batch() -> None:
     both = gaussian(torch.empty(2, 3), [seeded(5), seeded(6)])
     alone = gaussian(torch.empty(1, 3), [seeded(6)])
     assert torch.equal(both[1:], alone)
+
+
+def test_guidance_is_one_batched_call_with_the_unconditional_half_first(gaussian_model) -> None:
+    model = gaussian_model()
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    cond, uncond = torch.full((2, 1), 0.7), torch.zeros(2, 1)
+    guided = GuidedEps(model, cond, uncond, scale=5.0)(x, 501, model.alpha_at(501))
+    assert model.calls == [(4, 501.0)]
+    t = torch.tensor([501, 501])
+    without, with_cond = model.apply_model(x, t, uncond), model.apply_model(x, t, cond)
+    torch.testing.assert_close(guided, without + 5.0 * (with_cond - without))
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_without_guidance_the_model_sees_the_condition_only(gaussian_model, scale: float) -> None:
+    model = gaussian_model()
+    uncond = torch.zeros(2, 1) if scale == 1.0 else None
+    GuidedEps(model, torch.ones(2, 1), uncond, scale)(torch.randn(2, 1, 4, 4), 5, 0.9)
+    assert model.calls == [(2, 5.0)]
+
+
+@pytest.mark.parametrize("parameterization", ["x0", "v"])
+def test_every_parameterization_gives_the_same_guided_noise(gaussian_model, parameterization: str) -> None:
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    cond, uncond = torch.full((2, 1), 0.7), torch.zeros(2, 1)
+    model, reference = gaussian_model(parameterization), gaussian_model()
+    alpha = model.alpha_at(300)
+    torch.testing.assert_close(
+        GuidedEps(model, cond, uncond, 4.0)(x, 300, alpha),
+        GuidedEps(reference, cond, uncond, 4.0)(x, 300, alpha),
+    )
+
+
+def test_v_is_converted_by_its_definition() -> None:
+    x0, eps, alpha = torch.tensor(0.4), torch.tensor(-1.3), 0.64
+    x = math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * eps
+    v = math.sqrt(alpha) * eps - math.sqrt(1 - alpha) * x0
+    torch.testing.assert_close(to_eps(v, x, alpha, "v"), eps)
+    torch.testing.assert_close(to_eps(x0, x, alpha, "x0"), eps)
+
+
+def test_an_unknown_parameterization_is_an_error() -> None:
+    with pytest.raises(UserError, match='parameterization "score"; known are eps, x0 and v'):
+        to_eps(torch.zeros(1), torch.zeros(1), 0.5, "score")
+
+
+def test_corrector_sees_the_guided_noise_and_its_arguments(gaussian_model) -> None:
+    class Corrector:
+        def modify_score(self, model, eps, x, t, cond, factor):
+            return factor * eps
+
+    x = torch.randn(1, 1, 4, 4)
+    plain = GuidedEps(gaussian_model(), None)(x, 9, 0.8)
+    corrected = GuidedEps(gaussian_model(), None, corrector=Corrector(), corrector_kwargs={"factor": 3.0})(
+        x, 9, 0.8
+    )
+    torch.testing.assert_close(corrected, 3.0 * plain)
+
+
+def test_timesteps_stay_integers_unless_fractional() -> None:
+    class Recorder:
+        def apply_model(self, x, t, cond):
+            self.t = t
+            return x
+
+    recorder = Recorder()
+    GuidedEps(recorder, None)(torch.zeros(2, 1), 12.0, 0.5)
+    assert recorder.t.dtype == torch.long and recorder.t.tolist() == [12, 12]
+    GuidedEps(recorder, None)(torch.zeros(2, 1), 12.5, 0.5)
+    assert recorder.t.tolist() == [12.5, 12.5]
+
+
+def test_the_noise_keeps_the_dtype_of_the_latent() -> None:
+    class Half:
+        def apply_model(self, x, t, cond):
+            return x.half()
+
+    assert GuidedEps(Half(), None)(torch.zeros(1, 1), 3, 0.5).dtype == torch.float32

@@ -37,12 +37,12 @@ def test_cosine_follows_its_formula() -> None:
     np.testing.assert_allclose(np.cumprod(1 - betas)[49], at(50) / at(0), rtol=1e-9)
 
 
-def test_unknown_schedule() -> None:
+def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ConfigError, match="beta_schedule 'cubic'.*linear"):
         make_beta_schedule("cubic", 10)
 
 
-def test_given_betas_win() -> None:
+def test_given_betas_take_precedence() -> None:
     process = Process(given_betas=[0.1, 0.2, 0.3], timesteps=1000)
     assert process.num_timesteps == 3
     torch.testing.assert_close(
@@ -51,14 +51,20 @@ def test_given_betas_win() -> None:
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_start_is_found_again_from_the_exact_prediction(parameterization: str) -> None:
+def test_noisy_sample_and_target_determine_the_start(parameterization: str) -> None:
     process = Process(parameterization, linear_start=0.00085, linear_end=0.012)
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator, dtype=torch.float64)
     t = torch.tensor([0, 10, 500, 900, 999])
     x_t = process.q_sample(x0, t, noise)
     target = process.training_target(x0, t, noise)
-    torch.testing.assert_close(process.predict_start(x_t, t, target), x0, rtol=1e-4, atol=1e-4)
+    alpha = process.alphas_cumprod[t].double().view(-1, 1, 1, 1)
+    start = {
+        "eps": (x_t - (1 - alpha).sqrt() * target) / alpha.sqrt(),
+        "x0": target,
+        "v": alpha.sqrt() * x_t - (1 - alpha).sqrt() * target,
+    }[parameterization]
+    torch.testing.assert_close(start, x0, rtol=1e-4, atol=1e-4)
 
 
 def test_posterior_agrees_with_bayes() -> None:
@@ -78,7 +84,7 @@ def test_posterior_agrees_with_bayes() -> None:
     )
 
 
-def test_vlb_weights_measure_the_same_error_in_every_parameterisation() -> None:
+def test_vlb_weights_measure_the_same_error_in_every_parameterization() -> None:
     """eps, x0 and v errors of one mistake differ by factors of the schedule; their weighted squares agree."""
     betas = make_beta_schedule("linear", 1000, 0.00085, 0.012)
     weights = {p: schedule_buffers(betas, 0.0, p)["lvlb_weights"][1:] for p in ("eps", "x0", "v")}

@@ -23,7 +23,7 @@ ALPHAS = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 20, 50, 200, 250, 500])
-def test_divisors_have_the_originals_timesteps(steps: int) -> None:
+def test_divisors_have_the_timesteps_of_the_original(steps: int) -> None:
     assert uniform_timesteps(steps, 1000) == [t + 1 for t in range(0, 1000, 1000 // steps)]
 
 
@@ -65,11 +65,11 @@ def test_eta_one_has_the_variance_of_the_posterior() -> None:
         ({"steps": 5, "eta": -0.1}, "eta is -0.1"),
         (
             {"steps": 5, "discretize": "cubic"},
-            'unknown timestep spacing "cubic"; choose one of uniform, quad',
+            'unknown timestep spacing "cubic"; use one of uniform, quad',
         ),
     ],
 )
-def test_impossible_schedules_are_named(arguments: dict, message: str) -> None:
+def test_impossible_schedules_are_errors(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ddim_steps(ALPHAS, **arguments)
 

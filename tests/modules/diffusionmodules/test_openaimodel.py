@@ -81,7 +81,7 @@ def test_attention_orders_differ_only_in_the_order_of_the_projection() -> None:
     torch.testing.assert_close(new(x, t), old(x, t))
 
 
-def test_checkpointing_recomputes_and_changes_no_number() -> None:
+def test_checkpointing_recomputes_and_changes_no_result() -> None:
     """The original read the switch and ignored it."""
     results = []
     for enabled in (False, True):
@@ -101,7 +101,7 @@ def test_checkpointing_recomputes_and_changes_no_number() -> None:
     assert saved_kept < 0.5 * plain_kept
 
 
-def test_settings_that_do_not_go_together() -> None:
+def test_settings_that_do_not_fit_together_are_errors() -> None:
     with pytest.raises(ConfigError, match="use_spatial_transformer=True and context_dim=None"):
         unet(use_spatial_transformer=True)
     with pytest.raises(ConfigError, match="num_heads and num_head_channels"):

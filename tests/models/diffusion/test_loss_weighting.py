@@ -44,7 +44,7 @@ def test_all_timesteps_are_about_equally_likely(sampling: str) -> None:
     assert (share - 0.1).abs().max() < 0.01
 
 
-def test_biased_follows_the_log_snr() -> None:
+def test_biased_sampling_follows_the_log_snr() -> None:
     snr = torch.logspace(2, -2, 10)
     bias = noise_bias(snr)
     assert bias[0] == 0 and bias[-1].item() == pytest.approx(1)
@@ -62,7 +62,7 @@ def test_biased_follows_the_log_snr() -> None:
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
-def test_a_part_of_the_schedule(sampling: str) -> None:
+def test_a_timestep_range_limits_the_draws(sampling: str) -> None:
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     t = torch.cat([sample_timesteps(sampling, 4, 1000, cpu, span=(0.5, 0.9)) for _ in range(3000)])
@@ -70,7 +70,7 @@ def test_a_part_of_the_schedule(sampling: str) -> None:
     assert t.float().mean().item() == pytest.approx(699.5, abs=5)
 
 
-def test_the_whole_schedule_draws_the_numbers_it_always_drew() -> None:
+def test_the_default_range_draws_the_same_numbers_as_randint() -> None:
     cpu = torch.device("cpu")
     torch.manual_seed(3)
     uniform, stratified = (sample_timesteps(kind, 6, 1000, cpu) for kind in ("uniform", "stratified"))
@@ -80,12 +80,12 @@ def test_the_whole_schedule_draws_the_numbers_it_always_drew() -> None:
 
 
 @pytest.mark.parametrize("span", [(0.9, 0.5), (0, 2), (0.1,), ("a", "b")])
-def test_a_span_that_is_none(span) -> None:
+def test_an_invalid_timestep_range_is_an_error(span) -> None:
     with pytest.raises(ConfigError, match="timestep_range is"):
         check_loss_options("none", "uniform", span)
 
 
-def test_unknown_names() -> None:
+def test_unknown_names_are_errors() -> None:
     for weighting in WEIGHTINGS:
         check_loss_options(weighting, "uniform")
     with pytest.raises(ConfigError, match="loss_weighting 'snr'.*min_snr"):

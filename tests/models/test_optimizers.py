@@ -1,11 +1,13 @@
-"""Muon for matrices, AdamW for the rest."""
-
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from ldm.models.optimizers import MuonWithAdamW, build_optimizer, orthogonalised
+from ldm.models.optimizers import MuonWithAdamW, SphereSGD, build_optimizer, orthogonalised
+from ldm.util import ConfigError
 
 
 def _parameter(*shape: int) -> torch.nn.Parameter:
@@ -16,7 +18,7 @@ def _parameter(*shape: int) -> torch.nn.Parameter:
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
-def test_singular_values_become_ones_and_directions_stay(shape) -> None:
+def test_orthogonalised_sets_singular_values_to_one_and_keeps_directions(shape) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = orthogonalised(matrix).float()
     values = torch.linalg.svdvals(found)
@@ -45,7 +47,7 @@ def test_kernels_move_by_the_rate_along_every_direction() -> None:
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_matrices_move_as_torchs_muon_moves_them() -> None:
+def test_matrices_step_as_in_torch_muon() -> None:
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch.optim.Muon came with torch 2.9")
     ours, theirs = _parameter(40, 16), _parameter(40, 16)
@@ -59,7 +61,7 @@ def test_matrices_move_as_torchs_muon_moves_them() -> None:
     assert (ours - _parameter(40, 16)).abs().max() > 5e-3
 
 
-def test_what_has_no_gradient_stays_and_a_saved_state_goes_on_the_same() -> None:
+def test_parameters_without_gradient_stay_and_a_saved_state_resumes() -> None:
     straight, resumed = _parameter(16, 16), _parameter(16, 16)
     still = torch.nn.Parameter(torch.ones(16, 16))
     first = MuonWithAdamW([straight, still], lr=1e-3)
@@ -75,8 +77,70 @@ def test_what_has_no_gradient_stays_and_a_saved_state_goes_on_the_same() -> None
     assert torch.equal(still, torch.ones(16, 16))
 
 
-def test_a_yaml_names_it() -> None:
+def test_muon_is_built_from_a_yaml() -> None:
     node = {"target": "ldm.models.optimizers.MuonWithAdamW", "params": {"matrix_factor": 5.0}}
     optimizer = build_optimizer([{"params": [_parameter(8, 8)]}], 1e-3, node)
     assert optimizer.param_groups[0]["lr"] == 1e-3
     assert optimizer.param_groups[0]["matrix_factor"] == 5.0
+
+
+def rows(*lengths: float) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(0)
+    directions = nn.functional.normalize(torch.randn(len(lengths), 16, generator=generator), dim=1)
+    return nn.Parameter(directions * torch.tensor(lengths)[:, None])
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cosine_similarity(a, b, dim=1).clamp(-1, 1).acos()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_each_row_turns_by_the_rate_and_keeps_its_length(scale: float) -> None:
+    vectors = rows(0.4, 3.0)
+    before = vectors.detach().clone()
+    vectors.grad = scale * torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    SphereSGD([vectors], lr=0.05).step()
+    torch.testing.assert_close(vectors.detach().norm(dim=1), torch.tensor([0.4, 3.0]))
+    assert angle(vectors.detach(), before).tolist() == pytest.approx([math.atan(0.05)] * 2, rel=1e-3)
+
+
+def test_sphere_sgd_converges_to_a_direction() -> None:
+    vectors, wanted = rows(0.4), torch.eye(16)[:1]
+    optimizer = SphereSGD([vectors], lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (-(vectors * wanted).sum()).backward()
+        optimizer.step()
+    assert angle(vectors.detach(), wanted).item() < 0.03
+
+
+def test_the_pull_to_the_first_direction_does_not_depend_on_the_scale_of_the_loss() -> None:
+    ends = []
+    for scale in (1e-4, 1e4):
+        vectors, wanted = rows(0.4), torch.eye(16)[:1]
+        first = vectors.detach().clone()
+        optimizer = SphereSGD([vectors], lr=0.02, kappa=1.0)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (-scale * (vectors * wanted).sum()).backward()
+            optimizer.step()
+        ends.append(vectors.detach())
+        # Halfway, where both pull alike.
+        assert angle(vectors.detach(), first).item() == pytest.approx(angle(vectors, wanted).item(), abs=0.06)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_gradient_nothing_turns() -> None:
+    vectors = rows(1.0)
+    before = vectors.detach().clone()
+    optimizer = SphereSGD([vectors], lr=0.1, kappa=0.0)
+    optimizer.step()
+    assert torch.equal(vectors, before)
+    vectors.grad = torch.zeros_like(vectors)
+    optimizer.step()
+    torch.testing.assert_close(vectors.detach(), before)
+
+
+def test_a_negative_kappa_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="kappa is -1"):
+        SphereSGD([rows(1.0)], kappa=-1)
