@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -15,8 +16,12 @@ from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 
+logger = logging.getLogger(__name__)
+
 # How people write placeholders: "<my-cat>", or an asterisk by itself (unlike that of "2*3").
 _LIKE_A_PLACEHOLDER = re.compile(r"<[^<>\s]+>|(?<![\w*])\*(?![\w*])")
+# AUTOMATIC1111's way to name a LoRA or a hypernetwork in a prompt.
+_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 
 
 def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -81,11 +86,26 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
     known = re.compile("|".join(map(whole_word, learned)) or r"(?!)", re.IGNORECASE)
     for prompt in prompts:
         found = suspects.search(known.sub(" ", prompt))
+        if found is not None and _NETWORK.match(found[0]):
+            raise UserError(
+                f"the prompt contains '{found[0]}': LoRAs and hypernetworks are not supported; remove it"
+            )
         if found is not None:
             loaded = ", ".join(f"'{name}'" for name in learned) or "none"
             raise UserError(
                 f"the prompt \"{prompt}\" mentions '{found[0]}', but no loaded embedding has that name "
                 f"(loaded: {loaded}); load its file with --embedding_path, or write the prompt without it"
+            )
+
+
+def warn_unused(triggers: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> None:
+    """Log a warning for each embedding file, given with its placeholders, of which no prompt uses one."""
+    for path, words in triggers.items():
+        used = any(re.search(whole_word(word), prompt, re.IGNORECASE) for word in words for prompt in prompts)
+        if not used:
+            names = ", ".join(f"'{word}'" for word in words[:3])
+            logger.warning(
+                "'%s' is loaded, but no prompt contains its word %s: write it in the prompt", path, names
             )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.files import atomic_write
+from ldm.generate.prompt_syntax import conditions
 from ldm.images import image_grid, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -26,6 +27,10 @@ from ldm.util import UserError, evaluating
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
+
+
+class OutputError(UserError):
+    """The model's output is not finite."""
 
 
 @torch.no_grad()
@@ -43,6 +48,7 @@ def generate(
     batch_size: int = 4,
     precision: str = "full",
     negative_prompt: str = "",
+    prompt_syntax: str = "plain",
     x_T: Tensor | None = None,
     numbers: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -59,12 +65,15 @@ def generate(
         scale: classifier-free guidance against `negative_prompt`; 1 means no guidance.
         height, width: in pixels; by default the size that the model was trained for.
         precision: "full", or "autocast" for half precision on an accelerator (on a CPU the same as "full").
+        prompt_syntax: "plain", or "a1111" or "comfyui" for weighted prompts (see `ldm.generate.prompt_syntax`).
         x_T: the initial noise, [N, C, h, w] for N prompts.
         progress: called after each step with the number of steps done and their total.
         on_image: called for each finished image with its index in `prompts` and the image.
 
     Raises:
-        UserError: a setting is out of range, or the model cannot generate images of that size.
+        UserError: a setting is out of range, the model cannot generate images of that size, a prompt has syntax
+            that is not supported.
+        OutputError: the model's output is not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision)
@@ -78,21 +87,26 @@ def generate(
             captions = prompts[first : first + batch_size]
             generators = [noise_source(seed, number) for number in numbers[first : first + batch_size]]
             blank = model.alphas_cumprod.new_empty((len(captions), *shape))
+            guided = None if scale == 1.0 else negative_prompt
+            condition, unconditional = conditions(model, captions, guided, prompt_syntax)
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
                 len(captions),
                 shape,
-                conditioning=model.get_learned_conditioning(captions),
+                conditioning=condition,
                 callback=_counter(progress, batch * steps, total),
                 eta=eta,
                 x_T=gaussian(blank, generators) if x_T is None else x_T[first : first + batch_size],
                 unconditional_guidance_scale=scale,
-                unconditional_conditioning=None
-                if scale == 1.0
-                else model.get_learned_conditioning([negative_prompt] * len(captions)),
+                unconditional_conditioning=unconditional,
                 generator=generators,
             )
-            for decoded in model.decode_first_stage(latents):
+            for prompt, decoded in zip(captions, model.decode_first_stage(latents), strict=True):
+                if not decoded.isfinite().all():
+                    raise OutputError(
+                        f"the output for the prompt '{prompt[:80]}' is not finite (NaN or infinity) and would be a "
+                        "black image; use full precision, other embeddings, or another copy of the checkpoint"
+                    )
                 images.append(to_pil(decoded))
                 if on_image is not None:
                     on_image(len(images) - 1, images[-1])

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.util import UserError
@@ -132,6 +134,48 @@ def _weight(text: str) -> float:
     if abs(weight) > 10:
         raise UserError(f"the weight {weight:g} in the prompt is beyond -10 to 10; 0.5 to 1.5 is usual")
     return weight
+
+
+def conditions(
+    model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str | None, syntax: str
+) -> tuple[Any, Any]:
+    """The condition of a batch of prompts, and that of the negative prompt for each (None without guidance)."""
+    negatives = [] if negative_prompt is None else [negative_prompt] * len(prompts)
+    encoder, manager = model.cond_stage_model, model.embedding_manager
+    if syntax != "plain" and isinstance(encoder, TextEncoder):
+        words = [] if manager is None else list(manager.placeholders)
+        parsed = [parse(text, encoder.prompt_tokenizer, words, syntax) for text in [*prompts, *negatives]]
+        if any(len(chunks) > 1 or any(part.weight != 1 for part in chunks[0]) for chunks in parsed):
+            encoded = encode(encoder, manager, parsed, syntax)
+            return encoded[: len(prompts)], encoded[len(prompts) :] if negatives else None
+        texts = ["".join(part.text for part in chunks[0]) for chunks in parsed]
+        prompts, negatives = texts[: len(prompts)], texts[len(prompts) :]
+    condition = model.get_learned_conditioning(list(prompts))
+    return condition, model.get_learned_conditioning(negatives) if negatives else None
+
+
+def check_token_limit(encoder: TextEncoder, manager: Personalization | None, prompt: str, syntax: str) -> str:
+    """The text of a prompt that the token limit truncates, empty if everything fits.
+
+    Raises:
+        UserError: a placeholder is truncated, wholly or in part, or the prompt's syntax is not supported.
+    """
+    tokenizer = encoder.prompt_tokenizer
+    ids: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    if manager is not None:
+        ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
+        widths = manager.placeholders
+    lost = []
+    for chunk in parse(prompt, tokenizer, ids, syntax):
+        text = "".join(segment.text for segment in chunk)
+        for cut in tokenizer.truncated(text, ids, widths):
+            raise UserError(
+                f"the token limit of {tokenizer.max_length} truncates '{cut.placeholder}' in the prompt "
+                f"'{prompt[:80]}' ({cut.kept} of {cut.vectors} vectors remain); move it forward or shorten the prompt"
+            )
+        lost.append(tokenizer.overflow(text, ids, widths))
+    return " ".join(filter(None, lost))
 
 
 def encode(

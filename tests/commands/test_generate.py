@@ -280,3 +280,70 @@ def test_a_personalization_of_the_users_own(run, folder, tmp_path) -> None:
         assert run(*arguments, "--embedding_path", tmp_path / "own.pt")[0] == 0
     first, _, other, _ = (path.read_bytes() for path in sorted((tmp_path / "out/samples").iterdir()))
     assert first != other
+
+
+# -- what was asked is done, or a line says that it is not --
+
+
+def test_a_loaded_word_that_no_prompt_uses_is_named(run, folder, caplog) -> None:
+    code, _, _ = run("--embedding_path", folder / "cat.pt", "--prompt", "a cat")
+    assert code == 0
+    assert "cat.pt' is loaded, but no prompt contains its word '<cat>'" in caplog.text
+    caplog.clear()
+    run("--embedding_path", folder / "cat.pt", "--prompt", "a photo", "--negative_prompt", "a <CAT>")
+    assert "no prompt contains" not in caplog.text
+
+
+def test_weights_change_the_image_and_plain_takes_them_as_text(run, folder, tmp_path) -> None:
+    images = {}
+    for name, prompt, *options in (
+        ("none", "a photo of a dog"),
+        ("one", "a photo of a (dog:1.0)"),
+        ("weighted", "a photo of a (dog:1.5)"),
+        ("comfyui", "a photo of a (dog:1.5)", "--prompt_syntax", "comfyui"),
+        ("plain", "a photo of a (dog:1.5)", "--prompt_syntax", "plain"),
+        ("chunks", "a photo BREAK of a dog"),
+    ):
+        code, _, _ = run("--prompt", prompt, *options, "--outdir", tmp_path / name, "--scale", "2")
+        assert code == 0
+        images[name] = (tmp_path / name / "samples" / "0000.png").read_bytes()
+    assert images["one"] == images["none"]
+    assert len(set(images.values())) == len(images) - 1
+
+
+def test_embedding_in_a_prompt_finds_the_file(run, folder, tmp_path, monkeypatch) -> None:
+    named = run(
+        "--embedding_path", folder / "cat.pt", "--prompt", "a photo of <cat>", "--outdir", tmp_path / "a"
+    )
+    found = run("--prompt", "a photo of embedding:cat", "--embedding_dir", folder, "--outdir", tmp_path / "b")
+    assert named[0] == found[0] == 0
+    first, second = (tmp_path / name / "samples" / "0000.png" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    monkeypatch.chdir(folder)
+    assert run("--prompt", "a photo of (embedding:cat.pt:1.2)")[0] == 0
+    code, output, _ = run("--prompt", "a photo of embedding:mouse")
+    assert code == 1 and "'embedding:mouse', but there is no such file here or in 'embeddings'" in output.err
+
+
+def test_the_token_limit_is_an_error_for_a_word_and_a_warning_for_text(run, folder, caplog) -> None:
+    code, _, _ = run("--prompt", "a " * 75 + "photo of a dog")
+    assert code == 0 and 'truncates the prompt: "photo of a dog" has no effect' in caplog.text
+    code, output, _ = run("--embedding_path", folder / "cat.pt", "--prompt", "a " * 75 + "<cat>")
+    assert code == 1
+    assert "the token limit of 77 truncates '<cat>'" in output.err and "(0 of 1 vectors remain)" in output.err
+
+
+@pytest.mark.parametrize("prompt", ["a <lora:cat:0.8>", "[cat:dog:0.5]"])
+def test_syntax_that_is_not_supported_is_refused(run, prompt) -> None:
+    code, output, _ = run("--prompt", prompt)
+    assert code == 1 and "not supported" in output.err
+
+
+def test_an_output_that_is_not_finite_is_an_error(run, tmp_path, monkeypatch) -> None:
+    def broken(self, z, **options):
+        return torch.full((len(z), 3, 8, 8), float("nan"))
+
+    monkeypatch.setattr("ldm.models.diffusion.ddpm.LatentDiffusion.decode_first_stage", broken)
+    code, output, files = run("--prompt", "a photo")
+    assert code == 1 and files == []
+    assert "model.ckpt" in output.err and "is not finite" in output.err
