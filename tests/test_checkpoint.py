@@ -15,6 +15,7 @@ from ldm.checkpoint import (
     read_state_dict,
     uninitialised,
 )
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import ConfigError, UserError
 from tests.golden_record import GOLDEN, Golden
 
@@ -180,14 +181,12 @@ def test_layers_that_a_checkpoint_fills_draw_no_random_numbers() -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-class Mapper(torch.nn.Module):
+class Mapper(torch.nn.Module, Personalization):
     """A plugged-in personalization with weights that it initialises itself."""
 
-    def __init__(self, embedder: object) -> None:
+    def __init__(self, embedder: TextEncoder) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(16, 16)
-
-    def reset(self, embedder: object) -> None: ...
 
 
 def test_a_plugged_in_personalization_initialises_its_weights(tmp_path: Path, weights) -> None:
