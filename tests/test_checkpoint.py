@@ -13,8 +13,10 @@ from ldm.checkpoint import (
     initialised,
     load_model_from_config,
     read_state_dict,
+    save_state_dict,
     uninitialised,
 )
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import ConfigError, UserError
 from tests.golden_record import GOLDEN, Golden
 
@@ -56,6 +58,21 @@ def test_a_half_precision_checkpoint_is_loaded_in_the_models_dtype(tmp_path: Pat
     )
     loaded = load_model_from_config({"model": CASE.config()}, tmp_path / "m.safetensors")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_half_precision_is_for_the_weights_of_the_network_only(tmp_path: Path) -> None:
+    state = {
+        "model.layer.weight": torch.rand(2, 2),
+        "alphas_cumprod": torch.rand(1000),
+        "scale_factor": torch.tensor(0.18215),
+        "model.layer.scale": torch.tensor(0.3),
+        "model.layer.ids": torch.arange(3),
+    }
+    saved = read_state_dict(save_state_dict(state, tmp_path / "m.safetensors", torch.float16))
+    assert torch.equal(saved.pop("model.layer.weight"), state["model.layer.weight"].half())
+    assert len(saved) == 4
+    for name, value in saved.items():
+        assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
 
 
 def test_known_extra_keys_are_ignored_and_unexpected_keys_logged_once(
@@ -180,14 +197,12 @@ def test_layers_that_a_checkpoint_fills_draw_no_random_numbers() -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-class Mapper(torch.nn.Module):
+class Mapper(torch.nn.Module, Personalization):
     """A plugged-in personalization with weights that it initialises itself."""
 
-    def __init__(self, embedder: object) -> None:
+    def __init__(self, embedder: TextEncoder) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(16, 16)
-
-    def reset(self, embedder: object) -> None: ...
 
 
 def test_a_plugged_in_personalization_initialises_its_weights(tmp_path: Path, weights) -> None:

@@ -81,6 +81,15 @@ def test_concepts_of_a_folder_are_measured_by_their_descriptions(run, folder, tm
     assert Image.open(tmp_path / "out" / "evaluation.png").width >= 5 * 96
 
 
+@pytest.mark.parametrize("side, expected", [(8, 32), (64, 128)])
+def test_renderings_have_the_models_size_up_to_128_pixels(side, expected, monkeypatch) -> None:
+    model = Golden("clip_one_vector").model()
+    model.image_size = side
+    monkeypatch.setattr(evaluate, "read_model_config", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "load_latent_diffusion", lambda *arguments: model)
+    assert evaluate.load_model("model.ckpt", None) == (model, expected)
+
+
 def test_words_instead_of_an_embedding(run, folder, tmp_path) -> None:
     arguments = ["--concept", folder / "concepts" / "mine", "--word", "a cat", "--prompt", "{} at night"]
     code, output, found = run(*arguments, "--judge", "none")

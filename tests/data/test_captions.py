@@ -73,6 +73,11 @@ def test_captions_beside_the_images(folder, caplog):
     assert not any("mat" in caption for caption in captions(folder))
 
 
+def test_the_byte_order_mark_of_a_txt_is_not_part_of_the_caption(folder):
+    (folder / "02.txt").write_text("on a mat", encoding="utf-8-sig")
+    assert captions(folder, use_captions=True)[-1] == "*, on a mat"
+
+
 def test_an_unreadable_caption_is_named(folder):
     (folder / "02.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"02\.txt is not a UTF-8"):

@@ -119,6 +119,9 @@ def test_seed_is_torchs_by_default(folder):
     second = PersonalizedBase(folder, size=8)
     torch.rand(3)
     assert [first.draw(i) for i in range(50)] == [second.draw(i) for i in range(50)]
+    torch.manual_seed(6)
+    other = PersonalizedBase(folder, size=8)
+    assert [other.draw(i) for i in range(50)] != [first.draw(i) for i in range(50)]
 
 
 def test_samples_are_the_same_with_workers(folder):

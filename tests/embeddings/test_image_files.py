@@ -157,6 +157,13 @@ def test_an_image_of_a_billion_pixels_is_refused(tmp_path):
     refused(png(tmp_path / "b.png", canvas=np.zeros((5000, 5000, 3), np.uint8)), "5000 x 5000 pixels")
 
 
+def test_the_size_of_an_image_is_checked_before_its_pixels_are_decoded(tmp_path, monkeypatch):
+    path = png(tmp_path / "a.png", canvas=np.zeros((64, 65, 3), np.uint8))
+    monkeypatch.setattr(image_files, "_MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("the pixels were decoded"))
+    refused(path, "65 x 64 pixels; at most 4096 are read")
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [

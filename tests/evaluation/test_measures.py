@@ -100,6 +100,7 @@ def test_both_definitions_of_similarity() -> None:
         ("A photo of * on the moon", ["*"], "A photo of on the moon"),
         ("a photo of <Cat>, small", ["<cat>"], "a photo of , small"),
         ("cat in a category", ["cat"], "in a category"),
+        ("a cat toy beside a cat", ["cat", "cat toy"], "a beside a"),
         ("a <cat> and a <cat-2>", ["<cat>", "<cat-2>"], "a and a"),
     ],
 )

@@ -59,6 +59,16 @@ def fit(model: pl.LightningModule, steps: int) -> pl.Trainer:
     return trainer
 
 
+def test_psnr_is_the_mean_over_images_in_decibels_of_the_range_of_2(monkeypatch):
+    model, logged = kl_model(), {}
+    x = torch.zeros(2, 3, 4, 4)
+    errors = torch.tensor([0.2, 0.02]).reshape(2, 1, 1, 1)  # 1/10 and 1/100 of the range: 20 and 40 dB
+    monkeypatch.setattr(model, "shared_step", lambda batch: (x, x + errors, None, {}))
+    monkeypatch.setattr(model, "log_dict", lambda parts, **options: logged.update(parts))
+    model.validation_step({}, 0)
+    assert logged["val/psnr"].item() == pytest.approx(30, abs=1e-4)
+
+
 def reconstruction_error(model: pl.LightningModule) -> float:
     x = next(iter(batches(1)))["image"].movedim(-1, 1)
     with torch.no_grad():

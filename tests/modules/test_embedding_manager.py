@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.embedding_manager import EmbeddingManager, place_after_insertion
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import ConfigError, UserError, instantiate_from_config
 from tests.golden_record import CASES, GOLDEN, Golden
@@ -69,6 +69,12 @@ def test_vectors_push_what_follows_to_the_right_and_off_the_end(clip):
     assert put(manager, [1, 2, 3], 3) == [-1, -2, -3]
     assert put(manager, [1, 2, star], 3) == [-1, -2, 100]
     assert put(manager, [at, 5, 6, star], 4) == [200, 201, -5, -6]
+
+
+def test_the_place_of_a_token_moves_by_the_vectors_before_it_alone():
+    tokens = torch.tensor([[1, 9, 5, 9, 8, 2]]).repeat(6, 1)
+    places = place_after_insertion(tokens, torch.arange(6), {9: 3, 8: 2})
+    assert places.tolist() == [0, 1, 4, 5, 8, 10]
 
 
 def test_inputs_are_not_changed_and_gradients_reach_only_the_vectors_shown():

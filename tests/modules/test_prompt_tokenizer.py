@@ -138,6 +138,15 @@ def test_what_the_limit_cuts_off_is_told(clip):
     assert tokenizer.truncated("*", ids, {"*": 80}) == [CutOff("*", 1, 76, 80)]
 
 
+def test_text_beyond_the_limit_is_named(clip):
+    tokenizer = clip.prompt_tokenizer
+    assert tokenizer.overflow("a dog", {}, {}) == ""
+    assert tokenizer.overflow("a " * 75, {}, {}) == ""
+    assert tokenizer.overflow("a " * 75 + "photo", {}, {}) == "photo"
+    assert tokenizer.overflow("* " + "a " * 73 + "photo", {"*": 265}, {"*": 2}) == ""
+    assert tokenizer.overflow("* " + "a " * 73 + "photo", {"*": 265}, {"*": 3}) == "photo"
+
+
 def test_virtual_ids_are_looked_up_as_something_and_the_manager_sees_them():
     table, seen = nn.Embedding(5, 2), []
     ids = torch.tensor([[1, 5, 900]])

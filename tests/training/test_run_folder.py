@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def test_resume_by_folder_file_and_latest(tmp_path):
         run, state = run_folder.existing_run_folder(place, logdir=tmp_path)
         assert run.path.resolve() == folder.resolve()
         assert state.name == "last.ckpt"
+
+
+@pytest.mark.parametrize("newer", ["a", "b", "c"])
+def test_latest_is_the_run_that_was_saved_last(tmp_path, newer):
+    for name in ("b", "a", "c"):
+        state = make_run(tmp_path / name) / "checkpoints" / "last.ckpt"
+        os.utime(state, (2000, 2000) if name == newer else (1000, 1000))
+    run, _ = run_folder.existing_run_folder("latest", logdir=tmp_path)
+    assert run.path.name == newer
 
 
 def test_two_starts_in_one_folder_in_one_second(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import GuidedEps, gaussian, to_eps
+from ldm.models.diffusion.sampler import GuidedEps, SamplingRun, gaussian, to_eps
+from ldm.models.diffusion.steps import Step
 from ldm.util import UserError
 
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
@@ -56,6 +57,16 @@ def test_the_mask_keeps_what_is_known(gaussian_model, sampler_class) -> None:
     samples, _ = sampler_class(gaussian_model()).sample(50, 2, SHAPE, mask=mask, x0=x0, generator=seeded(0))
     assert (samples[..., :2] - 3.0).abs().max() < 0.6
     assert samples[..., 2:].max() < 2.2
+
+
+def test_known_latents_have_the_noise_of_the_level_that_the_step_begins_at() -> None:
+    x, x0, mask = torch.ones(2, *SHAPE), torch.full((2, *SHAPE), 3.0), torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1.0
+    run = SamplingRun(steps=[], eps=None, mask=mask, x0=x0, generator=seeded(3))
+    kept = run.keep_known(x, Step(index=1, t=500.0, alpha=0.36, alpha_prev=0.64))
+    noise = gaussian(x, seeded(3))
+    torch.testing.assert_close(kept[..., :2], (0.6 * 3.0 + 0.8 * noise)[..., :2])
+    assert torch.equal(kept[..., 2:], x[..., 2:])
 
 
 @pytest.mark.parametrize("sampler_class", SAMPLERS)

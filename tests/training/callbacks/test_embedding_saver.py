@@ -47,6 +47,14 @@ def test_formats(tiny_yaml) -> None:
             assert concept.trigger == "<my-cat>"
 
 
+def test_resuming_a_finished_run_writes_no_file_again(tiny_yaml) -> None:
+    folder = checkpoints(tiny_yaml)
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("embedding*")}
+    assert main.main(["-r", str(folder.parent), "-t"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("embedding*")} == times
+    assert len(times) == 4
+
+
 def test_default_format_is_always_written() -> None:
     assert EmbeddingSaver().formats == ["safetensors"]
     assert EmbeddingSaver(formats=["onetrainer", "safetensors"]).formats == ["safetensors", "onetrainer"]

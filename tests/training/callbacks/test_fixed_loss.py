@@ -192,6 +192,18 @@ def test_resumed_run_measures_the_same(tiny_yaml):
     assert all(torch.equal(resumed["best"][key], value) for key, value in uninterrupted["best"].items())
 
 
+def test_resumed_run_keeps_a_best_step_from_before(tiny_yaml, monkeypatch):
+    losses = iter([5.0, 1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr(FixedNoiseLoss, "measure", lambda self, model: next(losses))
+    assert start("--base", tiny_yaml, "-t", *OFTEN, f"{NODE}.params.smooth=1", "--max_steps", 2) == 0
+    best = measured(state_of())["best"]
+    assert start("-r", only_run(), "-t", "--max_steps", 4) == 0
+    resumed = measured(state_of())
+    assert resumed["losses"] == [5.0, 1.0, 2.0, 3.0, 3.0]
+    assert (resumed["best_step"], resumed["best_loss"]) == (1, 1.0)
+    assert all(torch.equal(resumed["best"][key], value) for key, value in best.items())
+
+
 def test_verdict_without_a_best_step(tiny_yaml, capsys, monkeypatch):
     assert start("--base", tiny_yaml, "-t", "-l", "short", "--max_steps", 1) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "ended at step 1 because it reached its limit"

@@ -73,6 +73,13 @@ def test_later_loss_of_the_gradient_is_one_warning(tiny_yaml, capsys, loss_times
     assert capsys.readouterr().err.count("step 4: nothing more is learned: no gradient") == 1
 
 
+def test_warning_is_not_repeated_after_resuming(tiny_yaml, capsys, loss_times):
+    loss_times(lambda step: 0 if step >= 2 else 1)
+    assert start("--base", tiny_yaml, "-t", *OFTEN, "--max_steps", 4) == 0
+    assert start("-r", only_run(), "-t", "--max_steps", 6) == 0
+    assert capsys.readouterr().err.count("nothing more is learned: no gradient") == 1
+
+
 def test_nan_loss_is_rolled_back(tiny_yaml, capsys, loss_times):
     loss_times(lambda step: float("nan") if step == 3 else 1)
     assert start("--base", tiny_yaml, "-t", "-l", "uninterrupted", *OFTEN) == 0

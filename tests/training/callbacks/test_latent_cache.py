@@ -112,6 +112,12 @@ def test_large_cache_is_a_file(tmp_path: Path, monkeypatch) -> None:
     assert torch.equal(on_disk[4][POSTERIOR], in_memory[4][POSTERIOR])
 
 
+def test_the_memory_limit_counts_bytes_of_float32() -> None:
+    cache = LatentCache(memory_mib=1)
+    assert not isinstance(cache._allocate((2**18,)), np.memmap)
+    assert isinstance(cache._allocate((2**18 + 1,)), np.memmap)
+
+
 def test_invalid_batch_size() -> None:
     with pytest.raises(UserError, match="batch_size is 0"):
         LatentCache(batch_size=0)

@@ -14,6 +14,7 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.images import to_pil
 from ldm.models.features import load_features
 from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.training.callbacks import warm_start
 from ldm.training.callbacks.warm_start import WarmStart, end_states, features_of
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
@@ -89,6 +90,23 @@ def test_only_drawn_images_are_read(clip, image_folder, monkeypatch):
     )
     assert len(dataset.variants()) > 100
     assert len(shown) <= 8 and set(shown) == {dataset.draw(index).variant for index in range(8)}
+
+
+def test_each_step_uses_its_own_captions(clip, image_folder, monkeypatch):
+    encoder = Golden("clip_one_vector").model(load_embeddings=False).cond_stage_model
+    dataset = PersonalizedBase(image_folder, size=32, seed=0)
+    used = []
+
+    def recorded(encoder, manager, captions):
+        used.append(captions)
+        return end_states(encoder, manager, captions)
+
+    monkeypatch.setattr(warm_start, "end_states", recorded)
+    WarmStart(steps=2, captions=4).train_vectors(
+        encoder, EmbeddingManager(encoder, ["*"], ["dog"]), dataset, load_features(clip, "cpu")
+    )
+    drawn = [dataset.draw(index).caption for index in range(8)]
+    assert used == [drawn[:4], drawn[4:]]
 
 
 def test_end_states_after_inserted_vectors():
