@@ -250,6 +250,6 @@ def test_max_length_is_the_length_and_must_fit():
 
 
 def test_an_old_device_is_ignored_and_said_so(caplog):
-    with caplog.at_level(logging.DEBUG), skip_pretrained():
+    with caplog.at_level(logging.DEBUG, "ldm"), skip_pretrained():
         FrozenCLIPEmbedder(str(TINY), device="cuda")
     assert "'device: cuda' is ignored" in caplog.text
