@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image  # noqa: E402
 
 from ldm.data.creatures.captions import Names, full_caption, naming, place  # noqa: E402
-from ldm.data.creatures.dataset import WORLD_VERSION  # noqa: E402
-from ldm.data.creatures.renderer import render  # noqa: E402
+from ldm.data.creatures.renderer import render, world_version  # noqa: E402
 from ldm.data.creatures.world import (  # noqa: E402
     ATTRIBUTES,
     PLAIN_BACKGROUNDS,
@@ -92,7 +91,7 @@ def truth(name: str, creatures: list[Creature], scenes: list[Scene], size: int) 
     """What concept.json says: the individual or the style, and what each picture shows."""
     style = scenes[0].style
     told: dict[str, Any] = {"name": name, "kind": "style" if name in STYLES else "object", "size": size}
-    told["world_version"] = WORLD_VERSION
+    told["world_version"] = world_version(size)
     if name in STYLES:
         told |= {"style": style, "initializer_word": "painting"}
     else:

@@ -18,15 +18,12 @@ from torch.utils.data import Dataset
 from ldm.data.base import Draw
 from ldm.data.creatures.captions import Names, caption, foil
 from ldm.data.creatures.individuals import NAMES, individual, individual_of
-from ldm.data.creatures.renderer import render
+from ldm.data.creatures.renderer import render, world_version
 from ldm.data.creatures.world import ATTRIBUTES, SPLITS, Creature, creature, scene
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-WORLD_VERSION = (
-    1  # raise it when the same seed gives another picture: cached files of old versions are then ignored
-)
 _CHUNK = 512
 
 
@@ -121,7 +118,7 @@ def _painted(
         )
         _paint(pictures, labels, size, split, named)
         return pictures, labels
-    stem = f"{split}-{size}-v{WORLD_VERSION}" + (f"-named{100 * named:g}" if named else "")
+    stem = f"{split}-{size}-v{world_version(size)}" + (f"-named{100 * named:g}" if named else "")
     enough = [
         (int(found[1]), path)
         for path in folder.glob(f"{stem}-*.npy")
