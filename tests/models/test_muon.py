@@ -27,6 +27,16 @@ def test_singular_values_become_ones_and_directions_stay(shape) -> None:
     assert torch.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0) > 0.97
 
 
+def test_a_step_within_autocast_is_as_exact() -> None:
+    matrix = torch.randn(16, 144, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(0, -3, 16)) @ v  # as unequal as gradients are
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonalised(matrix)
+    assert torch.equal(found, orthogonalised(matrix))
+    assert torch.linalg.svdvals(found).max() < 1.3
+
+
 def test_vectors_thin_matrices_and_biases_step_as_adamw() -> None:
     ours, theirs = [[_parameter(12), _parameter(3, 40)] for _ in range(2)]
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
