@@ -23,8 +23,7 @@ from PIL import Image  # noqa: E402
 from ldm.commands.base import guarded  # noqa: E402
 from ldm.console import Parser  # noqa: E402
 from ldm.data.creatures.captions import Description, attribute_caption, background_phrase, full_caption  # noqa: E402
-from ldm.data.creatures.dataset import WORLD_VERSION  # noqa: E402
-from ldm.data.creatures.renderer import render  # noqa: E402
+from ldm.data.creatures.renderer import render, world_version  # noqa: E402
 from ldm.data.creatures.world import (
     ATTRIBUTES,
     PLAIN_BACKGROUNDS,
@@ -92,7 +91,7 @@ def truth(name: str, creatures: list[Creature], scenes: list[Scene], size: int) 
     """Return the content of concept.json: the creature or the style, and what each image shows."""
     style = scenes[0].style
     content: dict[str, Any] = {"name": name, "kind": "style" if name in STYLES else "object", "size": size}
-    content["world_version"] = WORLD_VERSION
+    content["world_version"] = world_version(size)
     if name in STYLES:
         content |= {"style": style, "initializer_word": "painting"}
     else:

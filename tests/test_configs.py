@@ -19,7 +19,7 @@ GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in SHIPPED if path.parent.name == "personalization"]
 # YAMLs that are merged into another one; recipes are checked in tests/training/test_shipped_configs.py.
-FRAGMENTS = ("personalization", "recipes")
+FRAGMENTS = ("personalization", "recipes", "creatures64")
 TRAINABLE = [p for p in SHIPPED if p.parent.name not in FRAGMENTS and "data" in OmegaConf.load(p)]
 MODELS = [path for path in SHIPPED if "target" in (OmegaConf.load(path).get("model") or {})]
 OLD = sorted((ROOT / "tests" / "old_yamls").glob("*.yaml"))
@@ -107,6 +107,25 @@ def test_exchanged_personalization(base: str, overlay: Path, at_home: None) -> N
     params = merged.model.params.personalization_config.params
     own = OmegaConf.load(overlay).model.params.personalization_config.params
     assert {key: params[key] for key in own} == dict(own)
+
+
+@pytest.mark.parametrize("stage", ["first-stage", "decoder", "clip", "judge", "ldm"])
+def test_a_stage_at_64_is_laid_over_the_one_at_32(stage: str, at_home: None, clip_vit_l: Path) -> None:
+    merged = command(
+        *(ROOT / "configs" / folder / f"{stage}.yaml" for folder in ("creatures", "creatures64"))
+    )
+    for split in ("train", "validation"):
+        params = merged.data.params[split].params
+        assert (params["size"], params["cache"]) == (64, "build/creatures64")
+    said = OmegaConf.to_yaml(merged)
+    assert "build/creatures/" not in said and "resolution: 32" not in said and "size: 32" not in said
+    first_stages = [
+        OmegaConf.load(ROOT / f"configs/creatures64/{other}.yaml") for other in ("first-stage", "ldm")
+    ]
+    trained, used = first_stages[0].model.params, first_stages[1].model.params.first_stage_config.params
+    assert (trained.ddconfig, trained.embed_dim) == (used.ddconfig, used.embed_dim)
+    if stage != "clip":  # which needs real tensors
+        build(merged.model, clip_vit_l)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name)

@@ -110,10 +110,15 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     The iteration x <- (a + b x x' + c (x x')^2) x runs on the smaller of the two Gram matrices, and the product of its
     polynomials is applied to x once; for wide kernels that is a third of the arithmetic.
     """
+    # In half precision the polynomials are wrong by orders of magnitude, and a step may be taken inside autocast.
+    with torch.autocast(matrices.device.type, enabled=False):
+        return _iterate(matrices.float())
+
+
+def _iterate(matrices: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.float()
-    x = x.mT if tall else x
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram = x @ x.mT
     product: Tensor | None = None

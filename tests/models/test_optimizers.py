@@ -144,3 +144,13 @@ def test_without_a_gradient_nothing_turns() -> None:
 def test_a_negative_kappa_is_an_error() -> None:
     with pytest.raises(ConfigError, match="kappa is -1"):
         SphereSGD([rows(1.0)], kappa=-1)
+
+
+def test_a_step_inside_autocast_is_as_exact() -> None:
+    matrix = torch.randn(16, 144, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(0, -3, 16)) @ v  # as unequal as gradients are
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonalised(matrix)
+    assert torch.equal(found, orthogonalised(matrix))
+    assert torch.linalg.svdvals(found).max() < 1.3

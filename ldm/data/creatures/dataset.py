@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.creatures.captions import Description, caption, foil
-from ldm.data.creatures.renderer import render
+from ldm.data.creatures.renderer import render, world_version
 from ldm.data.creatures.world import (
     ATTRIBUTES,
     NAMES,
@@ -32,8 +32,6 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-# Increase it when a seed gives another image than before: cache files of other versions are ignored.
-WORLD_VERSION = 1
 _CHUNK = 512
 
 
@@ -131,7 +129,7 @@ def _load_or_render(
         labels = np.empty((count, len(ATTRIBUTES)), np.uint8)
         _render_into(images, labels, size, split, named)
         return images, labels
-    stem = f"{split}-{size}-v{WORLD_VERSION}" + (f"-named{100 * named:g}" if named else "")
+    stem = f"{split}-{size}-v{world_version(size)}" + (f"-named{100 * named:g}" if named else "")
     large_enough = [
         (int(match[1]), path)
         for path in folder.glob(f"{stem}-*.npy")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.creatures.anatomy import Layer, Parts, parts_of
+from ldm.data.creatures.builds import Build
 from ldm.data.creatures.scenery import apply_style, paint_background
 from ldm.data.creatures.world import Creature, Scene
 
@@ -72,6 +73,7 @@ OUTLINE = 0.042
 SECOND = 12
 SHADOW = 13
 _MATERIALS = 14
+CENTRED_FROM = 64  # image size from which stripes and spots are centred on the body
 _HORN_RGB, _BEAK_RGB = (0.96, 0.91, 0.74), (0.99, 0.72, 0.12)
 _OUTLINED = {
     Layer.BACK,
@@ -93,6 +95,14 @@ class Canvas:
     rgb: Tensor
     silhouette: Tensor
     outline: Tensor
+
+
+def world_version(size: int) -> int:
+    """The version of the world for images of this size: cache files of other versions are ignored.
+
+    Increase it when a seed gives another image than before.
+    """
+    return 2 if size >= CENTRED_FROM else 1
 
 
 def render(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) -> Tensor:
@@ -126,7 +136,7 @@ def _paint(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) ->
     background = paint_background(scenes, x, y)
     px, py = _pose(scenes, x, y)
     material, depth = _layers([parts_of(c, s) for c, s in zip(creatures, scenes, strict=True)], px, py)
-    _pattern(creatures, material, px, py)
+    _pattern(creatures, material, px, py, centred=size >= CENTRED_FROM * SUPERSAMPLE)
     palette = _palettes(creatures)
     index = material[:, None].expand(-1, 3, -1, -1).reshape(len(scenes), 3, -1)
     rgb = palette.gather(2, index).view_as(background)
@@ -171,23 +181,14 @@ def _layers(parts: Sequence[Parts], x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return material, depth
 
 
-def _pattern(creatures: Sequence[Creature], material: Tensor, x: Tensor, y: Tensor) -> None:
+def _pattern(creatures: Sequence[Creature], material: Tensor, x: Tensor, y: Tensor, *, centred: bool) -> None:
     """Set the pattern in the body and shell of `material` to the second colour, in place."""
     for i, creature in enumerate(creatures):
         if creature.pattern == "plain":
             continue
         build, px, py = creature.build, x[i], y[i]
-        cos, sin = math.cos(build.pattern_angle), math.sin(build.pattern_angle)
-        u, v = px * cos + py * sin, py * cos - px * sin
-        if creature.pattern == "stripes":
-            period = 0.44 * build.pattern_period
-            where = torch.frac(u / period + build.pattern_phase + 64) < 0.46
-        elif creature.pattern == "spots":
-            period = 0.42 * build.pattern_period
-            row = torch.floor(v / period + build.pattern_phase)
-            across = torch.frac(u / period + 0.5 * torch.remainder(row, 2) + 64) - 0.5
-            along = torch.frac(v / period + build.pattern_phase + 64) - 0.5
-            where = across.square() + along.square() < 0.15
+        if creature.pattern in ("stripes", "spots"):
+            where = (_centred_pattern if centred else _free_pattern)(creature.pattern, build, px, py)
         else:
             bx, by, width, height, _ = build.body
             if build.shell[2]:
@@ -203,6 +204,44 @@ def _pattern(creatures: Sequence[Creature], material: Tensor, x: Tensor, y: Tens
             where &= ((px - hx) / 0.36).square() + ((py - hy) / 0.34).square() > 1
         coloured = (material[i] == Layer.BODY) | (material[i] == Layer.SHELL)
         material[i][coloured & where] = SECOND
+
+
+def _free_pattern(pattern: str, build: Build, x: Tensor, y: Tensor) -> Tensor:
+    """The mask of stripes or spots with a random phase, as the 32x32 model was trained on.
+
+    Averaged over the phase, stripes and spots are the same image. While the noise hides the phase, the word for the
+    pattern therefore tells a denoiser nothing, and it learns to ignore the word.
+    """
+    u, v = _rotated(x, y, build.pattern_angle)
+    if pattern == "stripes":
+        return torch.frac(u / (0.44 * build.pattern_period) + build.pattern_phase + 64) < 0.46
+    period = 0.42 * build.pattern_period
+    row = torch.floor(v / period + build.pattern_phase)
+    across = torch.frac(u / period + 0.5 * torch.remainder(row, 2) + 64) - 0.5
+    along = torch.frac(v / period + build.pattern_phase + 64) - 0.5
+    return across.square() + along.square() < 0.15
+
+
+def _centred_pattern(pattern: str, build: Build, x: Tensor, y: Tensor) -> Tensor:
+    """The mask of stripes or spots around the middle of the shell or body, with a small random phase.
+
+    On each side of the middle there is one stripe, or one spot of the middle row, so at least two are visible.
+    """
+    middle_x, middle_y = build.shell[:2] if build.shell[2] else build.body[:2]
+    u, v = _rotated(x - middle_x, y - middle_y, build.pattern_angle)
+    shift, scale = 0.2 * (build.pattern_phase - 0.5), 0.5 + 0.5 * build.pattern_period
+    if pattern == "stripes":
+        return (torch.frac(u / (0.42 * scale) + shift + 64) - 0.5).abs() < 0.24
+    period = 0.38 * scale
+    rows = v / (0.88 * period) + shift + 0.5
+    row = torch.floor(rows)
+    across = torch.frac(u / period + 0.5 * torch.remainder(row, 2) + 64) - 0.5
+    return across.square() + (0.88 * (rows - row - 0.5)).square() < 0.115
+
+
+def _rotated(x: Tensor, y: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return x * cos + y * sin, y * cos - x * sin
 
 
 def _palettes(creatures: Sequence[Creature]) -> Tensor:
