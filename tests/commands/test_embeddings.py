@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
 from ldm.embeddings import FORMATS, read, write
+from ldm.images import open_image
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
 
 
@@ -138,7 +139,7 @@ def test_convert_to_an_image_with_a_preview(cat, tmp_path):
             str(tmp_path / "p.png"),
         ]
     )
-    assert (np.array(Image.open(tmp_path / "c.png"))[150, 150] == [1, 2, 250]).all()
+    assert (np.array(open_image(tmp_path / "c.png"))[150, 150] == [1, 2, 250]).all()
     assert read(tmp_path / "c.png").triggers == ["cat"]
 
 

@@ -13,6 +13,7 @@ from ldm.commands import evaluate
 from ldm.data.creatures.world import SPLITS
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.evaluation.judge import AttributeJudge
+from ldm.images import open_image
 from scripts.make_concepts import creature_concept, style_concept, write_concept
 from tests.evaluation.stand_ins import FixedJudge, use_few_renderings
 from tests.golden_record import Golden
@@ -78,7 +79,7 @@ def test_concepts_of_a_folder_are_measured_by_their_descriptions(run, folder, tm
     assert found["settings"]["steps"] == 1 and len(found["settings"]["model_sha256"]) == 64
     text = (tmp_path / "out" / "evaluation.md").read_text()
     assert "without concept.json" in text and "no CLIP-I" in text and f"judge: {tmp_path}" in text
-    assert Image.open(tmp_path / "out" / "evaluation.png").width >= 5 * 96
+    assert open_image(tmp_path / "out" / "evaluation.png").width >= 5 * 96
 
 
 @pytest.mark.parametrize("side, expected", [(8, 32), (64, 128)])

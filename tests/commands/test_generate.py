@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ldm.checkpoint import config_of
 from ldm.commands import generate
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.images import open_image
 from tests.golden_record import Golden
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,8 +54,8 @@ def test_images_are_numbered_and_the_grid_is_named_after_the_prompt(run, folder,
     assert files == [grid, *(f"samples/000{n}.png" for n in range(4))]
     printed = [line for line in output.out.splitlines() if line.startswith(str(tmp_path))]
     assert printed == [str(tmp_path / "out" / name) for name in [*files[1:], grid]]
-    assert Image.open(tmp_path / "out/samples/0003.png").size == (32, 32)
-    assert Image.open(tmp_path / "out" / grid).size == (70, 70)  # two rows of two, with a padding of 2
+    assert open_image(tmp_path / "out/samples/0003.png").size == (32, 32)
+    assert open_image(tmp_path / "out" / grid).size == (70, 70)  # two rows of two, with a padding of 2
     _, _, files = run(*arguments)
     assert files[-1] == "samples/0005.png" and len(files) == 7
 
@@ -77,13 +78,14 @@ def test_each_prompt_of_a_file_gives_one_image(run, tmp_path) -> None:
     assert generate.read_lines(tmp_path / "prompts.txt") == ["a dog", "a photo", "a sculpture"]
     arguments = ["--from-file", tmp_path / "prompts.txt", "--n_rows", 3]
     assert run(*arguments)[2] == ["grid-0000.png", *(f"samples/000{n}.png" for n in range(3))]
-    assert Image.open(tmp_path / "out/grid-0000.png").size == (104, 36)
+    assert open_image(tmp_path / "out/grid-0000.png").size == (104, 36)
     assert run(*arguments, "--skip_save")[2][:2] == ["grid-0000.png", "grid-0001.png"]
 
 
 def test_skipping_files_and_choosing_the_format(run, tmp_path) -> None:
     assert run("--skip_grid", "--format", "jpg")[2] == ["samples/0000.jpg", "samples/0001.jpg"]
-    assert Image.open(tmp_path / "out/samples/0000.jpg").format == "JPEG"
+    with Image.open(tmp_path / "out/samples/0000.jpg") as image:
+        assert image.format == "JPEG"
     assert len(run("--skip_grid", "--skip_save")[2]) == 2
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.embeddings import image_files, read, write
+from ldm.images import open_image
 from tests.embeddings.samples import learned, refused, saved, vectors
 
 
@@ -112,17 +113,18 @@ def test_the_strips_are_never_black():
 def test_the_preview_is_in_the_image(tmp_path):
     preview = Image.new("RGB", (300, 300), (10, 200, 30))
     path = write(learned("cat", 1, 32), tmp_path / "cat.png", "a1111-png", preview=preview)
-    canvas = np.array(Image.open(path))
+    canvas = np.array(open_image(path))
     assert (canvas[100, 100:200] == (10, 200, 30)).all()
 
 
 def test_without_a_preview_the_image_is_a_heat_map(tmp_path):
-    image = Image.open(write(learned("cat", 1, 768), tmp_path / "cat.png", "a1111-png"))
+    image = open_image(write(learned("cat", 1, 768), tmp_path / "cat.png", "a1111-png"))
     assert image.width > 256 and image.height >= 256 and len(image.getcolors(10**6)) > 20
 
 
 def test_a_webp_carries_the_embedding_in_its_pixels(every_file):
-    assert getattr(Image.open(every_file["webp"]), "text", None) is None
+    with Image.open(every_file["webp"]) as image:
+        assert getattr(image, "text", None) is None
     [concept] = read(every_file["webp"]).concepts
     assert concept.trigger == "<cat>" and torch.equal(concept.vectors, vectors(width=32))
 

@@ -21,6 +21,7 @@ from ldm.generate.images import (
     noise_source,
     save_grid,
 )
+from ldm.images import open_image
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import UserError
 from tests.golden_record import Golden
@@ -211,14 +212,14 @@ def test_saved_images_continue_the_numbers_of_existing_files(tmp_path) -> None:
         (tmp_path / name).touch()
     folder = ImageFolder(tmp_path)
     assert [folder.save(RED).name for _ in range(2)] == ["0008.png", "0009.png"]
-    assert Image.open(tmp_path / "0008.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(tmp_path / "0008.png").getpixel((0, 0)) == (255, 0, 0)
     assert ImageFolder(tmp_path / "new" / "one", "jpg", digits=5).save(RED).name == "00000.jpg"
 
 
 def test_a_jpeg_keeps_its_colours(tmp_path) -> None:
     image = RED.copy()
     image.putpixel((3, 3), (0, 0, 255))  # a single pixel, which subsampled colour would blur
-    saved = Image.open(ImageFolder(tmp_path, "jpg").save(image))
+    saved = open_image(ImageFolder(tmp_path, "jpg").save(image))
     assert all(abs(a - b) < 12 for a, b in zip(saved.getpixel((3, 3)), (0, 0, 255), strict=True))
 
 
@@ -230,7 +231,7 @@ def test_numbers_after_a_prefix(tmp_path) -> None:
 
 def test_a_grid_has_rows_of_columns(tmp_path) -> None:
     path = save_grid([RED] * 3, 2, tmp_path / "grid.png")
-    assert Image.open(path).size == (2 * 10 + 2, 2 * 8 + 2)
+    assert open_image(path).size == (2 * 10 + 2, 2 * 8 + 2)
 
 
 @pytest.mark.parametrize(

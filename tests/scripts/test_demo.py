@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.images import open_image
 from scripts import demo
 
 
@@ -31,6 +32,6 @@ def test_the_sheet_shows_this_run_and_not_an_earlier_one(tmp_path, monkeypatch, 
     ).model.params.personalization_config.params.initializer_words[0]
     now = tmp_path / "out" / "logs" / "bobo_now" / "checkpoints" / "embeddings.pt"
     assert used[0] == ("a photo of *", now) and used[-1] == (f"a photo of a {word}", None)
-    assert Image.open(tmp_path / "out" / "demo.png").width > 5 * 32
+    assert open_image(tmp_path / "out" / "demo.png").width > 5 * 32
     output = capsys.readouterr().out
     assert f"embeddings: {now}" in output and "colours shared with the images" in output

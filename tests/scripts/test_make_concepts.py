@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ldm.data.creatures.captions import background_phrase
 from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import HELD_OUT_STYLES, SPLITS, STYLES, creature, scene
+from ldm.images import open_image
 from scripts import make_concepts
 
 SHIPPED = Path(__file__).parents[2] / "data/concepts"
@@ -40,7 +40,7 @@ def test_each_concept_is_held_out_and_has_five_backgrounds(name):
 def test_the_images_match_concept_json(name):
     truth = TRUTHS[name]
     for image in truth["pictures"]:
-        pixels = np.asarray(Image.open(SHIPPED / name / image["file"]))
+        pixels = np.asarray(open_image(SHIPPED / name / image["file"]))
         assert pixels.shape == (truth["size"], truth["size"], 3)
         subject = creature(image.get("creature_seed", truth.get("creature", {}).get("seed")))
         surroundings = image["scene"]

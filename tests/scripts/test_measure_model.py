@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from PIL import Image
 
 from ldm.evaluation.judge import AttributeJudge
+from ldm.images import open_image
 from scripts import measure_model
 
 TOWER = {
@@ -48,7 +48,7 @@ def test_prompts_are_measured_and_shown(judge, tmp_path) -> None:
         "prompts", tmp_path, "--judge", judge, "--count", 10, "--steps", 2, "--batch_size", 5
     )
     assert found["obeyed"]["species"][1] == 10 and found["obeyed"]["background"][1] == 6
-    assert Image.open(out / "prompts.png").width > 300
+    assert open_image(out / "prompts.png").width > 300
     assert "| species |" in (out / "prompts.md").read_text()
 
 

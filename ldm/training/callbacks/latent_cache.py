@@ -154,5 +154,6 @@ class LatentCache(Callback):
     def _allocate(self, shape: Sequence[int]) -> np.ndarray:
         if 4 * int(np.prod(shape)) <= self.memory_bytes:
             return np.empty(shape, np.float32)
-        self._file = tempfile.TemporaryFile(prefix="latents-")  # noqa: SIM115  (open as long as the run)
-        return np.memmap(self._file, np.float32, "w+", shape=tuple(shape))
+        # The mapping keeps the unnamed file alive as long as the array.
+        with tempfile.TemporaryFile(prefix="latents-") as file:
+            return np.memmap(file, np.float32, "w+", shape=tuple(shape))

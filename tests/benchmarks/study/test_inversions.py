@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.study import inversions, invert, measure
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.images import open_image
 from tests.evaluation.stand_ins import use_few_renderings
 from tests.golden_record import Golden
 
@@ -153,7 +153,7 @@ def test_all_phases_end_in_tables_and_a_sheet(run, main_py, tmp_path, monkeypatc
     )
     text = (tmp_path / "study/study.md").read_text()
     assert "8 of 8 inversions" in text and "| best caption in words |" in text and "not measured" in text
-    assert Image.open(tmp_path / "study/study.png").height > 1000
+    assert open_image(tmp_path / "study/study.png").height > 1000
 
     def never(options):
         raise AssertionError("the model was loaded")
