@@ -49,14 +49,6 @@ def test_formats(tiny_yaml) -> None:
             assert concept.trigger == "<my-cat>"
 
 
-def test_resuming_a_finished_run_writes_no_file_again(tiny_yaml) -> None:
-    folder = checkpoints(tiny_yaml)
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("embedding*")}
-    assert main.main(["-r", str(folder.parent), "-t"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("embedding*")} == times
-    assert len(times) == 4
-
-
 def test_an_exception_before_the_first_step_of_a_resumed_run_writes_no_file(monkeypatch) -> None:
     model = Golden("clip_one_vector").model()
     trainer = SimpleNamespace(global_step=2, is_global_zero=True, lightning_module=model)
