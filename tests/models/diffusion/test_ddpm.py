@@ -151,6 +151,17 @@ def test_scale_by_std_gives_the_first_batch_unit_variance() -> None:
     assert "scale_factor" in model.state_dict()
 
 
+def test_scale_by_std_changes_no_scale_after_the_first_step(monkeypatch) -> None:
+    batch = {"image": images(4)}
+    for step, changed in ((1, False), (0, True)):
+        model = latent(scale_by_std=True)
+        monkeypatch.setattr(LatentDiffusion, "global_step", step)
+        model.on_train_batch_start(batch, 1)
+        assert model.scale_factor == 1.0
+        model.on_train_batch_start(batch, 0)
+        assert (model.scale_factor != 1.0) == changed
+
+
 def test_averages_follow_training_and_are_used_in_their_scope() -> None:
     model = latent(use_ema=True, ema_decay=0.5)
     weight = model.model.diffusion_model.out[2].bias

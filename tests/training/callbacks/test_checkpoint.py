@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import random_state
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
 from ldm.util import UserError
-from tests.training.runs import fit_line
+from tests.training.runs import fit_line, start, state_of
 
 
 class TestLastCheckpoint:
@@ -56,6 +57,16 @@ class TestLastCheckpoint:
         fit_line(line, numbers, tmp_path, callbacks, steps=3, ckpt=tmp_path / "second.ckpt")
         assert torch.equal(noise("resumed.ckpt"), noise("straight.ckpt"))
         assert not torch.equal(noise("second.ckpt"), noise("straight.ckpt"))
+
+
+def test_the_steps_before_a_validation_are_saved_first(tiny_yaml, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        LatentDiffusion, "validation_step", lambda *arguments: saved.append(state_of()["global_step"])
+    )
+    rarely = "lightning.modelcheckpoint.params.every_n_train_steps=100"
+    assert start("--base", tiny_yaml, "-t", rarely) == 0
+    assert sorted(set(saved)) == [3, 6]
 
 
 def test_state_file_is_written_atomically(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import main
 from ldm import embeddings
 from ldm.files import images_fingerprint
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
+from tests.golden_record import Golden
 
 
 def checkpoints(*words: object) -> Path:
@@ -47,12 +49,17 @@ def test_formats(tiny_yaml) -> None:
             assert concept.trigger == "<my-cat>"
 
 
-def test_resuming_a_finished_run_writes_no_file_again(tiny_yaml) -> None:
-    folder = checkpoints(tiny_yaml)
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("embedding*")}
-    assert main.main(["-r", str(folder.parent), "-t"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("embedding*")} == times
-    assert len(times) == 4
+def test_an_exception_before_the_first_step_of_a_resumed_run_writes_no_file(monkeypatch) -> None:
+    model = Golden("clip_one_vector").model()
+    trainer = SimpleNamespace(global_step=2, is_global_zero=True, lightning_module=model)
+    saver, saved = EmbeddingSaver(), []
+    monkeypatch.setattr(saver, "save_as", lambda trainer, suffix, step: saved.append(suffix))
+    saver.on_train_start(trainer, model)
+    saver.on_exception(trainer, model, KeyboardInterrupt())
+    assert saved == []
+    trainer.global_step = 3
+    saver.on_exception(trainer, model, KeyboardInterrupt())
+    assert saved == ["_gs-3", ""]
 
 
 def test_default_format_is_always_written() -> None:
