@@ -58,7 +58,7 @@ def test_images_are_numbered_and_the_grid_is_named_after_the_prompt(run, folder,
     assert open_image(tmp_path / "out" / grid).size == (70, 70)  # two rows of two, with a padding of 2
     _, _, files = run(*arguments)
     assert files[-1] == "samples/0005.png" and len(files) == 7
-    assert Image.open(tmp_path / "out" / grid).size == (70, 36)  # the images of one round in a row
+    assert open_image(tmp_path / "out" / grid).size == (70, 36)  # the images of one round in a row
 
 
 def test_the_default_prompt_names_the_first_learned_placeholder(run, folder) -> None:
