@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import kornia
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
@@ -60,7 +61,7 @@ class AttributeJudge(nn.Module):
 
         The log-probabilities of the image and its mirror image are added: mirroring changes no attribute.
         """
-        original, mirrored = self.logits(pixels), self.logits(pixels.flip(-1))
+        original, mirrored = self.logits(pixels), self.logits(kornia.geometry.hflip(pixels))
         return {
             name: (values.log_softmax(1) + mirrored[name].log_softmax(1)).argmax(1)
             for name, values in original.items()

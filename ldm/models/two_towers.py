@@ -120,7 +120,11 @@ class TwoTowers(nn.Module):
         """Return the image tower's states [B, width] of images [B, 3, H, W] in [-1, 1]; resizes them to its size."""
         size = self.image_tower.size
         if pixels.shape[-2:] != (size, size):
-            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
+            from kornia.geometry import resize  # takes a second to import, and images mostly have the size
+
+            pixels = resize(
+                pixels, (size, size), interpolation="bicubic", antialias=True, align_corners=False
+            )
         return self.image_tower(pixels)
 
     def image_features(self, pixels: Tensor) -> Tensor:
