@@ -209,8 +209,8 @@ def _pattern(creatures: Sequence[Creature], material: Tensor, x: Tensor, y: Tens
 def _free_pattern(pattern: str, build: Build, x: Tensor, y: Tensor) -> Tensor:
     """The mask of stripes or spots with a random phase, as the 32x32 model was trained on.
 
-    Averaged over the phase, stripes and spots are the same image. While the noise hides the phase, the word for the
-    pattern therefore tells a denoiser nothing, and it learns to ignore the word.
+    Averaged over the phase, stripes and spots are nearly the same image. While noise hides the phase, the word for the
+    pattern therefore tells a denoiser very little; the 32x32 model ignores it.
     """
     u, v = _rotated(x, y, build.pattern_angle)
     if pattern == "stripes":
