@@ -54,6 +54,7 @@ def test_only_training_is_compiled(model, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of what it does itself
 def test_compiled_gradient(model) -> None:
     (vectors,) = model.embedding_manager.embedding_parameters()
 
