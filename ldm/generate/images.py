@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.files import atomic_write
-from ldm.generate.prompt_syntax import conditions
+from ldm.generate.prompt_syntax import chunk_count, conditions
 from ldm.images import image_grid, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -80,12 +80,13 @@ def generate(
     shape = latent_shape(model, height, width)
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
-    total = steps * -(-len(prompts) // batch_size)
+    batches = _batches([chunk_count(model, prompt, prompt_syntax) for prompt in prompts], batch_size)
+    total = steps * len(batches)
     images: list[Image.Image] = []
     with evaluating(model), model.ema_scope(), half_precision(precision, device):
-        for batch, first in enumerate(range(0, len(prompts), batch_size)):
-            captions = prompts[first : first + batch_size]
-            generators = [noise_source(seed, number) for number in numbers[first : first + batch_size]]
+        for batch, part in enumerate(batches):
+            captions = prompts[part]
+            generators = [noise_source(seed, number) for number in numbers[part]]
             blank = model.alphas_cumprod.new_empty((len(captions), *shape))
             guided = None if scale == 1.0 else negative_prompt
             condition, unconditional = conditions(model, captions, guided, prompt_syntax)
@@ -96,7 +97,7 @@ def generate(
                 conditioning=condition,
                 callback=_counter(progress, batch * steps, total),
                 eta=eta,
-                x_T=gaussian(blank, generators) if x_T is None else x_T[first : first + batch_size],
+                x_T=gaussian(blank, generators) if x_T is None else x_T[part],
                 unconditional_guidance_scale=scale,
                 unconditional_conditioning=unconditional,
                 generator=generators,
@@ -111,6 +112,20 @@ def generate(
                 if on_image is not None:
                     on_image(len(images) - 1, images[-1])
     return images
+
+
+def _batches(chunks: Sequence[int], size: int) -> list[slice]:
+    """Consecutive batches of at most `size` prompts with equal numbers of chunks.
+
+    Prompts of different lengths would have to be filled up, and an image would depend on the others of its batch.
+    """
+    batches: list[slice] = []
+    for place, count in enumerate(chunks):
+        if batches and place - batches[-1].start < size and chunks[batches[-1].start] == count:
+            batches[-1] = slice(batches[-1].start, place + 1)
+        else:
+            batches.append(slice(place, place + 1))
+    return batches
 
 
 def check_settings(

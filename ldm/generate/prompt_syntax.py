@@ -136,6 +136,15 @@ def _weight(text: str) -> float:
     return weight
 
 
+def chunk_count(model: LatentDiffusion, prompt: str, syntax: str) -> int:
+    """The number of chunks of a prompt; 1 where the syntax has none."""
+    encoder, manager = model.cond_stage_model, model.embedding_manager
+    if syntax == "plain" or not isinstance(encoder, TextEncoder):
+        return 1
+    words = [] if manager is None else list(manager.placeholders)
+    return len(parse(prompt, encoder.prompt_tokenizer, words, syntax))
+
+
 def conditions(
     model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str | None, syntax: str
 ) -> tuple[Any, Any]:

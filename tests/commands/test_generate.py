@@ -350,3 +350,13 @@ def test_an_output_that_is_not_finite_is_an_error(run, tmp_path, monkeypatch) ->
     code, output, files = run("--prompt", "a photo")
     assert code == 1 and files == []
     assert "model.ckpt" in output.err and "is not finite" in output.err
+
+
+def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(run, tmp_path) -> None:
+    (tmp_path / "one.txt").write_text("a photo of a dog\n")
+    (tmp_path / "two.txt").write_text("a photo of a dog\na photo BREAK of a dog\n")
+    images = []
+    for name in ("one", "two"):
+        assert run("--from-file", tmp_path / f"{name}.txt", "--outdir", tmp_path / name, "--scale", 2)[0] == 0
+        images.append((tmp_path / name / "samples" / "0000.png").read_bytes())
+    assert images[0] == images[1]
