@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +26,37 @@ def read_yaml(path: str | Path) -> DictConfig:
         raise ConfigError(f"'{path}'{line} is not a valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"'{path}' must hold a mapping (model:, data:, lightning:), not a list")
-    return node
+    return _found_in_checkout(node)
+
+
+# The repository's root, where this library runs from a checkout, and its folders that YAMLs name.
+CHECKOUT = Path(__file__).resolve().parents[1]
+_FOLDERS = ("models", "configs", "data")
+
+
+def in_checkout(path: str) -> str:
+    """The path, or where it is in the checkout: if it begins with models/, configs/ or data/ and is not here.
+
+    So the shipped YAMLs work from every folder, not only from the root of the checkout.
+    """
+    there = CHECKOUT / path
+    known = path.split("/")[0] in _FOLDERS and "/" in path
+    return str(there) if known and not Path(path).exists() and there.exists() else path
+
+
+def _found_in_checkout(node: DictConfig) -> DictConfig:
+    """The same configuration with every such path as an absolute one."""
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: visit(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [visit(item) for item in value]
+        return in_checkout(value) if isinstance(value, str) else value
+
+    plain = OmegaConf.to_container(node, resolve=False)
+    moved = visit(plain)
+    return node if moved == plain else cast(DictConfig, OmegaConf.create(moved))
 
 
 def yaml_value(text: str) -> Any:

@@ -24,12 +24,13 @@ LIBRARY = {
     "models": {"base", "embeddings", "modules"},
     "interop": {"base", "embeddings", "modules", "models"},
 }
-EVERYTHING = {*LIBRARY, "generate", "evaluation", "training", "commands"}
+EVERYTHING = {*LIBRARY, "generate", "evaluation", "training", "studio", "commands"}
 ROOMS = {
     **LIBRARY,
     "generate": {*LIBRARY},
     "evaluation": {*LIBRARY, "generate"},
     "training": {*LIBRARY, "generate"},
+    "studio": {*LIBRARY, "generate", "training"},
     "commands": EVERYTHING,
     "main": EVERYTHING,
     "benchmarks": EVERYTHING | {"main", "scripts"},

@@ -66,24 +66,14 @@ def check_files(*paths: str | Path | None) -> None:
 
 
 def read_model_config(ckpt: str, config: str | None) -> DictConfig:
-    """Read the YAML of a model: `config`, or the one that belongs to the checkpoint."""
-    from ldm.checkpoint import config_of
-    from ldm.yaml_files import read_yaml
+    """`ldm.generate.session.read_model_config`, imported when it is called."""
+    from ldm.generate import session
 
-    return read_yaml(config or config_of(ckpt))
+    return session.read_model_config(ckpt, config)
 
 
 def load_latent_diffusion(config: DictConfig, ckpt: str, device: str | None = None) -> LatentDiffusion:
-    """Load a model, by default on the GPU if there is one; UserError if it is not a LatentDiffusion."""
-    import torch
+    """`ldm.generate.session.load_latent_diffusion`, imported when it is called."""
+    from ldm.generate import session
 
-    from ldm.checkpoint import load_model_from_config
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-
-    model = load_model_from_config(config, ckpt, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not isinstance(model, LatentDiffusion):
-        raise UserError(
-            f"the config of '{ckpt}' describes {type(model).__name__}, which cannot generate images from prompts; "
-            "name a LatentDiffusion and its config"
-        )
-    return model
+    return session.load_latent_diffusion(config, ckpt, device)

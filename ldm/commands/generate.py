@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +17,8 @@ from ldm.util import UsageError, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ldm.generate.session import Prompts
     from ldm.models.diffusion.ddpm import LatentDiffusion
-
-logger = logging.getLogger(__name__)
-
-# Suffixes of the files that embedding:NAME in a prompt may mean; the empty one where NAME has a suffix.
-EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin", ".png", ".webp")
 
 _DESCRIPTION = """Generate images from prompts, with learned embeddings.
 
@@ -202,12 +196,15 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
 
     from ldm import console
     from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
+    from ldm.generate.session import Labels
 
     console.set_up_logging()
     outdir = Path(options.outdir)
     samples = ImageFolder(outdir / "samples", options.format, profile.digits)
-    model, prompts, negative_prompt = load(options, lines, profile)
-    prompts_of_round = prompts if lines else prompts * options.n_samples
+    labels = Labels(options.ckpt_path)
+    model, found = load(options, lines, profile)
+    labels.use(found.words)
+    prompts_of_round = found.prompts if lines else found.prompts * options.n_samples
     with tqdm(unit="step", desc="sampling", disable=None) as bar, naming_the_checkpoint(options.ckpt_path):
 
         def progress(done: int, total: int) -> None:
@@ -229,18 +226,46 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
             seed=options.seed,
             batch_size=options.n_samples,
             precision=options.precision,
-            negative_prompt=negative_prompt,
+            negative_prompt=found.negative_prompt,
             prompt_syntax=options.prompt_syntax,
             numbers=list(range(len(prompts_of_round))) * options.n_iter if options.fixed_code else None,
+            labels=labels,
             progress=progress,
             on_image=None if options.skip_save else save,
         )
     if not options.skip_grid:
-        name = "grid" if lines else name_of(prompts[0])
+        name = "grid" if lines else name_of(found.prompts[0])
         if lines or profile.numbered_grids:
             name = f"{name}-{free_number(outdir, f'{name}-'):04}"
         path = outdir / f"{name}.{options.format}"
         write_line(str(save_grid(images, options.n_rows or options.n_samples, path)))
+
+
+def load(
+    options: argparse.Namespace, lines: list[str] | None, profile: Profile
+) -> tuple[LatentDiffusion, Prompts]:
+    """Return the model with the embeddings in it, and the prompts.
+
+    Everything about files and words is checked before the model is read, the token limit afterwards.
+    """
+    from ldm.generate.embeddings import load_embeddings
+    from ldm.generate.session import resolve, warn_truncated
+
+    config = read_model_config(options.ckpt_path, options.config)
+    found = resolve(
+        config,
+        lines or ([options.prompt] if options.prompt else []),
+        options.negative_prompt,
+        options.embedding_path,
+        default=profile.prompt,
+        syntax=options.prompt_syntax,
+        folder=options.embedding_dir,
+    )
+    model = load_latent_diffusion(config, options.ckpt_path)
+    if found.words:
+        load_embeddings(model, found.words)
+    warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
+    return model, found
 
 
 @contextmanager
@@ -252,81 +277,6 @@ def naming_the_checkpoint(path: str) -> Iterator[None]:
         yield
     except OutputError as error:
         raise UserError(f"'{path}': {error}") from error
-
-
-def load(
-    options: argparse.Namespace, lines: list[str] | None, profile: Profile
-) -> tuple[LatentDiffusion, list[str], str]:
-    """Return the model with the embeddings in it, the prompts and the negative prompt.
-
-    Everything about files and words is checked before the model is read, the token limit afterwards.
-    """
-    from omegaconf import OmegaConf
-
-    from ldm.embeddings import read
-    from ldm.generate.embeddings import check_mentions, load_embeddings, takes_vectors, warn_unused
-    from ldm.generate.prompt_syntax import check_token_limit
-    from ldm.util import get_obj_from_str
-
-    config = read_model_config(options.ckpt_path, options.config)
-    node = OmegaConf.select(config, "model.params.personalization_config") or {}
-    params = node.get("params") or {}
-    configured = [str(word) for word in params.get("placeholder_strings") or []]
-    learned = configured if params.get("embedding_manager_ckpt") else []
-    prompts, paths = lines or [options.prompt or profile.prompt], list(options.embedding_path)
-    negative_prompt = options.negative_prompt
-    # Another kind of personalization alone knows its files and its placeholders.
-    if "target" not in node or takes_vectors(get_obj_from_str(node["target"])):
-        if options.prompt_syntax != "plain":
-            *prompts, negative_prompt = [
-                _find_embeddings(prompt, options.embedding_dir, paths)
-                for prompt in [*prompts, negative_prompt]
-            ]
-        triggers = {path: read(path).triggers for path in paths}
-        if paths:
-            learned = [trigger for words in triggers.values() for trigger in words]
-        if learned and not (lines or options.prompt):
-            prompts = [f"a photo of {learned[0]}"]
-        check_mentions([*prompts, negative_prompt], learned, configured)
-        warn_unused(triggers, [*prompts, negative_prompt])
-    model = load_latent_diffusion(config, options.ckpt_path)
-    if paths:
-        load_embeddings(model, paths)
-    encoder = model.cond_stage_model
-    for prompt in dict.fromkeys([*prompts, negative_prompt]):
-        lost = check_token_limit(encoder, model.embedding_manager, prompt, options.prompt_syntax)
-        if lost:
-            logger.warning('the token limit truncates the prompt: "%s" has no effect', lost[:120])
-    return model, prompts, negative_prompt
-
-
-def _find_embeddings(prompt: str, folder: str, paths: list[str]) -> str:
-    """Replace each embedding:NAME of a prompt by the placeholder of that file, which is added to `paths`.
-
-    Raises:
-        UserError: there is no such file, or it holds several placeholders.
-    """
-    from ldm.embeddings import read
-
-    def placeholder(match: re.Match[str]) -> str:
-        name = match[1]
-        places = [Path(base) / f"{name}{suffix}" for base in (".", folder) for suffix in EMBEDDING_SUFFIXES]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise UserError(
-                f"the prompt names 'embedding:{name}', but there is no such file here or in '{folder}'; "
-                "name the folder with --embedding_dir, or the file with --embedding_path"
-            )
-        triggers = read(found).triggers
-        if len(triggers) > 1:
-            raise UserError(
-                f"'{found}' holds {len(triggers)} words; name it with --embedding_path and write the words"
-            )
-        if str(found) not in paths:
-            paths.append(str(found))
-        return triggers[0]
-
-    return re.sub(r"embedding:([\w./-]*[\w-])", placeholder, prompt)
 
 
 def read_lines(path: str | Path) -> list[str]:

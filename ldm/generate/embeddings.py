@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.embeddings import merge, read
+from ldm.embeddings import LearnedEmbeddings, merge, read
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
@@ -24,7 +24,11 @@ _LIKE_A_PLACEHOLDER = re.compile(r"<[^<>\s]+>|(?<![\w*])\*(?![\w*])")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 
 
-def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | Path]) -> list[str]:
+# What holds words: a file, or what was read from one.
+Words = str | Path | LearnedEmbeddings
+
+
+def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> list[str]:
     """Replace what the model's personalization has learned by the contents of one or several files.
 
     A personalization that consists of vectors (see `takes_vectors`) gets the merged vectors of all files, which may be
@@ -36,15 +40,17 @@ def load_embeddings(model: LatentDiffusion, paths: str | Path | Sequence[str | P
         UserError: a file cannot be read or is for another text encoder, or two files have different vectors for one
             placeholder.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    paths = [paths] if isinstance(paths, (str, Path, LearnedEmbeddings)) else list(paths)
     encoder, personalization = text_encoder_of(model), personalization_of(model)
     if not takes_vectors(type(personalization)):
         if len(paths) != 1:
             kind = type(personalization).__name__
             raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
+        if isinstance(paths[0], LearnedEmbeddings):
+            raise UserError(f"{kind} has files of its own; name the file instead of vectors")
         personalization.load(paths[0])
         return list(personalization.placeholders)
-    merged = merge([read(path) for path in paths])
+    merged = merge([path if isinstance(path, LearnedEmbeddings) else read(path) for path in paths])
     vectors = merged.vectors_for(encoder.width, encoder.family)
     personalization.take(vectors, source=f"'{merged.source}'")
     # All vectors of a file that are in use there are used here, even if the config adds vectors during training.

@@ -1,16 +1,21 @@
-"""Images from prompts, and the numbered files that they are saved in."""
+"""Images from prompts, the settings that are written into them, and the numbered files that they are saved in."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.files import atomic_write
@@ -51,6 +56,7 @@ def generate(
     prompt_syntax: str = "plain",
     x_T: Tensor | None = None,
     numbers: Sequence[int] | None = None,
+    labels: Callable[[str], Mapping[str, str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_image: Callable[[int, Image.Image], object] | None = None,
 ) -> list[Image.Image]:
@@ -67,9 +73,13 @@ def generate(
         precision: "full", or "autocast" for half precision on an accelerator (on a CPU the same as "full").
         prompt_syntax: "plain", or "a1111" or "comfyui" for weighted prompts (see `ldm.generate.prompt_syntax`).
         x_T: the initial noise, [N, C, h, w] for N prompts.
+        labels: gives further fields of the settings of an image, such as "Model hash", for its prompt.
         progress: called after each step with the number of steps done and their total.
         on_image: called for each finished image with its index in `prompts` and the image.
 
+    Returns:
+        the images; `image.info["parameters"]` has the settings of each as text (see `Settings`), and `save_image`
+        writes it into the file.
     Raises:
         UserError: a setting is out of range, the model cannot generate images of that size, a prompt has syntax
             that is not supported.
@@ -102,13 +112,29 @@ def generate(
                 unconditional_conditioning=unconditional,
                 generator=generators,
             )
-            for prompt, decoded in zip(captions, model.decode_first_stage(latents), strict=True):
+            pixels = model.decode_first_stage(latents)
+            for prompt, number, decoded in zip(captions, numbers[part], pixels, strict=True):
                 if not decoded.isfinite().all():
                     raise OutputError(
                         f"the output for the prompt '{prompt[:80]}' is not finite (NaN or infinity) and would be a "
                         "black image; use full precision, other embeddings, or another copy of the checkpoint"
                     )
                 images.append(to_pil(decoded))
+                settings = Settings(
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    steps=steps,
+                    sampler=sampler,
+                    scale=scale,
+                    seed=seed,
+                    width=images[-1].width,
+                    height=images[-1].height,
+                    number=number,
+                    eta=eta,
+                    prompt_syntax=prompt_syntax,
+                    labels={} if labels is None else dict(labels(prompt)),
+                )
+                images[-1].info[PARAMETERS] = settings.as_text()
                 if on_image is not None:
                     on_image(len(images) - 1, images[-1])
     return images
@@ -234,8 +260,20 @@ class ImageFolder:
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write an image atomically, in the format of the path's suffix; JPEG at high quality."""
-    options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    """Write an image atomically, in the format of the path's suffix; JPEG at high quality.
+
+    The settings of a generated image are written into the file, where AUTOMATIC1111 writes them: a text of a PNG, the
+    EXIF comment of a JPEG.
+    """
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    text = image.info.get(PARAMETERS)
+    if text and path.suffix == ".jpg":
+        exif = Image.Exif()
+        exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
+        options["exif"] = exif
+    elif text:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(PARAMETERS, text)
     return atomic_write(path, lambda file: image.save(file, FORMATS[path.suffix[1:]], **options))
 
 
@@ -257,3 +295,132 @@ def name_of(prompt: str) -> str:
     )
     name = name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     return f"_{name[1:]}" if name.startswith(".") else name or "grid"
+
+
+# The name of the text in a PNG, and in `Image.info`, that holds the settings.
+PARAMETERS = "parameters"
+_EXIF_FOLDER, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
+# The samplers' names in AUTOMATIC1111.
+SAMPLER_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+# One "Name: value" of the last line; a value that contains a comma or a colon is in quotes.
+_FIELD = re.compile(r'\s*([A-Za-z][\w /()-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+_NEGATIVE = "Negative prompt:"
+_LARGEST_TEXT = 100_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an image was generated, as the text that AUTOMATIC1111 writes into images and its users paste.
+
+    A line with the prompt, one with the negative prompt, and one of fields: `Steps: 20, Sampler: DDIM, CFG scale: 7,
+    Seed: 1, Size: 512x512, Model hash: ..., Model: ..., TI hashes: "cat: ..."`. The field `Image number` is of this
+    repository: an image depends on the seed and its number. `labels` are the fields that have no attribute.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int | None = None
+    sampler: str | None = None
+    scale: float | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    number: int = 0
+    eta: float = 0.0
+    prompt_syntax: str = "a1111"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def as_text(self) -> str:
+        """The text that is written into a file."""
+        fields = {
+            "Steps": self.steps,
+            "Sampler": SAMPLER_NAMES.get(self.sampler or "", self.sampler),
+            "CFG scale": None if self.scale is None else f"{self.scale:g}",
+            "Seed": self.seed,
+            "Size": None if self.width is None else f"{self.width}x{self.height}",
+            "Eta DDIM": f"{self.eta:g}" if self.eta else None,
+            "Prompt syntax": None if self.prompt_syntax == "a1111" else self.prompt_syntax,
+            "Image number": self.number or None,
+            **self.labels,
+        }
+        line = ", ".join(
+            f"{key}: {_quoted(str(value))}" for key, value in fields.items() if value is not None
+        )
+        negative = f"{_NEGATIVE} {self.negative_prompt}" if self.negative_prompt else None
+        return "\n".join(part for part in (self.prompt, negative, line) if part is not None)
+
+    @classmethod
+    def from_text(cls, text: str) -> Settings:
+        """Read such a text, also one of AUTOMATIC1111; fields that make no sense are ignored.
+
+        Raises:
+            UserError: there are no settings in it.
+        """
+        lines = text[:_LARGEST_TEXT].strip().split("\n")
+        found = {key.strip(): _unquoted(value.strip()) for key, value in _FIELD.findall(lines[-1])}
+        if "Steps" not in found:
+            raise UserError(
+                "there are no settings in the text; they end with a line that begins with 'Steps: 20,'"
+            )
+        prompt, mark, negative = "\n".join(lines[:-1]).partition(_NEGATIVE)
+        names = {name.lower(): sampler for sampler, name in SAMPLER_NAMES.items()}
+        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", found.pop("Size", ""))
+        sampler = found.pop("Sampler", None)
+        return cls(
+            prompt=prompt.strip(),
+            negative_prompt=negative.strip() if mark else "",
+            steps=_number(found.pop("Steps", ""), int),
+            sampler=names.get((sampler or "").lower(), sampler),
+            scale=_number(found.pop("CFG scale", ""), float),
+            seed=_number(found.pop("Seed", ""), int),
+            width=int(size[1]) if size else None,
+            height=int(size[2]) if size else None,
+            number=_number(found.pop("Image number", ""), int) or 0,
+            eta=_number(found.pop("Eta DDIM", ""), float) or 0.0,
+            prompt_syntax=found.pop("Prompt syntax", "a1111"),
+            labels=found,
+        )
+
+    @classmethod
+    def from_image(cls, path: str | Path) -> Settings:
+        """Read the settings from a PNG, JPEG or WebP of this repository or AUTOMATIC1111; pixels are not read.
+
+        Raises:
+            UserError: the file is not an image, or has no settings.
+        """
+        try:
+            with Image.open(path) as image:
+                text = image.info.get(PARAMETERS)
+                if not isinstance(text, str):
+                    comment = image.getexif().get_ifd(_EXIF_FOLDER).get(_USER_COMMENT, b"")
+                    comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else comment
+                    text = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+        except Exception as error:  # decoders raise anything for damaged files
+            raise UserError(f"cannot read '{path}': it is not an image, or damaged") from error
+        try:
+            return cls.from_text(text)
+        except UserError as error:
+            raise UserError(
+                f"'{Path(path).name}' has no settings in it; use a PNG as it was generated, not a copy that was edited"
+            ) from error
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",:\n") else value
+
+
+def _unquoted(value: str) -> str:
+    if not (len(value) > 1 and value[0] == value[-1] == '"'):
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+def _number(text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        value = kind(text[:40])
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -26,6 +26,7 @@ from ldm.training.callbacks.interruption import Requests, handle_signals
 from ldm.training.callbacks.progress import total_steps
 from ldm.training.fitting import fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
+from ldm.training.record import Recorder
 from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
     OLD_TRAINER_KEYS,
@@ -59,14 +60,19 @@ class Plan:
     state: Path | None
 
 
-def run(argv: Sequence[str], prog: str = "main.py") -> int:
-    """Run a command line and return the exit code.
+def run(argv: Sequence[str], prog: str = "main.py", callbacks: Sequence[pl.Callback] = ()) -> int:
+    """Run a command line and return the exit code; `callbacks` are added to those of the configuration.
 
     Raises:
         UserError: a mistake that the user can correct; it has the exit code 1 or 2.
         Interrupted: a signal asked the run to stop before its training.
     """
-    plan = make_plan(command_line.parse(argv, prog))
+    recorder = Recorder()
+    with recorder.recording():
+        return _run(make_plan(command_line.parse(argv, prog)), recorder, callbacks)
+
+
+def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> int:
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
@@ -77,7 +83,7 @@ def run(argv: Sequence[str], prog: str = "main.py") -> int:
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
     requests = Requests()
     with handle_signals(requests):
-        trainer = make_trainer(plan, model, devices, requests)
+        trainer = make_trainer(plan, model, devices, requests, [recorder, *callbacks])
         rate = set_learning_rate(plan.config, model, trainer)
         if trainer.is_global_zero:
             log_plan(plan, model, datasets, trainer, rate)
@@ -88,10 +94,10 @@ def run(argv: Sequence[str], prog: str = "main.py") -> int:
             fit(plan.run, plan.state, trainer, model, data)
         except Interrupted as stop:
             logger.info("stopped by %s at step %d", stop, trainer.global_step)
-            log_results(plan, model, trainer, finished=False)
+            recorder.end("stopped", log_results(plan, model, trainer, finished=False))
             # The exit code is that of the first process; with another code, Lightning would kill the first one.
             return stop.exit_code if trainer.is_global_zero else 0
-    log_results(plan, model, trainer, finished=True)
+    recorder.end("finished", log_results(plan, model, trainer, finished=True))
     if (
         not plan.options.no_test
         and is_overridden("test_step", model, pl.LightningModule)
@@ -160,8 +166,14 @@ def make_model(merged: DictConfig) -> pl.LightningModule:
     return model.train()
 
 
-def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, requests: Requests) -> pl.Trainer:
-    """Lightning's Trainer for this run."""
+def make_trainer(
+    plan: Plan,
+    model: pl.LightningModule,
+    devices: Devices,
+    requests: Requests,
+    further: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
+    """Lightning's Trainer for this run; `further` are callbacks beside those of the configuration."""
     personalization = is_personalization(model)
     lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
     if devices.accelerator == "cuda":
@@ -177,7 +189,7 @@ def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, reques
         return build_trainer(
             kwargs,
             plan.run,
-            callbacks,
+            [*callbacks, *further],
             make_loggers(lightning, plan.run),
             personalization=personalization,
         )
@@ -207,10 +219,10 @@ def log_plan(
         logger.info("%s", line)
 
 
-def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:
-    """Log where the results are and the next command to type."""
+def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> str | None:
+    """Log where the results are and the next command to type; returns the verdict on the run, if there is one."""
     if not trainer.is_global_zero:
-        return
+        return None
     logger.info("run folder: %s", plan.run.path)
     manager = personalization_of(model)
     if manager is not None and plan.run.embeddings.is_file():
@@ -230,3 +242,5 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
             verdict := callback.verdict(trainer, finished=finished)
         ):
             logger.info("%s", verdict)
+            return verdict
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -181,3 +182,39 @@ def _lock(file: IO[str]) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except PermissionError as error:  # on some systems this means that the lock is held
         raise BlockingIOError from error
+
+
+def holder(folder: str | Path) -> int | None:
+    """The process that holds the lock of a run folder; None if none does, or if the lock cannot be asked.
+
+    Nothing is locked by asking. A process must not ask for a lock of its own: closing the file would release it.
+    """
+    layouts = {"linux": "hhqqi", "darwin": "qqihh"}
+    if sys.platform not in layouts:
+        return _holder_by_trying(Path(folder) / LOCK_NAME)
+    import fcntl
+
+    if sys.platform == "linux":
+        request = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    else:
+        request = struct.pack("qqihh", 0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+    try:
+        with (Path(folder) / LOCK_NAME).open("rb") as file:
+            answer = struct.unpack(layouts[sys.platform], fcntl.fcntl(file, fcntl.F_GETLK, request))
+    except OSError:
+        return None
+    kind, process = (answer[0], answer[4]) if sys.platform == "linux" else (answer[3], answer[2])
+    return None if kind == fcntl.F_UNLCK else process
+
+
+def _holder_by_trying(path: Path) -> int | None:
+    try:
+        with path.open("r+") as file:
+            text = file.read()
+            _lock(file)
+    except BlockingIOError:
+        numbers = [int(word) for word in text.split() if word.isdigit()]
+        return numbers[0] if numbers else 0
+    except OSError:
+        return None
+    return None

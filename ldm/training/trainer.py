@@ -287,7 +287,8 @@ def check_lengths(lightning: Mapping[str, Any]) -> None:
 def make_loggers(lightning: Mapping[str, Any], run: RunFolder) -> list[Logger]:
     """The CSV logger, and the logger of the YAML or else TensorBoard, if it is installed."""
     # A folder of its own for each start of the run, because Lightning deletes an old file.
-    loggers: list[Logger] = [CSVLogger(run.path, name="csv", version=run.now)]
+    # Each row is written at once, so that the curves of a run can be seen while it goes on.
+    loggers: list[Logger] = [CSVLogger(run.path, name="csv", version=run.now, flush_logs_every_n_steps=1)]
     if node := lightning.get("logger"):
         params = {"save_dir": str(run.path)} | dict(node.get("params") or {})
         try:

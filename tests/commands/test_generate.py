@@ -309,7 +309,7 @@ def test_weights_change_the_image_and_plain_takes_them_as_text(run, folder, tmp_
     ):
         code, _, _ = run("--prompt", prompt, *options, "--outdir", tmp_path / name, "--scale", "2")
         assert code == 0
-        images[name] = (tmp_path / name / "samples" / "0000.png").read_bytes()
+        images[name] = open_image(tmp_path / name / "samples" / "0000.png").tobytes()
     assert images["one"] == images["none"]
     assert len(set(images.values())) == len(images) - 1
 

@@ -1,0 +1,324 @@
+"""A model in memory that generates with learned words: what the commands, the Python call and the page share."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL.Image import Image
+
+from ldm.checkpoint import config_of, load_model_from_config
+from ldm.embeddings import LearnedEmbeddings, read
+from ldm.files import file_hash
+from ldm.generate.embeddings import (
+    Words,
+    check_mentions,
+    load_embeddings,
+    takes_vectors,
+    warn_unused,
+    whole_word,
+)
+from ldm.generate.images import OutputError, generate
+from ldm.generate.prompt_syntax import check_token_limit
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError, get_obj_from_str
+from ldm.yaml_files import in_checkout, read_yaml
+
+logger = logging.getLogger(__name__)
+
+# The embedded model, relative to the root of the checkout.
+WEIGHTS = "models/ldm/creatures/model.safetensors"
+# Suffixes of the files that embedding:NAME in a prompt may mean; the empty one where NAME has a suffix.
+EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts in which every word is known, with the files (or vectors) that hold the words."""
+
+    prompts: list[str]
+    negative_prompt: str
+    words: list[Words]
+
+
+def resolve(
+    config: DictConfig,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    words: Sequence[Words],
+    *,
+    default: str = "a photo",
+    syntax: str = "a1111",
+    folder: str | Path = "embeddings",
+) -> Prompts:
+    """Find the files of `embedding:NAME`, and check that every word of the prompts is held; no model is needed.
+
+    Without prompts, the prompt is "a photo of WORD" with the first word, or `default` if there is none. `folder` is
+    where `embedding:NAME` looks beside the current folder. A file whose word is in no prompt is a warning.
+
+    Raises:
+        UserError: a file cannot be read, or a prompt has a placeholder that no file holds.
+    """
+    node = OmegaConf.select(config, "model.params.personalization_config") or {}
+    params = node.get("params") or {}
+    configured = [str(word) for word in params.get("placeholder_strings") or []]
+    learned = configured if params.get("embedding_manager_ckpt") else []
+    given, words = [*prompts], list(words)
+    # Another kind of personalization alone knows its files and its placeholders.
+    if "target" in node and not takes_vectors(get_obj_from_str(node["target"])):
+        return Prompts(given or [default], negative_prompt, words)
+    if syntax != "plain":
+        *given, negative_prompt = [
+            _find_embeddings(prompt, folder, words) for prompt in [*given, negative_prompt]
+        ]
+    triggers = {_name(word): _triggers(word) for word in words}
+    if words:
+        learned = [trigger for several in triggers.values() for trigger in several]
+    given = given or [f"a photo of {learned[0]}" if learned else default]
+    check_mentions([*given, negative_prompt], learned, configured)
+    warn_unused(triggers, [*given, negative_prompt])
+    return Prompts(given, negative_prompt, words)
+
+
+def warn_truncated(model: LatentDiffusion, prompts: Iterable[str], syntax: str) -> None:
+    """Log a warning for text beyond the token limit.
+
+    Raises:
+        UserError: a placeholder is beyond it, or the prompt's syntax is not supported.
+    """
+    for prompt in dict.fromkeys(prompts):
+        lost = check_token_limit(model.cond_stage_model, model.embedding_manager, prompt, syntax)
+        if lost:
+            logger.warning('the token limit truncates the prompt: "%s" has no effect', lost[:120])
+
+
+def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str:
+    """Replace each embedding:NAME of a prompt by the placeholder of that file, which is added to `words`.
+
+    Raises:
+        UserError: there is no such file, or it holds several placeholders.
+    """
+
+    def placeholder(match: re.Match[str]) -> str:
+        name = match[1]
+        places = [Path(base) / f"{name}{suffix}" for base in (".", folder) for suffix in EMBEDDING_SUFFIXES]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UserError(
+                f"the prompt names 'embedding:{name}', but there is no such file here or in '{folder}'; "
+                "name the folder with --embedding_dir, or the file with --embedding_path"
+            )
+        triggers = read(found).triggers
+        if len(triggers) > 1:
+            raise UserError(
+                f"'{found}' holds {len(triggers)} words; name it with --embedding_path and write the words"
+            )
+        if str(found) not in words:
+            words.append(str(found))
+        return triggers[0]
+
+    return re.sub(r"embedding:([\w./-]*[\w-])", placeholder, prompt)
+
+
+def _name(word: Words) -> str:
+    return (word.source or word.triggers[0]) if isinstance(word, LearnedEmbeddings) else str(word)
+
+
+def _triggers(word: Words) -> list[str]:
+    return word.triggers if isinstance(word, LearnedEmbeddings) else read(word).triggers
+
+
+def checkpoint_of(model: str | Path) -> Path:
+    """The checkpoint of a model: the file itself, or the only one in a folder; found in the checkout too.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    place = Path(in_checkout(str(model)))
+    if place.is_file():
+        return place
+    found = [file for suffix in ("safetensors", "ckpt") for file in sorted(place.glob(f"*.{suffix}"))]
+    if len(found) != 1:
+        problem = "several checkpoints" if found else "no .safetensors or .ckpt file"
+        raise UserError(
+            f"'{model}' has {problem}; name the checkpoint's file"
+            if place.is_dir()
+            else (f"there is no model '{model}'; name a checkpoint's file or its folder")
+        )
+    return found[0]
+
+
+def read_model_config(ckpt: str | Path, config: str | Path | None = None) -> DictConfig:
+    """Read the YAML of a model: `config`, or the one that belongs to the checkpoint."""
+    return read_yaml(config or config_of(str(ckpt)))
+
+
+def load_latent_diffusion(config: DictConfig, ckpt: str | Path, device: str | None = None) -> LatentDiffusion:
+    """Load a model, by default on the GPU if there is one; UserError if it is not a LatentDiffusion."""
+    model = load_model_from_config(config, ckpt, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(model, LatentDiffusion):
+        raise UserError(
+            f"the config of '{ckpt}' describes {type(model).__name__}, which cannot generate images from prompts; "
+            "name a LatentDiffusion and its config"
+        )
+    return model
+
+
+class Labels:
+    """The fields "Model hash", "Model" and "TI hashes" of the settings of images, as AUTOMATIC1111 writes them.
+
+    The checkpoint is hashed in a thread while the model is loaded and the first images are sampled, because that takes
+    seconds for a large one. A hash that cannot be computed is left out.
+    """
+
+    def __init__(self, ckpt: str | Path, words: Sequence[Words] = ()) -> None:
+        self.ckpt = Path(ckpt)
+        pool = ThreadPoolExecutor(1)
+        self._hash: Future[str | None] = pool.submit(_hash, self.ckpt)
+        pool.shutdown(wait=False)
+        self.use(words)
+
+    def use(self, words: Sequence[Words]) -> None:
+        """The words of the images to come; those that were not read from a file have no hash."""
+        self._words: dict[str, str] = {}
+        for word in words:
+            if not isinstance(word, LearnedEmbeddings) and (digest := _hash(Path(word))):
+                self._words.update(dict.fromkeys(read(word).triggers, digest[:12]))
+
+    def __call__(self, prompt: str) -> Mapping[str, str]:
+        digest = self._hash.result()
+        labels = {"Model hash": digest[:10]} if digest else {}
+        labels["Model"] = self.ckpt.parent.name if self.ckpt.stem == "model" else self.ckpt.stem
+        hashes = [
+            f"{re.sub('[:,]', '', word)}: {value}"
+            for word, value in self._words.items()
+            if re.search(whole_word(word), prompt, re.IGNORECASE)
+        ]
+        return labels | ({"TI hashes": ", ".join(hashes)} if hashes else {})
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        return file_hash(path)
+    except UserError:
+        return None
+
+
+class Session:
+    """A text-to-image model that is loaded once and generates any number of times, with other words each time.
+
+    Args:
+        model: a checkpoint's file, or a folder that holds one.
+        config: its YAML; by default config.yaml beside it, or that of the published model it is.
+        device: by default the GPU if there is one.
+
+    Raises:
+        UserError: there is no such model, or it cannot generate images from prompts.
+    """
+
+    def __init__(
+        self, model: str | Path = WEIGHTS, config: str | Path | None = None, device: str | None = None
+    ) -> None:
+        self.ckpt = checkpoint_of(model)
+        self.config = read_model_config(self.ckpt, config)
+        self._labels = Labels(self.ckpt)
+        self.model = load_latent_diffusion(self.config, self.ckpt, device)
+        self._without_words = self.model.embedding_manager
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] = (),
+        *,
+        words: Words | Sequence[Words] = (),
+        negative_prompt: str = "",
+        count: int = 1,
+        prompt_syntax: str = "a1111",
+        **settings: Any,
+    ) -> list[Image]:
+        """Generate `count` images of each prompt.
+
+        Args:
+            prompts: by default "a photo of" the first word.
+            words: embedding files of any tool, or vectors (`ldm.embeddings.LearnedEmbeddings`).
+            settings: those of `ldm.generate.images.generate`: steps, scale, sampler, seed, height, width, ...
+
+        Raises:
+            UserError: a word, a setting or the size does not fit.
+        """
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        several = [words] if isinstance(words, (str, Path, LearnedEmbeddings)) else list(words)
+        resolved = resolve(self.config, given, negative_prompt, several, syntax=prompt_syntax)
+        self.use(resolved.words)
+        warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
+        try:
+            return generate(
+                self.model,
+                [prompt for prompt in resolved.prompts for _ in range(count)],
+                negative_prompt=resolved.negative_prompt,
+                prompt_syntax=prompt_syntax,
+                labels=self._labels,
+                **settings,
+            )
+        except OutputError as error:
+            raise UserError(f"'{self.ckpt}': {error}") from error
+
+    def use(self, words: Sequence[Words]) -> None:
+        """Let the model hold these words and no others."""
+        self.model.embedding_manager = copy.deepcopy(self._without_words)
+        if words:
+            load_embeddings(self.model, words)
+        self._labels.use(words)
+
+
+_loaded: dict[tuple[Any, ...], Session] = {}
+
+
+def text_to_image(
+    prompts: str | Sequence[str] = (),
+    *,
+    words: Words | Sequence[Words] = (),
+    model: str | Path | Session = WEIGHTS,
+    config: str | Path | None = None,
+    device: str | None = None,
+    **settings: Any,
+) -> list[Image]:
+    """Generate images from prompts with learned words; this is `ldm.generate(...)`.
+
+    The model stays in memory for the next call, until another one is named; `release()` frees it. The settings are
+    those of `Session.generate`: count, negative_prompt, steps, scale, sampler, seed, height, width, ... Each image has
+    its settings in `image.info["parameters"]`, and `ldm.generate.save_image` writes them into a file.
+
+    Args:
+        prompts: one or several; by default "a photo of" the first word.
+        words: embedding files of any tool, concepts from `ldm.invert` or `ldm.load`, or vectors.
+        model: a checkpoint, a folder with one, or a `Session`; by default the embedded model.
+
+    Raises:
+        UserError: a word, a setting, the size or the model does not fit.
+    """
+    several = list(words) if isinstance(words, Sequence) and not isinstance(words, str) else [words]
+    # A concept has a file and vectors; the file's hash is part of the settings.
+    held = [getattr(word, "path", None) or getattr(word, "embeddings", word) for word in several]
+    if not isinstance(model, Session):
+        path = checkpoint_of(model).resolve()
+        key = (path, path.stat().st_mtime_ns, str(config), device)
+        if key not in _loaded:
+            release()
+            _loaded[key] = Session(path, config, device)
+        model = _loaded[key]
+    return model.generate(prompts, words=held, **settings)
+
+
+def release() -> None:
+    """Free the model that `text_to_image` keeps."""
+    _loaded.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

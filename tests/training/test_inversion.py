@@ -1,0 +1,156 @@
+"""The Python call: `ldm.invert`, `ldm.load`, `ldm.interpolate`, and `ldm.generate` with what they return."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ldm
+from ldm.training.inversion import Inversion, recipe_yaml, training_yaml
+from ldm.yaml_files import CHECKOUT
+from tests.golden_record import Golden
+from tests.training.runs import only_run
+
+STEPS = {"lightning.callbacks.deterministic_loss.params.every_n_train_steps": 1}
+
+
+@pytest.fixture
+def learned(tiny_yaml, tiny_model, image_folder):
+    """A concept of a tiny model, and the folder of that model."""
+    return ldm.invert(
+        image_folder, placeholder="<toy>", model=tiny_model, base=tiny_yaml, steps=3, settings=STEPS
+    )
+
+
+def test_a_concept_is_learned_saved_and_generated_with(learned, tiny_model, tmp_path, capfd):
+    assert learned.word == "<toy>" and learned.vectors.shape == (1, 32)
+    assert learned.run.resolve() == only_run().resolve() and learned.record.state == "finished"
+    assert learned.path.name == "embeddings_best.pt" and len(learned.record.curves()["fixed loss"]) == 4
+    assert capfd.readouterr().out == ""  # quiet
+    file = learned.save()
+    assert torch.equal(ldm.load(file).vectors, learned.vectors) and file == Path("toy.safetensors")
+    assert torch.equal(ldm.load(learned.run).vectors, learned.vectors)
+    (tmp_path / "model").mkdir()
+    Golden("clip_one_vector").write_model(tmp_path / "model")
+    model = tmp_path / "model" / "model.ckpt"
+    first = ldm.generate(words=learned, model=model, steps=1, seed=3)[0]
+    assert first.info["parameters"].startswith(
+        "a photo of <toy>\nSteps: 1, Sampler: DDIM, CFG scale: 5, Seed: 3"
+    )
+    assert "TI hashes" in first.info["parameters"]
+    # Words of one call are not those of the next, though the model stays in memory.
+    with pytest.raises(ldm.UserError, match="<toy>"):
+        ldm.generate("a <toy>", model=model, steps=1)
+    again = ldm.generate("a photo of <toy>", words=ldm.load(file), model=model, steps=1, seed=3)[0]
+    assert again.tobytes() == first.tobytes()
+
+
+def test_images_may_be_files_and_pictures(image_folder, tiny_yaml, tiny_model):
+    given = [image_folder / "0.png", Image.open(image_folder / "1.png")]
+    for _ in range(2):
+        concept = ldm.invert(given, model=tiny_model, base=tiny_yaml, steps=1, logdir="runs")
+    (copies,) = Path("runs/.images").iterdir()
+    assert sorted(path.name for path in copies.iterdir()) == ["001.png", "002.png"]
+    assert concept.record.images == 2 and concept.run.name[:2] == "20"
+    with pytest.raises(ldm.UserError, match="empty"):
+        ldm.invert([], base=tiny_yaml, model=tiny_model)
+
+
+def test_progress_and_interruption(tiny_yaml, tiny_model, image_folder, monkeypatch):
+    monkeypatch.setattr("ldm.training.record.INTERVAL", 0)
+    seen = []
+
+    def stop_at_two(record):
+        seen.append((record.step, record.total, record.state))
+        if record.step == 2 and len(seen) < 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="resume=") as stopped:
+        ldm.invert(image_folder, model=tiny_model, base=tiny_yaml, steps=5, on_progress=stop_at_two)
+    # The signal came between two steps, and the next one was done.
+    assert seen[-1] == (3, 5, "stopped") and str(only_run()) in str(stopped.value)
+    concept = ldm.invert(resume=only_run(), on_progress=stop_at_two)
+    assert seen[-1] == (5, 5, "finished") and concept.record.step == 5
+
+
+def test_mistakes_are_user_errors(tiny_yaml, tiny_model, image_folder, tmp_path):
+    def fails(match, **arguments):
+        given = {"images": image_folder, "model": tiny_model, "base": tiny_yaml} | arguments
+        with pytest.raises(ldm.UserError, match=match) as error:
+            ldm.invert(given.pop("images"), **given)
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+    fails("nowhere", images="nowhere")
+    fails("no argument 'vektors'", vektors=2)
+    fails("no recipe 'slow'; known are direction, fast", recipe="slow")
+    fails("no model 'gone.ckpt'", model="gone.ckpt")
+    fails("object or style", kind="person")
+    fails("max_train_steps", steps=0)
+    fails("give images", images=None)
+    assert not Path("logs").exists()
+    with pytest.raises(ldm.UserError, match="no learned word"):
+        ldm.load(tmp_path)
+    with pytest.raises(ldm.UserError, match="does not exist"):
+        ldm.load("no such file.pt")
+
+
+def test_the_logging_of_the_caller_is_left_as_it_was(learned):
+    assert logging.getLogger("ldm").propagate and logging.getLogger("ldm").handlers == []
+
+
+def test_interpolation(learned):
+    other = learned.renamed("<other>")
+    half = ldm.interpolate(learned, other, 0.5, "<half>")
+    assert half.word == "<half>" and torch.allclose(half.vectors, learned.vectors)
+    wide = ldm.Concept(learned.embeddings.renamed({"<toy>": "a"}))
+    object.__setattr__(wide.embeddings.concepts[0], "vectors", torch.zeros(2, 32))
+    with pytest.raises(ldm.UserError, match="cannot be interpolated"):
+        ldm.interpolate(learned, wide, 0.5)
+
+
+def test_the_command_line_of_an_inversion():
+    asked = Inversion(
+        "photos", "<cat>", "grey cat", vectors=2, kind="style", steps=9, rate="1e-3:5", batch_size=1, flip=False,
+        recipes=("fast",), use_captions=True, name="cat", settings=("data.params.num_workers=0",),
+    )  # fmt: skip
+    words = asked.arguments()
+    assert words[1].endswith("txt2img-finetune.yaml") and words[2].endswith("fast.yaml")
+    assert "model.base_learning_rate=1e-3:5" in words and "data.params.train.params.flip_p=0" in words
+    assert words[words.index("--init_word") + 1] == "grey cat" and words[-1] == "data.params.num_workers=0"
+    assert recipe_yaml("fast").is_file()
+
+
+def test_the_yaml_to_train_with_is_that_of_the_model(tiny_model):
+    assert training_yaml(CHECKOUT / "models/ldm/creatures/model.safetensors").name == "txt2img-finetune.yaml"
+    assert training_yaml(tiny_model).name == "v1-finetune.yaml"
+
+
+def test_a_repository_on_the_hub(monkeypatch, tmp_path, learned):
+    learned.save(tmp_path / "repository" / "learned_embeds.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: tmp_path / "repository")
+    assert ldm.load("someone/cat").word == "<toy>"
+
+    def offline(name, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ldm.UserError, match="neither a file nor a repository"):
+        ldm.load("someone/cat")
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, ldm; dir(ldm); ldm.UserError; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT, check=True
+    )
+    assert done.stdout == "False\n" and callable(ldm.generate)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ldm.nothing  # noqa: B018
