@@ -18,7 +18,6 @@ from ldm.embeddings.writer import (
     DEFAULT_FORMAT,
     FORMATS,
     paths_for,
-    safe_name,
     write,
     write_all,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "plan_renames",
     "read",
     "renames_from",
-    "safe_name",
     "split",
     "write",
     "write_all",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.util import UserError
+from ldm import words
+from ldm.util import UserError, shown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,6 @@ _CASTS: dict[str, Callable[[Any], Any]] = {"str": _text, "int": _integer, "float
 
 MAX_VECTORS = 1024
 MAX_WIDTH = 16384
-MAX_TRIGGER = 200
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -175,7 +179,7 @@ class Concept:
     """A trigger and its vectors.
 
     Attributes:
-        trigger: the word that stands for the vectors in a prompt.
+        trigger: the word that stands for the vectors in a prompt; kept as `ldm.words.cleaned` returns it.
         vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied.
         encoder: the kind of text encoder, a key of `ENCODER_KINDS` or "clip"; None if it is not known.
         part: "" for ordinary vectors, "negative" for those of a DreamArtist pair, "output" for vectors that are
@@ -184,7 +188,7 @@ class Concept:
         unused: [M, d] vectors that a progressive run has not added yet; no prompt uses them.
 
     Raises:
-        EmbeddingError: a bad trigger, shape or type, or NaN or infinity in the vectors.
+        EmbeddingError: a trigger that is no text, a bad shape or type, or NaN or infinity in the vectors.
     """
 
     trigger: str
@@ -195,7 +199,7 @@ class Concept:
     unused: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_trigger(self.trigger)
+        object.__setattr__(self, "trigger", _kept_trigger(self.trigger))
         vectors = check_vectors(self.vectors, f"'{self.trigger}'")
         if self.unused is not None:
             unused = check_vectors(self.unused, f"'{self.trigger}', vectors not in use,")
@@ -318,6 +322,7 @@ class LearnedEmbeddings:
 
     def renamed(self, names: Mapping[str, str]) -> LearnedEmbeddings:
         """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError."""
+        names = {words.cleaned(old): words.check_word(new, "trigger") for old, new in names.items()}
         for name in names:
             self.only(name)
         # A new trigger has another token id, which only a tokenizer knows.
@@ -357,13 +362,19 @@ class LearnedEmbeddings:
         return {concept.trigger: concept.vectors for concept in usable}
 
 
-def check_trigger(trigger: Any) -> None:
-    if not isinstance(trigger, str) or not trigger.strip():
-        raise EmbeddingError("the trigger is empty; name a word")
-    if len(trigger) > MAX_TRIGGER:
-        raise EmbeddingError(f"the trigger has {len(trigger)} characters; at most {MAX_TRIGGER} are allowed")
-    if not trigger.isprintable():
-        raise EmbeddingError(f"the trigger {ascii(trigger)} contains control characters; name a plain word")
+def _kept_trigger(trigger: Any) -> str:
+    """Return the trigger of a file as a word that works in prompts and files, with a log line if it differs."""
+    if not isinstance(trigger, str):
+        raise EmbeddingError(f"the trigger is a {type(trigger).__name__}; name a word")
+    kept = words.cleaned(trigger)
+    if words.folded(kept) != words.folded(trigger):
+        _log_once(shown(trigger), shown(kept, 120))
+    return kept
+
+
+@lru_cache(maxsize=256)
+def _log_once(trigger: str, kept: str) -> None:
+    logger.warning("the word '%s' of a file cannot be used in prompts: write '%s' instead", trigger, kept)
 
 
 def check_vectors(vectors: Any, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.embeddings import image_files, torch_files
 from ldm.embeddings.concept import EmbeddingError, check_shape
 from ldm.files import NO_TENSORS, file_kind
+from ldm.words import cleaned
 
 # The header of a LoRA with thousands of tensors is under 1 MB.
 _MAX_HEADER = 16 * 2**20
@@ -99,8 +100,7 @@ class Payload:
     @property
     def stem(self) -> str:
         """The file's name without its suffix, which most tools use as the trigger."""
-        name = "".join(c for c in self.path.stem if c.isprintable()).strip()[:200]
-        return name or "embedding"
+        return cleaned(self.path.stem)
 
     @property
     def names(self) -> set[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +12,7 @@ from PIL import Image
 from ldm.embeddings import pickle_formats, tensor_formats
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.files import atomic_write
-
-# Windows reserves these names for devices, with any suffix.
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
-
-
-def safe_name(trigger: str) -> str:
-    """Return a file stem for a trigger: "<my-cat>" becomes "my-cat", and "*", which no file name may have, "embedding".
-
-    It stays as close to the trigger as possible, because most tools use the stem as the prompt word.
-    """
-    name = unicodedata.normalize("NFC", trigger)
-    name = re.sub(r"[^\w.+\- ]+", "_", name).strip("._- ")[:100].rstrip("._- ")
-    if name.split(".")[0].lower() in _RESERVED:
-        name = f"{name.replace('.', '_')}_"
-    return name or "embedding"
+from ldm.words import file_stem
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,7 @@ def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FOR
     taken: set[str] = set()
     paths = []
     for trigger in triggers:
-        stem, number = safe_name(trigger), 1
+        stem, number = file_stem(trigger), 1
         while (name := stem if number == 1 else f"{stem}-{number}").casefold() in taken:
             number += 1
         taken.add(name.casefold())
