@@ -24,12 +24,12 @@ from ldm.generate.embeddings import (
     load_embeddings,
     takes_vectors,
     warn_unused,
-    whole_word,
 )
 from ldm.generate.images import OutputError, generate
 from ldm.generate.prompt_syntax import check_token_limit
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError, get_obj_from_str
+from ldm.words import pattern
 from ldm.yaml_files import in_checkout, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -136,24 +136,11 @@ def _triggers(word: Words) -> list[str]:
     return word.triggers if isinstance(word, LearnedEmbeddings) else read(word).triggers
 
 
-def checkpoint_of(model: str | Path) -> Path:
-    """The checkpoint of a model: the file itself, or the only one in a folder; found in the checkout too.
-
-    Raises:
-        UserError: there is none, or several.
-    """
+def checkpoint_of(model: str | Path) -> str:
+    """What to load as a model: the only checkpoint in a folder, or what was named; found in the checkout too."""
     place = Path(in_checkout(str(model)))
-    if place.is_file():
-        return place
     found = [file for suffix in ("safetensors", "ckpt") for file in sorted(place.glob(f"*.{suffix}"))]
-    if len(found) != 1:
-        problem = "several checkpoints" if found else "no .safetensors or .ckpt file"
-        raise UserError(
-            f"'{model}' has {problem}; name the checkpoint's file"
-            if place.is_dir()
-            else (f"there is no model '{model}'; name a checkpoint's file or its folder")
-        )
-    return found[0]
+    return str(found[0] if place.is_dir() and len(found) == 1 else place)
 
 
 def read_model_config(ckpt: str | Path, config: str | Path | None = None) -> DictConfig:
@@ -200,7 +187,7 @@ class Labels:
         hashes = [
             f"{re.sub('[:,]', '', word)}: {value}"
             for word, value in self._words.items()
-            if re.search(whole_word(word), prompt, re.IGNORECASE)
+            if re.search(pattern(word), prompt, re.IGNORECASE)
         ]
         return labels | ({"TI hashes": ", ".join(hashes)} if hashes else {})
 
@@ -306,10 +293,11 @@ def text_to_image(
     """
     several = list(words) if isinstance(words, Sequence) and not isinstance(words, str) else [words]
     # A concept has a file and vectors; the file's hash is part of the settings.
-    held = [getattr(word, "path", None) or getattr(word, "embeddings", word) for word in several]
+    held: list[Any] = [getattr(word, "path", None) or getattr(word, "embeddings", word) for word in several]
     if not isinstance(model, Session):
-        path = checkpoint_of(model).resolve()
-        key = (path, path.stat().st_mtime_ns, str(config), device)
+        path = checkpoint_of(model)
+        changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0  # 0 of a hub id
+        key = (path, changed, str(config), device)
         if key not in _loaded:
             release()
             _loaded[key] = Session(path, config, device)

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files
-from ldm.checkpoint import read_state_dict
+from ldm.base_models import recognise
 from ldm.console import Interrupted
-from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, read, safe_name, write
+from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, read, write
 from ldm.embeddings import Concept as ConceptVectors
 from ldm.generate.session import WEIGHTS, checkpoint_of
 from ldm.images import open_image
@@ -28,18 +28,13 @@ from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
 from ldm.training.record import RunRecord
 from ldm.util import ConfigError, UserError
-from ldm.yaml_files import CHECKOUT, in_checkout
+from ldm.words import file_stem
+from ldm.yaml_files import in_checkout
 
 logger = logging.getLogger(__name__)
 
 Images: TypeAlias = "str | Path | Image.Image | Sequence[str | Path | Image.Image]"
 
-# The YAML to train with, by the prefix of the text encoder's keys in a checkpoint.
-_TRAINING = {
-    "cond_stage_model.transformer.token_emb.": "configs/latent-diffusion/txt2img-1p4B-finetune.yaml",
-    "cond_stage_model.transformer.text_model.": "configs/stable-diffusion/v1-finetune.yaml",
-}
-_EMBEDDED = "configs/latent-diffusion/txt2img-finetune.yaml"
 RECIPES = "configs/recipes"
 _YAML_END = "...\n"  # what the YAML of a single value ends with
 KINDS = {
@@ -85,7 +80,7 @@ class Inversion:
         ckpt = checkpoint_of(self.model)
         bases = [str(self.base or training_yaml(ckpt)), *(str(recipe_yaml(name)) for name in self.recipes)]
         bases += [str(self.personalization)] if self.personalization else []
-        words = ["--base", *bases, "-t", "--actual_resume", str(ckpt), "--data_root", str(self.images)]
+        words = ["--base", *bases, "-t", "--actual_resume", ckpt, "--data_root", str(self.images)]
         words += ["--placeholder_string", self.placeholder, "-l", str(self.logdir)]
         if self.kind is not None and self.kind not in KINDS:
             raise UserError(f"kind is '{self.kind}'; choose object or style")
@@ -107,24 +102,16 @@ class Inversion:
         return [*words, *self.settings]
 
 
-def training_yaml(ckpt: str | Path) -> Path:
-    """The YAML that trains words for a checkpoint of a model that this repository knows.
+def training_yaml(model: str | Path) -> Path:
+    """The YAML that trains words for a model that this repository knows: a file, a folder or a hub id.
 
     Raises:
-        UserError: it is none of them; its YAML has to be named.
+        UserError: it is missing or none of them.
     """
-    ckpt = Path(ckpt)
-    name = _EMBEDDED if ckpt.resolve() == (CHECKOUT / WEIGHTS).resolve() else None
-    if name is None:
-        keys = read_state_dict(ckpt).keys()
-        found = (yaml for prefix, yaml in _TRAINING.items() if any(key.startswith(prefix) for key in keys))
-        name = next(found, None)
-    if name is None or ckpt.with_name("config.yaml").is_file() and name != _EMBEDDED:
-        raise ConfigError(f"no YAML is known that trains words for '{ckpt}'; name one as `base`")
-    path = Path(in_checkout(name))
+    path = recognise(model).finetune_config
     if not path.is_file():
         raise ConfigError(
-            f"'{name}' is not here; install from a checkout with pip install -e, or name a YAML as `base`"
+            f"'{path}' is not here; install a checkout with pip install -e, or name a YAML as `base`"
         )
     return path
 
@@ -180,7 +167,7 @@ class Concept:
         Raises:
             UserError: the format is unknown or cannot hold the vectors, or the file cannot be written.
         """
-        return write(self.embeddings, path or f"{safe_name(self.word)}.safetensors", format)
+        return write(self.embeddings, path or f"{file_stem(self.word)}.safetensors", format)
 
     def __repr__(self) -> str:
         count, width = self.vectors.shape

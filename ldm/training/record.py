@@ -57,7 +57,7 @@ class Recorder(RunCallback):
         self.status |= {
             "words": dict(manager.placeholders) if manager is not None else {},
             "images": getattr(data, "num_images", None),
-            "image_folder": str(data.image_paths[0].parent) if getattr(data, "image_paths", None) else None,
+            "image_folder": next((str(path.parent) for path in getattr(data, "image_paths", ())), None),
             "device": str(trainer.strategy.root_device),
             "started": time.time(),
         }
