@@ -21,6 +21,7 @@ COMMANDS = {
         "inspect, convert, merge and split embedding files (scripts/embeddings.py)",
     ),
     "evaluate": ("ldm.commands.evaluate:main", "measure learned concepts (scripts/evaluate_model.py)"),
+    "studio": ("ldm.studio.server:main", "open the page to train and generate in (scripts/studio.py)"),
     "export": ("ldm.commands.export:main", "write a diffusers pipeline (scripts/export_diffusers.py)"),
 }
 

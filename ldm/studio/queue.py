@@ -219,7 +219,7 @@ class Queue:
 
     def _launched(self, job: Job) -> Job:
         """Start a job's process in a session of its own: no signal to the page, nor its end, reaches it."""
-        words = list(job.arguments) if job.folder else [*job.arguments, "-f", f"-{job.id}"]
+        words = list(job.arguments) if job.folder else [*job.arguments, f"--postfix=-{job.id}"]
         try:
             self.before_start(job.device)
             with (self.home / f"{job.id}.log").open("wb") as log:

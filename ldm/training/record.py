@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from ldm import files
 from ldm.console import Interrupted
@@ -121,7 +123,8 @@ class Recorder(RunCallback):
             self._handler.close()
 
     def _last(self, trainer: pl.Trainer) -> None:
-        self.status["step"] = trainer.global_step
+        self._pace.append((time.monotonic(), trainer.global_step))
+        self.status |= {"step": trainer.global_step, "rate": self._rate(), "memory": _memory()}
         self._write()
 
     def _rate(self) -> float | None:
@@ -195,6 +198,7 @@ class RunRecord:
         state: "training", "finished", "stopped", "failed", "lost" (it ended without a word: it was killed, or the
             machine went off), or "unknown" for a run of a version that wrote no status.
         rate: steps per second; None before it is known.
+        memory: the most that its process held, in GB; known at the end.
         message: the verdict, or the error as one line.
         words: the placeholders with their numbers of vectors.
     """
@@ -210,6 +214,7 @@ class RunRecord:
     images: int | None = None
     image_folder: str | None = None
     device: str | None = None
+    memory: float | None = None
     started: float = 0.0
     updated: float = 0.0
     warnings: tuple[str, ...] = ()
@@ -257,6 +262,7 @@ class RunRecord:
             images=_whole(found.get("images")) or None,
             image_folder=found.get("image_folder"),
             device=found.get("device"),
+            memory=_real(found.get("memory")),
             started=_real(found.get("started")) or _modified(folder),
             updated=_real(found.get("updated")) or _modified(folder),
             warnings=tuple(map(str, found.get("warnings") or ())),
@@ -342,6 +348,18 @@ def runs_in(logdir: str | Path) -> list[RunRecord]:
     except OSError:
         return []
     return sorted((RunRecord.read(path) for path in folders), key=lambda run: run.started, reverse=True)
+
+
+def _memory() -> float | None:
+    """The most memory that this process held, in GB: of the GPU where it trains on one."""
+    if torch.cuda.is_available() and (most := torch.cuda.max_memory_reserved()):
+        return most / 2**30
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _read_status(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ if "fail" in words:
 if "crash" in words:
     import os
     os._exit(9)
-folder = Path(words[1]) if words[0] == "-r" else Path("logs") / ("run" + words[-1])
+folder = Path(words[1]) if words[0] == "-r" else Path("logs") / ("run" + words[-1].removeprefix("--postfix="))
 def status(state):
     (folder / "status.json").write_text(json.dumps(dict(state=state, step=1, device="cpu", message=state)))
 def stop(*arguments):

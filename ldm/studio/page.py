@@ -1,0 +1,678 @@
+"""The page: four tabs of gradio components, each of which calls one method of `Service`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ldm.embeddings import FORMATS
+from ldm.generate.images import SAMPLER_NAMES
+from ldm.generate.session import WEIGHTS
+from ldm.studio import views
+from ldm.studio.service import AXES, Service
+from ldm.util import UserError
+from ldm.yaml_files import in_checkout
+
+logger = logging.getLogger(__name__)
+
+STYLE = Path(__file__).with_name("style.css")
+SCRIPT = Path(__file__).with_name("page.js")
+RECIPES = ["", "fast", "paper", "low-memory", "previews", "direction"]
+SAMPLERS = [(name, key) for key, name in SAMPLER_NAMES.items()]
+SAMPLE = "data/concepts/bobo"
+# Seconds between two looks at the runs.
+PERIOD = 2.0
+
+
+def page_script() -> str:
+    """The page's own script, for its head."""
+    return f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>"
+
+
+def theme() -> gr.themes.Base:
+    """A quiet theme with the fonts of the machine, so that nothing is fetched."""
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="gray",
+        spacing_size="sm",
+        text_size="sm",
+        radius_size="sm",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
+
+
+def _or_line(action: Callable[..., Any]) -> Callable[..., Any]:
+    """An action whose UserError becomes a line on the page instead of a traceback."""
+
+    def act(*values: Any) -> Any:
+        try:
+            return action(*values)
+        except UserError as error:
+            raise gr.Error(str(error), duration=12, print_exception=False, title="") from error
+
+    return act
+
+
+def make_page(service: Service) -> gr.Blocks:
+    """The page of a service."""
+    with gr.Blocks(title="Textual inversion", analytics_enabled=False, delete_cache=(3600, 86_400)) as page:
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Train", id="train"):
+                started = _train_tab(service)
+            with gr.Tab("Runs", id="runs") as runs_tab:
+                refresh_runs, runs_outputs, use_buttons = _runs_tab(service)
+            with gr.Tab("Generate", id="generate") as generate_tab:
+                refresh_words, word_choices = _generate_tab(service)
+            with gr.Tab("Words", id="words") as words_tab:
+                refresh_table, table_outputs = _words_tab(service)
+        runs_tab.select(refresh_runs, outputs=runs_outputs, show_progress="hidden")
+        generate_tab.select(refresh_words, inputs=word_choices, outputs=word_choices, show_progress="hidden")
+        words_tab.select(refresh_table, outputs=table_outputs, show_progress="hidden")
+        page.load(refresh_runs, outputs=runs_outputs, show_progress="hidden")
+        page.load(refresh_words, inputs=word_choices, outputs=word_choices, show_progress="hidden")
+        started.then(lambda: gr.Tabs(selected="runs"), outputs=tabs, show_progress="hidden").then(
+            refresh_runs, outputs=runs_outputs, show_progress="hidden"
+        )
+        use_buttons.then(refresh_words, inputs=word_choices, outputs=word_choices, show_progress="hidden")
+        gr.Timer(PERIOD).tick(refresh_runs, outputs=runs_outputs, show_progress="hidden", queue=False)
+    return page
+
+
+# -- Train -----------------------------------------------------------------------------------------------------
+
+
+def _train_tab(service: Service) -> Any:
+    """The tab that plans and starts a run; returns the event after a successful start."""
+    work = service.workspace
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=320):
+            upload = gr.File(
+                label="Drop images (and .txt captions) here",
+                file_count="multiple",
+                file_types=["image", ".txt"],
+                height=92,
+                elem_id="drop",
+            )
+            folder = gr.Textbox(
+                label="Image folder",
+                value=SAMPLE if Path(in_checkout(SAMPLE)).is_dir() else "",
+                info="three to five images of one thing, or more of one style",
+                elem_id="folder",
+            )
+            shown = gr.Gallery(
+                label="As training sees them", columns=5, height=176, object_fit="contain", interactive=False,
+                elem_id="thumbnails", buttons=[],
+            )  # fmt: skip
+            found = gr.HTML(elem_id="findings")
+            with gr.Accordion("Captions", open=False):
+                use_captions = gr.Checkbox(
+                    label="Use captions", info="[name] stands for the word; what is captioned is not learned"
+                )
+                captions = gr.Dataframe(
+                    headers=["image", "caption"], datatype="str", type="array", interactive=True, max_height=180,
+                    static_columns=[0], elem_id="captions", show_label=False, buttons=[],
+                )  # fmt: skip
+                save_captions = gr.Button("Save captions", size="sm")
+        with gr.Column(scale=6, min_width=480):
+            with gr.Row():
+                placeholder = gr.Textbox(
+                    label="Word", value="<bobo>", info="write it in prompts; best one that no language has",
+                    elem_id="placeholder",
+                )  # fmt: skip
+                init = gr.Textbox(
+                    label="Starts from",
+                    value="bear",
+                    info="a word or phrase for the kind of thing",
+                    elem_id="init",
+                )
+                name = gr.Textbox(label="Name", info="of the run folder; default: the word", elem_id="name")
+            pieces = gr.HTML(elem_id="tokens")
+            with gr.Row():
+                model = gr.Dropdown(
+                    label="Base model", choices=work.model_files(), value=in_root(service, WEIGHTS),
+                    allow_custom_value=True, info="a file, a folder or a hub id", elem_id="model", scale=3,
+                )  # fmt: skip
+                kind = gr.Radio(
+                    ["object", "style"], value="object", label="Learn", info="its captions' templates"
+                )
+                recipe = gr.Dropdown(
+                    RECIPES, value="", label="Recipe", info="fast: stops by itself", elem_id="recipe"
+                )
+            with gr.Row():
+                vectors = gr.Number(
+                    1, label="Vectors", precision=0, minimum=1, maximum=75, elem_id="vectors",
+                    info="more: closer, harder to edit, less room in a prompt",
+                )  # fmt: skip
+                steps = gr.Number(
+                    None,
+                    label="Steps",
+                    precision=0,
+                    info="empty: the recipe's or the YAML's",
+                    elem_id="steps",
+                )
+                rate = gr.Textbox(label="Rate", info="a number, or 0.005:100, 1e-3:1000", elem_id="rate")
+                batch = gr.Number(None, label="Batch", precision=0, info="images per step", elem_id="batch")
+                flip = gr.Checkbox(True, label="Mirror", info="off for text and faces", elem_id="flip")
+            with gr.Accordion("More", open=False):
+                with gr.Row():
+                    personalization = gr.Dropdown(
+                        ["", *_yamls("configs/personalization")], value="", label="Personalization YAML",
+                        allow_custom_value=True, info="progressive, one per image, two concepts, your own",
+                    )  # fmt: skip
+                    template_file = gr.Textbox(
+                        label="Template file", info="one caption per line, {} is the word"
+                    )
+                    seed = gr.Number(None, label="Seed", precision=0, info="empty: 23")
+                settings = gr.Textbox(
+                    label="Further settings", lines=1, info="model.params.key=value data.params.key=value ..."
+                )
+                whole = gr.Code(
+                    label="All settings (YAML)", language="yaml", lines=6, max_lines=14, interactive=True
+                )
+                merge = gr.Button("Show all settings, to edit them", size="sm")
+            command = gr.Textbox(
+                label="The command that will run", lines=2, max_lines=2, interactive=False, buttons=["copy"],
+                elem_id="command",
+            )  # fmt: skip
+            result = gr.HTML(elem_id="check-result")
+    with gr.Row(elem_classes="actions"):
+        check = gr.Button("Check", elem_id="check", min_width=120)
+        start = gr.Button("Start", variant="primary", elem_id="start", min_width=120)
+
+    fields: dict[str, Any] = {
+        "folder": folder, "placeholder": placeholder, "init": init, "name": name, "model": model, "kind": kind,
+        "recipe": recipe, "vectors": vectors, "steps": steps, "rate": rate, "batch_size": batch, "flip": flip,
+        "use_captions": use_captions, "personalization": personalization, "template_file": template_file,
+        "seed": seed, "settings": settings, "yaml": whole,
+    }  # fmt: skip
+    inputs = list(fields.values())
+
+    def form(values: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(fields, values, strict=True))
+
+    def show_command(*values: Any) -> Any:
+        try:
+            return service.command(form(values)), ""
+        except UserError as error:
+            return "", views.message(str(error), "bad")
+
+    def show_images(path: str) -> Any:
+        if not path.strip():
+            return [], views.message("drop images, or name a folder"), []
+        try:
+            thumbnails, found_in_set = service.thumbnails(path)
+            rows = [[p.name, text] for p, text in work.captions(path).items()]
+        except UserError as error:
+            return [], views.message(str(error), "bad"), []
+        return thumbnails, views.finding_list(found_in_set, len(thumbnails)), rows
+
+    def take(files: list[str] | None, word: str) -> Any:
+        if not files:
+            return gr.skip(), gr.skip()
+        path, refused = work.take_images(word, files)
+        if refused:
+            gr.Warning("; ".join(refused)[:400], duration=12)
+        return work.shown(path), None
+
+    def show_tokens(path: str, text: str, count: float | None) -> str:
+        try:
+            return views.tokens(service.tokens(path, text or ""), int(count or 1))
+        except UserError as error:
+            return views.message(str(error), "warn")
+
+    def save(path: str, rows: list[list[str]]) -> Any:
+        changed = work.write_captions(path, [row[1] for row in rows])
+        gr.Info(f"{changed} caption{'s' * (changed != 1)} saved")
+        return show_images(path)
+
+    def run_check(*values: Any) -> str:
+        return views.message(service.check(form(values)).text(), "good")
+
+    def run_start(*values: Any) -> str:
+        job = service.start(form(values))
+        return views.message(
+            f"{job.title} is in the queue and starts as soon as {job.device} is free", "good"
+        )
+
+    upload.upload(_or_line(take), [upload, placeholder], [folder, upload], show_progress="minimal")
+    folder.change(
+        show_images, folder, [shown, found, captions], show_progress="hidden", trigger_mode="always_last"
+    )
+    gr.on(
+        [c.change for c in inputs],
+        show_command,
+        inputs,
+        [command, result],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+    gr.on(
+        [init.change, model.change, vectors.change], show_tokens, [model, init, vectors], pieces,
+        show_progress="hidden", trigger_mode="always_last",
+    )  # fmt: skip
+    save_captions.click(_or_line(save), [folder, captions], [shown, found, captions])
+    merge.click(_or_line(lambda *values: service.merged_yaml(form(values))), inputs, whole)
+    check.click(
+        lambda: views.message("checking: training a few steps in a folder of its own ..."), outputs=result,
+        show_progress="hidden",
+    ).then(_shown_error(run_check), inputs, result, show_progress="hidden", concurrency_limit=1)  # fmt: skip
+    context = gr.context.Context.root_block
+    assert context is not None
+    context.load(show_images, folder, [shown, found, captions], show_progress="hidden")
+    context.load(show_command, inputs, [command, result], show_progress="hidden")
+    context.load(show_tokens, [model, init, vectors], pieces, show_progress="hidden")
+
+    event = start.click(_or_line(run_start), inputs, result, show_progress="hidden", concurrency_limit=1)
+    return event.success(lambda: None)
+
+
+def _shown_error(action: Callable[..., str]) -> Callable[..., str]:
+    """An action that returns HTML, and whose UserError is shown in its place."""
+
+    def act(*values: Any) -> str:
+        try:
+            return action(*values)
+        except UserError as error:
+            return views.message(str(error), "bad")
+
+    return act
+
+
+def in_root(service: Service, path: str) -> str:
+    return service.workspace.shown(service.workspace.path(in_checkout(path)))
+
+
+def _yamls(folder: str) -> list[str]:
+    place = Path(in_checkout(folder))
+    return [f"{folder}/{path.name}" for path in sorted(place.glob("*.yaml"))]
+
+
+# -- Runs ------------------------------------------------------------------------------------------------------
+
+
+def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
+    """The tab of runs; returns the function that refreshes it with its outputs, and the event of a saved concept."""
+    chosen = gr.State("")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=380):
+            table = gr.Dataframe(
+                headers=["state", "word", "step", "time", "run"], datatype="str", type="array", interactive=False,
+                max_height=330, column_widths=["76px", "72px", "70px", "84px", "auto"], elem_id="runs-table",
+                show_label=False, buttons=[], wrap=False,
+            )  # fmt: skip
+            compare = gr.Dropdown(
+                [], value=[], multiselect=True, label="Compare with", info="its curves and previews beside"
+            )
+            queue = gr.Dataframe(
+                headers=["state", "word", "device", "message", "id"], datatype="str", type="array", interactive=False,
+                max_height=150, label="Queue", elem_id="queue-table", buttons=[], wrap=True,
+            )  # fmt: skip
+            with gr.Row():
+                job = gr.Dropdown([], label="Queued run", show_label=False, container=False, scale=3)
+                earlier = gr.Button("Earlier", size="sm", min_width=60)
+                later = gr.Button("Later", size="sm", min_width=60)
+                remove = gr.Button("Remove", size="sm", min_width=70, elem_id="remove")
+        with gr.Column(scale=6, min_width=480):
+            head = gr.HTML(
+                views.message("no runs yet: start one in Train, or with main.py"), elem_id="run-head"
+            )
+            with gr.Row():
+                stop = gr.Button("Stop (saves)", size="sm", elem_id="stop", min_width=90)
+                resume = gr.Button("Continue", size="sm", elem_id="continue", min_width=90)
+                until = gr.Number(
+                    None, label="to step", precision=0, container=False, min_width=90, placeholder="to step"
+                )
+            curves = gr.HTML(elem_id="curves")
+            pictures = gr.HTML(elem_id="previews")
+            place = gr.Slider(
+                0, 1, 0, step=1, label="Preview", info="step through the previews", elem_id="preview"
+            )
+            with gr.Row():
+                kept_as = gr.Textbox(
+                    show_label=False, container=False, placeholder="word of the concept (as it is)", scale=3
+                )
+                keep = gr.Button("Save this step as the concept", size="sm", elem_id="keep", scale=2)
+            with gr.Accordion("Log", open=False):
+                log = gr.Textbox(lines=10, max_lines=10, show_label=False, interactive=False, elem_id="log")
+
+    outputs = [table, queue, job, compare]
+    details = [head, curves, pictures, place, log]
+
+    def refresh() -> Any:
+        runs = service.runs()
+        rows = [views.run_row(run) for run in runs]
+        jobs = [one for one in service.queue.jobs() if one.folder is None or one.state != "running"]
+        waiting = [(f"{one.title} ({one.id})", one.id) for one in jobs]
+        names = [run.folder.name for run in runs]
+        return rows, [views.job_row(one) for one in jobs], gr.Dropdown(waiting), gr.Dropdown(names)
+
+    def detail(name: str, others: list[str], number: float | None, follow: bool = True) -> Any:
+        if not name:
+            runs = service.runs()
+            if not runs:
+                return [gr.skip()] * len(details)
+            name = runs[0].folder.name
+        try:
+            run = service.run(name)
+        except UserError as error:
+            return views.message(f"{error}: its folder vanished", "bad"), "", "", gr.skip(), ""
+        several = [run]
+        for other in others or []:
+            try:
+                several.append(service.run(other))
+            except UserError:
+                continue
+        count = len(run.previews())
+        last = max(count - 1, 0)
+        at = last if follow or number is None else min(int(number), last)
+        shown = views.preview(several, at) + views.strip(run)
+        slider = gr.Slider(0, max(last, 1), at, visible=count > 1)
+        return views.run_head(run), views.curves(several), shown, slider, run.log()
+
+    def choose(rows: list[list[str]], event: gr.SelectData) -> str:
+        return str(rows[event.index[0]][4])
+
+    def current(name: str) -> str:
+        runs = service.runs()
+        if name or runs:
+            return name or runs[0].folder.name
+        raise UserError("there is no run yet")
+
+    def do_stop(name: str) -> None:
+        service.queue.stop_run(service.workspace.logs / current(name))
+        gr.Info("it saves and ends after this step")
+
+    def do_resume(name: str, to: float | None) -> None:
+        service.resume(current(name), int(to) if to else None)
+        gr.Info("it goes on as soon as its device is free")
+
+    def do_keep(name: str, number: float, word: str) -> None:
+        run = service.run(current(name))
+        previews = run.previews()
+        step: int | str | None = "last"
+        if previews:
+            step = service.nearest_saved(run, previews[min(int(number), len(previews) - 1)][0])
+        path = service.keep(run.folder.name, "last" if step is None else step, word or "")
+        gr.Info(f"step {step} is saved as {service.workspace.shown(path)}")
+
+    table.select(choose, table, chosen, show_progress="hidden").then(
+        detail, [chosen, compare, place], details, show_progress="hidden"
+    )
+    compare.change(detail, [chosen, compare, place], details, show_progress="hidden")
+    place.release(
+        lambda n, o, p: detail(n, o, p, False), [chosen, compare, place], details, show_progress="hidden"
+    )
+    stop.click(_or_line(do_stop), chosen, show_progress="hidden")
+    resume.click(_or_line(do_resume), [chosen, until], show_progress="hidden")
+    kept = keep.click(_or_line(do_keep), [chosen, place, kept_as], show_progress="hidden")
+    for button, action in (
+        (earlier, lambda id: service.queue.move(id, -1)),
+        (later, lambda id: service.queue.move(id, 1)),
+        (remove, service.queue.remove),
+    ):
+        button.click(_or_line(action), job, show_progress="hidden").then(
+            refresh, outputs=outputs, show_progress="hidden"
+        )
+    table.change(
+        detail, [chosen, compare, place], details, show_progress="hidden", trigger_mode="always_last"
+    )
+    return refresh, outputs, kept
+
+
+# -- Generate --------------------------------------------------------------------------------------------------
+
+
+def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
+    """The tab that generates; returns the function that refreshes the list of words, and that list."""
+    work = service.workspace
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=420):
+            prompt = gr.Textbox(
+                label="Prompt", lines=2, max_lines=4, value="a photo of {}", elem_id="prompt",
+                info="{} is the first word chosen below; (word:1.3) weighs; Ctrl+Enter generates",
+            )  # fmt: skip
+            words = gr.Dropdown(
+                [], value=[], multiselect=True, label="Words", elem_id="words-chosen",
+                info="click the learned words that the prompt uses",
+            )  # fmt: skip
+            negative = gr.Textbox(
+                label="Negative prompt", info="what guidance steers away from", elem_id="negative"
+            )
+            with gr.Row():
+                model = gr.Dropdown(
+                    label="Model", choices=work.model_files(), value=in_root(service, WEIGHTS), allow_custom_value=True,
+                    info="the one that the words were learned on", scale=3,
+                )  # fmt: skip
+                sampler = gr.Dropdown(
+                    SAMPLERS, value="dpm_solver", label="Sampler", info="DPM++ needs 20 steps"
+                )
+            with gr.Row():
+                steps = gr.Number(20, label="Steps", precision=0, elem_id="gen-steps", info="20 to 50")
+                scale = gr.Number(5, label="Guidance", info="1: none", elem_id="scale")
+                seed = gr.Number(42, label="Seed", precision=0, info="same seed, same image", elem_id="seed")
+                count = gr.Number(
+                    4, label="Images", precision=0, minimum=1, maximum=64, info="at once", elem_id="count"
+                )
+            with gr.Row():
+                width = gr.Number(None, label="Width", precision=0, info="empty: the model's")
+                height = gr.Number(None, label="Height", precision=0, info="empty: the model's")
+                number = gr.Number(None, label="Image number", precision=0, info="of a dropped image")
+            with gr.Accordion("X/Y plot", open=False, elem_id="plot-settings"):
+                with gr.Row():
+                    x_axis = gr.Dropdown(AXES, value="guidance", label="X", elem_id="x-axis")
+                    x_values = gr.Textbox(
+                        "1, 3, 7",
+                        label="X values",
+                        info="separated by commas; a run's folder",
+                        elem_id="x-values",
+                    )
+                with gr.Row():
+                    y_axis = gr.Dropdown(AXES, value="nothing", label="Y", elem_id="y-axis")
+                    y_values = gr.Textbox(
+                        "", label="Y values", info="for words: the triggers", elem_id="y-values"
+                    )
+                plot = gr.Button("Draw the plot", size="sm", elem_id="plot")
+            dropped = gr.File(
+                label="Drop an image to get its settings back",
+                file_types=["image"],
+                height=84,
+                elem_id="drop-settings",
+            )
+        with gr.Column(scale=5, min_width=420):
+            status = gr.HTML(elem_id="gen-status")
+            gallery = gr.Gallery(
+                label="Images", columns=4, height=420, object_fit="contain", format="png", interactive=False,
+                elem_id="gallery", buttons=["download", "fullscreen"],
+            )  # fmt: skip
+            text = gr.Textbox(
+                label="Settings of the image",
+                lines=4,
+                max_lines=8,
+                interactive=False,
+                buttons=["copy"],
+                elem_id="image-settings",
+            )
+    with gr.Row(elem_classes="actions"):
+        stop = gr.Button("Stop", min_width=100, elem_id="gen-stop")
+        go = gr.Button("Generate", variant="primary", elem_id="generate-button", min_width=160)
+    texts = gr.State([])
+    inputs = [prompt, words, negative, model, sampler, steps, scale, seed, count, width, height, number]
+    keys = (
+        "prompt", "words", "negative_prompt", "model", "sampler", "steps", "scale", "seed", "count", "width", "height",
+        "number",
+    )  # fmt: skip
+
+    def form(values: tuple[Any, ...]) -> dict[str, Any]:
+        asked = dict(zip(keys, values, strict=True))
+        chosen = [str(value).partition("|") for value in asked["words"] or []]
+        asked["words"] = list(dict.fromkeys(path for _, _, path in chosen))
+        if chosen:
+            asked["prompt"] = str(asked["prompt"]).replace("{}", chosen[0][0])
+        elif "{}" in str(asked["prompt"]):
+            asked["prompt"] = str(asked["prompt"]).replace("{}", "a creature")
+        return asked
+
+    def generate(*values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        try:
+            asked = form(values)
+            made = service.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
+        except UserError as error:
+            return gr.skip(), [], views.message(str(error), "bad"), ""
+        where = work.shown(made[0][1].parent)
+        said = views.message(f"{len(made)} image{'s' * (len(made) > 1)}, saved in {where}", "good")
+        return [_for_gallery(image) for image, _, _ in made], [text for _, _, text in made], said, made[0][2]
+
+    def draw(x: str, xs: str, y: str, ys: str, *values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        try:
+            asked = form(values)
+            if "word" in (x, y):
+                asked["prompt"] = str(values[0])
+            sheet, path = service.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
+        except UserError as error:
+            return gr.skip(), [], views.message(str(error), "bad"), ""
+        settings = sheet.info["parameters"]
+        return [sheet], [settings], views.message(f"saved as {work.shown(path)}", "good"), settings
+
+    def choose(several: list[str], event: gr.SelectData) -> str:
+        index = int(event.index)
+        return several[index] if index < len(several) else ""
+
+    def settings_back(path: str | None, chosen: list[str]) -> Any:
+        if not path:
+            return [gr.skip()] * 10
+        found = service.settings_of(Path(path))
+        gr.Info("the settings are those of the image")
+        return (
+            found.prompt, found.negative_prompt, found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(),
+            found.steps or gr.skip(), found.scale if found.scale is not None else gr.skip(),
+            found.seed if found.seed is not None else gr.skip(), 1, found.width, found.height, found.number or None,
+        )  # fmt: skip
+
+    def refresh(chosen: list[str]) -> Any:
+        listed, _ = work.words()
+        choices = [(f"{one.trigger}  ({one.source})", f"{one.trigger}|{one.source}") for one in listed]
+        known = {value for _, value in choices}
+        kept = [value for value in chosen or [] if value in known]
+        if not kept and choices and not chosen:
+            kept = [choices[0][1]]
+        return gr.Dropdown(choices, value=kept)
+
+    outputs = [gallery, texts, status, text]
+    event = gr.on(
+        [go.click],
+        generate,
+        inputs,
+        outputs,
+        concurrency_limit=1,
+        concurrency_id="model",
+        show_progress="minimal",
+        show_progress_on=status,
+    )
+    plot.click(
+        draw, [x_axis, x_values, y_axis, y_values, *inputs], outputs, concurrency_limit=1, concurrency_id="model",
+        show_progress="minimal", show_progress_on=status,
+    )  # fmt: skip
+    assert event is not None
+    stop.click(lambda: service.stop_generating.set(), show_progress="hidden", queue=False)
+    gallery.select(choose, texts, text, show_progress="hidden")
+    dropped.upload(
+        _or_line(settings_back), [dropped, words],
+        [prompt, negative, sampler, steps, scale, seed, count, width, height, number], show_progress="hidden",
+    )  # fmt: skip
+    return refresh, words
+
+
+def _for_gallery(image: Image.Image) -> Image.Image:
+    """The image; one of a few pixels is enlarged, because the page would blur it."""
+    factor = max(1, 256 // image.width)
+    large = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return large
+
+
+# -- Words -----------------------------------------------------------------------------------------------------
+
+
+def _words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
+    """The tab of learned words; returns the function that refreshes it, with its outputs."""
+    work = service.workspace
+    chosen, trigger = gr.State(""), gr.State("")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=6, min_width=460):
+            table = gr.Dataframe(
+                headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
+                max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
+                column_widths=["90px", "60px", "60px", "170px", "auto"],
+            )  # fmt: skip
+            problems = gr.HTML()
+            upload = gr.File(
+                label="Drop embedding files of any tool here", file_count="multiple", height=92, elem_id="drop-word",
+                file_types=[".pt", ".bin", ".safetensors", ".png", ".webp"],
+            )  # fmt: skip
+        with gr.Column(scale=5, min_width=420):
+            about = gr.HTML(views.message("choose a word in the table"), elem_id="about-word")
+            with gr.Row():
+                new_name = gr.Textbox(label="Rename to", info="empty: as it is", elem_id="rename")
+                format = gr.Dropdown(
+                    list(FORMATS),
+                    value="safetensors",
+                    label="Format",
+                    info="of the tool it is for",
+                    elem_id="format",
+                )
+            also = gr.Dropdown(
+                [],
+                value=[],
+                multiselect=True,
+                label="Merge with",
+                info="files whose words go into the same file",
+            )
+            convert = gr.Button("Convert", variant="primary", elem_id="convert")
+            result = gr.File(
+                label="Download", interactive=False, file_count="multiple", height=84, elem_id="converted"
+            )
+            lines = gr.Code(
+                label="How to load it", language="shell", interactive=False, lines=8, elem_id="lines"
+            )
+
+    def refresh() -> Any:
+        listed, bad = work.words()
+        rows = [[one.trigger, str(one.vectors), f"{one.norm:.3f}", one.models, one.source] for one in listed]
+        said = "".join(views.message(line, "warn") for line in bad[:5])
+        if not listed and not bad:
+            said = views.message("no words yet: learn one in Train, or drop a file of any tool")
+        return rows, said, gr.Dropdown(list(dict.fromkeys(one.source for one in listed)))
+
+    def choose(rows: list[list[str]], event: gr.SelectData) -> Any:
+        row = rows[event.index[0]]
+        try:
+            reports = service.inspect(row[4])
+            shown = "".join(views.nearest(one.trigger, one.norms, one.nearest) for one in reports)
+            metadata = service.metadata(row[4])
+        except UserError as error:
+            return row[4], row[0], views.message(str(error), "bad"), ""
+        return (
+            row[4],
+            row[0],
+            shown + (views.facts(metadata) if metadata else ""),
+            service.lines(row[4], row[0]),
+        )
+
+    def do_convert(file: str, others: list[str], kind: str, name: str) -> Any:
+        made = service.convert([*filter(None, [file]), *(others or [])], kind, name or "")
+        return [str(path) for path in made]
+
+    def take(files: list[str] | None) -> Any:
+        for file in files or []:
+            service.take_word(Path(file))
+        return (*refresh(), None)
+
+    table.select(choose, table, [chosen, trigger, about, lines], show_progress="hidden")
+    convert.click(_or_line(do_convert), [chosen, also, format, new_name], result)
+    upload.upload(_or_line(take), upload, [table, problems, also, upload])
+    return refresh, [table, problems, also]
