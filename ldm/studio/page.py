@@ -1,8 +1,10 @@
-"""The page: four tabs of gradio components, each of which calls one method of `Service`."""
+"""The page: four tabs of gradio components, each of which calls one method of `Service`.
+
+The layout is not formatted by ruff, which would give every argument of a component a line of its own.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from ldm.generate.session import WEIGHTS
 from ldm.studio import views
 from ldm.studio.service import AXES, Service
 from ldm.util import UserError
-from ldm.yaml_files import in_checkout
+from ldm.yaml_files import CHECKOUT, in_checkout
 
-logger = logging.getLogger(__name__)
+# fmt: off
 
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -93,23 +95,18 @@ def _train_tab(service: Service) -> Any:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
             upload = gr.File(
-                label="Drop images (and .txt captions) here",
-                file_count="multiple",
-                file_types=["image", ".txt"],
-                height=92,
-                elem_id="drop",
+                label="Drop images, and .txt captions, here", file_count="multiple", file_types=["image", ".txt"],
+                height=104, elem_id="drop",
             )
             folder = gr.Textbox(
-                label="Image folder",
-                value=SAMPLE if Path(in_checkout(SAMPLE)).is_dir() else "",
-                info="three to five images of one thing, or more of one style",
-                elem_id="folder",
+                label="Image folder", value=in_root(service, SAMPLE) if Path(in_checkout(SAMPLE)).is_dir() else "",
+                info="three to five images of one thing, or more of one style", elem_id="folder",
             )
             shown = gr.Gallery(
                 label="As training sees them", columns=5, height=176, object_fit="contain", interactive=False,
                 elem_id="thumbnails", buttons=[],
-            )  # fmt: skip
-            found = gr.HTML(elem_id="findings")
+            )
+            found = gr.HTML(padding=False, elem_id="findings")
             with gr.Accordion("Captions", open=False):
                 use_captions = gr.Checkbox(
                     label="Use captions", info="[name] stands for the word; what is captioned is not learned"
@@ -117,70 +114,50 @@ def _train_tab(service: Service) -> Any:
                 captions = gr.Dataframe(
                     headers=["image", "caption"], datatype="str", type="array", interactive=True, max_height=180,
                     static_columns=[0], elem_id="captions", show_label=False, buttons=[],
-                )  # fmt: skip
+                )
                 save_captions = gr.Button("Save captions", size="sm")
         with gr.Column(scale=6, min_width=480):
             with gr.Row():
                 placeholder = gr.Textbox(
-                    label="Word", value="<bobo>", info="write it in prompts; best one that no language has",
-                    elem_id="placeholder",
-                )  # fmt: skip
-                init = gr.Textbox(
-                    label="Starts from",
-                    value="bear",
-                    info="a word or phrase for the kind of thing",
-                    elem_id="init",
+                    label="Word", value="<bobo>", info="what you will write in prompts", elem_id="placeholder"
                 )
-                name = gr.Textbox(label="Name", info="of the run folder; default: the word", elem_id="name")
-            pieces = gr.HTML(elem_id="tokens")
+                init = gr.Textbox(label="Starts from", value="bear", info="what kind of thing it is", elem_id="init")
+                name = gr.Textbox(label="Name", info="of the run; empty: the word", elem_id="name")
+            pieces = gr.HTML(padding=False, elem_id="tokens")
             with gr.Row():
                 model = gr.Dropdown(
-                    label="Base model", choices=work.model_files(), value=in_root(service, WEIGHTS),
+                    label="Base model", choices=_models(service), value=in_root(service, WEIGHTS),
                     allow_custom_value=True, info="a file, a folder or a hub id", elem_id="model", scale=3,
-                )  # fmt: skip
+                )
                 kind = gr.Radio(
-                    ["object", "style"], value="object", label="Learn", info="its captions' templates"
+                    ["object", "style"], value="object", label="Learn", info="chooses the captions", elem_id="kind",
+                    min_width=180,
                 )
                 recipe = gr.Dropdown(
-                    RECIPES, value="", label="Recipe", info="fast: stops by itself", elem_id="recipe"
+                    RECIPES, value="", label="Recipe", info="fast stops by itself", elem_id="recipe", min_width=120
                 )
             with gr.Row():
-                vectors = gr.Number(
-                    1, label="Vectors", precision=0, minimum=1, maximum=75, elem_id="vectors",
-                    info="more: closer, harder to edit, less room in a prompt",
-                )  # fmt: skip
-                steps = gr.Number(
-                    None,
-                    label="Steps",
-                    precision=0,
-                    info="empty: the recipe's or the YAML's",
-                    elem_id="steps",
-                )
-                rate = gr.Textbox(label="Rate", info="a number, or 0.005:100, 1e-3:1000", elem_id="rate")
-                batch = gr.Number(None, label="Batch", precision=0, info="images per step", elem_id="batch")
-                flip = gr.Checkbox(True, label="Mirror", info="off for text and faces", elem_id="flip")
+                vectors = gr.Textbox("1", label="Vectors", info="more: less editable", elem_id="vectors", min_width=110)
+                steps = gr.Textbox(label="Steps", info="empty: the YAML's", elem_id="steps", min_width=110)
+                rate = gr.Textbox(label="Rate", info="or 5e-3:100, 1e-3:500", elem_id="rate", min_width=130)
+                batch = gr.Textbox(label="Batch", info="images per step", elem_id="batch", min_width=90)
+                flip = gr.Checkbox(True, label="Mirror", info="off for text", elem_id="flip", min_width=90)
             with gr.Accordion("More", open=False):
                 with gr.Row():
                     personalization = gr.Dropdown(
                         ["", *_yamls("configs/personalization")], value="", label="Personalization YAML",
                         allow_custom_value=True, info="progressive, one per image, two concepts, your own",
-                    )  # fmt: skip
-                    template_file = gr.Textbox(
-                        label="Template file", info="one caption per line, {} is the word"
                     )
-                    seed = gr.Number(None, label="Seed", precision=0, info="empty: 23")
-                settings = gr.Textbox(
-                    label="Further settings", lines=1, info="model.params.key=value data.params.key=value ..."
-                )
-                whole = gr.Code(
-                    label="All settings (YAML)", language="yaml", lines=6, max_lines=14, interactive=True
-                )
+                    template_file = gr.Textbox(label="Template file", info="one caption per line, {} is the word")
+                    seed = gr.Textbox(label="Seed", info="empty: 23", min_width=70)
+                settings = gr.Textbox(label="Further settings", info="model.params.key=value data.params.key=value ...")
+                whole = gr.Code(label="All settings (YAML)", language="yaml", lines=6, max_lines=14, interactive=True)
                 merge = gr.Button("Show all settings, to edit them", size="sm")
             command = gr.Textbox(
-                label="The command that will run", lines=2, max_lines=2, interactive=False, buttons=["copy"],
+                label="The command that will run", lines=3, max_lines=3, interactive=False, buttons=["copy"],
                 elem_id="command",
-            )  # fmt: skip
-            result = gr.HTML(elem_id="check-result")
+            )
+            result = gr.HTML(padding=False, elem_id="check-result")
     with gr.Row(elem_classes="actions"):
         check = gr.Button("Check", elem_id="check", min_width=120)
         start = gr.Button("Start", variant="primary", elem_id="start", min_width=120)
@@ -190,7 +167,7 @@ def _train_tab(service: Service) -> Any:
         "recipe": recipe, "vectors": vectors, "steps": steps, "rate": rate, "batch_size": batch, "flip": flip,
         "use_captions": use_captions, "personalization": personalization, "template_file": template_file,
         "seed": seed, "settings": settings, "yaml": whole,
-    }  # fmt: skip
+    }
     inputs = list(fields.values())
 
     def form(values: tuple[Any, ...]) -> dict[str, Any]:
@@ -220,9 +197,9 @@ def _train_tab(service: Service) -> Any:
             gr.Warning("; ".join(refused)[:400], duration=12)
         return work.shown(path), None
 
-    def show_tokens(path: str, text: str, count: float | None) -> str:
+    def show_tokens(path: str, text: str, count: str) -> str:
         try:
-            return views.tokens(service.tokens(path, text or ""), int(count or 1))
+            return views.tokens(service.tokens(path, text or ""), int(count) if str(count).isdigit() else 1)
         except UserError as error:
             return views.message(str(error), "warn")
 
@@ -255,13 +232,13 @@ def _train_tab(service: Service) -> Any:
     gr.on(
         [init.change, model.change, vectors.change], show_tokens, [model, init, vectors], pieces,
         show_progress="hidden", trigger_mode="always_last",
-    )  # fmt: skip
+    )
     save_captions.click(_or_line(save), [folder, captions], [shown, found, captions])
     merge.click(_or_line(lambda *values: service.merged_yaml(form(values))), inputs, whole)
     check.click(
         lambda: views.message("checking: training a few steps in a folder of its own ..."), outputs=result,
         show_progress="hidden",
-    ).then(_shown_error(run_check), inputs, result, show_progress="hidden", concurrency_limit=1)  # fmt: skip
+    ).then(_shown_error(run_check), inputs, result, show_progress="hidden", concurrency_limit=1)
     context = gr.context.Context.root_block
     assert context is not None
     context.load(show_images, folder, [shown, found, captions], show_progress="hidden")
@@ -288,6 +265,11 @@ def in_root(service: Service, path: str) -> str:
     return service.workspace.shown(service.workspace.path(in_checkout(path)))
 
 
+def _models(service: Service) -> list[tuple[str, str]]:
+    """The models with the names that they have in the list: the shipped one as in commands of the checkout."""
+    return [(file.removeprefix(f"{CHECKOUT}/"), file) for file in service.workspace.model_files()]
+
+
 def _yamls(folder: str) -> list[str]:
     place = Path(in_checkout(folder))
     return [f"{folder}/{path.name}" for path in sorted(place.glob("*.yaml"))]
@@ -305,14 +287,14 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
                 headers=["state", "word", "step", "time", "run"], datatype="str", type="array", interactive=False,
                 max_height=330, column_widths=["76px", "72px", "70px", "84px", "auto"], elem_id="runs-table",
                 show_label=False, buttons=[], wrap=False,
-            )  # fmt: skip
+            )
             compare = gr.Dropdown(
                 [], value=[], multiselect=True, label="Compare with", info="its curves and previews beside"
             )
             queue = gr.Dataframe(
                 headers=["state", "word", "device", "message", "id"], datatype="str", type="array", interactive=False,
                 max_height=150, label="Queue", elem_id="queue-table", buttons=[], wrap=True,
-            )  # fmt: skip
+            )
             with gr.Row():
                 job = gr.Dropdown([], label="Queued run", show_label=False, container=False, scale=3)
                 earlier = gr.Button("Earlier", size="sm", min_width=60)
@@ -325,11 +307,12 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
             with gr.Row():
                 stop = gr.Button("Stop (saves)", size="sm", elem_id="stop", min_width=90)
                 resume = gr.Button("Continue", size="sm", elem_id="continue", min_width=90)
-                until = gr.Number(
-                    None, label="to step", precision=0, container=False, min_width=90, placeholder="to step"
+                until = gr.Textbox(
+                    show_label=False, container=False, min_width=150, placeholder="up to step (empty: its own)",
+                    elem_id="until",
                 )
-            curves = gr.HTML(elem_id="curves")
-            pictures = gr.HTML(elem_id="previews")
+            curves = gr.HTML(padding=False, elem_id="curves")
+            pictures = gr.HTML(padding=False, elem_id="previews")
             place = gr.Slider(
                 0, 1, 0, step=1, label="Preview", info="step through the previews", elem_id="preview"
             )
@@ -352,7 +335,7 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
         names = [run.folder.name for run in runs]
         return rows, [views.job_row(one) for one in jobs], gr.Dropdown(waiting), gr.Dropdown(names)
 
-    def detail(name: str, others: list[str], number: float | None, follow: bool = True) -> Any:
+    def detail(name: str, others: list[str], number: float | None, choose_place: bool = False) -> Any:
         if not name:
             runs = service.runs()
             if not runs:
@@ -370,7 +353,8 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
                 continue
         count = len(run.previews())
         last = max(count - 1, 0)
-        at = last if follow or number is None else min(int(number), last)
+        # A new preview is shown to whoever looks at the newest one.
+        at = min(int(number or 0), last) if choose_place or int(number or 0) < last - 1 else last
         shown = views.preview(several, at) + views.strip(run)
         slider = gr.Slider(0, max(last, 1), at, visible=count > 1)
         return views.run_head(run), views.curves(several), shown, slider, run.log()
@@ -388,8 +372,8 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
         service.queue.stop_run(service.workspace.logs / current(name))
         gr.Info("it saves and ends after this step")
 
-    def do_resume(name: str, to: float | None) -> None:
-        service.resume(current(name), int(to) if to else None)
+    def do_resume(name: str, to: str) -> None:
+        service.resume(current(name), to)
         gr.Info("it goes on as soon as its device is free")
 
     def do_keep(name: str, number: float, word: str) -> None:
@@ -402,11 +386,11 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
         gr.Info(f"step {step} is saved as {service.workspace.shown(path)}")
 
     table.select(choose, table, chosen, show_progress="hidden").then(
-        detail, [chosen, compare, place], details, show_progress="hidden"
+        lambda name, others: detail(name, others, 10**9), [chosen, compare], details, show_progress="hidden"
     )
     compare.change(detail, [chosen, compare, place], details, show_progress="hidden")
     place.release(
-        lambda n, o, p: detail(n, o, p, False), [chosen, compare, place], details, show_progress="hidden"
+        lambda n, o, p: detail(n, o, p, True), [chosen, compare, place], details, show_progress="hidden"
     )
     stop.click(_or_line(do_stop), chosen, show_progress="hidden")
     resume.click(_or_line(do_resume), [chosen, until], show_progress="hidden")
@@ -436,33 +420,31 @@ def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             prompt = gr.Textbox(
                 label="Prompt", lines=2, max_lines=4, value="a photo of {}", elem_id="prompt",
                 info="{} is the first word chosen below; (word:1.3) weighs; Ctrl+Enter generates",
-            )  # fmt: skip
+            )
             words = gr.Dropdown(
                 [], value=[], multiselect=True, label="Words", elem_id="words-chosen",
                 info="click the learned words that the prompt uses",
-            )  # fmt: skip
+            )
             negative = gr.Textbox(
                 label="Negative prompt", info="what guidance steers away from", elem_id="negative"
             )
             with gr.Row():
                 model = gr.Dropdown(
-                    label="Model", choices=work.model_files(), value=in_root(service, WEIGHTS), allow_custom_value=True,
+                    label="Model", choices=_models(service), value=in_root(service, WEIGHTS), allow_custom_value=True,
                     info="the one that the words were learned on", scale=3,
-                )  # fmt: skip
+                )
                 sampler = gr.Dropdown(
                     SAMPLERS, value="dpm_solver", label="Sampler", info="DPM++ needs 20 steps"
                 )
             with gr.Row():
-                steps = gr.Number(20, label="Steps", precision=0, elem_id="gen-steps", info="20 to 50")
-                scale = gr.Number(5, label="Guidance", info="1: none", elem_id="scale")
-                seed = gr.Number(42, label="Seed", precision=0, info="same seed, same image", elem_id="seed")
-                count = gr.Number(
-                    4, label="Images", precision=0, minimum=1, maximum=64, info="at once", elem_id="count"
-                )
-            with gr.Row():
-                width = gr.Number(None, label="Width", precision=0, info="empty: the model's")
-                height = gr.Number(None, label="Height", precision=0, info="empty: the model's")
-                number = gr.Number(None, label="Image number", precision=0, info="of a dropped image")
+                steps = gr.Textbox("20", label="Steps", elem_id="gen-steps", info="20 to 50", min_width=90)
+                scale = gr.Textbox("5", label="Guidance", info="1: none", elem_id="scale", min_width=90)
+                seed = gr.Textbox("42", label="Seed", info="same, same image", elem_id="seed", min_width=110)
+                count = gr.Textbox("4", label="Images", info="1 to 64", elem_id="count", min_width=90)
+            with gr.Accordion("Size", open=False), gr.Row():
+                width = gr.Textbox(label="Width", info="empty: the model's", min_width=90)
+                height = gr.Textbox(label="Height", info="empty: the model's", min_width=90)
+                number = gr.Textbox(label="Image number", info="of a dropped image", min_width=90)
             with gr.Accordion("X/Y plot", open=False, elem_id="plot-settings"):
                 with gr.Row():
                     x_axis = gr.Dropdown(AXES, value="guidance", label="X", elem_id="x-axis")
@@ -481,15 +463,15 @@ def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             dropped = gr.File(
                 label="Drop an image to get its settings back",
                 file_types=["image"],
-                height=84,
+                height=104,
                 elem_id="drop-settings",
             )
         with gr.Column(scale=5, min_width=420):
-            status = gr.HTML(elem_id="gen-status")
+            status = gr.HTML(padding=False, elem_id="gen-status")
             gallery = gr.Gallery(
-                label="Images", columns=4, height=420, object_fit="contain", format="png", interactive=False,
+                label="Images", columns=4, height=400, object_fit="contain", format="png", interactive=False,
                 elem_id="gallery", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+            )
             text = gr.Textbox(
                 label="Settings of the image",
                 lines=4,
@@ -506,7 +488,7 @@ def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     keys = (
         "prompt", "words", "negative_prompt", "model", "sampler", "steps", "scale", "seed", "count", "width", "height",
         "number",
-    )  # fmt: skip
+    )
 
     def form(values: tuple[Any, ...]) -> dict[str, Any]:
         asked = dict(zip(keys, values, strict=True))
@@ -551,8 +533,9 @@ def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
         return (
             found.prompt, found.negative_prompt, found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(),
             found.steps or gr.skip(), found.scale if found.scale is not None else gr.skip(),
-            found.seed if found.seed is not None else gr.skip(), 1, found.width, found.height, found.number or None,
-        )  # fmt: skip
+            found.seed if found.seed is not None else gr.skip(), 1, found.width or "", found.height or "",
+            found.number or "",
+        )
 
     def refresh(chosen: list[str]) -> Any:
         listed, _ = work.words()
@@ -577,14 +560,14 @@ def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     plot.click(
         draw, [x_axis, x_values, y_axis, y_values, *inputs], outputs, concurrency_limit=1, concurrency_id="model",
         show_progress="minimal", show_progress_on=status,
-    )  # fmt: skip
+    )
     assert event is not None
     stop.click(lambda: service.stop_generating.set(), show_progress="hidden", queue=False)
     gallery.select(choose, texts, text, show_progress="hidden")
     dropped.upload(
         _or_line(settings_back), [dropped, words],
         [prompt, negative, sampler, steps, scale, seed, count, width, height, number], show_progress="hidden",
-    )  # fmt: skip
+    )
     return refresh, words
 
 
@@ -608,14 +591,14 @@ def _words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
                 headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
                 max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
                 column_widths=["90px", "60px", "60px", "170px", "auto"],
-            )  # fmt: skip
-            problems = gr.HTML()
+            )
+            problems = gr.HTML(padding=False)
             upload = gr.File(
-                label="Drop embedding files of any tool here", file_count="multiple", height=92, elem_id="drop-word",
+                label="Drop embedding files of any tool here", file_count="multiple", height=104, elem_id="drop-word",
                 file_types=[".pt", ".bin", ".safetensors", ".png", ".webp"],
-            )  # fmt: skip
+            )
         with gr.Column(scale=5, min_width=420):
-            about = gr.HTML(views.message("choose a word in the table"), elem_id="about-word")
+            about = gr.HTML(views.message("choose a word in the table"), padding=False, elem_id="about-word")
             with gr.Row():
                 new_name = gr.Textbox(label="Rename to", info="empty: as it is", elem_id="rename")
                 format = gr.Dropdown(
@@ -634,7 +617,7 @@ def _words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             )
             convert = gr.Button("Convert", variant="primary", elem_id="convert")
             result = gr.File(
-                label="Download", interactive=False, file_count="multiple", height=84, elem_id="converted"
+                label="Download", interactive=False, file_count="multiple", height=104, elem_id="converted"
             )
             lines = gr.Code(
                 label="How to load it", language="shell", interactive=False, lines=8, elem_id="lines"

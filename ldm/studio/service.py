@@ -241,7 +241,7 @@ class Service:
         self.workspace.images(form["folder"])
         return self.queue.add(words, str(form.get("placeholder")), device())
 
-    def resume(self, folder: str, steps: int | None = None) -> Job:
+    def resume(self, folder: str, steps: object = None) -> Job:
         """Queue a run to go on where it stopped, up to `steps` in all if that is given."""
         path = self.workspace.inside(self.workspace.logs, folder)
         existing_run_folder(path)
@@ -249,7 +249,8 @@ class Service:
         if record.live:
             raise UserError(f"'{folder}' is trained already")
         words = ["-r", self.workspace.shown(path), "-t"]
-        words += ["--max_steps", str(steps)] if steps else []
+        limit = _whole(steps, "the step to go on to", 1, 10**7)
+        words += ["--max_steps", str(limit)] if limit else []
         return self.queue.add(
             words, ", ".join(record.words) or folder, record.device or device(), folder=path.name
         )

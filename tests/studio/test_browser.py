@@ -1,0 +1,280 @@
+"""The page in a real browser: Playwright drives the system's Chromium. Run with `make test-browser`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.training.record import runs_in
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[ui]'")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+BOBO = sorted((ROOT / "data" / "concepts" / "bobo").glob("0*.png"))
+STEPS = 30
+MINUTES = 60_000  # milliseconds
+# The folder that screenshots of the tabs are written to, if there is one.
+SHOTS = os.environ.get("STUDIO_SCREENSHOTS")
+
+
+class Server:
+    """The page's process on a free port."""
+
+    def __init__(self, root: Path, *further: str) -> None:
+        self.root, self.further = root, further
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"http://localhost:{self.port}"
+
+    def start(self) -> None:
+        words = [sys.executable, str(ROOT / "scripts" / "studio.py"), "--port", str(self.port), *self.further]
+        self.log = (self.root / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            [*words, "--root", str(self.root)], stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{self.address}/health", timeout=1).close()
+                return
+            except urllib.error.HTTPError as error:
+                if error.code == 401:
+                    return
+            except OSError:
+                assert self.process.poll() is None, (self.root / "server.log").read_text()
+            time.sleep(0.25)
+        raise AssertionError("the page did not open")
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("root"))
+    yield server
+    server.kill()
+    for run in runs_in(server.root / "logs"):
+        if run.live:
+            from ldm.training.run_folder import holder
+
+            os.kill(holder(run.folder) or 0, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The page, opened; a console error, a request to elsewhere or an uncaught exception fails the test."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 800}, color_scheme=getattr(request, "param", "light")
+    )
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda entry: problems.append(entry.text) if entry.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request",
+        lambda sent: (
+            None if sent.url.startswith((server.address, "data:", "blob:")) else problems.append(sent.url)
+        ),
+    )
+    page.set_default_timeout(30_000)
+    open_page(page, server)
+    yield page
+    context.close()
+    assert [problem for problem in problems if "ERR_CONNECTION" not in problem] == []
+
+
+def open_page(page: Any, server: Server) -> None:
+    page.goto(server.address)
+    page.wait_for_selector("#start", timeout=MINUTES)
+    page.wait_for_timeout(500)
+
+
+def tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+    page.wait_for_timeout(700)
+
+
+def shot(page: Any, name: str) -> None:
+    if SHOTS:
+        page.wait_for_timeout(1200)
+        page.screenshot(path=Path(SHOTS) / f"{name}.png")
+
+
+def fill(page: Any, field: str, text: str) -> None:
+    box = page.locator(f"#{field} input, #{field} textarea").first
+    box.fill(text)
+    box.blur()
+
+
+def text_of(page: Any, field: str) -> str:
+    return page.locator(f"#{field}").inner_text()
+
+
+def until_shown(page: Any, field: str, part: str, seconds: int = 240) -> None:
+    page.locator(f"#{field}").get_by_text(re.compile(part)).first.wait_for(timeout=seconds * 1000)
+
+
+def test_train_from_dropped_files_to_a_concept_and_generate(page: Any, server: Server) -> None:
+    shot(page, "train-empty")
+    page.locator("#drop input[type=file]").set_input_files([str(path) for path in BOBO])
+    page.wait_for_function(
+        "document.querySelector('#folder textarea, #folder input').value.includes('uploads')"
+    )
+    until_shown(page, "findings", "5 images")
+    assert "data/uploads/bobo-" in page.locator("#folder textarea, #folder input").input_value()
+    fill(page, "steps", str(STEPS))
+    fill(page, "init", "grey bear")
+    until_shown(page, "tokens", "bear")
+    page.wait_for_function(
+        f"document.querySelector('#command textarea').value.includes('--max_train_steps {STEPS}')"
+    )
+    assert page.locator("#start").is_visible()
+    box = page.locator("#start").bounding_box()
+    assert box["y"] + box["height"] <= 800  # without scrolling
+    shot(page, "train")
+    page.locator("#start").click()
+    page.locator("#run-head").get_by_text(re.compile("training|starting|step")).first.wait_for(
+        timeout=2 * MINUTES
+    )
+    until_shown(page, "run-head", f"step [1-9][0-9]* of {STEPS}")
+    shot(page, "runs-busy")
+    open_page(page, server)  # reload in the middle
+    tab(page, "Runs")
+    until_shown(page, "run-head", f"of {STEPS}")
+    page.locator("#stop").click()
+    until_shown(page, "run-head", "stopped")
+    stopped = runs_in(server.root / "logs")[0]
+    assert stopped.state == "stopped" and 0 < stopped.step < STEPS
+    server.kill()  # the page's server dies and comes back
+    server.start()
+    open_page(page, server)
+    tab(page, "Runs")
+    until_shown(page, "run-head", "stopped")
+    page.locator("#continue").click()
+    until_shown(page, "run-head", "finished")
+    finished = runs_in(server.root / "logs")[0]
+    assert finished.folder == stopped.folder and finished.step == STEPS
+    shot(page, "runs-finished")
+    page.locator("#keep").click()
+    page.get_by_text(re.compile("is saved as embeddings/")).first.wait_for()
+    assert list((server.root / "embeddings").glob("bobo*"))
+
+
+def test_generate_plot_and_get_settings_back(page: Any, server: Server) -> None:
+    tab(page, "Generate")
+    page.wait_for_timeout(1000)
+    shot(page, "generate-empty")
+    fill(page, "prompt", "a photo of {} on a beach")
+    fill(page, "gen-steps", "4")
+    fill(page, "count", "2")
+    page.locator("#prompt textarea").press("Control+Enter")
+    until_shown(page, "gen-status", "2 images, saved")
+    assert "a photo of <bobo> on a beach" in page.locator("#image-settings textarea").input_value()
+    made = sorted((server.root / "outputs" / "studio").glob("*.png"))
+    assert len(made) == 2
+    shot(page, "generate")
+    fill(page, "prompt", "something else")
+    fill(page, "gen-steps", "9")
+    page.locator("#drop-settings input[type=file]").set_input_files(str(made[1]))
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('beach')")
+    assert page.locator("#gen-steps textarea, #gen-steps input").first.input_value() == "4"
+    page.get_by_text("X/Y plot").click()
+    fill(page, "x-values", "1, 3")
+    page.locator("#plot").click()
+    until_shown(page, "gen-status", "saved as outputs/studio/00002.png")
+    shot(page, "generate-plot")
+    fill(page, "prompt", "a photo of <nobody>")
+    page.locator("#generate-button").click()
+    until_shown(page, "gen-status", "mentions '<nobody>'")
+    shot(page, "generate-failed")
+
+
+def test_words_are_listed_and_converted(page: Any, server: Server) -> None:
+    tab(page, "Words")
+    page.locator("#words-table").get_by_text("<bobo>").first.click()
+    until_shown(page, "about-word", "nearest words")
+    fill(page, "rename", "<my-bear>")
+    page.locator("#convert").click()
+    page.locator("#converted").get_by_text(re.compile("my-bear")).first.wait_for()
+    shot(page, "words")
+    assert list((server.root / "outputs" / "studio" / "words").glob("*/my-bear.safetensors"))
+
+
+def test_bad_uploads_and_a_missing_folder_are_said_in_a_line(
+    page: Any, server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "evil.png").write_bytes(b"\x80\x04cposix\nsystem\n.")
+    page.locator("#drop input[type=file]").set_input_files([str(tmp_path / "evil.png")])
+    page.get_by_text("'evil.png' is not an image").first.wait_for()
+    fill(page, "folder", "nowhere")
+    until_shown(page, "findings", "image folder not found")
+    page.locator("#start").click()
+    page.get_by_text("image folder not found").nth(1).wait_for()
+    shot(page, "train-failed")
+    assert len(runs_in(server.root / "logs")) == 1
+
+
+@pytest.mark.parametrize("page", ["dark"], indirect=True)
+def test_dark_mode(page: Any) -> None:
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(int(part) for part in re.findall(r"\d+", colour)[:3]) < 60
+    for name in ("Train", "Runs", "Generate", "Words"):
+        tab(page, name)
+        shot(page, f"dark-{name.lower()}")
+
+
+def test_listening_needs_a_password(tmp_path: Path, browser: Any) -> None:
+    words = [sys.executable, str(ROOT / "scripts" / "studio.py"), "--listen", "--root", str(tmp_path)]
+    refused = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "--auth" in refused.stderr and refused.stderr.count("\n") == 1
+    server = Server(tmp_path, "--listen", "127.0.0.1", "--auth", "ann:secret")
+    try:
+        for credentials, status in ((None, 401), ({"username": "ann", "password": "no"}, 401),
+                                    ({"username": "ann", "password": "secret"}, 200)):  # fmt: skip
+            context = (
+                browser.new_context(http_credentials=credentials) if credentials else browser.new_context()
+            )
+            page = context.new_page()
+            try:
+                assert page.goto(server.address).status == status
+            except playwright.Error as error:  # Chromium asks again and gives up
+                assert status == 401 and "INVALID_AUTH" in str(error)
+            context.close()
+    finally:
+        server.kill()
