@@ -55,12 +55,7 @@ def check_word(word: Any, what: str = "placeholder") -> str:
         raise UserError(
             f"{what} '{shown(word)}' has {len(word)} characters; at most {MAX_LENGTH} are allowed"
         )
-    kept = _composed(word)
-    if kept is None:
-        raise UserError(
-            f"{what} '{shown(word)}' is not valid text: it has bytes that are not UTF-8; type it in a "
-            "UTF-8 terminal, or set PYTHONUTF8=1"
-        )
+    kept = _composed(check_text(word, what))
     for place in range(len(kept)):
         if reason := _problem(kept, place):
             raise UserError(f"{what} '{shown(word)}' holds {reason}; write it without")
@@ -73,21 +68,33 @@ def check_word(word: Any, what: str = "placeholder") -> str:
     return kept
 
 
+def check_text(text: str, what: str) -> str:
+    """Return a text of a command line; raises UserError if Python could not decode it, which tokenizers refuse."""
+    if _has_surrogates(text):
+        raise UserError(
+            f"{what} '{shown(text)}' is not valid text: it has bytes that are not UTF-8; type it in a "
+            "UTF-8 terminal, or set PYTHONUTF8=1"
+        )
+    return text
+
+
 def cleaned(word: str, otherwise: str = "embedding") -> str:
     """Return the nearest word that `check_word` allows, for a file of another tool; `otherwise` if nothing is left."""
-    text = "".join(" " if c.isspace() else c for c in word if not "\ud800" <= c <= "\udfff")
+    text = "".join(" " if c.isspace() else c for c in word if not _has_surrogates(c))
     before = None
     while text != before:  # what is left out may bring two characters together that do not go together
         before = text
-        text = _FILE_PREFIX.sub("embedding_", _composed(text) or "")[:MAX_LENGTH].strip()
+        text = _FILE_PREFIX.sub("embedding_", _composed(text))[:MAX_LENGTH].strip()
         text = "".join(c for place, c in enumerate(text) if _problem(text, place) is None)
     return text if _has_visible(text) else otherwise
 
 
-def _composed(word: str) -> str | None:
-    """NFC with single plain spaces; None for text with lone surrogates. Line breaks and tabs are kept."""
-    if any("\ud800" <= c <= "\udfff" for c in word):
-        return None
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _composed(word: str) -> str:
+    """NFC with single plain spaces; line breaks and tabs are kept."""
     spaced = "".join(" " if unicodedata.category(c) == "Zs" else c for c in word)
     return re.sub(" +", " ", unicodedata.normalize("NFC", spaced))
 
@@ -190,6 +197,12 @@ def file_stem(word: str) -> str:
     if name.split(".")[0].lower() in _RESERVED:
         name = f"{name.replace('.', '_')}_"
     return name or "embedding"
+
+
+def folder_name(text: str) -> str:
+    """Return a text of a user as a part of a folder's name: as it is, but "_" for what cannot be typed or named."""
+    hidden = ("Cc", "Zl", "Zp")
+    return "".join(c if _can_be_named(c) and unicodedata.category(c) not in hidden else "_" for c in text)
 
 
 def _can_be_named(character: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.console import Interrupted
+from ldm.console import Interrupted, make_streams_lasting
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def guarded(command: Callable[[], int | None], debug: bool = False, less_memory:
     A UserError is written as one line to stderr (after its traceback if `debug`). Ctrl-C, a signal and exhausted
     memory end without a traceback too; `less_memory` is what the user is advised to try in the last case.
     """
+    make_streams_lasting()
     try:
         return command() or 0
     except UserError as error:

@@ -168,4 +168,5 @@ def _read_templates(path: Path, per_image_tokens: bool) -> tuple[list[str], list
 
 def _words_of_name(image: Path) -> str:
     """Return the words for `[filewords]` from the name of an image, without a leading number."""
-    return re.sub(r"^[-\d]+\s*", "", image.stem)
+    name = os.fsencode(image.stem).decode(errors="replace")  # a name may be in another encoding
+    return re.sub(r"^[-\d]+\s*", "", name)
