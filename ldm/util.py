@@ -67,15 +67,19 @@ def shown(value: object, limit: int = 60) -> str:
 def brief(message: str) -> str:
     """Return a message in one line of fewer than 300 characters.
 
-    Its long words and quoted texts are cut first, so that the remedy at its end stays.
+    Lists of known names are dropped first, then long words and quoted texts are cut, so that the remedy at the end
+    stays.
     """
     message = one_line(cut(message, 10_000))
+    if len(message) > MOST_CHARACTERS:
+        message = _KNOWN_NAMES.sub("", message)
     for limit in (120, 80, 60, 40, 30):
         if len(message) > MOST_CHARACTERS:
             message = _LONG.sub(partial(_cut_match, limit=limit), message)
     return cut(message, MOST_CHARACTERS)
 
 
+_KNOWN_NAMES = re.compile(r" \(known are [^()]*\)|; known are [^;]*(?=;)")
 # A quoted text, or a long run of other characters.
 _LONG = re.compile(r"""(?<!\w)'[^']+'(?!\w)|"[^"]+"|\S{31,}""")
 
