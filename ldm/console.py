@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from ldm.util import UsageError, brief
@@ -74,6 +76,32 @@ def make_streams_lasting() -> None:
                     write_through=stream.write_through,
                 )
                 setattr(sys, name, lasting)
+
+
+FILES = 4096  # open at once, more than any run needs
+
+
+def raise_file_limit() -> None:
+    """Raise this process's own limit of open files to `FILES`, as far as it may; shells start with 256 on some systems.
+
+    Loader processes hand their batches over as open files.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def is_out_of_files(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that too many files are open."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    return "Too many open files" in str(error) or "items of ancdata" in str(error)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,15 +6,18 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
 
+
+Item = TypeVar("Item")
 
 MOST_CHARACTERS = 299  # of a message to a user
 
@@ -86,6 +89,16 @@ _LONG = re.compile(r"""(?<!\w)'[^']+'(?!\w)|"[^"]+"|\S{31,}""")
 
 def _cut_match(found: re.Match[str], limit: int) -> str:
     return cut(found[0], limit)
+
+
+def counted(items: Sequence[Item], tell: Callable[[int, int], None], seconds: float = 10.0) -> Iterator[Item]:
+    """Yield items, and between them call `tell(done, total)` whenever another `seconds` have passed."""
+    told = time.monotonic()
+    for done, item in enumerate(items):
+        if done and time.monotonic() - told >= seconds:
+            tell(done, len(items))
+            told = time.monotonic()
+        yield item
 
 
 def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> int:

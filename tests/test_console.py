@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ldm.console import ConsoleHandler, make_streams_lasting
+from ldm.console import ConsoleHandler, is_out_of_files, make_streams_lasting, raise_file_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 TALK = """
@@ -76,6 +77,39 @@ def test_a_stream_of_a_notebook_or_a_test_stays_the_same_object(monkeypatch):
     assert sys.stdout is stream
     print("ק")
     assert stream.buffer.getvalue() == b"\\u05e7\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"),
+    [
+        ((256, 1_000_000), (4096, 1_000_000)),
+        ((256, 1024), (1024, 1024)),
+        ((256, resource.RLIM_INFINITY), (4096, resource.RLIM_INFINITY)),
+        ((8192, 8192), None),
+        ((1024, 1024), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, limits, raised):
+    calls = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: calls.append(wanted))
+    raise_file_limit()
+    assert calls == ([] if raised is None else [raised])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(24, "Too many open files"), True),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), True),
+        (RuntimeError("received 0 items of ancdata"), True),
+        (OSError(2, "No such file"), False),
+        (RuntimeError("boom"), False),
+    ],
+)
+def test_errors_about_open_files_are_known(error, expected):
+    assert is_out_of_files(error) == expected
 
 
 def test_warnings_are_short_and_in_one_line(capsys):
