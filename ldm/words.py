@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -152,6 +153,30 @@ def pattern(word: str) -> str:
     if _continues(parts[-1][-1]):
         after += r"\w"
     return f"{before}{spelled}(?![{after}])"
+
+
+def split(text: str, placeholders: Iterable[str], ignores_case: bool = True) -> list[tuple[str, str | None]]:
+    """Return the pieces of a text in order: (text, None) for ordinary text, (text, placeholder) for a placeholder.
+
+    Together the texts are the given one in composed form. Where several placeholders match, the longest is taken.
+    """
+    text = unicodedata.normalize("NFC", text)
+    longest_first = sorted(placeholders, key=len, reverse=True)
+    pieces: list[tuple[str, str | None]] = []
+    end = 0
+    if longest_first:
+        for match in _any_of(tuple(longest_first), ignores_case).finditer(text):
+            placeholder = longest_first[(match.lastindex or 0) - 1]  # each alternative is one group
+            pieces += [(text[end : match.start()], None), (match[0], placeholder)]
+            end = match.end()
+    pieces.append((text[end:], None))
+    return [(piece, placeholder) for piece, placeholder in pieces if piece]
+
+
+@lru_cache(maxsize=64)
+def _any_of(placeholders: tuple[str, ...], ignores_case: bool) -> re.Pattern[str]:
+    alternatives = [f"({pattern(placeholder)})" for placeholder in placeholders]
+    return re.compile("|".join(alternatives), re.IGNORECASE if ignores_case else 0)
 
 
 def _spelled(character: str) -> str:

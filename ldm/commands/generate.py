@@ -265,7 +265,7 @@ def load(
 
     from ldm.embeddings import read
     from ldm.generate.embeddings import check_mentions, load_embeddings, takes_vectors, warn_unused
-    from ldm.generate.prompt_syntax import check_token_limit
+    from ldm.generate.prompt_syntax import check_token_limit, parse
     from ldm.util import get_obj_from_str
 
     config = read_model_config(options.ckpt_path, options.config)
@@ -289,6 +289,8 @@ def load(
             prompts = [f"a photo of {learned[0]}"]
         check_mentions([*prompts, negative_prompt], learned, configured)
         warn_unused(triggers, [*prompts, negative_prompt])
+        for prompt in [*prompts, negative_prompt]:
+            parse(prompt, {*learned, *configured}, options.prompt_syntax)
     model = load_latent_diffusion(config, options.ckpt_path)
     if paths:
         load_embeddings(model, paths)
