@@ -141,7 +141,7 @@ def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
     path = Path(folder) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write in '{folder}': {error.strerror}; choose another folder with --logdir"
