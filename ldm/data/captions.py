@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ldm import prompts, words
 from ldm.files import read_text
 from ldm.images import CAPTION_SUFFIXES
-from ldm.util import UserError, shown
+from ldm.util import UserError, brief, shown
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class CaptionFiles:
         if used is None:
             return None
         if len(set(filter(None, texts.values()))) > 1:
-            logger.info("%s has two captions: %s is used", image, found[used].name)
+            logger.info("%s", brief(f"{image} has two captions: {found[used].name} is used"))
         return texts[used]
 
 

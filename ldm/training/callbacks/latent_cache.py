@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from ldm.models.diffusion.ddpm import LATENT, POSTERIOR, LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.training.callbacks.base import datasets_of
 from ldm.training.callbacks.progress import duration
-from ldm.util import check_integer, counted
+from ldm.util import UserError, check_integer, counted
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,15 @@ class LatentCache(Callback):
             return np.empty(shape, np.float32)
         # The mapping keeps the unnamed file alive as long as the array.
         with tempfile.TemporaryFile(prefix="latents-") as file:
+            size = 4 * int(np.prod(shape))
+            try:
+                if hasattr(os, "posix_fallocate"):  # on a full disk a mapping would end the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise UserError(
+                    f"the latents need {size / 2**30:.1f} GiB in '{tempfile.gettempdir()}' ({error.strerror}); set "
+                    "TMPDIR to another folder, or lightning.callbacks.latent_cache: null"
+                ) from error
             return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
 

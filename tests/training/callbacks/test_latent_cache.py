@@ -137,6 +137,15 @@ def test_images_of_different_sizes_are_not_cached() -> None:
     assert LatentCache(batch_size=4).cached(model, images, torch.device("cpu")) is images
 
 
+def test_a_full_disk_is_named_before_anything_is_encoded(monkeypatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"the latents need .* GiB in '.*' \(No space left.*set TMPDIR"):
+        LatentCache(memory_mib=0).cached(Golden("clip_one_vector").model(), Images(), torch.device("cpu"))
+
+
 def test_encoding_many_images_counts_aloud(monkeypatch, caplog) -> None:
     clock = iter(range(0, 10_000, 11))
     monkeypatch.setattr("ldm.util.time.monotonic", lambda: next(clock))
