@@ -30,6 +30,19 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def shortened(text: object, most: int = 60, keep_end: bool = False) -> str:
+    """Return a text of a user or a file for a message: on one line, at most `most` characters, "..." for the rest.
+
+    With `keep_end` the beginning is cut off, as of a long path.
+    """
+    plain = str(text)
+    cut = plain[-most:] if keep_end else plain[:most]
+    cut = "".join(c if c.isprintable() else "?" for c in cut)
+    if len(plain) <= most:
+        return cut
+    return f"...{cut[3:]}" if keep_end else f"{cut[: most - 3]}..."
+
+
 def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> int:
     """Return the value called `name` if it is an int (not a bool) of at least `minimum`; raise `error` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.util import UserError
+from ldm.util import UserError, shortened
 
 
 @dataclass(frozen=True)
@@ -196,20 +196,22 @@ class Concept:
 
     def __post_init__(self) -> None:
         check_trigger(self.trigger)
-        vectors = check_vectors(self.vectors, f"'{self.trigger}'")
+        name = f"'{shortened(self.trigger)}'"
+        vectors = check_vectors(self.vectors, name)
         if self.unused is not None:
-            unused = check_vectors(self.unused, f"'{self.trigger}', vectors not in use,")
+            unused = check_vectors(self.unused, f"{name}, vectors not in use,")
             if unused.shape[1] != vectors.shape[1]:
                 raise EmbeddingError(
-                    f"'{self.trigger}': the width is {vectors.shape[1]} for vectors in use and {unused.shape[1]} for "
+                    f"{name}: the width is {vectors.shape[1]} for vectors in use and {unused.shape[1]} for "
                     "those not in use; all must have the same width"
                 )
-            check_shape((len(vectors) + len(unused), vectors.shape[1]), f"'{self.trigger}'")
+            check_shape((len(vectors) + len(unused), vectors.shape[1]), name)
             object.__setattr__(self, "unused", unused)
         encoder = self.encoder or only_kind_of_width(vectors.shape[1])
         if encoder is not None and not is_possible_width(encoder, vectors.shape[1]):
             raise EmbeddingError(
-                f"'{self.trigger}': vectors of width {vectors.shape[1]} do not fit the encoder '{encoder}'"
+                f"{name}: vectors of width {vectors.shape[1]} do not fit the encoder '{shortened(encoder)}'; known are "
+                f"{', '.join(f'{kind} ({known.width})' for kind, known in ENCODER_KINDS.items())}, clip and bert"
             )
         object.__setattr__(self, "vectors", vectors)
         object.__setattr__(self, "encoder", encoder)
@@ -285,12 +287,14 @@ class LearnedEmbeddings:
             expected = total if self.progress is None else self.progress.in_use(total)
             if len(concept.vectors) != expected:
                 raise EmbeddingError(
-                    f"'{concept.trigger}': {len(concept.vectors)} of {total} vectors are in use; "
+                    f"'{shortened(concept.trigger)}': {len(concept.vectors)} of {total} vectors are in use; "
                     f"its progress ({self.progress}) gives {expected}"
                 )
             key = (concept.trigger, concept.encoder, concept.part)
             if key in seen:
-                raise EmbeddingError(f"the trigger '{concept.trigger}' occurs twice; rename one of them")
+                raise EmbeddingError(
+                    f"the trigger '{shortened(concept.trigger)}' occurs twice; rename one of them"
+                )
             seen.add(key)
 
     @property
@@ -301,7 +305,9 @@ class LearnedEmbeddings:
         """Return the embeddings of one trigger; raises EmbeddingError if there is no such trigger."""
         kept = [concept for concept in self.concepts if concept.trigger == trigger]
         if not kept:
-            raise EmbeddingError(f"there is no trigger '{trigger}'; there is {quoted(self.triggers)}")
+            raise EmbeddingError(
+                f"there is no trigger '{shortened(trigger)}'; there is {quoted(self.triggers)}"
+            )
         return dataclasses.replace(self, concepts=tuple(kept))
 
     def without_progress(self) -> LearnedEmbeddings:
@@ -339,15 +345,15 @@ class LearnedEmbeddings:
         usable = [c for c in self.concepts if c.width == width and c.part in ("", "negative")]
         usable = [c for c in usable if kind is None or c.encoder in (kind, None)]
         missing = [trigger for trigger in self.triggers if trigger not in {c.trigger for c in usable}]
-        name = f"'{self.source}': " if self.source else ""
+        name = f"'{shortened(self.source)}': " if self.source else ""
         if missing:
             one = next(c for c in self.concepts if c.trigger == missing[0])
             made_for = (
                 f"holds {one.part} vectors, not those of a word" if one.part else f"is for {one.models}"
             )
             raise EmbeddingError(
-                f"{name}'{one.trigger}' (width {one.width}) {made_for}; this model's text encoder has "
-                f"width {width}, {model_names(kind, width)}; use the model that it was trained on"
+                f"{name}'{shortened(one.trigger, 30)}' (width {one.width}) {made_for}; this model's text encoder "
+                f"has width {width}, {model_names(kind, width)}; use the model that it was trained on"
             )
         if kind is not None and any(is_ambiguous_width(c.encoder, c.width) for c in usable):
             raise EmbeddingError(
@@ -363,7 +369,9 @@ def check_trigger(trigger: Any) -> None:
     if len(trigger) > MAX_TRIGGER:
         raise EmbeddingError(f"the trigger has {len(trigger)} characters; at most {MAX_TRIGGER} are allowed")
     if not trigger.isprintable():
-        raise EmbeddingError(f"the trigger {ascii(trigger)} contains control characters; name a plain word")
+        raise EmbeddingError(
+            f"the trigger {shortened(ascii(trigger))} contains control characters; name a plain word"
+        )
 
 
 def check_vectors(vectors: Any, name: str) -> Tensor:
@@ -384,16 +392,22 @@ def check_vectors(vectors: Any, name: str) -> Tensor:
 
 
 def check_shape(shape: tuple[int, ...], name: str) -> None:
-    if len(shape) not in (1, 2) or 0 in shape:
+    """Raise EmbeddingError, naming `name`, unless it is [d] or [N, d]; further axes of length 1 are allowed."""
+    rows = [size for size in shape[:-1] if size != 1]
+    if not 1 <= len(shape) <= 4 or 0 in shape or len(rows) > 1:
         raise EmbeddingError(f"{name} has the shape {list(shape)[:6]}; vectors are [d] or [N, d]")
-    rows = shape[0] if len(shape) == 2 else 1
-    if rows > MAX_VECTORS or shape[-1] > MAX_WIDTH:
+    if math.prod(rows) > MAX_VECTORS or shape[-1] > MAX_WIDTH:
         raise EmbeddingError(
-            f"{name} is {rows} x {shape[-1]}; at most {MAX_VECTORS} x {MAX_WIDTH} is allowed"
+            f"{name} is {math.prod(rows)} x {shape[-1]}; at most {MAX_VECTORS} x {MAX_WIDTH} is allowed"
         )
 
 
 def quoted(names: list[str]) -> str:
-    """Return up to six names in quotes, and how many more there are."""
-    shown = ", ".join(f"'{name}'" for name in names[:6])
-    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    """Return names in quotes, as many as fit into a line, and how many more there are."""
+    shown = ""
+    for count, name in enumerate(names):
+        following = f"{', ' if shown else ''}'{shortened(name, 40)}'"
+        if len(shown) + len(following) > 110:
+            return f"{shown} and {len(names) - count} more"
+        shown += following
+    return shown

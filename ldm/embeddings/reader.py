@@ -16,6 +16,7 @@ from ldm.embeddings.tensor_formats import (
     parse_onetrainer,
     parse_xti,
 )
+from ldm.util import UserError, shortened
 
 # Tried in this order; the last accepts any key as a trigger.
 _PARSERS = (
@@ -28,6 +29,15 @@ _PARSERS = (
     parse_emb_params,
     parse_diffusers,
 )
+# The parsers of what this project writes, by the format in the file's record: any word can be a key there.
+_OWN_PARSERS = {
+    "original": (parse_original,),
+    "safetensors": (parse_by_encoder, parse_emb_params),
+    "diffusers": (parse_diffusers,),
+    "a1111": (parse_a1111, parse_by_encoder),
+    "a1111-png": (parse_a1111, parse_by_encoder),
+    "onetrainer": (parse_by_encoder, parse_onetrainer),
+}
 
 
 def read(path: str | Path) -> LearnedEmbeddings:
@@ -39,19 +49,23 @@ def read(path: str | Path) -> LearnedEmbeddings:
     path = Path(path)
     try:
         payload = open_payload(path)
-        found = next((found for parse in _PARSERS if (found := parse(payload))), None)
+        parsers = _OWN_PARSERS.get(payload.record.format or "", _PARSERS)
+        found = next((found for parse in parsers if (found := parse(payload))), None)
         if found is None:
             raise EmbeddingError(_unknown(payload))
         return dataclasses.replace(found, source=path.name)
-    except EmbeddingError as error:
-        raise EmbeddingError(_one_line(f"'{path}': {error}")) from error
+    except UserError as error:
+        raise EmbeddingError(_one_line(path, str(error))) from error
     except OSError as error:
-        raise EmbeddingError(f"'{path}': cannot be read ({error.strerror or error})") from error
+        raise EmbeddingError(_one_line(path, f"cannot be read ({error.strerror or error})")) from error
 
 
-def _one_line(message: str) -> str:
-    """Replace line breaks and terminal codes, which a damaged file may have put into a library's message."""
-    return "".join(c if c.isprintable() else "?" for c in message)
+_MAX_LINE = 300
+
+
+def _one_line(path: Path, reason: str) -> str:
+    reason = shortened(reason, 240)
+    return f"'{shortened(path, _MAX_LINE - 8 - len(reason), keep_end=True)}': {reason}"
 
 
 def _unknown(payload: Payload) -> str:

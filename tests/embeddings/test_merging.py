@@ -59,11 +59,11 @@ def test_several_names_go_to_several_files():
 
 def test_automatic_renames_use_the_file_names():
     parts = [part("a.pt", "*"), part("my dog.pt", "*", seed=1), part("my dog.pt", "*", seed=2)]
-    assert merge(parts, automatic=True).triggers == ["*", "<my dog>", "<my dog-2>"]
+    assert merge(parts, automatic=True).triggers == ["*", "<my_dog>", "<my_dog-2>"]
     plan = plan_renames(parts, automatic=True)
     assert [(step.index, step.old, step.new) for step in plan] == [
-        (1, "*", "<my dog>"),
-        (2, "*", "<my dog-2>"),
+        (1, "*", "<my_dog>"),
+        (2, "*", "<my_dog-2>"),
     ]
 
 

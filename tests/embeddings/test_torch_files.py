@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.embeddings import EmbeddingError, read
-from ldm.embeddings.torch_files import scan
+from ldm.embeddings import read
 from tests.embeddings.samples import as_bytes, rebuilt, refused, saved, vectors
 
 
@@ -39,35 +38,6 @@ def test_a_pickle_that_would_run_a_command_is_refused(how, tmp_path):
     if how == "pickle":
         pickle.loads(path.read_bytes())
         assert mark.exists()
-
-
-def test_torchs_loader_refuses_what_the_scan_would_miss(tmp_path, monkeypatch):
-    """Without the scan, torch's loader still refuses the file."""
-    mark = tmp_path / "ran"
-    torch.save({"<cat>": RunsACommand(mark)}, tmp_path / "cat.pt")
-    monkeypatch.setattr("ldm.embeddings.torch_files._allowed", lambda name: None)
-    refused(tmp_path / "cat.pt", "refused")
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["builtins.bytearray", "torch._utils._rebuild_sparse_tensor", "torch.Tensor"]
-)
-def test_functions_that_only_allocate_memory_are_refused(name):
-    module, attribute = name.rsplit(".", 1)
-    program = b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"K\x01\x85R."
-    with pytest.raises(EmbeddingError, match=attribute):
-        scan(program)
-    with pytest.raises(EmbeddingError, match=attribute):  # the same with STACK_GLOBAL
-        scan(
-            b"\x80\x04\x8c"
-            + bytes([len(module)])
-            + module.encode()
-            + b"\x8c"
-            + bytes([len(attribute)])
-            + attribute.encode()
-            + b"\x93K\x01\x85R."
-        )
 
 
 def test_a_zip_bomb_is_refused(tmp_path):
@@ -99,25 +69,18 @@ def test_a_tensor_larger_than_the_file_is_refused(tmp_path):
     program = program.replace(b"K\x08tq", b"J\x00\x00\x00\x7ftq").replace(
         b"K\x08\x85", b"J\x00\x00\x00\x7f\x85"
     )
-    refused(saved(tmp_path / "a.pt", rebuilt(data, {"data.pkl": program})), "numbers are missing")
+    refused(
+        saved(tmp_path / "a.pt", rebuilt(data, {"data.pkl": program})), "its tensors need 8,522,825,728 bytes"
+    )
 
     data = as_bytes({"<cat>": torch.zeros(8)}, _use_new_zipfile_serialization=False)
     data = data.replace(b"K\x08Nt", b"J\x00\x00\x00\x7fNt").replace(b"K\x08\x85", b"J\x00\x00\x00\x7f\x85")
     refused(saved(tmp_path / "b.pt", data), "declares 8522825728 bytes of tensors")
 
 
-def test_a_storage_that_is_declared_indirectly_is_refused():
-    """The persistent id comes from the memo; the operations just before it are a decoy."""
-    head = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
-    real, decoy = head + b"J\x00\x00\x00\x7ftq\x00", head + b"K\x01h\x00Q."
-    with pytest.raises(EmbeddingError, match="unknown way"):
-        scan(b"\x80\x02" + real + decoy)
-    assert scan(b"\x80\x02" + real + b"Q.").storages == {"0": 0x7F000000 * 4}
-
-
 def test_a_huge_expanded_tensor_is_refused(tmp_path):
     torch.save({"<cat>": torch.zeros(1).expand(10**6, 10**4)}, tmp_path / "cat.pt")
-    refused(tmp_path / "cat.pt", "1000000 x 10000; at most")
+    refused(tmp_path / "cat.pt", "declares a tensor of 1000000 x 10000 numbers in a storage of 1;")
 
 
 def test_a_slice_saved_with_its_whole_table_is_copied(tmp_path):

@@ -24,6 +24,7 @@ from ldm.embeddings import (
     write,
     write_all,
 )
+from ldm.embeddings.concept import ENCODER_KINDS
 from tests.embeddings.samples import learned, progressive, vectors
 
 PAIRS = list(itertools.product(FORMATS, FORMATS))
@@ -76,10 +77,15 @@ def test_formats_of_one_trigger_refuse_two(format, tmp_path):
     assert [read(path).triggers for path in paths] == [["a"], ["b"]]
 
 
-def test_a_format_of_one_encoder_refuses_an_sdxl_pair(tmp_path):
-    pair = LearnedEmbeddings((Concept("a", vectors()), Concept("a", vectors(width=1280), "clip_g")))
-    with pytest.raises(EmbeddingError, match="one text encoder.*use 'safetensors'"):
-        write(pair, tmp_path / "x", "a1111")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "encoders", [("clip_l", "bert"), ("clip_g", "bert"), ("clip_h", "clip_l"), ("clip_l", "clip_g", "t5")]
+)
+def test_a_word_has_the_vectors_of_one_text_encoder_or_of_sdxls_two(format, encoders, tmp_path):
+    concepts = tuple(Concept("a", vectors(width=ENCODER_KINDS[name].width), name) for name in encoders)
+    with pytest.raises(EmbeddingError, match="one text encoder, or of SDXL's two"):
+        write(LearnedEmbeddings(concepts), tmp_path / "x", format)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_formats_are_listed(tmp_path):
@@ -165,12 +171,7 @@ def test_other_tools_find_the_vectors(reader, format, count, tmp_path) -> None:
     path = write(learned(count=count), tmp_path / f"cat{FORMATS[format].suffix}", format)
     found = reader(path)
     assert found.dtype == torch.float32
-    assert torch.equal(found.reshape(-1, 768), vectors(count))
-
-
-def test_invokeai_reads_a_single_vector_in_diffusers_format(tmp_path) -> None:
-    path = write(learned(count=1), tmp_path / "learned_embeds.safetensors", "diffusers")
-    assert torch.equal(invokeai(path), vectors(1))
+    assert torch.equal(found, vectors(count))
 
 
 def test_the_trigger_is_the_stem_of_the_file_name(tmp_path) -> None:
