@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ldm.embeddings.concept import EmbeddingError
 from ldm.pickles import MAX_DEPTH, MAX_PICKLE, Pickle, Storage, TensorRecord, interpret, tensor_records
-from ldm.util import shortened
+from ldm.util import UserError, shortened
 
 _MAX_ENTRIES = 2**16
 # torch.save does not compress, and compression does not halve learned numbers; this much more is allowed.
 _SLACK = 2**20
 _MAX_NUMBERS = 256 * 2**20
+# torch.save does not compress the pickle either; archives that were packed again do.
+_MAX_RATIO = 32
 _MAGIC = 0x1950A86A20F9469CFC6C
 _CHUNK = 2**20
 
@@ -116,7 +118,7 @@ class TorchFile:
                 raise EmbeddingError(
                     "it was written on a big-endian machine; write it again on a little-endian one"
                 )
-            if by_name[pickled[0]].file_size > MAX_PICKLE:
+            if by_name[pickled[0]].file_size > min(MAX_PICKLE, _MAX_RATIO * self.size):
                 raise EmbeddingError("its data.pkl is larger than any embedding's; it may be malicious")
             self._places = {
                 name.removeprefix(f"{root}data/"): name for name in by_name if name.startswith(f"{root}data/")
@@ -165,7 +167,7 @@ def _unzipped(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except EmbeddingError:
+    except UserError:
         raise
     except Exception as error:  # zipfile raises many classes on damaged archives
         raise EmbeddingError(f"it is damaged or cut off ({shortened(error)}); download it again") from error
