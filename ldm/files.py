@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,10 +118,40 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path
         raise UserError(
             f"cannot write '{path}': {_REMEDY.get(error.errno or 0, error.strerror or error)}"
         ) from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"cannot write '{path}': file names are {sys.getfilesystemencoding()} here; set PYTHONUTF8=1"
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     return path
+
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark, as Windows' editor also writes it.
+
+    Raises UserError, naming the file as `what`, if it is missing, in another encoding, or no text.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
+    try:
+        text = data.decode(next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8"))
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{what} {path} is not a UTF-8 text file (line {line}); save it as UTF-8 in your editor"
+        ) from None
+    if "\0" in text:
+        raise UserError(f"{what} {path} is not a text file; name a text file in UTF-8")
+    return text
 
 
 def write_text(path: str | Path, text: str) -> Path:

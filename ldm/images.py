@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,30 +15,38 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.util import UserError
+from ldm.files import NO_TENSORS, content_kind
+from ldm.util import UserError, cut
 
 logger = logging.getLogger(__name__)
 
-# Pillow cannot read .heic and .heif by itself. They are listed so that the photos of a phone lead to an error message
-# instead of being skipped.
-IMAGE_SUFFIXES = frozenset(
-    {
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-    }
-    | {".ppm", ".tga", ".tif", ".tiff", ".webp"}
-)
+# Suffixes of caption files beside images, in any case; of several beside one image the first is used.
+CAPTION_SUFFIXES = (".txt", ".caption")
+
+# Those of HEIC, AVIF and JPEG XL are listed even where Pillow cannot read them: the photos of a phone should lead to an
+# error message instead of being skipped.
+_SUFFIXES = """
+    .apng .avif .avifs .bmp .gif .heic .heif .hif .jfif .jp2 .jpe .jpeg .jpg .jxl .mpo .pbm .pgm .png .ppm .tga .tif
+    .tiff .webp
+"""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+# What other files are that people keep among their images.
+_OTHER_KINDS = {
+    "a camera's RAW file": ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .nef .nrw .orf .pef .raf .raw .rw2 .rwl .srw .x3f",
+    "a video": ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .webm .wmv",
+    "a vector drawing": ".ai .emf .eps .svg .svgz .wmf",
+    "a PDF": ".pdf",
+    "a layered drawing": ".clip .kra .procreate .psb .psd .xcf",
+}
+_KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in _OTHER_KINDS.items() for suffix in suffixes.split()}
+EXPORT = "export it as PNG or JPEG"
+
+# Formats that need a plugin of Pillow: its module, the function that registers it (None: importing does), its package.
+_PLUGINS = {
+    "HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif"),
+    "AVIF": ("pillow_avif", None, "pillow-avif-plugin"),
+    "JPEG XL": ("pillow_jxl", None, "pillow-jxl-plugin"),
+}
 
 
 class ImageError(UserError):
@@ -47,7 +57,7 @@ def list_images(folder: str | Path) -> list[Path]:
     """List the image files directly in `folder`, sorted by name.
 
     Files are recognised by their suffix, files without a suffix by their content. Hidden files are skipped silently,
-    as are `concept.json` and the `.txt` beside an image; all other entries are named in one log line.
+    as are `concept.json` and the caption files beside an image; all other entries are named in one log line.
 
     Raises:
         ImageError: the folder does not exist or contains no image.
@@ -62,16 +72,31 @@ def list_images(folder: str | Path) -> list[Path]:
     except OSError as error:
         raise ImageError(f"cannot read image folder {folder}: {error.strerror}") from None
     images = [entry for entry in entries if entry.is_file() and _looks_like_image(entry)]
-    # Captions and the description of a sample concept may lie beside the images.
-    expected = {*images, folder / "concept.json", *(image.with_suffix(".txt") for image in images)}
-    others = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in expected]
-    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    captioned = {image.stem for image in images}
+    others = [entry for entry in entries if entry not in images and not _may_lie_beside(entry, captioned)]
+    shown = ", ".join(map(_described, others[:5])) + (
+        f" and {len(others) - 5} more" if len(others) > 5 else ""
+    )
+    remedy = f"; {EXPORT}" if any(entry.suffix.lower() in _KIND_OF_SUFFIX for entry in others) else ""
     if not images:
         reason = f"it holds {shown}, and subfolders are not searched" if others else "it is empty"
-        raise ImageError(f"no images in {folder}: {reason}")
+        raise ImageError(f"no images in {folder}: {reason}{remedy}")
     if others:
-        logger.info("%s: skipped entries that are not images: %s", folder, shown)
+        level = logging.WARNING if remedy else logging.INFO
+        logger.log(level, "%s: skipped entries that are not images: %s%s", folder, shown, remedy)
     return images
+
+
+def _may_lie_beside(entry: Path, stems: set[str]) -> bool:
+    """Whether an entry is expected among images with these stems: a caption, or the description of a concept."""
+    return entry.name == "concept.json" or (
+        entry.stem in stems and entry.suffix.lower() in CAPTION_SUFFIXES and entry.is_file()
+    )
+
+
+def _described(entry: Path) -> str:
+    kind = _KIND_OF_SUFFIX.get(entry.suffix.lower())
+    return cut(entry.name, 60) + "/" * entry.is_dir() + (f" ({kind})" if kind else "")
 
 
 def _looks_like_image(path: Path) -> bool:
@@ -87,31 +112,105 @@ def _looks_like_image(path: Path) -> bool:
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB: upright (EXIF orientation applied), over a white background, its first frame.
 
-    16-bit, 32-bit and floating-point greyscale images are scaled to 8 bits.
+    16-bit, 32-bit and floating-point greyscale images are scaled to 8 bits. HEIC, AVIF and JPEG XL are read where
+    Pillow, or a plugin that is installed, can.
 
     Raises:
         ImageError: the file is missing, damaged, of an unknown format, or has more than twice
             `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
+    path = Path(path)
+    kind = _KIND_OF_SUFFIX.get(path.suffix.lower())
+    if kind == "a camera's RAW file" and path.exists():  # Pillow would read the small preview in it
+        raise ImageError(f"cannot read image {path}: it is {kind}; {EXPORT}")
     try:
-        with warnings.catch_warnings():
-            # Large photos are legitimate; Pillow raises an error for those of twice its limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        try:
+            return _read(path)
+        except UnidentifiedImageError:
+            format = _format_of(path)
+            if not _register_plugin(format):
+                raise
+            return _read(path)
     except FileNotFoundError:
         raise ImageError(f"image not found: {path}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"cannot read image {path}: not an image in a format that Pillow knows") from None
+        raise ImageError(f"cannot read image {path}: {_why_unidentified(_format_of(path))}") from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error ... on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"cannot read image {path}: {reason}") from None
 
 
+def _read(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        # Large photos are legitimate; Pillow raises an error for those of twice its limit. Its other warnings are
+        # about metadata.
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            image.load()
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a phone's MPO holds previews
+                _tell_frames(str(path), image.n_frames)  # type: ignore[attr-defined]
+                image.seek(0)
+                image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@lru_cache(maxsize=4096)
+def _tell_frames(path: str, frames: int) -> None:
+    logger.info("%s has %d frames: the first one is used", path, frames)
+
+
+def _register_plugin(format: str) -> bool:
+    """Register the plugin of Pillow for a format; False if there is none or it is not installed."""
+    module, function, _ = _PLUGINS.get(format, ("", None, ""))
+    try:
+        plugin = importlib.import_module(module) if module else None
+    except ImportError:
+        return False
+    if plugin is not None and function is not None:
+        getattr(plugin, function)()
+    return plugin is not None
+
+
+def _format_of(path: Path) -> str:
+    """What a file is that Pillow does not know, by its first bytes: a key of `_PLUGINS` or a phrase; or empty."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head[4:8] == b"ftyp":
+        brands = {
+            head[8:12],
+            *(head[i : i + 4] for i in range(16, min(64, int.from_bytes(head[:4], "big")), 4)),
+        }
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if brands & {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}:
+            return "HEIC"
+        return "a camera's RAW file" if b"crx " in brands else "a video"
+    if head.startswith(b"\xff\x0a") or head[4:8] == b"JXL ":
+        return "JPEG XL"
+    if head.startswith((b"\x1aE\xdf\xa3", b"FLV")) or (head.startswith(b"RIFF") and head[8:12] == b"AVI "):
+        return "a video"
+    if head.startswith(b"%PDF"):
+        return "a PDF"
+    if b"<svg" in head:
+        return "a vector drawing"
+    kind = content_kind(head)
+    if kind in ("empty", "web page", "Git LFS pointer"):
+        return NO_TENSORS[kind]
+    return _KIND_OF_SUFFIX.get(path.suffix.lower(), "")
+
+
+def _why_unidentified(format: str) -> str:
+    if format in _PLUGINS:
+        package = _PLUGINS[format][2]
+        return f"{format} needs a plugin of Pillow: pip install {package}, or {EXPORT}"
+    if format.startswith("is "):
+        return f"it {format}"
+    return f"it is {format}; {EXPORT}" if format else "not an image in a format that Pillow knows"
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64).clip(0)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
         white = 65535 if image.mode.startswith("I;16") else _white(grey)
         return Image.fromarray(np.rint(grey * (255 / white)).astype(np.uint8)).convert("RGB")
     if image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:

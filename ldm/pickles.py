@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ldm.files import NO_TENSORS, file_kind
-from ldm.util import UserError, shortened
+from ldm.util import UserError, shown
 
 
 class PickleError(UserError):
@@ -66,7 +66,7 @@ def load(
 def _reason(error: Exception) -> str:
     asked = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([A-Za-z_][\w.]*)", str(error))
     if asked:
-        return f"it asks for '{shortened(asked[1].rstrip('.'))}', which tensors never need"
+        return f"it asks for '{shown(asked[1].rstrip('.'))}', which tensors never need"
     return f"it is damaged or not a file of tensors ({_detail(error)})"
 
 
@@ -74,7 +74,7 @@ def _detail(error: Exception) -> str:
     """Return the cause in an error of torch, without the advice around it."""
     lines = [line.strip() for line in str(error).split("WeightsUnpickler error:")[-1].splitlines()]
     cause = next((line for line in lines if line and "weights_only" not in line), type(error).__name__)
-    return shortened(cause, 100)
+    return shown(cause, 100)
 
 
 _STORAGES = {
@@ -160,7 +160,7 @@ class TensorRecord:
         if not fits or self.offset + self.span > self.storage.numbers or self.numel > self.storage.numbers:
             shape = " x ".join(map(str, self.shape[:4]))
             raise PickleError(
-                f"it declares a tensor of {shortened(shape, 40)} numbers in a storage of {self.storage.numbers}; it "
+                f"it declares a tensor of {shown(shape, 40)} numbers in a storage of {self.storage.numbers}; it "
                 "is damaged, malicious, or a repeated view: save a contiguous copy"
             )
 
@@ -335,7 +335,7 @@ class _Machine:
         return target
 
     def named(self, module: Any, attribute: Any) -> _Name:
-        dotted = f"{shortened(module, 60)}.{shortened(attribute, 60)}"
+        dotted = f"{shown(module, 60)}.{shown(attribute, 60)}"
         if dotted not in _FUNCTIONS and dotted not in self.result.foreign:
             self.result.foreign = [*self.result.foreign, dotted][:20]
         return _Name(dotted)

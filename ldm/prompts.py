@@ -10,8 +10,10 @@ import re
 from itertools import chain, repeat
 from pathlib import Path
 
-from ldm.util import UserError
+from ldm.files import read_text
+from ldm.util import UserError, shown
 
+_NAME = re.compile(r"\{\}|\[name\]")
 _SLOTS = re.compile(r"\{\}|\[name\]|\[image\]|\[filewords\]")
 
 _OBJECT_LINES = (
@@ -114,38 +116,32 @@ def fill(template: str, placeholder: str, *, per_image: str | None = None, filew
     """Fill in a template: the first `{}` is replaced by the placeholder, a second one by `per_image`.
 
     Slots may also be named: `[name]` is the placeholder, `[image]` the word `per_image` of a single image, and
-    `[filewords]` the description of the image; if that is empty, commas and spaces at both ends of the caption are
-    removed. Other braces and brackets are kept.
+    `[filewords]` the description of the image, in which `[name]` and `{}` are the placeholder too. If the description
+    is empty, commas and spaces at both ends of the caption are removed. Other braces and brackets are kept.
 
     Raises:
         UserError: the template is dual and there is no `per_image`.
     """
     if per_image is None:
         if is_dual(template):
-            raise UserError(f"template {template!r} has a second slot: write [name], or set per_image_tokens")
+            raise UserError(
+                f"template '{shown(template, 100)}' has a second slot: write [name], or set per_image_tokens"
+            )
         per_image = ""
     slots = chain((placeholder,), repeat(per_image))
-    words = {"[name]": placeholder, "[image]": per_image, "[filewords]": filewords}
-    # A single pass, so that a placeholder or a description may contain braces itself.
+    described = _NAME.sub(lambda _: placeholder, filewords)
+    words = {"[name]": placeholder, "[image]": per_image, "[filewords]": described}
+    # A single pass, so that a placeholder may contain braces itself.
     caption = _SLOTS.sub(lambda slot: next(slots) if slot[0] == "{}" else words[slot[0]], template)
-    return caption.strip(" ,") if "[filewords]" in template and not filewords else caption
+    return caption.strip(" ,") if "[filewords]" in template and not described else caption
 
 
 def load_templates(path: str | Path) -> list[str]:
-    """Read the lines of a template file (UTF-8) that are not empty.
+    """Read the lines of a template file that are not empty.
 
     Raises UserError if the file is missing, not a text file, or empty.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"template file not found: {path}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"template file {path} is not a UTF-8 text file") from None
-    except OSError as error:
-        raise UserError(f"cannot read template file {path}: {error.strerror}") from None
-    templates = [line.strip() for line in text.splitlines() if line.strip()]
+    templates = [line.strip() for line in read_text(path, "template file").splitlines() if line.strip()]
     if not templates:
         raise UserError(
             f"template file {path} is empty; write one caption per line, with {{}} for the placeholder"

@@ -5,19 +5,30 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
 
+MOST_CHARACTERS = 299  # of a message to a user
+
+
 class UserError(ValueError):
-    """A mistake that the user can correct; the message is one line with the thing, its value and the remedy."""
+    """A mistake that the user can correct; the message is one line with the thing, its value and the remedy.
+
+    Texts of the user may be of any length: the message is shortened as `brief` does.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(str(message)))
 
 
 class ConfigError(UserError):
@@ -30,17 +41,47 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def shortened(text: object, most: int = 60, keep_end: bool = False) -> str:
-    """Return a text of a user or a file for a message: on one line, at most `most` characters, "..." for the rest.
+def one_line(text: str) -> str:
+    """Return a text with spaces for line breaks, and escapes for what a terminal acts upon or cannot be written."""
+    text = re.sub(r"\s+", " ", text)
+    return "".join(c if c.isprintable() or c in _KEPT else c.encode("unicode_escape").decode() for c in text)
 
-    With `keep_end` the beginning is cut off, as of a long path.
+
+# Joiners and the tags of flags, without which a name would look different.
+_KEPT = frozenset(("\u200c", "\u200d", *map(chr, range(0xE0020, 0xE0080))))
+
+
+def cut(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters: "..." stands for the middle of a longer one."""
+    if len(text) <= limit:
+        return text
+    kept = max(0, limit - 3)
+    return f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return a value for a message: in one line, and cut; texts without quotes."""
+    return cut(one_line(cut(value if isinstance(value, str) else repr(value), 10 * limit)), limit)
+
+
+def brief(message: str) -> str:
+    """Return a message in one line of fewer than 300 characters.
+
+    Its long words and quoted texts are cut first, so that the remedy at its end stays.
     """
-    plain = str(text)
-    cut = plain[-most:] if keep_end else plain[:most]
-    cut = "".join(c if c.isprintable() else "?" for c in cut)
-    if len(plain) <= most:
-        return cut
-    return f"...{cut[3:]}" if keep_end else f"{cut[: most - 3]}..."
+    message = one_line(cut(message, 10_000))
+    for limit in (120, 80, 60, 40, 30):
+        if len(message) > MOST_CHARACTERS:
+            message = _LONG.sub(partial(_cut_match, limit=limit), message)
+    return cut(message, MOST_CHARACTERS)
+
+
+# A quoted text, or a long run of other characters.
+_LONG = re.compile(r"""(?<!\w)'[^']+'(?!\w)|"[^"]+"|\S{31,}""")
+
+
+def _cut_match(found: re.Match[str], limit: int) -> str:
+    return cut(found[0], limit)
 
 
 def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import AvifImagePlugin, Image, features
 
 from ldm.images import (
     ImageError,
@@ -33,7 +35,7 @@ def saved(path, image: Image.Image, **options):
 def test_listing_is_sorted_and_logs_skipped_entries_in_one_line(tmp_path, caplog):
     for name in ("b.PNG", "a.jpg", "c"):
         Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
-    for name in (".DS_Store", "._a.jpg", "a.txt", "notes.md", "README"):
+    for name in (".DS_Store", "._a.jpg", "a.txt", "b.CAPTION", "notes.md", "README"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "more.png").mkdir()
     with caplog.at_level(logging.INFO):
@@ -41,6 +43,20 @@ def test_listing_is_sorted_and_logs_skipped_entries_in_one_line(tmp_path, caplog
     assert [record.message for record in caplog.records] == [
         f"{tmp_path}: skipped entries that are not images: README, more.png/, notes.md"
     ]
+
+
+def test_listing_names_the_kind_of_other_files(tmp_path, caplog):
+    for name in ("a.DNG", "b.mp4", "c.svg", "d.txt"):
+        (tmp_path / name).touch()
+    said = (
+        r"it holds a.DNG \(a camera's RAW file\), b.mp4 \(a video\), c.svg \(a vector drawing\), d.txt, and"
+    )
+    with pytest.raises(ImageError, match=rf"no images.*{said} subfolders are not searched; export it as PNG"):
+        list_images(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "e.png")
+    list_images(tmp_path)
+    assert "skipped entries that are not images: a.DNG (a camera's RAW file)" in caplog.text
+    assert caplog.text.endswith("export it as PNG or JPEG\n")
 
 
 def test_listing_errors_name_the_folder(tmp_path):
@@ -145,6 +161,76 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"whole\.jpg: Image size .* exceeds limit"):
         open_image(whole)
+
+
+FTYP = b"\x00\x00\x00\x18ftyp"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.heic", FTYP + b"heic\0\0\0\0mif1heic", "HEIC needs a plugin of Pillow: pip install pillow-heif"),
+        ("a.jpg", FTYP + b"mif1\0\0\0\0mif1heic", "HEIC needs a plugin"),  # as some phones name them
+        ("a.avif", FTYP + b"avif\0\0\0\0mif1avif", "AVIF needs a plugin.* pillow-avif-plugin, or export"),
+        ("a.jxl", b"\xff\x0a\xfa\x1f", "JPEG XL needs a plugin of Pillow: pip install pillow-jxl-plugin"),
+        ("a.jxl", b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL needs"),
+        ("a.png", FTYP + b"isom\0\0\0\0isom", "it is a video; export"),
+        ("a.png", b"\x1aE\xdf\xa3\0", "it is a video"),
+        ("a.png", b"RIFF\0\0\0\0AVI LIST", "it is a video"),
+        ("a.cr3", FTYP + b"crx \0\0\0\0crx ", "it is a camera's RAW file; export it as PNG or JPEG"),
+        ("a.DNG", b"II*\0", "it is a camera's RAW file"),
+        ("a.png", b"%PDF-1.7\n", "it is a PDF; export"),
+        ("a.png", b"<?xml version='1.0'?><svg></svg>", "it is a vector drawing"),
+        ("a.png", b"", "it is empty"),
+        ("a.png", b"<!DOCTYPE html>", "it is a web page; download the file itself"),
+        ("a.png", b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+        ("a.png", b"\x01\x02", "not an image in a format that Pillow knows"),
+    ],
+)
+def test_what_is_no_readable_image_is_named_for_what_it_is(tmp_path, monkeypatch, name, content, reason):
+    for module in ("pillow_heif", "pillow_avif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it was not installed
+    if name == "a.avif":
+        monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=reason) as caught:
+        open_image(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_installed_plugin_is_used(tmp_path, monkeypatch):
+    def register() -> None:
+        Image.register_open(
+            "TOY", lambda file, name: Image.new("RGB", (3, 2), RED), lambda head: b"heic" in head
+        )
+        Image.ID.insert(0, "TOY")
+
+    plugin = types.ModuleType("pillow_heif")
+    plugin.register_heif_opener = register
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    path = tmp_path / "a.heic"
+    path.write_bytes(FTYP + b"heic\0\0\0\0mif1heic")
+    assert open_image(path).getpixel((0, 0)) == RED
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif_is_read(tmp_path):
+    path = saved(tmp_path / "a.avif", Image.new("RGB", (16, 16), RED), quality=100)
+    assert list_images(tmp_path) == [path]
+    assert np.allclose(open_image(path).getpixel((3, 3)), RED, atol=4)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_the_first_frame_of_an_animation_is_used_and_told_once(tmp_path, caplog, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    path = saved(tmp_path / f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:])
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert np.allclose(open_image(path).getpixel((3, 3)), (255, 0, 0), atol=4)
+    assert [record.message for record in caplog.records] == [f"{path} has 3 frames: the first one is used"]
 
 
 def test_a_large_photo_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):

@@ -46,7 +46,8 @@ def test_object_lines_keep_their_repeats_and_order():
         ("a photo of [name], [filewords]", {}, "a photo of <cat>"),
         ("[filewords], by [name]", {}, "by <cat>"),
         ("{}: {a} [b] {0}", {}, "<cat>: {a} [b] {0}"),
-        ("{}, [filewords]", {"filewords": "with {} and [name]"}, "<cat>, with {} and [name]"),
+        ("{}, [filewords]", {"filewords": "with {} and [name]"}, "<cat>, with <cat> and <cat>"),
+        ("[name], [filewords]", {"filewords": "[filewords] [image]"}, "<cat>, [filewords] [image]"),
         ("a cat,", {}, "a cat,"),
     ],
 )
@@ -63,6 +64,12 @@ def test_load_templates(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes("\ufeffa photo of {}\r\n\r\n  art by [name]  \n".encode())
     assert prompts.load_templates(path) == ["a photo of {}", "art by [name]"]
+
+
+@pytest.mark.parametrize("word", ["{}", "[name]", "[filewords]", "%s", "\\1", "\\g<0>"])
+def test_a_placeholder_that_is_a_slot_itself_is_filled_in_once(word: str):
+    filled = prompts.fill("{} of [name], [filewords]", word, filewords="a [name]")
+    assert filled == f"{word} of {word}, a {word}"
 
 
 @pytest.mark.parametrize(

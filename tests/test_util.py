@@ -17,6 +17,7 @@ from ldm.util import (
     get_obj_from_str,
     instantiate_from_config,
     pretrained_wanted,
+    shown,
     skip_pretrained,
 )
 
@@ -124,3 +125,32 @@ def test_check_integer(value: object) -> None:
 def test_importing_util_and_console_does_not_import_torch() -> None:
     command = "import sys, ldm.util, ldm.console; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "start", "end"),
+    [
+        ("short; do this", "short; do this", "short; do this"),
+        (f"'{'x y ' * 500}' is long; do this", "'x y x", "' is long; do this"),
+        (f"image /a/{'b' * 400}/c.png is broken; do this", "image /a/bb", "bb/c.png is broken; do this"),
+        (f"known are {', '.join(map(str, range(400)))}; do this", "known are 0, 1", "398, 399; do this"),
+        (f"two: '{'a' * 150}' and '{'b' * 150}'", "two: 'aa", "bb'"),
+    ],
+)
+def test_messages_are_shortened_and_keep_their_ends(message: str, start: str, end: str) -> None:
+    for text in (str(UserError(message)), str(ConfigError(f"{message}\n"))):
+        assert text.startswith(start) and text.strip().endswith(end)
+        assert len(text) < 300 and "\n" not in text
+
+
+def test_a_message_holds_nothing_that_a_terminal_acts_upon() -> None:
+    assert str(UserError("a\x1b[31m \ud800 \u202e b\nc")) == r"a\x1b[31m \ud800 \u202e b c"
+    joined = "\U0001f468\u200d\U0001f469 می\u200cخواهم"
+    assert str(UserError(joined)) == joined
+
+
+def test_values_are_shown_short() -> None:
+    assert shown("cat") == "cat"
+    assert shown(["cat"]) == "['cat']"
+    assert shown("a" * 1000, 20) == "a" * 9 + "..." + "a" * 8
+    assert len(shown("\n" * 10**6)) <= 60

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.commands.base import check_files, guarded, write_error
 from ldm.console import Parser, positive, write_line
 from ldm.util import UsageError, UserError
+from ldm.words import check_word
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,6 +103,7 @@ def inspect(options: argparse.Namespace) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Write one file in the format of another tool."""
     check_files(options.file, options.preview)
+    trigger = check_word(options.trigger, "--trigger") if options.trigger else None
 
     from ldm.embeddings import read
     from ldm.images import open_image
@@ -109,13 +111,13 @@ def convert(options: argparse.Namespace) -> None:
     learned = read(options.file)
     if options.encoder:
         learned = learned.with_encoder(options.encoder)
-    if options.trigger:
+    if trigger:
         if len(learned.triggers) > 1:
             raise UsageError(
                 f"--trigger: '{options.file}' has {len(learned.triggers)} triggers; split it first, or use "
                 "merge --rename"
             )
-        learned = learned.renamed({learned.triggers[0]: options.trigger})
+        learned = learned.renamed({learned.triggers[0]: trigger})
     preview = open_image(options.preview) if options.preview else None
     _write(learned, options, beside=options.file, preview=preview)
 

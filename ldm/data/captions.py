@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm import prompts
-from ldm.util import UserError
+from ldm import prompts, words
+from ldm.files import read_text
+from ldm.images import CAPTION_SUFFIXES
+from ldm.util import UserError, shown
 
 logger = logging.getLogger(__name__)
+
+_EITHER = " or ".join(CAPTION_SUFFIXES)
 
 
 class ConceptImage(NamedTuple):
@@ -26,10 +31,10 @@ class ConceptImage(NamedTuple):
 class Captions:
     """All possible captions of each image.
 
-    The captions of an image are the templates, filled in for it. With `use_captions`, an image with a `.txt` beside
-    it has the text of that file as its only caption.
+    The captions of an image are the templates, filled in for it. With `use_captions`, an image with a caption file
+    beside it has the text of that file as its only caption.
 
-    Raises UserError if the template file or a `.txt` is not valid.
+    Raises UserError if the template file or a caption file is not valid, or `use_captions` finds no caption at all.
     """
 
     def __init__(
@@ -49,17 +54,35 @@ class Captions:
             self.templates, self.dual_templates = _read_templates(Path(template_file), per_image_tokens)
         self.per_image_tokens = per_image_tokens
         self._images = list(images)
-        self._file_words = [_file_words(image.path) for image in images]
-        self._from_txt: list[str | None] = [None] * len(images)
+        beside = CaptionFiles(image.path for image in images)
+        texts = [beside.text(image.path) for image in images]
+        self._file_words = [
+            text or _words_of_name(image.path) for text, image in zip(texts, images, strict=True)
+        ]
+        self._from_file: list[str | None] = [None] * len(images)
         if use_captions:
-            self._from_txt = [self._txt_caption(i) for i in range(len(images))]
-            if None in self._from_txt:
-                missing = self._from_txt.count(None)
-                logger.info("%d of %d images have no .txt beside them", missing, len(images))
+            self._from_file = [self._own_caption(i, text) for i, text in enumerate(texts)]
+            if not any(texts):
+                raise UserError(_no_captions(images))
+            if missing := texts.count(None):
+                logger.info(
+                    "%d of %d images have no %s beside them and use the templates",
+                    missing,
+                    len(images),
+                    _EITHER,
+                )
+        uses_words = any("[filewords]" in line for line in (*self.templates, *self.dual_templates))
+        if uses_words and (empty := self._file_words.count("")):
+            logger.info(
+                "[filewords] is empty for %d of %d images: no %s beside them, and no words in their names",
+                empty,
+                len(images),
+                _EITHER,
+            )
 
     def of(self, image: int, template: str) -> str:
         """Return the caption of an image for a template."""
-        text = self._from_txt[image]
+        text = self._from_file[image]
         return self._fill(image, template) if text is None else text
 
     def all(self) -> list[str]:
@@ -69,18 +92,64 @@ class Captions:
 
     def _fill(self, image: int, template: str) -> str:
         token = prompts.PER_IMAGE_TOKENS[image] if self.per_image_tokens else None
-        words = self._file_words[image]
-        return prompts.fill(template, self._images[image].phrase, per_image=token, filewords=words)
+        filewords = self._file_words[image]
+        return prompts.fill(template, self._images[image].phrase, per_image=token, filewords=filewords)
 
-    def _txt_caption(self, image: int) -> str | None:
-        """The caption from the `.txt` of an image; None if there is none."""
-        path, placeholder, phrase = self._images[image]
-        text = _read_txt(path)
+    def _own_caption(self, image: int, text: str | None) -> str | None:
+        """The caption from the text beside an image, with the placeholder in it; None if there is no text."""
         if text is None:
             return None
         if "[name]" in text or "{}" in text:
-            return self._fill(image, text)
-        return text if placeholder in text else f"{phrase}, {text}"
+            return self._fill(image, text.replace("{}", "[name]"))
+        _, placeholder, phrase = self._images[image]
+        composed = unicodedata.normalize("NFC", text)
+        named = re.search(words.pattern(placeholder), composed, re.IGNORECASE)
+        return text if named else f"{phrase}, {text}"
+
+
+class CaptionFiles:
+    """The caption files beside images: those with the image's name and one of `CAPTION_SUFFIXES`, in any case.
+
+    Of several files beside one image, that with the first suffix is used; an empty one does not count.
+    """
+
+    def __init__(self, images: Iterable[Path]) -> None:
+        self._files: dict[Path, dict[str, Path]] = {}
+        for folder in dict.fromkeys(image.parent for image in images):
+            for file in sorted(folder.iterdir()):  # ".txt" comes after ".TXT" and replaces it
+                if file.suffix.lower() in CAPTION_SUFFIXES and file.is_file():
+                    self._files.setdefault(file.with_suffix(""), {})[file.suffix.lower()] = file
+
+    def text(self, image: Path) -> str | None:
+        """Return the caption of an image as one line; None if there is none or it is empty."""
+        found = self._files.get(image.with_suffix(""), {})
+        texts = {suffix: _line(found[suffix]) for suffix in CAPTION_SUFFIXES if suffix in found}
+        used = next((suffix for suffix, text in texts.items() if text), None)
+        if used is None:
+            return None
+        if len(set(filter(None, texts.values()))) > 1:
+            logger.info("%s has two captions: %s is used", image, found[used].name)
+        return texts[used]
+
+
+def _line(path: Path) -> str | None:
+    return " ".join(read_text(path, "caption file").split()) or None
+
+
+def _no_captions(images: Sequence[ConceptImage]) -> str:
+    """The error for captions that were asked for where there are none, with the text that was perhaps meant."""
+    first = images[0].path
+    own = " or ".join(f"'{first.stem}{suffix}'" for suffix in CAPTION_SUFFIXES)
+    others = [
+        file
+        for place in ("*", "*/*")
+        for file in sorted(first.parent.glob(place))
+        if file.suffix.lower() in CAPTION_SUFFIXES
+    ]
+    what = "no image has a caption beside it"
+    if others:
+        what += f" with a text ('{shown(others[0].relative_to(first.parent).as_posix())}' is none)"
+    return f"use_captions: {what}; write {own} in {shown(str(first.parent), 100)}, or remove use_captions"
 
 
 def _read_templates(path: Path, per_image_tokens: bool) -> tuple[list[str], list[str]]:
@@ -89,25 +158,14 @@ def _read_templates(path: Path, per_image_tokens: bool) -> tuple[list[str], list
     single = [line for line in lines if not prompts.is_dual(line)]
     dual = [line for line in lines if prompts.is_dual(line)]
     if dual and not per_image_tokens:
-        raise UserError(f"template file {path}: {dual[0]!r} has a second slot, which needs per_image_tokens")
+        raise UserError(
+            f"template file {path}: '{shown(dual[0])}' has a second slot, which needs per_image_tokens"
+        )
     if not single:
         raise UserError(f"template file {path}: every line has a second slot; add lines with one slot")
     return single, dual or [f"{line} with [image]" for line in single]
 
 
-def _read_txt(image: Path) -> str | None:
-    """Read the `.txt` beside an image as one line; None if it is missing or empty."""
-    path = image.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) or None
-    except UnicodeDecodeError:
-        raise UserError(f"caption file {path} is not a UTF-8 text file") from None
-    except OSError as error:
-        raise UserError(f"cannot read caption file {path}: {error.strerror}") from None
-
-
-def _file_words(image: Path) -> str:
-    """Return the text for `[filewords]`: the `.txt` beside the image, or its name without a leading number."""
-    return _read_txt(image) or re.sub(r"^[-\d]+\s*", "", image.stem)
+def _words_of_name(image: Path) -> str:
+    """Return the words for `[filewords]` from the name of an image, without a leading number."""
+    return re.sub(r"^[-\d]+\s*", "", image.stem)

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
 from ldm.images import ImageError, list_images, open_image
-from ldm.util import UserError, check_integer
+from ldm.util import UserError, check_integer, shown
+from ldm.words import check_word
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,9 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
     coarse_class_text: words before the placeholder ("cat *"); or pairs `placeholder: words`.
     template_file: a file with templates that replace the built-in ones, in the syntax of `ldm.prompts.fill`. Lines
         with a second slot are the dual templates; if there are none, " with [image]" is added to the others.
-    use_captions: an image with a `.txt` beside it has its text as the only caption. `[name]` and `{}` in it stand
-        for the placeholder; if it has neither these nor the placeholder, "placeholder, " is put before it. Images
-        without a `.txt` use the templates.
+    use_captions: an image with a `.txt` or `.caption` beside it has its text as the only caption. `[name]` and `{}`
+        in it stand for the placeholder; if it has neither these nor the placeholder, "placeholder, " is put before
+        it. Images without such a file use the templates; at least one must have one.
     seed: seed of all random draws; None uses torch's initial seed.
     crops, zooms: crop several squares from each image, drawn equally often: for each zoom z, squares of 1/z of the
         largest side, at `crops` positions along each axis. Custom Diffusion (Kumari et al. 2023) reports that
@@ -190,19 +191,18 @@ def _folders(data_root: object, placeholder: str) -> dict[str, Path]:
     for word, folder in pairs.items():
         if not isinstance(folder, str | os.PathLike) or not str(folder):
             raise UserError(f"data_root is {folder!r}: name a folder of images, or placeholder: folder pairs")
-        if not isinstance(word, str) or not word.strip():
-            raise UserError(f"the placeholder of {folder} is {word!r}: choose a word")
-        folders[word] = Path(folder).expanduser()
+        folders[check_word(word, f"placeholder of {shown(str(folder))}:")] = Path(folder).expanduser()
     return folders
 
 
 def _phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholders: list[str]) -> str:
     """Return the words that captions use for a placeholder: with its class in front, if it has one."""
     if isinstance(coarse, Mapping):
+        coarse = {check_word(word): text for word, text in coarse.items()}
         unknown = [word for word in coarse if word not in placeholders]
         if unknown:
             raise UserError(
-                f"coarse_class_text names {unknown[0]!r}, which is none of the placeholders {placeholders}"
+                f"coarse_class_text names {unknown[0]!r}, which is none of the placeholders {placeholders[:6]}"
             )
         coarse = coarse.get(placeholder)
     return f"{coarse} {placeholder}" if coarse else placeholder

@@ -19,7 +19,6 @@ from ldm.embeddings.writer import (
     FORMATS,
     files_of,
     paths_for,
-    safe_name,
     write,
     write_all,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "plan_renames",
     "read",
     "renames_from",
-    "safe_name",
     "split",
     "write",
     "write_all",

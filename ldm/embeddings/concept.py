@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.util import UserError, shortened
+from ldm import words
+from ldm.util import UserError, shown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,6 @@ _CASTS: dict[str, Callable[[Any], Any]] = {"str": _text, "int": _integer, "float
 
 MAX_VECTORS = 1024
 MAX_WIDTH = 16384
-MAX_TRIGGER = 200
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -175,7 +179,7 @@ class Concept:
     """A trigger and its vectors.
 
     Attributes:
-        trigger: the word that stands for the vectors in a prompt.
+        trigger: the word that stands for the vectors in a prompt; kept as `ldm.words.cleaned` returns it.
         vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied.
         encoder: the kind of text encoder, a key of `ENCODER_KINDS` or "clip"; None if it is not known.
         part: "" for ordinary vectors, "negative" for those of a DreamArtist pair, "output" for vectors that are
@@ -184,7 +188,7 @@ class Concept:
         unused: [M, d] vectors that a progressive run has not added yet; no prompt uses them.
 
     Raises:
-        EmbeddingError: a bad trigger, shape or type, or NaN or infinity in the vectors.
+        EmbeddingError: a trigger that is no text, a bad shape or type, or NaN or infinity in the vectors.
     """
 
     trigger: str
@@ -195,8 +199,8 @@ class Concept:
     unused: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_trigger(self.trigger)
-        name = f"'{shortened(self.trigger)}'"
+        object.__setattr__(self, "trigger", _kept_trigger(self.trigger))
+        name = f"'{shown(self.trigger)}'"
         vectors = check_vectors(self.vectors, name)
         if self.unused is not None:
             unused = check_vectors(self.unused, f"{name}, vectors not in use,")
@@ -210,7 +214,7 @@ class Concept:
         encoder = self.encoder or only_kind_of_width(vectors.shape[1])
         if encoder is not None and not is_possible_width(encoder, vectors.shape[1]):
             raise EmbeddingError(
-                f"{name}: vectors of width {vectors.shape[1]} do not fit the encoder '{shortened(encoder)}'; known are "
+                f"{name}: vectors of width {vectors.shape[1]} do not fit the encoder '{shown(encoder)}'; known are "
                 f"{', '.join(f'{kind} ({known.width})' for kind, known in ENCODER_KINDS.items())}, clip and bert"
             )
         object.__setattr__(self, "vectors", vectors)
@@ -287,13 +291,13 @@ class LearnedEmbeddings:
             expected = total if self.progress is None else self.progress.in_use(total)
             if len(concept.vectors) != expected:
                 raise EmbeddingError(
-                    f"'{shortened(concept.trigger)}': {len(concept.vectors)} of {total} vectors are in use; "
+                    f"'{shown(concept.trigger)}': {len(concept.vectors)} of {total} vectors are in use; "
                     f"its progress ({self.progress}) gives {expected}"
                 )
             key = (concept.trigger, concept.encoder, concept.part)
             if key in seen:
                 raise EmbeddingError(
-                    f"the trigger '{shortened(concept.trigger)}' occurs twice; rename one of them"
+                    f"the trigger '{shown(concept.trigger)}' occurs twice; rename one of them"
                 )
             seen.add(key)
 
@@ -305,9 +309,7 @@ class LearnedEmbeddings:
         """Return the embeddings of one trigger; raises EmbeddingError if there is no such trigger."""
         kept = [concept for concept in self.concepts if concept.trigger == trigger]
         if not kept:
-            raise EmbeddingError(
-                f"there is no trigger '{shortened(trigger)}'; there is {quoted(self.triggers)}"
-            )
+            raise EmbeddingError(f"there is no trigger '{shown(trigger)}'; there is {quoted(self.triggers)}")
         return dataclasses.replace(self, concepts=tuple(kept))
 
     def without_progress(self) -> LearnedEmbeddings:
@@ -324,6 +326,7 @@ class LearnedEmbeddings:
 
     def renamed(self, names: Mapping[str, str]) -> LearnedEmbeddings:
         """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError."""
+        names = {words.cleaned(old): words.check_word(new, "trigger") for old, new in names.items()}
         for name in names:
             self.only(name)
         # A new trigger has another token id, which only a tokenizer knows.
@@ -345,14 +348,14 @@ class LearnedEmbeddings:
         usable = [c for c in self.concepts if c.width == width and c.part in ("", "negative")]
         usable = [c for c in usable if kind is None or c.encoder in (kind, None)]
         missing = [trigger for trigger in self.triggers if trigger not in {c.trigger for c in usable}]
-        name = f"'{shortened(self.source)}': " if self.source else ""
+        name = f"'{shown(self.source)}': " if self.source else ""
         if missing:
             one = next(c for c in self.concepts if c.trigger == missing[0])
             made_for = (
                 f"holds {one.part} vectors, not those of a word" if one.part else f"is for {one.models}"
             )
             raise EmbeddingError(
-                f"{name}'{shortened(one.trigger, 30)}' (width {one.width}) {made_for}; this model's text encoder "
+                f"{name}'{shown(one.trigger, 30)}' (width {one.width}) {made_for}; this model's text encoder "
                 f"has width {width}, {model_names(kind, width)}; use the model that it was trained on"
             )
         if kind is not None and any(is_ambiguous_width(c.encoder, c.width) for c in usable):
@@ -363,15 +366,19 @@ class LearnedEmbeddings:
         return {concept.trigger: concept.vectors for concept in usable}
 
 
-def check_trigger(trigger: Any) -> None:
-    if not isinstance(trigger, str) or not trigger.strip():
-        raise EmbeddingError("the trigger is empty; name a word")
-    if len(trigger) > MAX_TRIGGER:
-        raise EmbeddingError(f"the trigger has {len(trigger)} characters; at most {MAX_TRIGGER} are allowed")
-    if not trigger.isprintable():
-        raise EmbeddingError(
-            f"the trigger {shortened(ascii(trigger))} contains control characters; name a plain word"
-        )
+def _kept_trigger(trigger: Any) -> str:
+    """Return the trigger of a file as a word that works in prompts and files, with a log line if it differs."""
+    if not isinstance(trigger, str):
+        raise EmbeddingError(f"the trigger is a {type(trigger).__name__}; name a word")
+    kept = words.cleaned(trigger)
+    if words.folded(kept) != words.folded(trigger):
+        _log_once(shown(trigger), shown(kept, 120))
+    return kept
+
+
+@lru_cache(maxsize=256)
+def _log_once(trigger: str, kept: str) -> None:
+    logger.warning("the word '%s' of a file cannot be used in prompts: write '%s' instead", trigger, kept)
 
 
 def check_vectors(vectors: Any, name: str) -> Tensor:
@@ -404,10 +411,10 @@ def check_shape(shape: tuple[int, ...], name: str) -> None:
 
 def quoted(names: list[str]) -> str:
     """Return names in quotes, as many as fit into a line, and how many more there are."""
-    shown = ""
+    line = ""
     for count, name in enumerate(names):
-        following = f"{', ' if shown else ''}'{shortened(name, 40)}'"
-        if len(shown) + len(following) > 110:
-            return f"{shown} and {len(names) - count} more"
-        shown += following
-    return shown
+        following = f"{', ' if line else ''}'{shown(name, 40)}'"
+        if len(line) + len(following) > 110:
+            return f"{line} and {len(names) - count} more"
+        line += following
+    return line

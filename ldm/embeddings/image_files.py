@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.embeddings.concept import MAX_WIDTH, EmbeddingError
 from ldm.images import enlarged
-from ldm.util import shortened
+from ldm.util import shown
 
 _CELL = 8  # side of the squares of the visible pattern on the strips
 
@@ -110,7 +110,7 @@ def load_image_payload(path: Path) -> dict[str, Any]:
     except EmbeddingError:
         raise
     except Exception as error:  # Pillow's decoders raise many classes
-        raise EmbeddingError(f"the image is damaged ({shortened(error)})") from error
+        raise EmbeddingError(f"the image is damaged ({shown(str(error))})") from error
     if text is None and payload is None:
         raise EmbeddingError("the image carries no embedding (web sites that re-save images remove it)")
     try:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
-from ldm.embeddings.writer import safe_name
 from ldm.util import UsageError
+from ldm.words import check_word, cleaned, file_stem
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ def plan_renames(
 def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
     """Return the `rename` argument of `merge` from texts "old=new" of a command line.
 
-    Raises UsageError for a text of another form.
+    Raises UserError for a text of another form or a name that is not allowed.
     """
     names: dict[str, list[str]] = {}
     for text in texts or ():
         old, equals, new = text.partition("=")
         if not (old and equals and new):
             raise UsageError(f"--rename '{text}': write it as old=new, for example --rename '*=<my-cat>'")
-        names.setdefault(old, []).append(new)
+        names.setdefault(cleaned(old), []).append(check_word(new, "--rename: the new trigger"))
     return names
 
 
@@ -157,7 +157,7 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
 
 
 def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:
-    stem, number = safe_name(Path(part.source).stem), 1
+    stem, number = file_stem(Path(part.source).stem), 1
     while (name := f"<{stem}>" if number == 1 else f"<{stem}-{number}>") in taken:
         number += 1
     return name

@@ -20,7 +20,8 @@ from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord
 from ldm.embeddings.torch_files import TorchFile
 from ldm.files import NO_TENSORS, file_kind
 from ldm.pickles import shapes_of
-from ldm.util import shortened
+from ldm.util import shown
+from ldm.words import cleaned
 
 # The header of a LoRA with thousands of tensors is under 1 MB.
 _MAX_HEADER = 16 * 2**20
@@ -50,12 +51,12 @@ class TensorFile(Mapping[str, Tensor]):
             raise _damaged(error) from error
 
     def __getitem__(self, name: str) -> Tensor:
-        check_shape(self._shapes[name], f"'{shortened(name)}'")
+        check_shape(self._shapes[name], f"'{shown(name)}'")
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name).clone()
         except Exception as error:
-            raise EmbeddingError(f"cannot read '{shortened(name)}' ({shortened(error)})") from error
+            raise EmbeddingError(f"cannot read '{shown(name)}' ({shown(str(error))})") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -86,7 +87,7 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fil
 
 def _damaged(error: Exception) -> EmbeddingError:
     reason = str(error).replace("Error while deserializing header: ", "")
-    return EmbeddingError(f"its safetensors header is damaged ({shortened(reason, 100)}); download it again")
+    return EmbeddingError(f"its safetensors header is damaged ({shown(reason, 100)}); download it again")
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ class Payload:
     @property
     def stem(self) -> str:
         """The file's name without its suffix, which most tools use as the trigger."""
-        name = "".join(c for c in self.path.stem if c.isprintable()).strip()[:200]
-        return name or "embedding"
+        return cleaned(self.path.stem)
 
 
 def open_payload(path: Path) -> Payload:

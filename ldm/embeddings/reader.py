@@ -16,7 +16,7 @@ from ldm.embeddings.tensor_formats import (
     parse_onetrainer,
     parse_xti,
 )
-from ldm.util import UserError, shortened
+from ldm.util import UserError
 
 # Tried in this order; the last accepts any key as a trigger.
 _PARSERS = (
@@ -55,17 +55,9 @@ def read(path: str | Path) -> LearnedEmbeddings:
             raise EmbeddingError(_unknown(payload))
         return dataclasses.replace(found, source=path.name)
     except UserError as error:
-        raise EmbeddingError(_one_line(path, str(error))) from error
+        raise EmbeddingError(f"'{path}': {error}") from error
     except OSError as error:
-        raise EmbeddingError(_one_line(path, f"cannot be read ({error.strerror or error})")) from error
-
-
-_MAX_LINE = 300
-
-
-def _one_line(path: Path, reason: str) -> str:
-    reason = shortened(reason, 240)
-    return f"'{shortened(path, _MAX_LINE - 8 - len(reason), keep_end=True)}': {reason}"
+        raise EmbeddingError(f"'{path}': cannot be read ({error.strerror or error})") from error
 
 
 def _unknown(payload: Payload) -> str:

@@ -16,13 +16,13 @@ from ldm.embeddings.concept import (
     EmbeddingError,
     LearnedEmbeddings,
     Metadata,
-    check_trigger,
     is_possible_width,
     kind_of_architecture,
     quoted,
 )
 from ldm.embeddings.file_metadata import RECORD_KEY, record_text
 from ldm.embeddings.payload import Payload, save_tensors
+from ldm.words import MAX_LENGTH
 
 _EMB_PARAMS = "emb_params"
 
@@ -59,14 +59,11 @@ def trigger_of(payload: Payload) -> str:
     """Return the trigger of a safetensors file of another tool: from its header, else the file's stem."""
     phrase = payload.header.get("modelspec.trigger_phrase", "")
     name = _json(payload.header.get("name"))
-    for trigger in (phrase, name):
-        # Other tools write any text of the user there, which may be a whole sentence.
-        try:
-            check_trigger(trigger)
-        except EmbeddingError:
-            continue
-        return str(trigger)
-    return payload.stem
+    # Other tools write any text of the user there, which may be a whole sentence.
+    usable = (
+        trigger for trigger in (phrase, name) if isinstance(trigger, str) and len(trigger) <= MAX_LENGTH
+    )
+    return next((trigger for trigger in usable if trigger.strip()), payload.stem)
 
 
 def header_metadata(header: Mapping[str, str]) -> Metadata:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.embeddings.concept import EmbeddingError
 from ldm.pickles import MAX_DEPTH, MAX_PICKLE, Pickle, Storage, TensorRecord, interpret, tensor_records
-from ldm.util import UserError, shortened
+from ldm.util import UserError, shown
 
 _MAX_ENTRIES = 2**16
 # torch.save does not compress, and compression does not halve learned numbers; this much more is allowed.
@@ -170,7 +170,7 @@ def _unzipped(path: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # zipfile raises many classes on damaged archives
-        raise EmbeddingError(f"it is damaged or cut off ({shortened(error)}); download it again") from error
+        raise EmbeddingError(f"it is damaged or cut off ({shown(str(error))}); download it again") from error
 
 
 _PROTOCOL = 1001

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +21,8 @@ from ldm.embeddings.concept import (
     quoted,
 )
 from ldm.files import atomic_write
-from ldm.util import shortened
-
-# Windows reserves these names for devices, with any suffix.
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
-
-
-def safe_name(trigger: str) -> str:
-    """Return a file stem for a trigger: "<my-cat>" becomes "my-cat", and "*", which no file name may have, "embedding".
-
-    It stays as close to the trigger as possible, because most tools use the stem as the prompt word; but it has no
-    space, because ComfyUI ends the word there.
-    """
-    name = unicodedata.normalize("NFC", trigger)
-    name = re.sub(r"[^\w.+\-]+", "_", name).strip("._-")[:100].rstrip("._-")
-    if name.split(".")[0].lower() in _RESERVED:
-        name = f"{name.replace('.', '_')}_"
-    return name or "embedding"
+from ldm.util import shown
+from ldm.words import file_stem
 
 
 @dataclass(frozen=True)
@@ -149,7 +132,7 @@ def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FOR
     taken: set[str] = set()
     paths = []
     for trigger in triggers:
-        stem, number = safe_name(trigger), 1
+        stem, number = file_stem(trigger), 1
         while (name := stem if number == 1 else f"{stem}-{number}").casefold() in taken:
             number += 1
         taken.add(name.casefold())
@@ -160,7 +143,7 @@ def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FOR
 def format_named(name: str) -> Format:
     """Return the format of this name; the EmbeddingError for an unknown one lists the known ones."""
     if name not in FORMATS:
-        raise EmbeddingError(f"unknown embedding format '{shortened(name)}'; known are {', '.join(FORMATS)}")
+        raise EmbeddingError(f"unknown embedding format '{shown(name)}'; known are {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
@@ -169,7 +152,7 @@ def _check_supported(embeddings: LearnedEmbeddings, name: str, chosen: Format) -
     unsupported = sorted({concept.part for concept in embeddings.concepts} - {"", "negative"})
     if unsupported:
         raise EmbeddingError(
-            f"no format can hold the parts {quoted(unsupported)} of '{shortened(embeddings.triggers[0])}'"
+            f"no format can hold the parts {quoted(unsupported)} of '{shown(embeddings.triggers[0])}'"
         )
     if len(embeddings.triggers) > 1 and not chosen.several_triggers:
         raise EmbeddingError(
@@ -179,12 +162,12 @@ def _check_supported(embeddings: LearnedEmbeddings, name: str, chosen: Format) -
         encoders = [str(c.encoder) for c in embeddings.concepts if c.trigger == trigger]
         if len(encoders) > 1 and (set(encoders) != {"clip_l", "clip_g"} or len(encoders) > 2):
             raise EmbeddingError(
-                f"'{shortened(trigger)}' has vectors of {quoted(encoders)}; a file holds those of one text encoder, or "
+                f"'{shown(trigger)}' has vectors of {quoted(encoders)}; a file holds those of one text encoder, or "
                 "of SDXL's two, clip_l and clip_g"
             )
     for concept in embeddings.concepts:
         if chosen.states_encoder and is_ambiguous_width(concept.encoder, concept.width):
             raise EmbeddingError(
-                f"'{shortened(concept.trigger)}': width {concept.width} is for {model_names(None, concept.width)}, "
+                f"'{shown(concept.trigger)}': width {concept.width} is for {model_names(None, concept.width)}, "
                 "and the file does not say which; give the encoder (convert --encoder bert, or clip_g)"
             )

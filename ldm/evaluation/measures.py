@@ -24,8 +24,8 @@ from ldm.evaluation.identity import (
     likeness,
     predict_attributes,
 )
-from ldm.generate.embeddings import whole_word
 from ldm.models.features import Features
+from ldm.words import pattern
 
 # Images per prompt, DDIM steps and guidance scale of the paper's evaluation.
 SAMPLES, STEPS, SCALE = 64, 50, 5.0
@@ -46,7 +46,7 @@ def similarity(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 def without_placeholders(prompt: str, placeholders: Iterable[str]) -> str:
     """Return the text for CLIP-T: "a photo of * on the moon" becomes "a photo of on the moon"."""
     for name in sorted(placeholders, key=len, reverse=True):
-        prompt = re.sub(whole_word(name), " ", prompt, flags=re.IGNORECASE)
+        prompt = re.sub(pattern(name), " ", prompt, flags=re.IGNORECASE)
     return " ".join(prompt.split())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ldm.embeddings import merge, read
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.util import UserError
+from ldm.util import UserError, shown
+from ldm.words import pattern
 
 logger = logging.getLogger(__name__)
 
@@ -81,39 +83,48 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
     A placeholder is a word that looks like one ("<my-cat>", a lone "*") or is in `configured`.
     """
     learned = sorted(learned, key=len, reverse=True)
-    unlearned = [whole_word(name) for name in configured if name not in learned]
+    unlearned = [pattern(name) for name in configured if name not in learned]
     suspects = re.compile("|".join([*unlearned, _LIKE_A_PLACEHOLDER.pattern]), re.IGNORECASE)
-    known = re.compile("|".join(map(whole_word, learned)) or r"(?!)", re.IGNORECASE)
+    known = re.compile("|".join(map(pattern, learned)) or r"(?!)", re.IGNORECASE)
     for prompt in prompts:
-        found = suspects.search(known.sub(" ", prompt))
+        found = suspects.search(known.sub(" ", unicodedata.normalize("NFC", prompt)))
         if found is not None and _NETWORK.match(found[0]):
             raise UserError(
-                f"the prompt contains '{found[0]}': LoRAs and hypernetworks are not supported; remove it"
+                f"the prompt contains '{shown(found[0])}': LoRAs and hypernetworks are not supported; remove it"
             )
         if found is not None:
-            loaded = ", ".join(f"'{name}'" for name in learned) or "none"
             raise UserError(
-                f"the prompt \"{prompt}\" mentions '{found[0]}', but no loaded embedding has that name "
-                f"(loaded: {loaded}); load its file with --embedding_path, or write the prompt without it"
+                f"the prompt \"{shown(prompt)}\" mentions '{shown(found[0], 30)}', but no loaded embedding has that "
+                f"name (loaded: {_listed(learned) or 'none'}); load its file with --embedding_path, or write the "
+                "prompt without it"
             )
 
 
 def warn_unused(triggers: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> None:
     """Log a warning for each embedding file, given with its placeholders, of which no prompt uses one."""
+    texts = [unicodedata.normalize("NFC", prompt) for prompt in prompts]
     for path, words in triggers.items():
-        used = any(re.search(whole_word(word), prompt, re.IGNORECASE) for word in words for prompt in prompts)
-        if not used:
-            names = ", ".join(f"'{word}'" for word in words[:3])
-            logger.warning(
-                "'%s' is loaded, but no prompt contains its word %s: write it in the prompt", path, names
-            )
+        if any(_mentions(text, word) for word in words for text in texts):
+            continue
+        stem = Path(path).stem
+        typed = stem and any(_mentions(text, stem) for text in texts)
+        logger.warning(
+            "'%s' is loaded, but no prompt contains %s %s: write it %s",
+            shown(path, 100),
+            "its word" if len(words) == 1 else "one of its words",
+            _listed(words),
+            f"in place of the file's name '{shown(stem)}'" if typed else "in the prompt",
+        )
 
 
-def whole_word(name: str) -> str:
-    """A regular expression for the name, but not inside a longer word."""
-    before = r"(?<!\w)" if name[0].isalnum() else ""
-    after = r"(?!\w)" if name[-1].isalnum() else ""
-    return before + re.escape(name) + after
+def _mentions(text: str, word: str) -> bool:
+    return re.search(pattern(word), text, re.IGNORECASE) is not None
+
+
+def _listed(words: Sequence[str], most: int = 3) -> str:
+    """Some words in quotes, and how many more there are."""
+    named = ", ".join(f"'{shown(word, 30)}'" for word in words[:most])
+    return named + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def text_encoder_of(model: LatentDiffusion) -> TextEncoder:

@@ -20,6 +20,7 @@ from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import check_placeholders
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer
+from ldm.words import check_word
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,10 @@ class EmbeddingManager(nn.Module, Personalization):
             raise UserError(
                 f"{len(words)} initializer_words for {len(strings)} placeholder_strings; give one for each"
             )
-        placeholders = [*strings, *(PER_IMAGE_TOKENS if per_image_tokens else ())]
-        check_placeholders(placeholders, self.tokenizer)
+        placeholders = check_placeholders(
+            [*strings, *(PER_IMAGE_TOKENS if per_image_tokens else ())], self.tokenizer
+        )
+        strings = placeholders[: len(strings)]
         for string in filter(self.tokenizer.is_word, strings):
             logger.warning(
                 "placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string
@@ -360,6 +363,7 @@ def vector_counts(
         UserError: numbers outside 1 to `limit`, a list of another length, a name that is no placeholder.
     """
     if isinstance(wanted, Mapping):
+        wanted = {check_word(string): count for string, count in wanted.items()}
         unknown = [string for string in wanted if string not in placeholders]
         if unknown:
             raise UserError(f"num_vectors_per_token names '{unknown[0]}', which is no placeholder")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.embeddings.concept import check_trigger
+from ldm import words
 from ldm.util import UserError
 
 
@@ -83,8 +83,7 @@ class PromptTokenizer:
 
     def folded(self, string: str) -> str:
         """The form in which texts are compared: placeholders with equal folded forms are the same one."""
-        words = " ".join(unicodedata.normalize("NFC", string).split())
-        return words.lower() if self.ignores_case else words
+        return words.folded(string, self.ignores_case)
 
     def encode(self, texts: str | Sequence[str], placeholders: Mapping[str, int] | None = None) -> Tensor:
         """Token ids [B, max_length] on the CPU: start, tokens, end, padding. Text beyond the limit is truncated."""
@@ -150,8 +149,8 @@ class PromptTokenizer:
 
     def found(self, texts: Iterable[str], placeholders: Iterable[str]) -> set[str]:
         """The placeholders that occur in at least one of the texts."""
-        words = list(placeholders)
-        return {word for text in texts for _, word in self.split(text, words) if word is not None}
+        strings = list(placeholders)
+        return {word for text in texts for _, word in self.split(text, strings) if word is not None}
 
     def _own_id(self, string: str) -> int | None:
         ids = self.token_ids(string)
@@ -209,36 +208,23 @@ def embed_tokens(
 
 @lru_cache(maxsize=64)
 def _pattern(placeholders: tuple[str, ...], ignores_case: bool) -> re.Pattern[str]:
-    return re.compile("|".join(map(_alternative, placeholders)), re.IGNORECASE if ignores_case else 0)
+    alternatives = [f"({words.pattern(placeholder)})" for placeholder in placeholders]
+    return re.compile("|".join(alternatives), re.IGNORECASE if ignores_case else 0)
 
 
-def _alternative(placeholder: str) -> str:
-    words = [re.escape(word) for word in unicodedata.normalize("NFC", placeholder).split()]
-    before = r"(?<!\w)" if re.match(r"\w", placeholder) else ""
-    after = r"(?!\w)" if re.search(r"\w$", placeholder) else ""
-    spaced = r"\s+".join(words)
-    return f"({before}{spaced}{after})"
-
-
-def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> None:
-    """Check the words to learn, before anything is trained.
+def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> list[str]:
+    """Return the words to learn as they are kept (see `ldm.words.check_word`), before anything is trained.
 
     Raises:
-        UserError: a placeholder is no text, is blank, could not be saved to an embedding file, or equals another one
-            for this tokenizer.
+        UserError: a placeholder is not allowed, or equals another one for this tokenizer.
     """
+    kept = [words.check_word(string) for string in strings]
     seen: dict[str, str] = {}
-    for string in strings:
-        if not isinstance(string, str):
-            raise UserError(f"placeholder {string!r} is not a text; put it in quotes")
-        if not string.strip():
-            raise UserError(f"placeholder '{string}' is empty; choose a word such as '*'")
-        if string != string.strip():
-            raise UserError(f"placeholder '{string}' begins or ends in a space; write it without")
-        check_trigger(string)
+    for string in kept:
         folded = tokenizer.folded(string)
         if folded in seen:
             raise UserError(
                 f"placeholder '{string}' is there twice, first as '{seen[folded]}'; choose another word"
             )
         seen[folded] = string
+    return kept

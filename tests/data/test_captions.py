@@ -59,7 +59,7 @@ def test_captions_beside_the_images(folder, caplog):
     (folder / "01 red mug.txt").write_text("a [name] mug, red")
     with caplog.at_level(logging.INFO):
         dataset = PersonalizedBase(folder, use_captions=True, coarse_class_text="clay")
-    assert "1 of 2 images have no .txt" in caplog.text
+    assert "1 of 2 images have no .txt or .caption beside them" in caplog.text
     assert {dataset.draw(i).caption for i in range(0, 40, 2)} == {"a clay * mug, red"}
     assert "a photo of a clay *" in dataset.captions()
 
@@ -78,7 +78,87 @@ def test_the_byte_order_mark_of_a_txt_is_not_part_of_the_caption(folder):
     assert captions(folder, use_captions=True)[-1] == "*, on a mat"
 
 
-def test_an_unreadable_caption_is_named(folder):
-    (folder / "02.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"02\.txt is not a UTF-8"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe\x00", r"is not a UTF-8 text file \(line 1\)"),
+        ("a\nb ö".encode("cp1252"), r"is not a UTF-8 text file \(line 2\); save it as UTF-8"),
+        (b"\x00\x01", "is not a text file"),
+    ],
+)
+def test_an_unreadable_caption_is_named(folder, content, reason):
+    (folder / "02.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"02\.txt {reason}"):
         PersonalizedBase(folder, use_captions=True)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption", ".Caption"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_suffixes_and_encodings_of_caption_files(folder, suffix, encoding, caplog):
+    (folder / f"02{suffix}").write_text("un château [name]", encoding=encoding)
+    assert captions(folder, use_captions=True)[-1] == "un château *"
+    assert "skipped" not in caplog.text
+
+
+def test_of_two_caption_files_the_txt_is_used(folder, caplog):
+    (folder / "02.caption").write_text("from caption")
+    (folder / "02.txt").write_text(" \n")
+    with caplog.at_level(logging.INFO):
+        assert captions(folder, use_captions=True)[-1] == "*, from caption"
+        assert "two captions" not in caplog.text
+        (folder / "02.txt").write_text("from txt")
+        assert captions(folder, use_captions=True)[-1] == "*, from txt"
+        assert "02.png has two captions: 02.txt is used" in caplog.text
+
+
+def test_captions_that_were_asked_for_must_exist(folder):
+    with pytest.raises(
+        UserError, match=r"no image has a caption beside it; write '01 red mug.txt' or '01 red"
+    ):
+        PersonalizedBase(folder, use_captions=True)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "02.txt").write_text("a mat")
+    with pytest.raises(UserError, match=r"\('texts/02.txt' is none\)"):
+        PersonalizedBase(folder, use_captions=True)
+    (folder / "02.png.txt").write_text("a mat")
+    with pytest.raises(UserError, match=r"\('02.png.txt' is none\)"):
+        PersonalizedBase(folder, use_captions=True)
+    (folder / "02.txt").write_text("")
+    with pytest.raises(UserError, match="no image has a caption beside it with a text"):
+        PersonalizedBase(folder, use_captions=True)
+
+
+def test_a_name_inside_filewords_is_filled(folder, template_file):
+    (folder / "02.txt").write_text("a [name] on {} mat")
+    lines = template_file("photo, [filewords]")
+    assert (
+        captions(folder, template_file=lines, placeholder_token="<cat>")[-1] == "photo, a <cat> on <cat> mat"
+    )
+
+
+def test_filewords_without_words_are_told(folder, template_file, caplog):
+    with caplog.at_level(logging.INFO):
+        captions(folder, template_file=template_file("[name], [filewords]"))
+    assert "[filewords] is empty for 1 of 2 images" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "caption"),
+    [
+        ("cat", "a category", "cat, a category"),
+        ("cat", "A Cat", "A Cat"),
+        ("my cat", "on my\u00a0cat", "on my cat"),
+        ("cafe\u0301", "a café", "a café"),
+        ("{}", "a {} b", "a {} b"),
+        ("[name]", "a cat", "[name], a cat"),
+    ],
+)
+def test_the_placeholder_in_a_caption_is_found_as_in_a_prompt(folder, word, text, caption):
+    (folder / "02.txt").write_text(text, encoding="utf-8")
+    assert captions(folder, use_captions=True, placeholder_token=word)[-1] == caption
+
+
+@pytest.mark.parametrize("places", [{"placeholder_token": "a\u202eb"}, {"data_root": {"c\u200bat": "."}}])
+def test_a_word_that_cannot_be_kept_is_refused_before_images_are_read(tmp_path, places):
+    with pytest.raises(UserError, match="placeholder of .* holds the invisible"):
+        PersonalizedBase(**({"data_root": tmp_path / "missing"} | places))

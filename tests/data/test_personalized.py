@@ -230,7 +230,7 @@ def test_old_names_of_the_lists():
         ({"repeats": 0}, "repeats is 0"),
         ({"size": 0}, "size is 0"),
         ({"interpolation": "cubic"}, "interpolation is 'cubic': choose one of linear"),
-        ({"placeholder_token": ""}, "placeholder of .* is ''"),
+        ({"placeholder_token": ""}, "placeholder of .* is empty"),
         ({"data_root": None}, "data_root is None"),
         ({"data_root": {}}, "data_root is empty"),
         ({"data_root": ["a"]}, "data_root is .*'a'"),

@@ -50,10 +50,26 @@ def test_a_trigger_that_looks_like_a_path_is_kept(tmp_path):
     assert read(tmp_path / "cat.bin").triggers == ["../../../etc/passwd"]
 
 
-@pytest.mark.parametrize("trigger", ["", "  ", "a\nb", "\x1b[31mred", "x" * 201, "a\u202eb"])
-def test_bad_triggers_are_refused(trigger, tmp_path):
+@pytest.mark.parametrize(
+    ("trigger", "kept"),
+    [
+        ("", "embedding"),
+        ("a\nb", "a b"),
+        ("\x1b[31mred", "[31mred"),
+        ("x" * 201, "x" * 200),
+        ("a\u202eb", "ab"),
+        ("embedding:cat", "embedding_cat"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+    ],
+)
+def test_a_strange_trigger_is_read_as_the_nearest_word_and_can_be_renamed(trigger, kept, tmp_path, caplog):
     torch.save({trigger: vectors()}, tmp_path / "cat.bin")
-    refused(tmp_path / "cat.bin", "trigger")
+    found = read(tmp_path / "cat.bin")
+    assert found.triggers == [kept]
+    assert (f"write '{kept[:50]}" in caplog.text) == (trigger.split() != kept.split())
+    assert found.renamed({trigger: "<cat>"}).triggers == found.renamed({kept: "<cat>"}).triggers == ["<cat>"]
+    with pytest.raises(UserError, match="direction mark"):
+        found.renamed({kept: "\u202ecat"})
 
 
 @pytest.mark.parametrize(

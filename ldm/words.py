@@ -1,0 +1,199 @@
+"""What a placeholder may hold, how it is found in a text, and the file name that is made from it.
+
+A word is asked for once, before anything is loaded: what `check_word` returns works in prompts, captions, templates,
+embedding files and file names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from functools import lru_cache
+from typing import Any
+
+from ldm.util import UserError, shown
+
+MAX_LENGTH = 200
+
+_ZWNJ, _ZWJ = "\u200c", "\u200d"
+# The last letter of Armenian: scripts before it (Latin, Greek, Cyrillic) have no use for joiners.
+_LAST_WITHOUT_JOINERS = "\u058f"
+_VIRAMA = 9  # the combining class of the signs after which a joiner may end a word
+# Choose between the text and the emoji form of a character; keyboards add and drop them.
+_EMOJI_FORM = "\ufe0e\ufe0f"
+_BLACK_FLAG = "\U0001f3f4"  # followed by tag characters it is the flag of a region
+_KEYCAP = "\u20e3"
+_SKIN_TONES = "\U0001f3fb-\U0001f3ff"
+# Format characters that can be seen, because they enclose the numbers that follow (Arabic, Syriac, Kaithi).
+_VISIBLE_FORMATS = "\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+_DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_TAGS = "\U000e0020-\U000e007f"
+
+_IS_TAG = re.compile(f"[{_TAGS}]")
+_IS_DIRECTION = re.compile(f"[{_DIRECTIONS}]")
+_IS_VISIBLE_FORMAT = re.compile(f"[{_VISIBLE_FORMATS}]")
+_FILE_PREFIX = re.compile(r"embedding:", re.IGNORECASE)
+
+
+def check_word(word: Any, what: str = "placeholder") -> str:
+    """Return a word as it is kept: in Unicode's composed form, with plain spaces.
+
+    Letters, marks and symbols of all languages are allowed, also emoji sequences, single spaces and the syntax
+    characters of prompts and templates. `what` names the word in the error.
+
+    Raises:
+        UserError: it is not a text, blank, too long, or holds what a reader cannot see or a file cannot hold.
+    """
+    if not isinstance(word, str):
+        raise UserError(f"{what} {shown(word)} is not a text; put it in quotes")
+    if not word.strip():
+        raise UserError(f"{what} '{shown(word)}' is empty; choose a word such as '*'")
+    if word != word.strip():
+        raise UserError(f"{what} '{shown(word)}' begins or ends in a space; write it without")
+    if len(word) > MAX_LENGTH:
+        raise UserError(
+            f"{what} '{shown(word)}' has {len(word)} characters; at most {MAX_LENGTH} are allowed"
+        )
+    kept = _composed(word)
+    if kept is None:
+        raise UserError(
+            f"{what} '{shown(word)}' is not valid text: it has bytes that are not UTF-8; type it in a "
+            "UTF-8 terminal, or set PYTHONUTF8=1"
+        )
+    for place in range(len(kept)):
+        if reason := _problem(kept, place):
+            raise UserError(f"{what} '{shown(word)}' holds {reason}; write it without")
+    if not _has_visible(kept):
+        raise UserError(f"{what} '{shown(word)}' has nothing that can be seen; choose a word such as '*'")
+    if _FILE_PREFIX.search(kept):
+        raise UserError(
+            f"{what} '{shown(word)}' holds 'embedding:', which names a file in a prompt; write it without"
+        )
+    return kept
+
+
+def cleaned(word: str, otherwise: str = "embedding") -> str:
+    """Return the nearest word that `check_word` allows, for a file of another tool; `otherwise` if nothing is left."""
+    text = "".join(" " if c.isspace() else c for c in word if not "\ud800" <= c <= "\udfff")
+    before = None
+    while text != before:  # what is left out may bring two characters together that do not go together
+        before = text
+        text = _FILE_PREFIX.sub("embedding_", _composed(text) or "")[:MAX_LENGTH].strip()
+        text = "".join(c for place, c in enumerate(text) if _problem(text, place) is None)
+    return text if _has_visible(text) else otherwise
+
+
+def _composed(word: str) -> str | None:
+    """NFC with single plain spaces; None for text with lone surrogates. Line breaks and tabs are kept."""
+    if any("\ud800" <= c <= "\udfff" for c in word):
+        return None
+    spaced = "".join(" " if unicodedata.category(c) == "Zs" else c for c in word)
+    return re.sub(" +", " ", unicodedata.normalize("NFC", spaced))
+
+
+def _problem(word: str, place: int) -> str | None:
+    """Why the character at a place is not allowed there, or None."""
+    character = word[place]
+    category, name = unicodedata.category(character), f"U+{ord(character):04X}"
+    if category in ("Cc", "Zl", "Zp"):
+        return f"the control character {name}"
+    if category == "Co":
+        return f"the private character {name}, which has no meaning elsewhere"
+    if category != "Cf":
+        return None
+    before, after = word[:place], word[place + 1 :]
+    if character in (_ZWNJ, _ZWJ):
+        joins = before[-1:] > _LAST_WITHOUT_JOINERS and before[-1:] not in (_ZWNJ, _ZWJ)
+        ends = not after or after[0].isspace()
+        if joins and (not ends or unicodedata.combining(before[-1]) == _VIRAMA):
+            return None
+        return f"the invisible joiner {name} where it joins nothing"
+    if _IS_DIRECTION.match(character):
+        return f"the invisible direction mark {name}"
+    if _IS_VISIBLE_FORMAT.match(character):
+        return None
+    if _IS_TAG.match(character) and re.search(f"{_BLACK_FLAG}[{_TAGS}]*$", before):
+        return None
+    return f"the invisible character {name}"
+
+
+def _has_visible(word: str) -> bool:
+    return any(unicodedata.category(c) not in ("Cf", "Zs", "Mn", "Me", "Mc") for c in word)
+
+
+def folded(word: str, ignores_case: bool = True) -> str:
+    """Return the form in which words are compared: words with equal folded forms are found in the same places."""
+    text = " ".join(unicodedata.normalize("NFC", word).split())
+    text = re.sub(f"[{_EMOJI_FORM}]", "", text)
+    return text.lower() if ignores_case else text
+
+
+def pattern(word: str) -> str:
+    """Return a regular expression, without groups, that finds a word in text in composed form (NFC).
+
+    A word that begins (or ends) in a letter, digit, mark or underscore is not found inside a longer word, and an emoji
+    is not found inside a longer emoji sequence. Spaces may be of any number and kind, and the marks of text and emoji
+    form may be missing or added.
+    """
+    parts = folded(word, ignores_case=False).split() or [word]
+    spelled = r"\s+".join("".join(map(_spelled, part)) for part in parts)
+    joiners, marks = _ZWNJ + _ZWJ, _marks()
+    before = rf"(?<![\w{marks}{joiners}])" if _continues(parts[0][0]) else f"(?<!{_ZWJ})"
+    # A mark, a joiner or a skin tone after the word would be a part of it.
+    after = f"{_EMOJI_FORM}{_KEYCAP}{marks}{joiners}{_SKIN_TONES}"
+    if _continues(parts[-1][-1]):
+        after += r"\w"
+    return f"{before}{spelled}(?![{after}])"
+
+
+def _spelled(character: str) -> str:
+    symbol = character in "0123456789#*" or (character > "\x7f" and not _continues(character))
+    return re.escape(character) + (f"[{_EMOJI_FORM}]?" if symbol else "")
+
+
+def _continues(character: str) -> bool:
+    """Whether a character is a part of a longer word beside letters."""
+    return character.isalnum() or character == "_" or unicodedata.category(character) in ("Mn", "Mc")
+
+
+@lru_cache
+def _marks() -> str:
+    """The combining marks of all languages, as ranges of a regular expression's set; Python's \\w has none."""
+    ranges: list[list[int]] = []
+    for code in range(0x300, 0x1F000):
+        if unicodedata.category(chr(code)) in ("Mn", "Mc") and chr(code) not in _EMOJI_FORM:
+            if ranges and code == ranges[-1][1] + 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+
+
+# Windows reserves these names for devices, with any suffix.
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
+_MOST_BYTES = 200  # file systems allow 255; a number and a suffix follow
+
+
+def file_stem(word: str) -> str:
+    """Return a file name without suffix for a word: "<my-cat>" becomes "my-cat", and "*" becomes "embedding".
+
+    It stays as close to the word as possible, because most tools use it as the prompt word. Letters and marks of all
+    languages are kept; symbols, joiners and what this file system cannot name become "_" or are left out, and so do
+    spaces, which end a word in ComfyUI.
+    """
+    text = unicodedata.normalize("NFC", word)
+    text = "".join(c if _continues(c) or c in f"+.-{_ZWNJ}{_ZWJ}" else "\0" for c in text if _can_be_named(c))
+    name = re.sub(f"\0[\0{_ZWNJ}{_ZWJ}{_EMOJI_FORM}]*", "_", text).strip("._-")
+    name = name.encode()[:_MOST_BYTES].decode(errors="ignore")[:100].rstrip("._-")
+    if name.split(".")[0].lower() in _RESERVED:
+        name = f"{name.replace('.', '_')}_"
+    return name or "embedding"
+
+
+def _can_be_named(character: str) -> bool:
+    try:
+        os.fsencode(character)
+    except UnicodeEncodeError:
+        return False
+    return unicodedata.category(character) != "Cs"
