@@ -338,6 +338,11 @@ class LearnedEmbeddings:
         )
         return dataclasses.replace(self, concepts=concepts)
 
+    def with_tokens(self, ids: Mapping[str, int]) -> LearnedEmbeddings:
+        """Return the same vectors with the token ids of some triggers, by trigger."""
+        concepts = tuple(dataclasses.replace(c, token=ids.get(c.trigger, c.token)) for c in self.concepts)
+        return dataclasses.replace(self, concepts=concepts)
+
     def vectors_for(self, width: int, encoder: str | None = None) -> dict[str, Tensor]:
         """Return the vectors [N, width] in use, by trigger, that a text encoder of this width can use.
 
@@ -361,7 +366,7 @@ class LearnedEmbeddings:
         if kind is not None and any(is_ambiguous_width(c.encoder, c.width) for c in usable):
             raise EmbeddingError(
                 f"{name}vectors of width {width} are for {model_names(None, width)} and the file does not say which; "
-                "state it once with: scripts/embeddings.py convert FILE --to original --encoder bert (or clip_g)"
+                "state it once with: scripts/embeddings.py convert FILE --to safetensors --encoder bert (or clip_g)"
             )
         return {concept.trigger: concept.vectors for concept in usable}
 

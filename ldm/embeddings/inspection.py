@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,12 @@ def words_of(folder: str | Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise EmbeddingError(f"'{path}' is damaged or not a vocabulary ({str(error)[:80]})") from error
     return words
+
+
+def token_ids(words: Sequence[str], triggers: Iterable[str]) -> dict[str, int]:
+    """Return the token ids of the triggers that are one token; `words` is what `words_of` returns."""
+    places = {word: number for number, word in reversed(list(enumerate(words))) if word}
+    return {trigger: places[trigger.lower()] for trigger in triggers if trigger.lower() in places}
 
 
 def known_folder(source: str) -> Path | None:
