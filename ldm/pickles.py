@@ -184,6 +184,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.Size": tuple,
     "torch.nn.modules.container.ParameterDict": lambda *_: ParameterDict(),
     "torch.nn.parameter.Parameter": lambda data=None, *_: data,
+    "torch.Tensor": lambda *_: Foreign(),  # only named, by tensors with attributes
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._utils._rebuild_tensor": _rebuilt_tensor,

@@ -80,6 +80,7 @@ MAX_IMAGE_BYTES = 64 * 2**20
 _MAX_PIXELS = 2**24
 _MAX_JSON = 32 * 2**20
 _MAX_TENSORS = 256
+_MAX_NUMBERS = 2**20  # at most 26 MB of text
 _SLACK = 2**20
 # At most as many bytes of text for each byte of the file: numbers that were learned compress to less than half.
 _MAX_RATIO = 16
@@ -146,21 +147,26 @@ def _decoded(text: str | None, payload: bytes | None, most: int) -> dict[str, An
 def save_image_payload(content: dict[str, Any], preview: Image.Image, shades: Tensor, file: BinaryIO) -> None:
     """Write a PNG of the preview that carries the dict twice: in a text chunk and in strips of pixels.
 
-    `shades` [n] in [0, 1] colour the strips. Small previews are enlarged.
+    `shades` [n] in [0, 1] colour the strips. Small previews are enlarged. Raises EmbeddingError for what
+    `load_image_payload` would refuse: too many numbers, or too large a preview.
     """
+    tensors = [value for part in content.values() for value in _tensors(part)]
+    if (numbers := sum(tensor.numel() for tensor in tensors)) > _MAX_NUMBERS:
+        raise EmbeddingError(
+            f"an image holds at most {_MAX_NUMBERS:,} numbers, not {numbers:,}; use the format a1111"
+        )
     scale = max(1, math.ceil(_MIN_HEIGHT / preview.height))
     pixels = np.asarray(enlarged(preview.convert("RGB"), scale))
     encoded = json.dumps(content, default=_encode).encode()
     payload = zlib.compress(encoded, 9)
-    size = len(encoded) + len(payload)  # less than that of the file, which holds both
-    pixels_needed = pixels.size // 3 + 2 * len(payload)
-    if len(encoded) > _MAX_JSON or pixels_needed > _MAX_PIXELS or 2 * size > MAX_IMAGE_BYTES:
+    canvas = hide_bytes(payload, pixels, shades.numpy())
+    if canvas.shape[0] * canvas.shape[1] > _MAX_PIXELS:
         raise EmbeddingError(
-            f"an image holds no embedding of this size ({len(encoded) / 2**20:.0f} MB as text); use the format a1111"
+            f"the image would have {canvas.shape[1]} x {canvas.shape[0]} pixels, more than readers load; choose a "
+            "smaller preview"
         )
     info = PngInfo()
     info.add_text(_CHUNK, base64.b64encode(encoded).decode())
-    canvas = hide_bytes(payload, pixels, shades.numpy())
     Image.fromarray(canvas).save(file, format="PNG", pnginfo=info)
 
 
@@ -171,6 +177,11 @@ def _inflate(payload: bytes | None, most: int) -> bytes:
     if not stream.eof and len(encoded) <= most:
         raise zlib.error("cut off")
     return encoded
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value.values() if isinstance(value, dict) else [value]
+    return [item for item in values if isinstance(item, Tensor)]
 
 
 def _encode(value: Any) -> Any:
