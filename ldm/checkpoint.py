@@ -1,4 +1,4 @@
-"""Model checkpoints: reading `.ckpt` and `.safetensors` safely, and loading them into models."""
+"""Loading checkpoints into models; `ldm.weights` reads their files, `ldm.base_models` says what they are."""
 
 from __future__ import annotations
 
@@ -14,87 +14,15 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm import pickles
-from ldm.files import NO_TENSORS, atomic_write, file_kind
-from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
+from ldm.base_models import recognise
+from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
+from ldm.weights import CheckpointError, read_state_dict, save_state_dict
+
+__all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
 logger = logging.getLogger(__name__)
 
 DENOISER, TEXT_ENCODER = "model.diffusion_model.", "cond_stage_model."
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or does not belong to the model."""
-
-
-class _Inert:
-    """Replaces a class that an old checkpoint names beside its weights; its instances are never used."""
-
-    def __init__(self, *args: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-# Lightning 1.x kept its callbacks in the checkpoint, keyed by class or holding instances of these.
-_LIGHTNING_CLASSES = [
-    (_Inert, f"{package}.{name}")
-    for package in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
-    for name in (
-        "callbacks.model_checkpoint.ModelCheckpoint",
-        "callbacks.early_stopping.EarlyStopping",
-        "utilities.parsing.AttributeDict",
-    )
-]
-
-
-def _numpy_classes() -> list[Any]:
-    """Return the classes that a pickled numpy scalar needs, under the module names of numpy 1 and 2."""
-    import numpy as np
-    from numpy._core.multiarray import _reconstruct, scalar
-
-    dtypes = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i2", "i4", "i8", "u1", "?")]
-    named = [(scalar, "numpy.core.multiarray.scalar"), (_reconstruct, "numpy.core.multiarray._reconstruct")]
-    return [scalar, _reconstruct, *named, np.dtype, np.ndarray, *dtypes, np.float64, np.float32, np.int64]
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint on the CPU, mapped into memory where the file allows it.
-
-    The content decides whether the file is safetensors or a PyTorch file; of a training checkpoint, the
-    `state_dict` is returned. Raises UserError if the file is missing, damaged, or not a checkpoint.
-    """
-    kind = file_kind(path)
-    if kind in NO_TENSORS:
-        raise CheckpointError(f"checkpoint '{path}' {NO_TENSORS[kind]}")
-    if kind == "safetensors":
-        return _read_safetensors(path)
-    # ParameterDict is what embedding files hold: with it they are recognised below, and not called damaged.
-    classes = [*_LIGHTNING_CLASSES, *_numpy_classes(), nn.ParameterDict]
-    content = pickles.load(path, classes=classes, mmap=True, what=f"checkpoint '{path}'")
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"checkpoint '{path}' holds {type(content).__name__}, not a state dict; name a model's file"
-        )
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        keys = ", ".join(map(str, list(state)[:3])) or "nothing"
-        raise CheckpointError(
-            f"checkpoint '{path}' holds no weights (it holds {keys}); is it an embedding file? name a model's file"
-        )
-    return tensors
-
-
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"checkpoint '{path}' is damaged ({str(error)[:120]}); download it again"
-        ) from error
 
 
 def load_model_from_config(
@@ -225,39 +153,10 @@ def initialised() -> Iterator[None]:
         _filled.reset(token)
 
 
-def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Write tensors as safetensors, weights of the network in `dtype` if given.
-
-    Scalars and the noise schedule's buffers stay in float32: half precision would change every sample.
-    """
-    from safetensors.torch import save
-
-    kept = {}
-    for key, value in state.items():
-        is_weight = "." in key and value.is_floating_point() and value.ndim > 0
-        kept[key] = (value.to(dtype) if dtype and is_weight else value).detach().cpu().contiguous().clone()
-    return atomic_write(path, lambda file: file.write(save(kept, {"format": "pt"})))
-
-
-# The YAML of a published model, by the prefix of its text encoder's keys.
-_CONFIGS = {
-    "cond_stage_model.transformer.token_emb.": "latent-diffusion/txt2img-1p4B-eval_with_tokens.yaml",
-    "cond_stage_model.transformer.text_model.": "stable-diffusion/v1-inference.yaml",
-}
-
-
 def config_of(ckpt: str) -> Path:
-    """Return the YAML of a checkpoint: config.yaml beside it, else the one of the published model.
+    """Return the YAML to generate with a model: config.yaml beside it, else the one of the model that it is.
 
-    Raises CheckpointError if there is no config.yaml and the text encoder is not one of a published model.
+    Raises CheckpointError if there is no config.yaml and the model is not one that is known.
     """
     beside = Path(ckpt).with_name("config.yaml")
-    if beside.is_file():
-        return beside
-    keys = read_state_dict(ckpt).keys()
-    for prefix, name in _CONFIGS.items():
-        if any(key.startswith(prefix) for key in keys):
-            return Path(__file__).resolve().parents[1] / "configs" / name
-    raise CheckpointError(
-        f"'{ckpt}' has no config.yaml beside it and is not a known model; name its YAML with --config"
-    )
+    return beside if beside.is_file() else recognise(ckpt).inference_config

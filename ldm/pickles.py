@@ -32,6 +32,7 @@ def load(
     *,
     classes: Sequence[type | tuple[type, str]] = (),
     mmap: bool = False,
+    meta: bool = False,
     what: str = "",
 ) -> Any:
     """Read a `torch.save` file onto the CPU without running code from it.
@@ -40,6 +41,7 @@ def load(
         source: a path, or an open binary file.
         classes: allowed in addition to torch's own list, as a class or as (class, "dotted.name in the file").
         mmap: map the tensors into memory instead of reading them, where the file's layout allows it.
+        meta: return tensors on the meta device, which have a shape and no numbers.
         what: how messages name the file; default: its path.
 
     Raises:
@@ -54,7 +56,8 @@ def load(
         source = str(source)
     try:
         with torch.serialization.safe_globals(list(classes)):
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap or None)
+            device = "meta" if meta else "cpu"
+            return torch.load(source, map_location=device, weights_only=True, mmap=mmap or None)
     except UserError:
         raise
     except pickle.UnpicklingError as error:

@@ -1,0 +1,548 @@
+"""What a model's file, folder or hub id is, by the names and shapes of its tensors; their numbers are not read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ldm.files import NO_TENSORS, file_kind
+from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, is_hub_id, read_header
+
+logger = logging.getLogger(__name__)
+
+Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
+Prediction = Literal["eps", "v", "x0"]
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FAMILIES: dict[Family, str] = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+    "ldm": "LDM text2img-large",
+    "embedded": "the embedded model",
+}
+# (family, whether it predicts v) -> the YAMLs that train a word on it and that generate with it.
+_YAMLS: dict[tuple[Family, bool], tuple[str, str]] = {
+    ("sd1", False): ("stable-diffusion/v1-finetune.yaml", "stable-diffusion/v1-inference.yaml"),
+    ("sd2", False): ("stable-diffusion/v2-finetune.yaml", "stable-diffusion/v2-inference.yaml"),
+    ("sd2", True): ("stable-diffusion/v2-finetune_v.yaml", "stable-diffusion/v2-inference-v.yaml"),
+    ("sdxl", False): ("stable-diffusion/xl-finetune.yaml", "stable-diffusion/xl-inference.yaml"),
+    ("ldm", False): (
+        "latent-diffusion/txt2img-1p4B-finetune.yaml",
+        "latent-diffusion/txt2img-1p4B-eval_with_tokens.yaml",
+    ),
+    ("embedded", False): ("latent-diffusion/txt2img-finetune.yaml", "../models/ldm/creatures/config.yaml"),
+    ("embedded", True): ("latent-diffusion/txt2img-finetune.yaml", "../models/ldm/creatures/config.yaml"),
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model that can be read.
+
+    Attributes:
+        source: what the user named: a file, a folder or a hub id.
+        path: the file, or the folder, which a hub id was fetched to.
+        family: key of `FAMILIES`.
+        prediction: what its denoiser predicts.
+        assumed: whether `prediction` is an assumption that weights and notes of the file cannot confirm.
+    """
+
+    source: str
+    path: Path
+    family: Family
+    prediction: Prediction
+    assumed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The family for messages, such as "Stable Diffusion 2 (v)"."""
+        return FAMILIES[self.family] + (" (v)" if self.prediction == "v" else "")
+
+    @property
+    def layout(self) -> Literal["file", "folder"]:
+        """Whether it is one file in LDM's naming or a folder in that of diffusers."""
+        return "folder" if self.path.is_dir() else "file"
+
+    @property
+    def finetune_config(self) -> Path:
+        """The YAML that learns a word on this model."""
+        return CONFIGS / self._yamls[0]
+
+    @property
+    def inference_config(self) -> Path:
+        """The YAML that generates with this model."""
+        return CONFIGS / self._yamls[1]
+
+    @property
+    def _yamls(self) -> tuple[str, str]:
+        return _YAMLS.get((self.family, self.prediction == "v")) or _YAMLS[self.family, False]
+
+
+def recognise(source: str | Path, variant: str | None = None, revision: str | None = None) -> BaseModel:
+    """Find out what a file, a diffusers folder or a hub id is. A hub id is fetched once, only the files needed.
+
+    Args:
+        source: what the user named.
+        variant: of a folder or hub id, the weights of this name, such as fp16 (default: those without a name).
+        revision: of a hub id.
+
+    Raises:
+        CheckpointError: it is missing or no base model that can be read; the message says what it is and what to do.
+    """
+    path = Path(source)
+    if not path.exists() and is_hub_id(str(source)):
+        path = fetch(str(source), variant, revision)
+    if path.is_dir():
+        return _of_folder(str(source), Folder(path, variant))
+    header = checked_header(path)
+    found = _of_header(header, path.name)
+    if isinstance(found, Kind):
+        raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
+    return BaseModel(str(source), path, *found)
+
+
+def what_is(source: str | Path) -> str | None:
+    """Say what a file is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown or cannot be read."""
+    try:
+        found = _of_header(checked_header(Path(source)), Path(source).name)
+    except CheckpointError:
+        return None
+    if isinstance(found, Kind):
+        return None if found is UNKNOWN else found.name
+    return FAMILIES[found[0]]
+
+
+def ask_for_prediction(model: BaseModel) -> None:
+    """Log the one line that asks what weights cannot tell, if they did not: whether the denoiser predicts v."""
+    if model.assumed:
+        other = _YAMLS[model.family, model.prediction != "v"]
+        logger.warning(
+            "'%s': weights do not tell whether this is %s's 768 model, which predicts v, or the 512 base model, "
+            "which predicts noise; %s is assumed. If that is wrong, name configs/%s to train, configs/%s to generate",
+            model.source,
+            FAMILIES[model.family],
+            model.prediction,
+            *other,
+        )
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+_READ = "read are Stable Diffusion 1, 2 and XL and LDM text2img-large"
+_BASE = "name the base model, with the YAML or the words that use this file apart from it"
+
+# Files of other tools by their first bytes, then by their suffix -> what they are and what to do.
+_BY_BYTES: tuple[tuple[bytes, str, str], ...] = (
+    (b"GGUF", "a GGUF file, quantised weights for other programs", "name the .safetensors it was made from"),
+    (b"\x89HDF", "a Keras file", "name the .safetensors or .ckpt of the model"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it and name the file in it"),
+    (b"Rar!", "a RAR archive", "unpack it and name the file in it"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it and name the file in it"),
+)
+_BY_SUFFIX: dict[str, tuple[str, str]] = {
+    ".gguf": _BY_BYTES[0][1:],
+    ".onnx": ("an ONNX model", "name the PyTorch model that it was made from"),
+    ".xml": ("the network of an OpenVINO model", "name the PyTorch model that it was made from"),
+    ".engine": ("a TensorRT engine", "name the PyTorch model that it was made from"),
+    ".plan": ("a TensorRT engine", "name the PyTorch model that it was made from"),
+    ".trt": ("a TensorRT engine", "name the PyTorch model that it was made from"),
+    ".mlmodel": ("a Core ML model", "name the PyTorch model that it was made from"),
+    ".msgpack": ("Flax weights", "name the .safetensors or .bin of the model"),
+    ".h5": _BY_BYTES[1][1:],
+    ".tflite": ("a TensorFlow Lite model", "name the PyTorch model that it was made from"),
+    ".yaml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
+    ".yml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
+    ".crdownload": ("an unfinished download", "wait until it is complete"),
+    ".part": ("an unfinished download", "wait until it is complete"),
+    ".aria2": ("an unfinished download", "wait until it is complete"),
+    ".incomplete": ("an unfinished download", "wait until it is complete"),
+}
+
+
+def checked_header(path: Path) -> Header:
+    """Return what a file of weights holds.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or no file of weights; the message says what it is.
+    """
+    if not path.exists() and "://" in str(path).replace(":/", "://", 1):
+        raise CheckpointError(
+            f"'{path}' is a web address; download the file and name it, or name a hub id as OWNER/NAME"
+        )
+    kind = file_kind(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(16)
+        known = next((what for start, *what in _BY_BYTES if head.startswith(start)), None)
+        if known is None and kind not in ("safetensors", "zip", "pickle", "web page", "Git LFS pointer"):
+            known = list(_BY_SUFFIX.get(path.suffix.lower(), ())) or None
+        if known is not None:
+            raise CheckpointError(f"'{path}' is {known[0]}; {known[1]}")
+    if kind == "image":
+        raise CheckpointError(f"'{path}' is an image; name the file with the weights of the model")
+    if kind in NO_TENSORS:
+        raise CheckpointError(f"'{path}' {NO_TENSORS[kind]}")
+    if kind == "unknown":
+        raise CheckpointError(
+            f"'{path}' is no file of weights: it is neither safetensors nor PyTorch, or its beginning is damaged; "
+            "download it again or name another file"
+        )
+    return read_header(path)
+
+
+class Kind(NamedTuple):
+    """What a file is that is no base model to be read, and what to do."""
+
+    name: str
+    remedy: str
+
+
+class Names:
+    """The names and shapes in a file, to look for."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self._all = "\n".join(shapes)
+
+    def match(self, *patterns: str) -> bool:
+        """Whether each of these regular expressions is found; ^ and $ are the ends of a name."""
+        return all(re.search(pattern, self._all, re.MULTILINE) for pattern in patterns)
+
+    def size(self, axis: int, *ends: str) -> int | None:
+        """The size along an axis of the first tensor whose name ends with one of these texts."""
+        for name, shape in self.shapes.items():
+            if name.endswith(ends) and len(shape) > axis:
+                return shape[axis]
+        return None
+
+
+UNKNOWN = Kind(
+    "no model that is known here", f"{_READ}; for a model of your own, name its YAML with --config or --base"
+)
+_OTHER_MODEL = f"it cannot be used here: {_READ}"
+_ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
+_PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
+_EMBEDDING = Kind(
+    "a textual inversion embedding", "name the base model here and the embedding with --embedding_path"
+)
+_NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
+
+# What a file is, what to do, and expressions that must all be found in its names; the first row that fits counts.
+_KINDS: tuple[tuple[str, ...], ...] = (
+    (*_EMBEDDING, r"^string_to_(param|token)|^emb_params|^clip_[lg]$"),
+    (
+        "the state of a training run, with the learned vectors only",
+        "name the base model it was trained on",
+        r"^embedding_manager\.",
+        _NO_DENOISER,
+    ),
+    # What is added to a base model.
+    ("a ControlNet LoRA", _ADAPTER, r"lora_controlnet"),
+    (
+        "a LoRA",
+        _ADAPTER,
+        r"[._]lora[._](up|down|A|B)\b|lora_(up|down)\.|^lora_(unet|te\d?)_|lora_linear_layer",
+    ),
+    ("a LyCORIS file (LoHa, LoKr)", _ADAPTER, r"hada_w1|lokr_w1|oft_blocks|oft_diag"),
+    ("a ControlNet", _ADAPTER, r"^control_model\.|^zero_convs\.|input_hint_block\.|^controlnet_"),
+    ("an IP-Adapter", _ADAPTER, r"^(image_proj|ip_adapter)\."),
+    ("an InstantID or PhotoMaker file", _ADAPTER, r"^(id_encoder|image_proj_model)\."),
+    ("a T2I adapter", _ADAPTER, r"^(adapter\.)?body\.0\.(block1|resnets|in_conv)"),
+    ("a motion module of AnimateDiff", _ADAPTER, r"motion_modules\.|temporal_transformer\."),
+    ("a hypernetwork", _ADAPTER, r"^(320|640|768|1024|1280)\.\d+\..*linear"),
+    # Other models that generate images or videos.
+    ("Hunyuan Video", _OTHER_MODEL, r"individual_token_refiner"),
+    ("AuraFlow", _OTHER_MODEL, r"double_layers\.|cond_seq_linear|joint_transformer_blocks\.|register_tokens"),
+    ("Flux", _OTHER_MODEL, r"double_blocks\.|single_transformer_blocks\."),
+    (
+        "Würstchen or Stable Cascade",
+        _OTHER_MODEL,
+        r"clip_txt(_pooled)?_mapper|effnet_mapper|\.depthwise\.weight",
+    ),
+    ("Hunyuan-DiT", _OTHER_MODEL, r"mlp_t5\.|text_embedding_padding"),
+    ("Sana", _OTHER_MODEL, r"conv_inverted|glumb_conv|attention_y_norm"),
+    ("PixArt", _OTHER_MODEL, r"t_block\.|adaln_single\.", r"y_embedder\.|caption_projection\."),
+    ("Stable Diffusion 3", _OTHER_MODEL, r"joint_blocks\."),
+    ("Stable Diffusion 3", _OTHER_MODEL, r"pos_embed\.proj\.", r"time_text_embed\."),
+    ("Lumina", _OTHER_MODEL, r"cap_embedder\.|time_caption_embed\."),
+    ("Qwen-Image, Wan or another video model", _OTHER_MODEL, r"img_mlp\.|patch_embedding\.|txt_norm\."),
+    ("Kandinsky", _OTHER_MODEL, r"add_k_proj|encoder_hid_proj\.|encoder_kv"),
+    ("Stable Video Diffusion", _OTHER_MODEL, r"time_stack\.|temporal_transformer_blocks|time_mixer"),
+    ("DeepFloyd IF", _OTHER_MODEL, r"encoder_pooling\.|add_embedding\.pool\."),
+)
+# The same for files without a denoiser.
+_PARTS: tuple[tuple[str, ...], ...] = (
+    (
+        "a VAE alone",
+        "name the model here and the VAE with --vae",
+        r"^(first_stage_model\.|vae\.)?(decoder|encoder)\.conv_in\.",
+    ),
+    ("a tiny preview VAE (TAESD)", _PART, r"^(decoder\.layers|taesd_decoder|decoder\.1)\."),
+    ("a CLIP model of images and texts", _PART, r"^(vision_model|visual)\."),
+    (
+        "a text encoder alone",
+        _PART,
+        r"^(text_model|cond_stage_model|conditioner|transformer\.resblocks|text_encoder|embeddings)\.",
+    ),
+    ("a T5 text encoder alone", _PART, r"(encoder\.block\.0\.layer|enc\.blk\.0)\."),
+    ("an image upscaler", _PART, r"model\.1\.sub\.0\.|body\.0\.rdb1|RDB1\."),
+)
+
+
+def _is_vectors(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of a text encoder's width."""
+    return 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
+
+
+def _of_header(header: Header, name: str) -> tuple[Family, Prediction, bool] | Kind:
+    """What a file is: (family, prediction, whether the prediction is assumed), or another kind."""
+    names = Names(header.shapes)
+    if 0 < len(names.shapes) <= 8 and all(_is_vectors(shape) for shape in names.shapes.values()):
+        return _EMBEDDING
+    denoiser = Denoiser.of(names)
+    for kind, remedy, *patterns in _KINDS if denoiser else (*_KINDS, *_PARTS):
+        if names.match(*patterns):
+            return Kind(kind, remedy)
+    if denoiser is None:
+        return UNKNOWN
+    special = denoiser.special()
+    if special is not None:
+        return special
+    family = (
+        denoiser.family if denoiser.family == "embedded" else _family_by_encoder(names) or denoiser.family
+    )
+    if family is None:
+        return UNKNOWN
+    if denoiser.alone:
+        return Kind(f"the denoiser (UNet) of {FAMILIES[family]} alone", _PART)
+    return family, *_prediction(family, header, name)
+
+
+# The layers that a further condition enters by, in the three namings, and by the class that unCLIP uses.
+_ADDED = (
+    "label_emb.0.0.weight",
+    "label_emb00weight",
+    "add_embedding.linear_1.weight",
+    "class_embedding.linear_1.weight",
+)
+
+
+class Denoiser(NamedTuple):
+    """What the names and shapes of a UNet tell.
+
+    Attributes:
+        channels: of its input.
+        context: width of the text's states.
+        added: width of the further condition (sizes and pooled text in Stable Diffusion XL).
+        alone: whether it is not under the name that it has in a checkpoint of a whole model.
+    """
+
+    channels: int
+    context: int | None
+    added: int | None
+    alone: bool
+
+    @classmethod
+    def of(cls, names: Names) -> Denoiser | None:
+        """The denoiser in a file, in LDM's naming, as averages, or in that of diffusers; None if there is none."""
+        firsts = {
+            "model.diffusion_model.input_blocks.0.0.weight": False,
+            "model_ema.diffusion_modelinput_blocks00weight": False,
+            "input_blocks.0.0.weight": True,
+            "conv_in.weight": True,
+        }
+        first = next((name for name in firsts if len(names.shapes.get(name, ())) == 4), None)
+        if first is None or (first == "conv_in.weight" and not names.match(r"^time_embedding\.")):
+            return None
+        context = names.size(1, "attn2.to_k.weight", "attn2to_kweight")
+        added = names.size(1, *_ADDED)
+        return cls(names.shapes[first][1], context, added, firsts[first])
+
+    @property
+    def family(self) -> Family | None:
+        """The family by the widths of its conditions."""
+        if (self.channels, self.context) == (12, 128):
+            return "embedded"
+        widths: dict[tuple[int | None, int | None], Family] = {
+            (768, None): "sd1",
+            (1024, None): "sd2",
+            (2048, 2816): "sdxl",
+            (1280, None): "ldm",
+        }
+        return widths.get((self.context, self.added))
+
+    def special(self) -> Kind | None:
+        """What it is if it needs more than a text, or other texts."""
+        version = {768: "1", 1024: "2", 2048: "XL"}.get(self.context or 0)
+        if version is None:
+            if (self.context, self.added) == (1280, 2560):
+                return Kind(
+                    "the refiner of Stable Diffusion XL", "name the base model of Stable Diffusion XL"
+                )
+            return None
+        uses = {
+            5: f"the depth model of Stable Diffusion {version} (5 input channels)",
+            7: f"the upscaler of Stable Diffusion {version} (7 input channels)",
+            8: f"an image-editing model (InstructPix2Pix) of Stable Diffusion {version} (8 input channels)",
+            9: f"an inpainting model of Stable Diffusion {version} (9 input channels)",
+        }
+        if self.channels in uses:
+            return Kind(
+                uses[self.channels], "it needs more than a text; name the text-to-image model of its kind"
+            )
+        if version == "2" and self.added is not None:
+            return Kind(
+                "Stable unCLIP, which needs an image", "name a text-to-image model of Stable Diffusion 2"
+            )
+        return None
+
+
+def _family_by_encoder(names: Names) -> Family | None:
+    prefixes: dict[str, Family] = {
+        r"^conditioner\.embedders\.": "sdxl",
+        r"^cond_stage_model\.model\.": "sd2",
+        r"^cond_stage_model\.transformer\.token_emb\.": "ldm",
+        r"^cond_stage_model\.transformer\.": "sd1",
+    }
+    return next((family for prefix, family in prefixes.items() if names.match(prefix)), None)
+
+
+def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, bool]:
+    """What the denoiser predicts by the notes in a file, and whether that is an assumption."""
+    noted = header.notes.get("modelspec.prediction_type", "").lower()
+    if noted.startswith("v") or "v_pred" in header.shapes:
+        return "v", False
+    if family == "embedded":
+        return "v", False
+    if noted.startswith("eps") or family != "sd2":
+        return "eps", False
+    # The published files note their training steps: these are of 2.0's base model and of 2.1's 768 model.
+    steps: dict[str, Prediction] = {"875000": "eps", "110000": "v"}
+    known = steps.get(header.notes.get("global_step", ""))
+    if known is not None:
+        return known, False
+    published: dict[str, Prediction] = {"512-base": "eps", "v2-1_512": "eps", "768-v": "v", "v2-1_768": "v"}
+    by_name = next((value for part, value in published.items() if part in name), None)
+    return (by_name, False) if by_name else ("v", True)
+
+
+# -- folders -------------------------------------------------------------------------------------------------
+
+# Beginnings of pipeline classes in model_index.json -> what the folder holds.
+_PIPELINES = {
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "PixArt": "PixArt",
+    "Wuerstchen": "Würstchen",
+    "StableCascade": "Stable Cascade",
+    "AuraFlow": "AuraFlow",
+    "Kandinsky": "Kandinsky",
+    "HunyuanDiT": "Hunyuan-DiT",
+    "Lumina": "Lumina",
+    "Sana": "Sana",
+    "QwenImage": "Qwen-Image",
+    "Chroma": "Chroma",
+    "StableVideo": "Stable Video Diffusion",
+    "StableUnCLIP": "Stable unCLIP",
+    "IF": "DeepFloyd IF",
+    "LDMTextToImage": "LDM text2img-large in the layout of diffusers; name its model.ckpt",
+}
+# Suffixes in a folder, or in a part of it -> other programs' formats.
+_FORMATS = {
+    ".onnx": "ONNX",
+    ".engine": "TensorRT",
+    ".plan": "TensorRT",
+    ".mlpackage": "Core ML",
+    ".mlmodelc": "Core ML",
+    ".msgpack": "Flax",
+}
+
+
+def _of_folder(source: str, folder: Folder) -> BaseModel:
+    """What a folder is; CheckpointError unless it is a model in the layout of diffusers that can be read."""
+    index = folder.index()
+    unet = folder.config("unet")
+    pipeline = str(index.get("_class_name", ""))
+    other = next((name for start, name in _PIPELINES.items() if pipeline.startswith(start)), None)
+    if other is not None:
+        raise CheckpointError(f"'{source}' is {other}; {_OTHER_MODEL}")
+    if not folder.weights("unet"):
+        kind = _folder_kind(source, folder)
+        raise CheckpointError(f"'{source}' {kind[0]}; {kind[1]}")
+    sizes = unet.get("cross_attention_dim")
+    added = unet.get("projection_class_embeddings_input_dim") if unet.get("addition_embed_type") else None
+    if not added and unet.get("class_embed_type"):
+        added = unet.get("projection_class_embeddings_input_dim") or -1
+    context = sizes[0] if isinstance(sizes, list) and sizes else sizes
+    denoiser = Denoiser(int(unet.get("in_channels", 4)), context, added, alone=False)
+    special = denoiser.special()
+    if special is not None:
+        raise CheckpointError(f"'{source}' is {special.name}; {special.remedy}")
+    family: Family = (
+        "sdxl"
+        if unet.get("addition_embed_type") == "text_time"
+        else "sd2"
+        if context == 1024 or unet.get("use_linear_projection")
+        else "sd1"
+    )
+    predictions: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+    noted = folder.config("scheduler").get("prediction_type", "epsilon")
+    if noted not in predictions:
+        raise CheckpointError(
+            f"'{source}': the scheduler's prediction_type is '{noted}'; known are {', '.join(predictions)}"
+        )
+    return BaseModel(source, folder.path, family, predictions[noted])
+
+
+def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:
+    """What a folder is that holds no denoiser's weights of diffusers, and what to do."""
+    path, names = folder.path, folder.names
+    suffixes = {Path(name).suffix.lower() for name in [*names, *(entry.name for entry in path.iterdir())]}
+    for suffix, name in _FORMATS.items():
+        if suffix in suffixes:
+            return f"is an {name} model" if name[0] in "AEIO" else f"is a {name} model", (
+                "name the PyTorch model that it was made from"
+            )
+    if any(name.endswith("openvino_model.xml") for name in names):
+        return "is an OpenVINO model", "name the PyTorch model that it was made from"
+    if any(name.startswith("unet/") for name in names) or "model_index.json" in names:
+        return "is a diffusers folder without the weights of its unet", "download it completely"
+    if (path / "snapshots").is_dir():
+        inside = sorted((path / "snapshots").iterdir())
+        return "is a folder of the hub's cache", f"name '{inside[-1] if inside else path / 'snapshots'}'"
+    own = folder.config("")
+    part = str(own.get("_class_name") or next(iter(own.get("architectures") or []), "") or "")
+    above = (
+        "name the folder above it" if (path.parent / "model_index.json").is_file() else "name the whole model"
+    )
+    parts = {
+        "UNet2DConditionModel": "the unet of a diffusers model",
+        "AutoencoderKL": "the VAE of a diffusers model",
+        "CLIPText": "the text encoder of a diffusers model",
+        "T5": "a T5 text encoder",
+        "ControlNet": "a ControlNet",
+        "T2IAdapter": "a T2I adapter",
+        "MotionAdapter": "a motion module of AnimateDiff",
+    }
+    named = next((name for start, name in parts.items() if part.startswith(start)), None)
+    if part.startswith("AutoencoderKL"):
+        above += ", and bring this VAE with --vae"
+    if named is not None:
+        return f"is {named} alone", above
+    if any(Path(name).name in ("adapter_config.json", "pytorch_lora_weights.safetensors") for name in names):
+        return "is a LoRA", _ADAPTER
+    if "scheduler_config.json" in names or "tokenizer_config.json" in names:
+        return "is a part of a diffusers model without weights", above
+    if (path / "checkpoints").is_dir() or "embeddings.pt" in names:
+        return (
+            "is the folder of a training run",
+            "name the base model here and the embedding with --embedding_path",
+        )
+    files = [name for name in names if Path(name).suffix.lower() in (".ckpt", ".safetensors", ".pt", ".bin")]
+    if files:
+        return "is a folder and no diffusers model", f"name the file in it, such as '{path / files[0]}'"
+    return "is a folder without a model", "name a .ckpt or .safetensors file, or a folder of diffusers"
