@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ldm.base_models import what_begins
 from ldm.embeddings import image_files
 from ldm.embeddings.concept import EmbeddingError, check_shape
 from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord
@@ -99,7 +100,8 @@ class Payload:
         container: how the contents are stored.
         load: reads the contents; see `content`.
         names: the text keys of the contents; empty if they are not a mapping.
-        shapes: the shapes of all tensors, by their names; those inside of other mappings are joined with dots.
+        shapes: the shapes of all tensors, by their names; those inside of other mappings are joined with dots. Of a
+            training checkpoint, those of its `state_dict`.
         header: the texts in the header of a safetensors file.
     """
 
@@ -148,9 +150,13 @@ def open_payload(path: Path) -> Payload:
     if kind in ("zip", "pickle"):
         file = TorchFile(path, kind)
         held = file.pickle.content
-        return Payload(path, "torch", file.load, _text_keys(held), shapes_of(held))
+        state = held.get("state_dict") if isinstance(held, dict) else None
+        shapes = shapes_of(state if isinstance(state, dict) else held)
+        return Payload(path, "torch", file.load, _text_keys(held), shapes)
     if kind in NO_TENSORS:
         raise EmbeddingError(f"it {NO_TENSORS[kind]}")
+    if (what := what_begins(path)) is not None:
+        raise EmbeddingError(f"it is {what}; name the embedding's own file")
     raise EmbeddingError("it is not an embedding file: not safetensors, torch.save, or a PNG or WebP image")
 
 

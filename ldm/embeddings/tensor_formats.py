@@ -253,6 +253,8 @@ def parse_lora(payload: Payload) -> LearnedEmbeddings | None:
 
 
 _MOST_WORDS = 64
+# The vectors of CLIP's tokens have norms near 0.4, those of its image features near 10.
+_LARGEST_NORM = 4.0
 
 
 def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
@@ -262,7 +264,13 @@ def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
     """
     record = payload.record
     if isinstance(payload.content, Tensor):
-        return LearnedEmbeddings((record.concept(0, payload.stem, payload.content),), format="tensor")
+        concept = record.concept(0, payload.stem, payload.content)
+        if len(concept.vectors) == 1 and concept.width == 768 and concept.vectors.norm() > _LARGEST_NORM:
+            raise EmbeddingError(
+                f"it is a bare vector of norm {concept.vectors.norm():.1f}, an aesthetic gradient (the mean of CLIP's "
+                "image features), not an embedding of a word; name a file of textual inversion"
+            )
+        return LearnedEmbeddings((concept,), format="tensor")
     keys = sorted(payload.names)
     if not keys or not isinstance(payload.content, Mapping) or len(keys) != len(payload.content):
         return None

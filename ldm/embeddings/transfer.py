@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import read_state_dict
 from ldm.embeddings.concept import ENCODER_KINDS, Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
 from ldm.embeddings.inspection import nearest_words
 from ldm.util import shown
+from ldm.weights import Folder, read_state_dict
 
 # Ridge penalties that are tried, as multiples of the mean variance of the source table.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -167,7 +167,6 @@ def fit_models(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
 
 # The ends of a token table's name: CLIP in all layouts, and BERT in LDM's and that of transformers.
 _CLIP_TABLE, _BERT_TABLE = "token_embedding.weight", ("token_emb.weight", "word_embeddings.weight")
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def token_tables(model: str | Path) -> dict[str, Tensor]:
@@ -177,7 +176,11 @@ def token_tables(model: str | Path) -> dict[str, Tensor]:
     """
     path = Path(model)
     found: dict[str, Tensor] = {}
-    for file in _weight_files(path) if path.is_dir() else [path]:
+    files = [path]
+    if path.is_dir():
+        folder = Folder(path)
+        files = [*folder.weights("text_encoder"), *folder.weights("text_encoder_2")] or folder.own_weights()
+    for file in files:
         for name, value in read_state_dict(file).items():
             if value.ndim == 2 and name.endswith(_CLIP_TABLE):
                 found.setdefault(encoder_kind("clip", value.shape[1]), value.detach().float())
@@ -189,18 +192,6 @@ def token_tables(model: str | Path) -> dict[str, Tensor]:
         )
     order = [*ENCODER_KINDS, "clip"]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files with the weights of the text encoders in a folder."""
-    encoders = [folder / name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
-    found: list[Path] = []
-    for home in encoders or [folder]:
-        files = next((files for pattern in _WEIGHTS if (files := sorted(home.glob(pattern)))), [])
-        # A folder may hold the same weights several times, as fp16 and fp32: the plain name first.
-        whole = [file for file in files if file.stem in ("model", "pytorch_model")]
-        found += whole or files
-    return found
 
 
 _Fit = tuple[Tensor, Tensor, Tensor]
