@@ -13,7 +13,6 @@ from PIL import Image
 
 from ldm.embeddings import pickle_formats, tensor_formats
 from ldm.embeddings.concept import (
-    ENCODER_KINDS,
     EmbeddingError,
     LearnedEmbeddings,
     is_ambiguous_width,
@@ -72,13 +71,10 @@ def write(
     if preview is not None and format == "a1111-png":
         save = functools.partial(save, preview=preview)
     files = files_of(embeddings, path, format)
-    # SDXL's first encoder first, whatever the order of the concepts.
-    order = sorted(
-        embeddings.concepts, key=lambda concept: list(ENCODER_KINDS).index(concept.encoder or "clip_l")
-    )
-    parts = (
-        [embeddings] if len(files) == 1 else [dataclasses.replace(embeddings, concepts=(c,)) for c in order]
-    )
+    parts = [embeddings]
+    if len(files) > 1:  # SDXL's first encoder first, whatever the order of the concepts
+        ordered = sorted(embeddings.concepts, key=lambda concept: concept.encoder != "clip_l")
+        parts = [dataclasses.replace(embeddings, concepts=(concept,)) for concept in ordered]
     for part, file in zip(parts, files, strict=True):
         atomic_write(file, functools.partial(_save_to, save, part))
     return files[0]
