@@ -378,7 +378,7 @@ def interpret(data: bytes, start: int = 0) -> Pickle:
         for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
             if operation.name == "STOP":
                 (machine.result.content,) = machine.stack
-            elif operation.name == "PROTO" and argument > 5:
+            elif operation.name == "PROTO" and int(argument or 0) > 5:
                 raise PickleError(f"it is a pickle of protocol {argument}, which does not exist")
             elif count > _MAX_OPERATIONS:
                 raise PickleError("its pickle is longer than that of any embedding or model")

@@ -71,18 +71,17 @@ def inspect(options: argparse.Namespace) -> None:
     if folder is None and options.ckpt_path:
         folder = _tokenizer_of(options.ckpt_path)
     words = words_of(folder) if folder else None
-    state_dict = _vocabulary_weights(options)
+    tables = _vocabulary(options)
     reports: list[dict[str, Any]] = []
     failures: list[UserError] = []
     for file in options.files:
         try:
             learned = read(file)
-            table = _table(state_dict, options, learned)
         except UserError as error:
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue
-        concepts = inspect_concepts(learned, table, words, options.words)
+        concepts = inspect_concepts(learned, tables, words, options.words)
         reports.append(
             {
                 "file": str(file),
@@ -92,7 +91,7 @@ def inspect(options: argparse.Namespace) -> None:
             }
         )
         if not options.json:
-            for line in _report_lines(file, learned, concepts, table):
+            for line in _report_lines(file, learned, concepts, tables):
                 write_line(line)
     if options.json:
         write_line(json.dumps(reports, indent=2, ensure_ascii=False))
@@ -215,7 +214,8 @@ def transfer(options: argparse.Namespace) -> None:
     _check_overwriting([options.output], options)
 
     from ldm.embeddings import read, write
-    from ldm.embeddings.transfer import fit_models, token_tables, transferred
+    from ldm.embeddings.inspection import token_tables
+    from ldm.embeddings.transfer import fit_models, transferred
 
     learned = read(options.file)
     transfers = fit_models(token_tables(options.source), token_tables(options.target))
@@ -260,21 +260,23 @@ def _check_overwriting(paths: Sequence[Path], options: argparse.Namespace) -> No
             raise UserError(f"'{path}' exists already; choose another with -o, or add --overwrite")
 
 
-def _vocabulary_weights(options: argparse.Namespace) -> dict[str, Tensor] | None:
-    """Read the state dict with the vocabulary's vectors: of the checkpoint, or beside the tokenizer."""
-    from ldm.checkpoint import read_state_dict
+def _vocabulary(options: argparse.Namespace) -> dict[str, Tensor]:
+    """Read the vocabulary's vectors by text encoder: of the checkpoint, or beside the tokenizer; empty without any."""
+    from ldm.embeddings.inspection import token_tables
+    from ldm.weights import Folder
 
     if options.ckpt_path:
-        return read_state_dict(options.ckpt_path)
-    if options.tokenizer:
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (options.tokenizer / name).is_file():
-                return read_state_dict(options.tokenizer / name)
-    return None
+        return token_tables(options.ckpt_path)
+    if options.tokenizer and Folder(options.tokenizer).own_weights():
+        return token_tables(options.tokenizer)
+    return {}
 
 
 def _tokenizer_of(ckpt: Path) -> Path | None:
-    """Find the folder of the tokenizer that the config of a checkpoint names; None if there is no such folder."""
+    """Find the folder of the tokenizer that the config of a checkpoint names; None if there is no such folder.
+
+    A model's folder as diffusers writes it has its own.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -282,6 +284,8 @@ def _tokenizer_of(ckpt: Path) -> Path | None:
     from ldm.checkpoint import config_of
     from ldm.embeddings.inspection import known_folder
 
+    if ckpt.is_dir():
+        return ckpt / "tokenizer" if (ckpt / "tokenizer").is_dir() else None
     try:
         node = OmegaConf.select(OmegaConf.load(config_of(str(ckpt))), "model.params.cond_stage_config")
     except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
@@ -293,18 +297,8 @@ def _tokenizer_of(ckpt: Path) -> Path | None:
     return known_folder(str(params.get("version") or params.get("tokenizer") or default))
 
 
-def _table(
-    state_dict: dict[str, Tensor] | None, options: argparse.Namespace, learned: LearnedEmbeddings
-) -> Tensor | None:
-    from ldm.embeddings.inspection import table_of
-
-    if state_dict is None:
-        return None
-    return table_of(state_dict, str(options.ckpt_path or options.tokenizer), learned.concepts[0].width)
-
-
 def _report_lines(
-    file: Path, learned: LearnedEmbeddings, reports: Sequence[ConceptReport], table: Tensor | None
+    file: Path, learned: LearnedEmbeddings, reports: Sequence[ConceptReport], tables: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """The report on one file, as text."""
     yield f"{file}: {learned.format}"
@@ -317,8 +311,9 @@ def _report_lines(
         yield f"  trigger     {report.trigger}{part}"
         yield f"  vectors     {count}, {report.width} wide: for {report.models}"
         yield f"  norms       {norms}{vocabulary}"
-        if table is not None and report.nearest is None:
-            yield f"  nearest     not known: the checkpoint's vocabulary is {table.shape[1]} wide"
+        if tables and report.nearest is None:
+            widths = " and ".join(f"{table.shape[1]} wide" for table in tables.values())
+            yield f"  nearest     not known: the checkpoint's vocabulary is {widths}"
         for index, row in enumerate(report.nearest or ()):
             near = ", ".join(f"{word} {similarity:.2f}" for word, similarity in row)
             yield f"  nearest {index + 1:<3} {near}"
@@ -332,7 +327,9 @@ def _make_parser(prog: str) -> Parser:
 
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    command.add_argument("--ckpt_path", type=Path, help="checkpoint to compare with its vocabulary")
+    command.add_argument(
+        "--ckpt_path", type=Path, help="model (file or folder) to compare with its vocabulary"
+    )
     command.add_argument(
         "--tokenizer",
         type=Path,

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.embeddings.concept import ENCODER_KINDS, Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
 from ldm.embeddings.inspection import nearest_words
 from ldm.util import shown
-from ldm.weights import Folder, read_state_dict
 
 # Ridge penalties that are tried, as multiples of the mean variance of the source table.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -153,7 +151,8 @@ def transferred(
 def fit_models(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[tuple[str, str], Transfer]:
     """Return a map for each text encoder of the target model, from the source's encoder of its kind or its first.
 
-    `source` and `target` are what `token_tables` returns. Raises EmbeddingError if the vocabularies differ.
+    `source` and `target` are what `ldm.embeddings.inspection.token_tables` returns. Raises EmbeddingError if the
+    vocabularies differ.
     """
     chosen = {other: other if other in source else next(iter(source)) for other in target}
     families = {("bert" if kind == "bert" else "clip") for pair in chosen.items() for kind in pair}
@@ -163,35 +162,6 @@ def fit_models(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
             "1, 2 and XL, or between two of LDM text2img; train it anew"
         )
     return {(kind, other): fit_transfer(source[kind], target[other]) for other, kind in chosen.items()}
-
-
-# The ends of a token table's name: CLIP in all layouts, and BERT in LDM's and that of transformers.
-_CLIP_TABLE, _BERT_TABLE = "token_embedding.weight", ("token_emb.weight", "word_embeddings.weight")
-
-
-def token_tables(model: str | Path) -> dict[str, Tensor]:
-    """Return the token tables [V, d] of a model by the kind of text encoder, such as "clip_l"; SDXL has two.
-
-    `model` is a checkpoint, or a folder as diffusers writes it. Raises UserError if it cannot be read or has none.
-    """
-    path = Path(model)
-    found: dict[str, Tensor] = {}
-    files = [path]
-    if path.is_dir():
-        folder = Folder(path)
-        files = [*folder.weights("text_encoder"), *folder.weights("text_encoder_2")] or folder.own_weights()
-    for file in files:
-        for name, value in read_state_dict(file).items():
-            if value.ndim == 2 and name.endswith(_CLIP_TABLE):
-                found.setdefault(encoder_kind("clip", value.shape[1]), value.detach().float())
-            elif value.ndim == 2 and name.endswith(_BERT_TABLE):
-                found.setdefault("bert", value.detach().float())
-    if not found:
-        raise EmbeddingError(
-            f"'{model}' has no text encoder; name a checkpoint or a diffusers folder with one"
-        )
-    order = [*ENCODER_KINDS, "clip"]
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
 _Fit = tuple[Tensor, Tensor, Tensor]

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Metadata, read, write
-from ldm.embeddings.transfer import fit_models, fit_transfer, token_tables, transferred
+from ldm.embeddings.transfer import fit_models, fit_transfer, transferred
 from tests.embeddings.samples import vectors
 
 
@@ -124,53 +123,3 @@ def test_impossible_transfers_are_refused():
     second = fit_models(related("clip_g"), related("clip_h"))
     with pytest.raises(EmbeddingError, match="'<cat>' is for latent diffusion.*clip_g"):
         transferred(word("bert", width=1280), second, "a", "b")
-
-
-LAYOUTS = {
-    "SD1": {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "clip_l"},
-    "SD1 of old anime models": {"cond_stage_model.transformer.embeddings.token_embedding.weight": "clip_l"},
-    "SD2": {"cond_stage_model.model.token_embedding.weight": "clip_h"},
-    "SDXL": {
-        "conditioner.embedders.1.model.token_embedding.weight": "clip_g",
-        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": "clip_l",
-    },
-    "LDM": {"cond_stage_model.transformer.token_emb.weight": "bert"},
-    "an encoder alone": {"text_model.embeddings.token_embedding.weight": "clip_l"},
-    "an encoder of transformers 5": {"embeddings.token_embedding.weight": "clip_l"},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_token_tables_of_checkpoints(layout, suffix, tmp_path):
-    tables = {name: related(kind)[kind] for name, kind in LAYOUTS[layout].items()}
-    state = {**{name: table.half() for name, table in tables.items()}, "other.weight": torch.zeros(3, 3)}
-    path = tmp_path / f"model{suffix}"
-    save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
-    found = token_tables(path)
-    assert list(found) == sorted(LAYOUTS[layout].values(), reverse=True)  # clip_l before clip_g
-    for name, kind in LAYOUTS[layout].items():
-        assert torch.equal(found[kind], tables[name].half().float())
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"])
-def test_token_tables_of_diffusers_folders(name, tmp_path):
-    folders = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-    for folder, kind in folders.items():
-        (tmp_path / folder).mkdir()
-        state = {"text_model.embeddings.token_embedding.weight": related(kind)[kind]}
-        path = tmp_path / folder / name
-        save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
-    assert {kind: len(table) for kind, table in token_tables(tmp_path).items()} == {
-        "clip_l": 200,
-        "clip_g": 200,
-    }
-    assert list(token_tables(tmp_path / "text_encoder_2")) == ["clip_g"]
-
-
-def test_models_without_a_text_encoder_are_refused(tmp_path):
-    save_file({"model.diffusion_model.out.2.weight": torch.zeros(4, 4)}, tmp_path / "unet.safetensors")
-    (tmp_path / "empty").mkdir()
-    for name in ("unet.safetensors", "empty"):
-        with pytest.raises(EmbeddingError, match=f"{name}' has no text encoder"):
-            token_tables(tmp_path / name)
