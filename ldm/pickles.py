@@ -96,6 +96,8 @@ _STORAGES = {
 # The pickle of a checkpoint of 2,600 tensors has 0.7 MB and 90,000 operations.
 MAX_PICKLE = 2**22
 _MAX_OPERATIONS = 2**19
+# Larger sizes are no tensor's, and larger integers can be chosen so that dicts become slow.
+_LARGEST = 2**48
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class TensorRecord:
     def check(self) -> None:
         """Raise PickleError for a view that reaches outside of its storage or repeats its numbers."""
         numbers = [*self.shape, *self.stride, self.offset]
-        fits = len(self.shape) == len(self.stride) and all(0 <= number < 2**40 for number in numbers)
+        fits = len(self.shape) == len(self.stride) <= 8 and all(0 <= number < _LARGEST for number in numbers)
         if not fits or self.offset + self.span > self.storage.numbers or self.numel > self.storage.numbers:
             shape = " x ".join(map(str, self.shape[:4]))
             raise PickleError(
@@ -170,7 +172,7 @@ class TensorRecord:
 
 def _rebuilt_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
     numbers = (offset, *shape, *stride)
-    if not all(type(number) is int for number in numbers):
+    if not all(type(number) is int and abs(number) < _LARGEST for number in numbers):
         raise PickleError("it declares a tensor without a size; it is damaged or malicious")
     if not isinstance(storage, Storage):
         return Foreign()
@@ -204,9 +206,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _check_keys(keys: Sequence[Any]) -> None:
-    # The hash of a deeply nested tuple would overflow the stack of the interpreter.
-    if not all(isinstance(key, (str, int, float, bytes, _Name, type(None))) for key in keys):
-        raise PickleError("it has keys that are no texts or numbers; it is damaged or malicious")
+    for key in keys:
+        # The hash of a deeply nested tuple would overflow the stack of the interpreter.
+        if not isinstance(key, (str, bytes, int, _Name, type(None))) or (
+            isinstance(key, int) and abs(key) >= _LARGEST
+        ):
+            raise PickleError("it has keys that are no texts or numbers; it is damaged or malicious")
 
 
 def _ordered(pairs: Any = ()) -> dict[Any, Any]:
@@ -261,6 +266,7 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
         self.result = Pickle()
 
     def step(self, name: str, argument: Any) -> None:
@@ -276,6 +282,7 @@ class _Machine:
         elif name == "MARK":
             stack.append(_Mark)
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            _check_keys([argument])
             self.memo[argument] = stack[-1]
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
@@ -304,10 +311,12 @@ class _Machine:
                 stack[-1].extend(items)
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self.popped(2)
+            self.charge(arguments, *arguments)
             stack.append(_call(function, arguments))
         elif name == "BUILD":
             state = stack.pop()
             if isinstance(stack[-1], ParameterDict) and isinstance(state, dict):
+                self.charge(state.get("_parameters"), state.get("_keys"))
                 stack[-1].update_from(state)
         elif name == "BINPERSID":
             stack.append(self.persistent(stack.pop()))
@@ -315,6 +324,12 @@ class _Machine:
             raise PickleError(
                 f"it uses the pickle operation {name}, which tensors never need; it may be malicious"
             )
+
+    def charge(self, *copied: Any) -> None:
+        """Count what a few operations copy, of containers that were built once."""
+        self.copied += sum(len(value) for value in copied if isinstance(value, (list, tuple, dict)))
+        if self.copied > _MAX_OPERATIONS:
+            raise PickleError("it copies more than any embedding or model; it may be malicious")
 
     def popped(self, count: int) -> list[Any]:
         values = self.stack[-count:]
@@ -356,11 +371,11 @@ class _Machine:
                 None,
             ):
                 name = kind.rpartition(".")[2]
-                if numbers >= 0 and kind in _FUNCTIONS and name in _STORAGES:
+                if 0 <= numbers < _LARGEST and kind in _FUNCTIONS and name in _STORAGES:
                     storage = Storage(_STORAGES[name], key, numbers)
                     if self.result.storages.setdefault(key, storage) == storage:
                         return storage
-                elif numbers >= 0:
+                elif kind not in _FUNCTIONS:
                     return Foreign()
             case ("module", _Name() as name, *_):
                 return name
@@ -412,6 +427,11 @@ def tensor_records(content: Any) -> list[TensorRecord]:
     return found
 
 
+def _joined(name: str, key: Any) -> str:
+    part = key[:200] if isinstance(key, str) else str(key) if isinstance(key, int) else "?"
+    return f"{name}.{part}"[:200] if name else part
+
+
 def shapes_of(content: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in nested containers, by their keys joined with dots."""
     found: dict[str, tuple[int, ...]] = {}
@@ -425,6 +445,6 @@ def shapes_of(content: Any) -> dict[str, tuple[int, ...]]:
             elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
                 seen.add(id(value))
                 items = value.items() if isinstance(value, dict) else enumerate(value)
-                below += [(f"{name}.{key}"[:200] if name else str(key)[:200], item) for key, item in items]
+                below += [(_joined(name, key), item) for key, item in items]
         level = below
     return found

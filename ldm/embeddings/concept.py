@@ -242,8 +242,10 @@ class Progress:
     def __post_init__(self) -> None:
         for name, value, least in (("step", self.step, 0), ("scale", self.scale, 1)):
             if type(value) is not int or not least <= value < 2**31:
+                long = isinstance(value, int) and abs(value) >= 2**64  # Python may refuse to write it out
                 raise EmbeddingError(
-                    f"the progress has the {name} {value!r:.40}; it must be an integer from {least}"
+                    f"the progress has the {name} {'of many digits' if long else shown(value)}; it must be an integer "
+                    f"from {least}"
                 )
 
     @classmethod
@@ -371,10 +373,15 @@ class LearnedEmbeddings:
         return {concept.trigger: concept.vectors for concept in usable}
 
 
+# More than any word has; Unicode's composed form takes quadratic time for some texts.
+_MOST_READ = 10 * words.MAX_LENGTH
+
+
 def _kept_trigger(trigger: Any) -> str:
     """Return the trigger of a file as a word that works in prompts and files, with a log line if it differs."""
     if not isinstance(trigger, str):
         raise EmbeddingError(f"the trigger is a {type(trigger).__name__}; name a word")
+    trigger = trigger[:_MOST_READ]
     kept = words.cleaned(trigger)
     if words.folded(kept) != words.folded(trigger):
         _log_once(shown(trigger), shown(kept, 120))

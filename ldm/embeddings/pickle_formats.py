@@ -220,7 +220,7 @@ def _trigger(payload: Payload, name: str) -> str:
     "cat-500", which is the name "cat" with the step that AUTOMATIC1111 appends.
     """
     stem = payload.stem
-    appended = re.fullmatch(re.escape(name) + r"-\d+", stem)
+    appended = stem.startswith(name) and re.fullmatch(r"-\d+", stem[len(name) :])
     return name if (payload.container == "image" or appended) and name.strip() else stem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from ldm.base_models import EMBEDDING, FAMILIES, what_holds
@@ -74,12 +75,16 @@ def _what_else(payload: Payload) -> str | None:
     """Say what a file is by the names and shapes in it, if that is no embedding."""
     if any(name.startswith("embedding_manager.") for name in payload.shapes):
         return "the state of a training run"
-    what = what_holds(dict(payload.shapes))
+    what = what_holds(dict(itertools.islice(payload.shapes.items(), _MOST_NAMES)))
     if what not in (None, EMBEDDING):
         return what
     if "state_dict" in payload.names and "state_dict" not in payload.shapes:
         return "a model checkpoint"
     return None
+
+
+# Of the tensors, enough to know what a file is.
+_MOST_NAMES = 2**14
 
 
 def _remedy(what: str) -> str:

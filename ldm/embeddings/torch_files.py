@@ -143,7 +143,8 @@ class TorchFile:
                 raise EmbeddingError(
                     f"it declares {declared} bytes of tensors and holds {self.size - place}; it is cut off"
                 )
-            if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(content.storages):
+            is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+            if not is_list or sorted(keys) != sorted(content.storages):
                 raise EmbeddingError("its list of storages is damaged; download it again")
             for key in keys:
                 file.seek(place)

@@ -40,6 +40,34 @@ def shared_lists() -> bytes:
     return program + b"h\x10."
 
 
+def legacy(content: bytes, keys: bytes = b"\x80\x02].") -> bytes:
+    """A file in the layout before torch 1.6 with these pickles of content and storages."""
+    whole = as_bytes({}, _use_new_zipfile_serialization=False)
+    return whole[: -len(b"\x80\x02}q\x00.\x80\x02]q\x00.")] + content + keys
+
+
+def copies(function: bytes, argument: bytes) -> bytes:
+    """A pickle that calls a function 40,000 times with one container of 100,000 values."""
+    return (
+        b"\x80\x02("
+        + argument
+        + b"q\x00\x85q\x01"
+        + (b"c" + function + b"q\x02")
+        + b"h\x02h\x01R" * 40_000
+        + b"t."
+    )
+
+
+MANY = b"(" + b"K\x01" * 100_000 + b"t"
+
+
+def colliding_keys() -> bytes:
+    """A dict of integers with one hash."""
+    numbers = (k * (2**61 - 1) for k in range(1, 60_000))
+    items = b"".join(b"\x8a\x0a" + number.to_bytes(10, "little") + b"N" for number in numbers)
+    return b"\x80\x02}(" + items + b"u."
+
+
 def tensors(header: dict | bytes, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -97,6 +125,42 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "is a list",
     ),
     "shared lists": (lambda: packed(shared_lists()), "is a list"),
+    "copies of a tuple": (
+        lambda: packed(copies(b"torch\nSize\n", MANY), zipfile.ZIP_STORED),
+        "copies more than",
+    ),
+    "copies of a set": (
+        lambda: packed(copies(b"builtins\nset\n", MANY), zipfile.ZIP_STORED),
+        "copies more than",
+    ),
+    "integers of one hash": (lambda: packed(colliding_keys(), zipfile.ZIP_STORED), "keys that are no texts"),
+    "a long number of steps": (
+        lambda: packed(
+            b"\x80\x02}(X\x0f\x00\x00\x00string_to_param}X\x10\x00\x00\x00progressive_step\x8b\x00\x10\x00\x00"
+            + b"\x7f" * 4096
+            + b"X\x11\x00\x00\x00progressive_scaleK\x01u.",
+            zipfile.ZIP_STORED,
+        ),
+        "it holds no concept",
+    ),
+    "a shape of long numbers": (
+        lambda: packed(
+            b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
+            b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x08tQK\x00\x8b\x00\x10\x00\x00"
+            + b"\x7f" * 4096
+            + b"\x85K\x01\x85tRs.",
+            zipfile.ZIP_STORED,
+        ),
+        "a tensor without a size",
+    ),
+    "shared lists as the keys of storages": (
+        lambda: legacy(b"\x80\x02}.", shared_lists()),
+        "list of storages is damaged",
+    ),
+    "a word of combining marks": (
+        lambda: as_bytes({"\u0301\u0323" * 400_000: torch.zeros(2, 3, 4)}),
+        "has the shape",
+    ),
     "a large memo": (lambda: packed(b"\x80\x02}r\xff\xff\xff\x7f."), "is a dict"),
     "a large bytearray": (lambda: packed(b"\x80\x05\x96" + b"\xff" * 7 + b"\x00."), "damaged"),
     "a large count of vectors": (
