@@ -14,7 +14,7 @@ endif
 PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu bench bench-gpu lint format clean packages
+.PHONY: help install demo studio test test-slow test-gpu test-browser bench bench-gpu lint format clean packages
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' Makefile
@@ -41,6 +41,10 @@ $(VENV)/.set-up: setup.py constraints.txt requirements-no-deps.txt
 demo: $(READY)  ## invert a sample concept, generate with it, show the images
 	$(PY) scripts/demo.py
 
+studio: $(READY)  ## open the page to train and generate in, on this machine
+	@$(PY) -c 'import gradio' 2>/dev/null || $(PIP_INSTALL) -q -e '.[ui]'
+	$(PY) scripts/studio.py --open
+
 test: $(READY)  ## the fast tests: no network, no GPU
 	$(PY) -m pytest
 
@@ -49,6 +53,10 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
+
+test-browser: $(READY)  ## the tests of the page in the system's Chromium
+	@$(PY) -c 'import gradio, playwright' 2>/dev/null || $(PIP_INSTALL) -q -e '.[ui]' playwright
+	$(PY) -m pytest -m browser
 
 bench: $(READY)  ## step time, overhead and time to concept on the CPU, into benchmarks/results (hours)
 	$(PY) -m benchmarks.step_time embedded

@@ -13,6 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm.studio": ["*.css", "*.js"]},
     entry_points={"console_scripts": ["textual-inversion = ldm.commands.entry:main"]},
     install_requires=[
         "torch>=2.6",
@@ -31,6 +32,6 @@ setup(
     # The quantiser of VQ first stages is missing here because it requires torchvision: requirements-no-deps.txt.
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm", "diffusers>=0.31"],
-        "ui": ["gradio>=4.44"],
+        "ui": ["gradio>=6.0", "fastapi>=0.115", "uvicorn>=0.30"],
     },
 )

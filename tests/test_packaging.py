@@ -34,7 +34,6 @@ IMPORTED_AS = {
 NOT_IMPORTED = {
     "tensorboard": "Lightning's TensorBoardLogger, the default logger, needs it",
     "ruff": "a program, run by the Makefile",
-    "gradio": "for a user interface on top of the library",
 }
 
 

@@ -281,11 +281,9 @@ def naming_the_checkpoint(path: str) -> Iterator[None]:
 
 def read_lines(path: str | Path) -> list[str]:
     """Return the lines of a text file that are not blank; UserError if there is none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from '{path}': it is not a UTF-8 text file") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    from ldm.files import read_text
+
+    prompts = [line.strip() for line in read_text(path, "prompt file").splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"'{path}' holds no prompt; write one prompt per line")
     return prompts

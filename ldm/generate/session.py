@@ -26,7 +26,7 @@ from ldm.generate.embeddings import (
     warn_unused,
 )
 from ldm.generate.images import OutputError, generate
-from ldm.generate.prompt_syntax import check_token_limit
+from ldm.generate.prompt_syntax import check_token_limit, parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError, get_obj_from_str
 from ldm.words import pattern
@@ -85,6 +85,8 @@ def resolve(
     given = given or [f"a photo of {learned[0]}" if learned else default]
     check_mentions([*given, negative_prompt], learned, configured)
     warn_unused(triggers, [*given, negative_prompt])
+    for prompt in [*given, negative_prompt]:
+        parse(prompt, {*learned, *configured}, syntax)
     return Prompts(given, negative_prompt, words)
 
 
@@ -125,7 +127,8 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
             words.append(str(found))
         return triggers[0]
 
-    return re.sub(r"embedding:([\w./-]*[\w-])", placeholder, prompt)
+    # A name ends where ComfyUI's does, or at the end of a sentence; it may hold the letters of any language.
+    return re.sub(r"""embedding:([^\s,:;|"'()\[\]{}<>]*[^\s,:;|"'()\[\]{}<>.!?])""", placeholder, prompt)
 
 
 def _name(word: Words) -> str:

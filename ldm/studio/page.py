@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from ldm.embeddings import FORMATS
-from ldm.generate.images import SAMPLER_NAMES
 from ldm.generate.session import WEIGHTS
 from ldm.studio import views
-from ldm.studio.service import AXES, Service
+from ldm.studio.service import Service
+from ldm.studio.tabs import generate_tab, in_root, models, or_line, words_tab
 from ldm.util import UserError
-from ldm.yaml_files import CHECKOUT, in_checkout
+from ldm.yaml_files import in_checkout
 
 # fmt: off
 
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")
 RECIPES = ["", "fast", "paper", "low-memory", "previews", "direction"]
-SAMPLERS = [(name, key) for key, name in SAMPLER_NAMES.items()]
 SAMPLE = "data/concepts/bobo"
 # Seconds between two looks at the runs.
 PERIOD = 2.0
@@ -49,18 +46,6 @@ def theme() -> gr.themes.Base:
     )
 
 
-def _or_line(action: Callable[..., Any]) -> Callable[..., Any]:
-    """An action whose UserError becomes a line on the page instead of a traceback."""
-
-    def act(*values: Any) -> Any:
-        try:
-            return action(*values)
-        except UserError as error:
-            raise gr.Error(str(error), duration=12, print_exception=False, title="") from error
-
-    return act
-
-
 def make_page(service: Service) -> gr.Blocks:
     """The page of a service."""
     with gr.Blocks(title="Textual inversion", analytics_enabled=False, delete_cache=(3600, 86_400)) as page:
@@ -69,13 +54,13 @@ def make_page(service: Service) -> gr.Blocks:
                 started = _train_tab(service)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 refresh_runs, runs_outputs, use_buttons = _runs_tab(service)
-            with gr.Tab("Generate", id="generate") as generate_tab:
-                refresh_words, word_choices = _generate_tab(service)
-            with gr.Tab("Words", id="words") as words_tab:
-                refresh_table, table_outputs = _words_tab(service)
+            with gr.Tab("Generate", id="generate") as third:
+                refresh_words, word_choices = generate_tab(service)
+            with gr.Tab("Words", id="words") as fourth:
+                refresh_table, table_outputs = words_tab(service)
         runs_tab.select(refresh_runs, outputs=runs_outputs, show_progress="hidden")
-        generate_tab.select(refresh_words, inputs=word_choices, outputs=word_choices, show_progress="hidden")
-        words_tab.select(refresh_table, outputs=table_outputs, show_progress="hidden")
+        third.select(refresh_words, inputs=word_choices, outputs=word_choices, show_progress="hidden")
+        fourth.select(refresh_table, outputs=table_outputs, show_progress="hidden")
         page.load(refresh_runs, outputs=runs_outputs, show_progress="hidden")
         page.load(refresh_words, inputs=word_choices, outputs=word_choices, show_progress="hidden")
         started.then(lambda: gr.Tabs(selected="runs"), outputs=tabs, show_progress="hidden").then(
@@ -126,7 +111,7 @@ def _train_tab(service: Service) -> Any:
             pieces = gr.HTML(padding=False, elem_id="tokens")
             with gr.Row():
                 model = gr.Dropdown(
-                    label="Base model", choices=_models(service), value=in_root(service, WEIGHTS),
+                    label="Base model", choices=models(service), value=in_root(service, WEIGHTS),
                     allow_custom_value=True, info="a file, a folder or a hub id", elem_id="model", scale=3,
                 )
                 kind = gr.Radio(
@@ -217,7 +202,7 @@ def _train_tab(service: Service) -> Any:
             f"{job.title} is in the queue and starts as soon as {job.device} is free", "good"
         )
 
-    upload.upload(_or_line(take), [upload, placeholder], [folder, upload], show_progress="minimal")
+    upload.upload(or_line(take), [upload, placeholder], [folder, upload], show_progress="minimal")
     folder.change(
         show_images, folder, [shown, found, captions], show_progress="hidden", trigger_mode="always_last"
     )
@@ -233,8 +218,8 @@ def _train_tab(service: Service) -> Any:
         [init.change, model.change, vectors.change], show_tokens, [model, init, vectors], pieces,
         show_progress="hidden", trigger_mode="always_last",
     )
-    save_captions.click(_or_line(save), [folder, captions], [shown, found, captions])
-    merge.click(_or_line(lambda *values: service.merged_yaml(form(values))), inputs, whole)
+    save_captions.click(or_line(save), [folder, captions], [shown, found, captions])
+    merge.click(or_line(lambda *values: service.merged_yaml(form(values))), inputs, whole)
     check.click(
         lambda: views.message("checking: training a few steps in a folder of its own ..."), outputs=result,
         show_progress="hidden",
@@ -245,7 +230,7 @@ def _train_tab(service: Service) -> Any:
     context.load(show_command, inputs, [command, result], show_progress="hidden")
     context.load(show_tokens, [model, init, vectors], pieces, show_progress="hidden")
 
-    event = start.click(_or_line(run_start), inputs, result, show_progress="hidden", concurrency_limit=1)
+    event = start.click(or_line(run_start), inputs, result, show_progress="hidden", concurrency_limit=1)
     return event.success(lambda: None)
 
 
@@ -259,15 +244,6 @@ def _shown_error(action: Callable[..., str]) -> Callable[..., str]:
             return views.message(str(error), "bad")
 
     return act
-
-
-def in_root(service: Service, path: str) -> str:
-    return service.workspace.shown(service.workspace.path(in_checkout(path)))
-
-
-def _models(service: Service) -> list[tuple[str, str]]:
-    """The models with the names that they have in the list: the shipped one as in commands of the checkout."""
-    return [(file.removeprefix(f"{CHECKOUT}/"), file) for file in service.workspace.model_files()]
 
 
 def _yamls(folder: str) -> list[str]:
@@ -392,270 +368,18 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
     place.release(
         lambda n, o, p: detail(n, o, p, True), [chosen, compare, place], details, show_progress="hidden"
     )
-    stop.click(_or_line(do_stop), chosen, show_progress="hidden")
-    resume.click(_or_line(do_resume), [chosen, until], show_progress="hidden")
-    kept = keep.click(_or_line(do_keep), [chosen, place, kept_as], show_progress="hidden")
+    stop.click(or_line(do_stop), chosen, show_progress="hidden")
+    resume.click(or_line(do_resume), [chosen, until], show_progress="hidden")
+    kept = keep.click(or_line(do_keep), [chosen, place, kept_as], show_progress="hidden")
     for button, action in (
         (earlier, lambda id: service.queue.move(id, -1)),
         (later, lambda id: service.queue.move(id, 1)),
         (remove, service.queue.remove),
     ):
-        button.click(_or_line(action), job, show_progress="hidden").then(
+        button.click(or_line(action), job, show_progress="hidden").then(
             refresh, outputs=outputs, show_progress="hidden"
         )
     table.change(
         detail, [chosen, compare, place], details, show_progress="hidden", trigger_mode="always_last"
     )
     return refresh, outputs, kept
-
-
-# -- Generate --------------------------------------------------------------------------------------------------
-
-
-def _generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
-    """The tab that generates; returns the function that refreshes the list of words, and that list."""
-    work = service.workspace
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=420):
-            prompt = gr.Textbox(
-                label="Prompt", lines=2, max_lines=4, value="a photo of {}", elem_id="prompt",
-                info="{} is the first word chosen below; (word:1.3) weighs; Ctrl+Enter generates",
-            )
-            words = gr.Dropdown(
-                [], value=[], multiselect=True, label="Words", elem_id="words-chosen",
-                info="click the learned words that the prompt uses",
-            )
-            negative = gr.Textbox(
-                label="Negative prompt", info="what guidance steers away from", elem_id="negative"
-            )
-            with gr.Row():
-                model = gr.Dropdown(
-                    label="Model", choices=_models(service), value=in_root(service, WEIGHTS), allow_custom_value=True,
-                    info="the one that the words were learned on", scale=3,
-                )
-                sampler = gr.Dropdown(
-                    SAMPLERS, value="dpm_solver", label="Sampler", info="DPM++ needs 20 steps"
-                )
-            with gr.Row():
-                steps = gr.Textbox("20", label="Steps", elem_id="gen-steps", info="20 to 50", min_width=90)
-                scale = gr.Textbox("5", label="Guidance", info="1: none", elem_id="scale", min_width=90)
-                seed = gr.Textbox("42", label="Seed", info="same, same image", elem_id="seed", min_width=110)
-                count = gr.Textbox("4", label="Images", info="1 to 64", elem_id="count", min_width=90)
-            with gr.Accordion("Size", open=False), gr.Row():
-                width = gr.Textbox(label="Width", info="empty: the model's", min_width=90)
-                height = gr.Textbox(label="Height", info="empty: the model's", min_width=90)
-                number = gr.Textbox(label="Image number", info="of a dropped image", min_width=90)
-            with gr.Accordion("X/Y plot", open=False, elem_id="plot-settings"):
-                with gr.Row():
-                    x_axis = gr.Dropdown(AXES, value="guidance", label="X", elem_id="x-axis")
-                    x_values = gr.Textbox(
-                        "1, 3, 7",
-                        label="X values",
-                        info="separated by commas; a run's folder",
-                        elem_id="x-values",
-                    )
-                with gr.Row():
-                    y_axis = gr.Dropdown(AXES, value="nothing", label="Y", elem_id="y-axis")
-                    y_values = gr.Textbox(
-                        "", label="Y values", info="for words: the triggers", elem_id="y-values"
-                    )
-                plot = gr.Button("Draw the plot", size="sm", elem_id="plot")
-            dropped = gr.File(
-                label="Drop an image to get its settings back",
-                file_types=["image"],
-                height=104,
-                elem_id="drop-settings",
-            )
-        with gr.Column(scale=5, min_width=420):
-            status = gr.HTML(padding=False, elem_id="gen-status")
-            gallery = gr.Gallery(
-                label="Images", columns=4, height=400, object_fit="contain", format="png", interactive=False,
-                elem_id="gallery", buttons=["download", "fullscreen"],
-            )
-            text = gr.Textbox(
-                label="Settings of the image",
-                lines=4,
-                max_lines=8,
-                interactive=False,
-                buttons=["copy"],
-                elem_id="image-settings",
-            )
-    with gr.Row(elem_classes="actions"):
-        stop = gr.Button("Stop", min_width=100, elem_id="gen-stop")
-        go = gr.Button("Generate", variant="primary", elem_id="generate-button", min_width=160)
-    texts = gr.State([])
-    inputs = [prompt, words, negative, model, sampler, steps, scale, seed, count, width, height, number]
-    keys = (
-        "prompt", "words", "negative_prompt", "model", "sampler", "steps", "scale", "seed", "count", "width", "height",
-        "number",
-    )
-
-    def form(values: tuple[Any, ...]) -> dict[str, Any]:
-        asked = dict(zip(keys, values, strict=True))
-        chosen = [str(value).partition("|") for value in asked["words"] or []]
-        asked["words"] = list(dict.fromkeys(path for _, _, path in chosen))
-        if chosen:
-            asked["prompt"] = str(asked["prompt"]).replace("{}", chosen[0][0])
-        elif "{}" in str(asked["prompt"]):
-            asked["prompt"] = str(asked["prompt"]).replace("{}", "a creature")
-        return asked
-
-    def generate(*values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
-        try:
-            asked = form(values)
-            made = service.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
-        except UserError as error:
-            return gr.skip(), [], views.message(str(error), "bad"), ""
-        where = work.shown(made[0][1].parent)
-        said = views.message(f"{len(made)} image{'s' * (len(made) > 1)}, saved in {where}", "good")
-        return [_for_gallery(image) for image, _, _ in made], [text for _, _, text in made], said, made[0][2]
-
-    def draw(x: str, xs: str, y: str, ys: str, *values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
-        try:
-            asked = form(values)
-            if "word" in (x, y):
-                asked["prompt"] = str(values[0])
-            sheet, path = service.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
-        except UserError as error:
-            return gr.skip(), [], views.message(str(error), "bad"), ""
-        settings = sheet.info["parameters"]
-        return [sheet], [settings], views.message(f"saved as {work.shown(path)}", "good"), settings
-
-    def choose(several: list[str], event: gr.SelectData) -> str:
-        index = int(event.index)
-        return several[index] if index < len(several) else ""
-
-    def settings_back(path: str | None, chosen: list[str]) -> Any:
-        if not path:
-            return [gr.skip()] * 10
-        found = service.settings_of(Path(path))
-        gr.Info("the settings are those of the image")
-        return (
-            found.prompt, found.negative_prompt, found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(),
-            found.steps or gr.skip(), found.scale if found.scale is not None else gr.skip(),
-            found.seed if found.seed is not None else gr.skip(), 1, found.width or "", found.height or "",
-            found.number or "",
-        )
-
-    def refresh(chosen: list[str]) -> Any:
-        listed, _ = work.words()
-        choices = [(f"{one.trigger}  ({one.source})", f"{one.trigger}|{one.source}") for one in listed]
-        known = {value for _, value in choices}
-        kept = [value for value in chosen or [] if value in known]
-        if not kept and choices and not chosen:
-            kept = [choices[0][1]]
-        return gr.Dropdown(choices, value=kept)
-
-    outputs = [gallery, texts, status, text]
-    event = gr.on(
-        [go.click],
-        generate,
-        inputs,
-        outputs,
-        concurrency_limit=1,
-        concurrency_id="model",
-        show_progress="minimal",
-        show_progress_on=status,
-    )
-    plot.click(
-        draw, [x_axis, x_values, y_axis, y_values, *inputs], outputs, concurrency_limit=1, concurrency_id="model",
-        show_progress="minimal", show_progress_on=status,
-    )
-    assert event is not None
-    stop.click(lambda: service.stop_generating.set(), show_progress="hidden", queue=False)
-    gallery.select(choose, texts, text, show_progress="hidden")
-    dropped.upload(
-        _or_line(settings_back), [dropped, words],
-        [prompt, negative, sampler, steps, scale, seed, count, width, height, number], show_progress="hidden",
-    )
-    return refresh, words
-
-
-def _for_gallery(image: Image.Image) -> Image.Image:
-    """The image; one of a few pixels is enlarged, because the page would blur it."""
-    factor = max(1, 256 // image.width)
-    large = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return large
-
-
-# -- Words -----------------------------------------------------------------------------------------------------
-
-
-def _words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
-    """The tab of learned words; returns the function that refreshes it, with its outputs."""
-    work = service.workspace
-    chosen, trigger = gr.State(""), gr.State("")
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=6, min_width=460):
-            table = gr.Dataframe(
-                headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
-                max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
-                column_widths=["90px", "60px", "60px", "170px", "auto"],
-            )
-            problems = gr.HTML(padding=False)
-            upload = gr.File(
-                label="Drop embedding files of any tool here", file_count="multiple", height=104, elem_id="drop-word",
-                file_types=[".pt", ".bin", ".safetensors", ".png", ".webp"],
-            )
-        with gr.Column(scale=5, min_width=420):
-            about = gr.HTML(views.message("choose a word in the table"), padding=False, elem_id="about-word")
-            with gr.Row():
-                new_name = gr.Textbox(label="Rename to", info="empty: as it is", elem_id="rename")
-                format = gr.Dropdown(
-                    list(FORMATS),
-                    value="safetensors",
-                    label="Format",
-                    info="of the tool it is for",
-                    elem_id="format",
-                )
-            also = gr.Dropdown(
-                [],
-                value=[],
-                multiselect=True,
-                label="Merge with",
-                info="files whose words go into the same file",
-            )
-            convert = gr.Button("Convert", variant="primary", elem_id="convert")
-            result = gr.File(
-                label="Download", interactive=False, file_count="multiple", height=104, elem_id="converted"
-            )
-            lines = gr.Code(
-                label="How to load it", language="shell", interactive=False, lines=8, elem_id="lines"
-            )
-
-    def refresh() -> Any:
-        listed, bad = work.words()
-        rows = [[one.trigger, str(one.vectors), f"{one.norm:.3f}", one.models, one.source] for one in listed]
-        said = "".join(views.message(line, "warn") for line in bad[:5])
-        if not listed and not bad:
-            said = views.message("no words yet: learn one in Train, or drop a file of any tool")
-        return rows, said, gr.Dropdown(list(dict.fromkeys(one.source for one in listed)))
-
-    def choose(rows: list[list[str]], event: gr.SelectData) -> Any:
-        row = rows[event.index[0]]
-        try:
-            reports = service.inspect(row[4])
-            shown = "".join(views.nearest(one.trigger, one.norms, one.nearest) for one in reports)
-            metadata = service.metadata(row[4])
-        except UserError as error:
-            return row[4], row[0], views.message(str(error), "bad"), ""
-        return (
-            row[4],
-            row[0],
-            shown + (views.facts(metadata) if metadata else ""),
-            service.lines(row[4], row[0]),
-        )
-
-    def do_convert(file: str, others: list[str], kind: str, name: str) -> Any:
-        made = service.convert([*filter(None, [file]), *(others or [])], kind, name or "")
-        return [str(path) for path in made]
-
-    def take(files: list[str] | None) -> Any:
-        for file in files or []:
-            service.take_word(Path(file))
-        return (*refresh(), None)
-
-    table.select(choose, table, [chosen, trigger, about, lines], show_progress="hidden")
-    convert.click(_or_line(do_convert), [chosen, also, format, new_name], result)
-    upload.upload(_or_line(take), upload, [table, problems, also, upload])
-    return refresh, [table, problems, also]
