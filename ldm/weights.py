@@ -92,21 +92,35 @@ def read_header(path: str | Path) -> Header:
             {key: tuple(value.shape) for key, value in _flat(_state_of(content)).items()},
             {"global_step": str(step)} if isinstance(step, int) else {},
         )
+    entries = _entries(path)
+    notes = entries.pop("__metadata__", None) or {}
+    shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+    return Header(shapes, {str(key): str(value) for key, value in notes.items()})
+
+
+def _entries(path: str | Path) -> dict[str, Any]:
+    """The header of a safetensors file, by names in the order of the file."""
     size = Path(path).stat().st_size
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, size)))
-            notes = header.pop("__metadata__", None) or {}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            ordered = sorted(
+                tensors.items(), key=lambda item: (item[1]["data_offsets"][0], len(item[1]["shape"]))
+            )
         except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
+            if length > size - 8:
+                raise CheckpointError(
+                    f"checkpoint '{path}' is truncated or damaged; download it again"
+                ) from error
             raise CheckpointError(f"checkpoint '{path}' is damaged; download it again") from error
     if 8 + length + end > size:
         raise CheckpointError(
             f"checkpoint '{path}' is truncated: {size:,} of {8 + length + end:,} bytes are there; download it again"
         )
-    return Header(shapes, {str(key): str(value) for key, value in notes.items()})
+    return dict(ordered) | {"__metadata__": header.get("__metadata__")}
 
 
 def _unpickled(path: str | Path, meta: bool = False) -> Any:
@@ -143,17 +157,27 @@ def _flat(content: Any, prefix: str = "", depth: int = 4) -> dict[str, Tensor]:
     return found
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+# Bytes of a file that are mapped at once: what a model copies from is given back in pieces of this size.
+_PIECE = 128 << 20
 
-    read_header(path)  # it names a truncated file as such
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    pieces: dict[int, list[str]] = {}
+    for name, entry in _entries(path).items():
+        if name != "__metadata__":
+            pieces.setdefault(entry["data_offsets"][0] // _PIECE, []).append(name)
+    tensors = {}
     try:
-        return load_file(path)
+        for names in pieces.values():
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in names})
     except SafetensorError as error:
         raise CheckpointError(
             f"checkpoint '{path}' is damaged ({str(error)[:120]}); download it again"
         ) from error
+    return tensors
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -296,8 +320,11 @@ def needed_files(names: Collection[str], variant: str | None = None) -> list[str
     for part in PARTS:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         wanted += [f"{part}/{name}" for name in weight_files(inside, variant)]
-    if not any(name.startswith("unet/") for name in wanted):
-        return []
+    if not any(
+        name.startswith("unet/") for name in wanted
+    ):  # a first stage alone may be a repository of its own
+        alone = weight_files([name for name in names if "/" not in name], variant)
+        return ["config.json", *alone] if alone and "config.json" in names else []
     settings = [
         "model_index.json",
         "scheduler/scheduler_config.json",
