@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ldm.diffusers_layout import PREDICTIONS, Prediction
-from ldm.files import NO_TENSORS, file_kind
-from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, is_hub_id, read_header
+from ldm.files import NO_TENSORS, file_kind, is_hub_id
+from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, read_header
 
 logger = logging.getLogger(__name__)
 

@@ -82,11 +82,8 @@ def load_model_from_config(
     if base is not None:
         _check_family(base, node)
         _adapt(node, base)
-    if base is not None and base.folder is not None:
-        check_config(node, "model")
-        state = read_folder(base.folder, base.family)
-    else:
-        state = read_state_dict(ckpt)
+    check_config(node, "model")
+    state = read_state_dict(ckpt) if base is None else read_base_model(base)
     if vae is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
         state |= {VAE + key: value for key, value in read_vae(vae).items()}
@@ -101,6 +98,12 @@ def load_model_from_config(
     source = f"checkpoint '{ckpt}'"
     _load(model, state, source, filled, assign=complete, device=torch.device(device or "cpu"), half=half)
     return (model if device is None else model.to(device)).eval()
+
+
+def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
+    """Return the weights of a file, a folder of diffusers or a hub id under the names of LDM's checkpoints."""
+    base = base if isinstance(base, BaseModel) else recognise(base)
+    return read_state_dict(base.path) if base.folder is None else read_folder(base.folder, base.family)
 
 
 # -- a YAML and a checkpoint ---------------------------------------------------------------------------------
@@ -340,7 +343,15 @@ def _give_memory(model: nn.Module, device: torch.device | None) -> None:
 
 
 # Averaged copies of the weights, and a buffer of older releases of transformers.
-_IGNORED = ("model_ema.", "cond_stage_model.transformer.text_model.embeddings.position_ids")
+_IGNORED = (
+    "model_ema.",
+    "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+    # Marks and a schedule in files of Stable Diffusion XL.
+    "v_pred",
+    "ztsnr",
+    "denoiser.",
+)
 
 
 _filled: ContextVar[bool] = ContextVar("filled_by_a_checkpoint", default=True)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.weights import CheckpointError, Folder, fetch, is_hub_id, read_shards, read_state_dict
+from ldm.files import is_hub_id
+from ldm.weights import CheckpointError, Folder, fetch, read_shards, read_state_dict
 
 Modules = dict[str, str]
 Direction = Literal["ldm", "diffusers"]

@@ -139,7 +139,15 @@ def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"checkpoint '{path}' holds {type(content).__name__}, not a state dict; name a model's file"
         )
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {_current(key): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _current(key: str) -> str:
+    """The name of today: older anime models leave out one level of the text encoder."""
+    start, _, rest = key.partition("cond_stage_model.transformer.")
+    if start or not rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        return key
+    return f"cond_stage_model.transformer.text_model.{rest}"
 
 
 def _flat(content: Any, prefix: str = "", depth: int = 4) -> dict[str, Tensor]:
@@ -172,7 +180,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         for names in pieces.values():
             with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in names})
+                tensors.update({_current(name): file.get_tensor(name) for name in names})
     except SafetensorError as error:
         raise CheckpointError(
             f"checkpoint '{path}' is damaged ({str(error)[:120]}); download it again"
@@ -301,17 +309,6 @@ def read_shards(files: Iterable[Path]) -> dict[str, Tensor]:
     for file in files:
         tensors |= read_state_dict(file)
     return tensors
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a text has the form OWNER/NAME of a hub id, and is not the path of a file."""
-    path = Path(source)
-    return (
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
-        and path.suffix.lower()
-        not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".yaml")
-        and not path.parent.is_dir()
-    )
 
 
 def needed_files(names: Collection[str], variant: str | None = None) -> list[str]:

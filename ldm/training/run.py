@@ -147,7 +147,7 @@ def make_model(merged: DictConfig) -> pl.LightningModule:
     node = merged["model"]
     if path := merged.get("actual_resume"):
         logger.info("reading %s", path)
-        model = load_model_from_config(node, path)
+        model = load_model_from_config(node, path, vae=merged.get("vae"))
     else:
         model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
         if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):
@@ -220,6 +220,7 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
         command = ["python", "scripts/txt2img.py", "--embedding_path", str(plan.run.embeddings)]
         if base and Path(base) != Path(EMBEDDED_MODEL):
             command += ["--ckpt_path", str(base), "--config", str(plan.run.saved_configs()[-1])]
+            command += ["--vae", str(plan.config["vae"])] if plan.config.get("vae") else []
         logger.info("generate:   %s", shlex.join([*command, "--prompt", f"a photo of {words[0]}"]))
     elif plan.run.last.is_file():
         logger.info("checkpoint: %s", plan.run.last)

@@ -56,7 +56,8 @@ class Provenance:
 
     @cached_property
     def _base_model_hash(self) -> str | None:
-        return None if self._checkpoint is None else _hash_or_none(file_hash, self._checkpoint)
+        path = self._checkpoint
+        return _hash_or_none(file_hash, path) if path is not None and path.is_file() else None
 
     @cached_property
     def _images(self) -> list[Path]:
