@@ -67,22 +67,7 @@ def load_model_from_config(
         ConfigError: the YAML does not fit its classes; the checkpoint is not opened then.
         CheckpointError: the checkpoint does not fit, or leaves parameters without a value.
     """
-    places = [Path(ckpt).parent]
-    if isinstance(config, (str, Path)):
-        if not Path(config).is_file():
-            raise ConfigError(f"config '{config}' does not exist; check the path")
-        places.insert(0, Path(config).parent)
-        whole: Any = OmegaConf.load(config)
-    else:
-        whole = config
-    node = copy.deepcopy(whole.get("model", whole))
-    check_config(node, "model")
-    find_paths(node, places)
-    base = recognise_for(ckpt, family_of(node), _channels(node))
-    if base is not None:
-        _check_family(base, node)
-        _adapt(node, base)
-    check_config(node, "model")
+    node, base = complete_config(config, ckpt)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
     if vae is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
@@ -98,6 +83,31 @@ def load_model_from_config(
     source = f"checkpoint '{ckpt}'"
     _load(model, state, source, filled, assign=complete, device=torch.device(device or "cpu"), half=half)
     return (model if device is None else model.to(device)).eval()
+
+
+def complete_config(config: Mapping[str, Any] | str | Path, ckpt: str | Path) -> tuple[Any, BaseModel | None]:
+    """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
+
+    Paths are found (see `find_paths`); the settings of a folder of diffusers, and what a file notes of itself, replace
+    those of the YAML. Raises as `load_model_from_config`.
+    """
+    places = [Path(ckpt).parent]
+    if isinstance(config, (str, Path)):
+        if not Path(config).is_file():
+            raise ConfigError(f"config '{config}' does not exist; check the path")
+        places.insert(0, Path(config).parent)
+        whole: Any = OmegaConf.load(config)
+    else:
+        whole = config
+    node = copy.deepcopy(whole.get("model", whole))
+    check_config(node, "model")
+    find_paths(node, places)
+    base = recognise_for(ckpt, family_of(node), _channels(node))
+    if base is not None:
+        _check_family(base, node)
+        _adapt(node, base)
+        check_config(node, "model")
+    return node, base
 
 
 def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
