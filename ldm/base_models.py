@@ -205,7 +205,7 @@ def checked_header(path: Path) -> Header:
     if kind == "image":
         raise CheckpointError(f"'{path}' is an image; name the file with the weights of the model")
     if kind in NO_TENSORS:
-        raise CheckpointError(f"'{path}' {NO_TENSORS[kind]}")
+        raise CheckpointError(f"checkpoint '{path}' {NO_TENSORS[kind]}")
     if kind == "unknown":
         raise CheckpointError(
             f"'{path}' is no file of weights: it is neither safetensors nor PyTorch, or its beginning is damaged; "

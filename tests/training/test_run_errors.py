@@ -88,7 +88,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
     [
         ("--actual_resume gone.ckpt", 1, "checkpoint 'gone.ckpt' does not exist"),
         ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt' is damaged"),
-        ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is damaged"),
+        ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is truncated"),
         ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
         ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a web page"),
         ("--actual_resume stranger.safetensors", 1, "use the config that belongs to it"),
