@@ -573,12 +573,7 @@ def read_vae(source: str | Path) -> dict[str, Tensor]:
     for prefix in (VAE, "vae."):
         if any(name.startswith(prefix) for name in state):
             state = _under(state, prefix)
-    state = {name: value for name, value in state.items() if name.startswith(_OF_VAE)}
     if "decoder.conv_in.weight" not in state:
-        raise CheckpointError(
-            f"'{source}' holds no first stage (VAE); name a VAE's file or folder with --vae"
-        )
+        raise CheckpointError(f"'{source}' holds no first stage (VAE); name the file or folder of one")
+    state = {name: value for name, value in state.items() if not name.startswith(("loss.", "model_ema."))}
     return vae_weights(state, "ldm") if any("_blocks." in name for name in state) else state
-
-
-_OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,7 @@ HEADS = {
     "model.safetensors.part": (b"\0\0\0\0\0\0\0\0\0", "an unfinished download"),
     "noise.ckpt": (b"\xff\xfe\xfd\xfc" * 20, "no file of weights"),
     "cat.png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "an image"),
-    "cut.ckpt": (b"PK\x03\x04" + b"\0" * 40, "damaged"),
+    "cut.ckpt": (b"PK\x03\x04" + b"\0" * 40, "is damaged: its end is missing; download it again"),
 }
 
 
@@ -217,6 +218,13 @@ def test_files_without_weights_are_named(tmp_path, name) -> None:
     with pytest.raises(weights.UserError) as error:
         recognise(tmp_path / name)
     assert what in str(error.value) and len(str(error.value).replace(str(tmp_path), "")) < 300
+
+
+def test_an_archive_of_other_files_is_named(tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("model/v1-5.ckpt", "x")
+    with pytest.raises(CheckpointError, match="is a zip archive .*unpack it"):
+        recognise(tmp_path / "model.zip")
 
 
 def test_a_truncated_file_says_how_much_is_there(tmp_path) -> None:

@@ -26,6 +26,7 @@ from ldm.training.callbacks.interruption import Requests, handle_signals
 from ldm.training.callbacks.progress import total_steps
 from ldm.training.fitting import fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
+from ldm.training.precision import half_for
 from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
     OLD_TRAINER_KEYS,
@@ -71,7 +72,7 @@ def run(argv: Sequence[str], prog: str = "main.py") -> int:
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
-    model = make_model(plan.config)
+    model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
     datasets = getattr(data, "datasets", {})
     preflight.check_captions(model, datasets.get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
@@ -142,12 +143,17 @@ def make_data(merged: DictConfig) -> pl.LightningDataModule:
     return data
 
 
-def make_model(merged: DictConfig) -> pl.LightningModule:
-    """The model, with the weights of `actual_resume` if that is given."""
+def make_model(merged: DictConfig, half: torch.dtype | None = None) -> pl.LightningModule:
+    """The model, with the weights of `actual_resume` if that is given.
+
+    With a personalization frozen layers are read in `half`, the type that training keeps them in.
+    """
     node = merged["model"]
     if path := merged.get("actual_resume"):
         logger.info("reading %s", path)
-        model = load_model_from_config(node, path, vae=merged.get("vae"))
+        personalised = OmegaConf.select(node, "params.personalization_config") is not None
+        half = half if personalised else None
+        model = load_model_from_config(node, path, vae=merged.get("vae"), half=half)
     else:
         model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
         if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):

@@ -71,7 +71,9 @@ def test_files_of_a_run(tiny_yaml, capsys):
 def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatch):
     models = []
     make = run_module.make_model
-    monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
+    monkeypatch.setattr(
+        run_module, "make_model", lambda *given, **by: models.append(make(*given, **by)) or models[0]
+    )
     assert start("--base", tiny_yaml, "-t") == 0
     before = load_file(tiny_model)
     after = dict(models[0].named_parameters())
