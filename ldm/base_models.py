@@ -129,12 +129,29 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
 def what_is(source: str | Path) -> Kind | None:
     """Say what a file is that does not fit a config, and what to do; None if it is unknown or cannot be read."""
     try:
-        found = _of_header(checked_header(Path(source)), Path(source).name)
+        return _kind_of(checked_header(Path(source)), Path(source).name)
     except CheckpointError:
         return None
+
+
+def what_holds(shapes: Shapes) -> str | None:
+    """Say what a file with these tensors is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown."""
+    kind = _kind_of(Header(shapes, {}), "")
+    return kind and kind.name
+
+
+def _kind_of(header: Header, name: str) -> Kind | None:
+    found = _of_header(header, name)
     if isinstance(found, Kind):
         return None if found is UNKNOWN else found
     return Kind(FAMILIES[found[0]], "use the config that belongs to it")
+
+
+def what_begins(path: Path) -> str | None:
+    """Say what a file is by its first bytes, such as "a 7z archive"; None for weights and what is not known."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    return next((what for start, what, _ in _BY_BYTES if head.startswith(start)), None)
 
 
 def ask_for_prediction(model: BaseModel) -> None:
@@ -256,9 +273,8 @@ UNKNOWN = Kind(
 _OTHER_MODEL = f"it cannot be used here: {_READ}"
 _ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
 _PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
-_EMBEDDING = Kind(
-    "a textual inversion embedding", "name the base model here and the embedding with --embedding_path"
-)
+EMBEDDING = "a textual inversion embedding"
+_EMBEDDING = Kind(EMBEDDING, "name the base model here and the embedding with --embedding_path")
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
 
 # What a file is, what to do, and expressions that must all be found in its names; the first row that fits counts.
