@@ -7,7 +7,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_layout import PREDICTIONS, Prediction
 from ldm.files import NO_TENSORS, file_kind, is_hub_id
@@ -521,7 +521,7 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
     added = unet.get("projection_class_embeddings_input_dim") if unet.get("addition_embed_type") else None
     if not added and unet.get("class_embed_type"):
         added = unet.get("projection_class_embeddings_input_dim") or -1
-    context = sizes[0] if isinstance(sizes, list) and sizes else sizes
+    context: Any = sizes[0] if isinstance(sizes, list) and sizes else sizes
     denoiser = Denoiser(int(unet.get("in_channels", 4)), context, added, alone=False)
     special = denoiser.special()
     if special is not None:

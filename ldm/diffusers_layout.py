@@ -7,7 +7,7 @@ diffusers in that of transformers' CLIP, with one matrix for each of query, key 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -375,7 +375,7 @@ def _uniform(config: Mapping[str, Any], key: str) -> Any:
     return values[0]
 
 
-def unet_settings(params: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def unet_settings(params: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str, Any]:
     """The config of diffusers' UNet2DConditionModel for the parameters of `UNetModel`, all given."""
     channels = [params["model_channels"] * factor for factor in params["channel_mult"]]
     attended = [2**level in params["attention_resolutions"] for level in range(len(channels))]
@@ -462,7 +462,7 @@ def schedule_params(config: Mapping[str, Any]) -> dict[str, Any]:
     params: dict[str, Any] = {"timesteps": steps, "given_betas": None}
     start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
     kind = config.get("beta_schedule", "scaled_linear")
-    betas = config.get("trained_betas")
+    betas: Any = config.get("trained_betas")
     if betas is None and kind == "squaredcos_cap_v2":
         params["beta_schedule"] = "cosine"
     elif betas is None and kind in SCHEDULES:

@@ -39,7 +39,7 @@ from ldm.modules.encoders.open_clip import LAYERS, FrozenOpenCLIPEmbedder
 from ldm.util import UserError
 
 TOLERANCE = 2e-3  # relative to the largest number compared: float32 sums in another order
-_PREDICTIONS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+_PREDICTIONS: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
 @torch.no_grad()
