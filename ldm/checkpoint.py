@@ -126,7 +126,7 @@ def find_paths(node: Any, places: list[Path]) -> None:
     """Replace relative paths in a node that lead nowhere from the working directory, in place.
 
     They are looked for from each of `places` and from the folders above it, so that a model and its YAML can be used
-    from any working directory.
+    from any working directory; then by their last parts in `places`, so that a model's folder can be moved.
     """
     keys = list(node) if isinstance(node, Mapping) else range(len(node)) if _is_list(node) else ()
     for key in keys:
@@ -134,10 +134,17 @@ def find_paths(node: Any, places: list[Path]) -> None:
         if isinstance(value, Mapping) or _is_list(value):
             find_paths(value, places)
         elif key in _PATH_KEYS and isinstance(value, str) and not Path(value).exists():
-            above = (folder for place in places for folder in (place.resolve(), *place.resolve().parents))
-            found = next((folder / value for folder in above if (folder / value).exists()), None)
+            found = next((path for path in _candidates(value, places) if path.exists()), None)
             if found is not None:
                 node[key] = str(found)
+
+
+def _candidates(value: str, places: list[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from (folder / value for folder in (place.resolve(), *place.resolve().parents))
+    parts = Path(value).parts
+    for start in range(1, len(parts)):
+        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
 
 
 def _is_list(value: Any) -> bool:
@@ -432,5 +439,9 @@ def config_of(ckpt: str) -> Path:
     if beside.is_file() and not path.is_dir():
         return beside
     base = recognise(ckpt)
+    if not base.inference_config.is_file():
+        raise CheckpointError(
+            f"'{ckpt}' is {base.name}, and there is no YAML for it here; name one with --config"
+        )
     ask_for_prediction(base)
     return base.inference_config

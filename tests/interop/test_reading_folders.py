@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.base_models import recognise
+from ldm.base_models import CONFIGS, recognise
 from ldm.checkpoint import complete_config, load_model_from_config, save_state_dict
+from ldm.commands import generate as generate_command
 from ldm.generate.images import generate
 from ldm.models.diffusion.ddim import DDIMSampler
 
@@ -22,7 +23,13 @@ from tests.pipelines import make_pipeline  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 # Family and what the denoiser predicts -> the YAML that is found for it.
-CASES = {("sd1", "epsilon"): "v1-finetune.yaml", ("sd1", "v_prediction"): "v1-finetune.yaml"}
+CASES = {
+    ("sd1", "epsilon"): "v1-finetune.yaml",
+    ("sd1", "v_prediction"): "v1-finetune.yaml",
+    ("sd2", "epsilon"): "v2-finetune.yaml",
+    ("sd2", "v_prediction"): "v2-finetune_v.yaml",
+}
+CASES = {key: name for key, name in CASES.items() if (CONFIGS / "stable-diffusion" / name).is_file()}
 PROMPTS = ["a photo of a dog, on the beach", "a painting"]
 
 
@@ -138,3 +145,20 @@ def test_an_exported_folder_and_a_single_file_are_read_by_diffusers(case, tmp_pa
     for part in ("unet", "vae", "text_encoder"):
         ours, theirs = getattr(single, part).state_dict(), getattr(pipeline, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), part
+
+
+def test_a_folder_draws_without_a_yaml(case, tmp_path, monkeypatch, capsys) -> None:
+    """The command line finds the YAML, and nothing is fetched: the hub may not be asked."""
+    import huggingface_hub
+    from transformers.utils import hub as transformers_hub
+
+    def asked(*arguments: Any, **options: Any) -> None:
+        raise AssertionError(f"the hub was asked for {arguments}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    monkeypatch.setattr(transformers_hub, "hf_hub_download", asked)
+    monkeypatch.chdir(tmp_path)
+    _, _, folder = case
+    words = ["--ckpt_path", str(folder), "--prompt", "a photo", "--ddim_steps", "2", "--n_samples", "1"]
+    assert generate_command.main([*words, "--H", "16", "--W", "16", "--vae", str(folder / "vae")]) == 0
+    assert "samples/0000.png" in capsys.readouterr().out
