@@ -533,7 +533,13 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
         if context == 1024 or unet.get("use_linear_projection")
         else "sd1"
     )
-    noted = folder.config("scheduler").get("prediction_type", "epsilon")
+    scheduler = folder.config("scheduler")
+    if not scheduler:
+        guess = family == "sd2"
+        return BaseModel(
+            source, folder.path, family, "v" if guess else "eps", "guess" if guess else "family", folder
+        )
+    noted = scheduler.get("prediction_type", "epsilon")
     if noted not in PREDICTIONS:
         raise CheckpointError(
             f"'{source}': the scheduler's prediction_type is '{noted}'; known are {', '.join(PREDICTIONS)}"

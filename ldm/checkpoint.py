@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,16 @@ def load_model_from_config(
         model: nn.Module = instantiate_from_config(node)
     filled = () if complete else TEXT_ENCODERS
     source = f"checkpoint '{ckpt}'"
-    _load(model, state, source, filled, assign=complete, device=torch.device(device or "cpu"), half=half)
+    _load(
+        model,
+        state,
+        source,
+        filled,
+        advice=lambda: _advice(ckpt, base, node),
+        assign=complete,
+        device=torch.device(device or "cpu"),
+        half=half,
+    )
     return (model if device is None else model.to(device)).eval()
 
 
@@ -204,6 +213,19 @@ def _adapt(node: Any, base: BaseModel) -> None:
             params[key] = value
 
 
+OWN_CONFIG = "use the config that belongs to it"
+
+
+def _advice(ckpt: str | Path, base: BaseModel | None, node: Mapping[str, Any]) -> str:
+    """What to do about weights that do not fit the model of a node."""
+    if base is None:
+        kind = what_is(ckpt)
+        return f"it is {kind.name}: {kind.remedy}" if kind else OWN_CONFIG
+    if family_of(node) == base.family:
+        return f"it is {base.name}, as the config says, but incomplete or changed; download it again"
+    return f"it looks like {base.name} of other sizes: {OWN_CONFIG}"
+
+
 def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str | Path) -> bool:
     """Whether the weights are complete; False if the text encoder has to be read from its own folder or hub id.
 
@@ -257,6 +279,7 @@ def _load(
     source: str,
     filled: tuple[str, ...],
     *,
+    advice: Callable[[], str] = lambda: OWN_CONFIG,
     assign: bool = False,
     device: torch.device | None = None,
     half: torch.dtype | None = None,
@@ -264,7 +287,7 @@ def _load(
     """`load_state`, which takes the tensors out of `state` and, with `assign`, makes them the model's own.
 
     With `assign` each tensor is converted to the type of its parameter, or to `half`, and moved to the device when its
-    turn comes, and the memory of the file behind it is given back.
+    turn comes, and the memory of the file behind it is given back. `advice` ends the messages about what does not fit.
     """
     own = model.state_dict()
     _restore_averages(state, own)
@@ -273,7 +296,7 @@ def _load(
     if not shared:
         raise CheckpointError(
             f"{source} holds no weight of {type(model).__name__} (it has '{min(state, default='nothing')}', the model "
-            f"'{min(own)}'){_advice(source)}"
+            f"'{min(own)}'); {advice()}"
         )
     optional = (*getattr(model, "optional_state", ()), *filled)
     wrong = [key for key in wrong if not key.startswith(optional)]
@@ -281,14 +304,14 @@ def _load(
         key = min(wrong)
         raise CheckpointError(
             f"{source} does not fit the config: '{key}' is {list(state[key].shape)} in the file and "
-            f"{list(own[key].shape)} in the model ({len(wrong)} such keys){_advice(source)}"
+            f"{list(own[key].shape)} in the model ({len(wrong)} such keys); {advice()}"
         )
     parameters = dict(model.named_parameters())
     missing = [key for key in parameters if key not in state and not key.startswith(optional)]
     if missing:
         raise CheckpointError(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
-            f"'{missing[0]}'{_advice(source)}"
+            f"'{missing[0]}'; {advice()}"
         )
     types = dict.fromkeys(_halved(model), half) if half is not None else {}
     fitting = {}
@@ -310,15 +333,6 @@ def _load(
         logger.warning(
             "%s: %d unexpected keys are ignored, such as '%s'", source, len(unexpected), unexpected[0]
         )
-
-
-def _advice(source: str) -> str:
-    """The end of the message about a file that does not fit: what it is if that is known, and what to do."""
-    path = source.partition("'")[2].removesuffix("'")
-    kind = what_is(path) if path and Path(path).is_file() else None
-    if kind is None:
-        return "; use the config that belongs to it"
-    return f"; it is {kind.name}: {kind.remedy}"
 
 
 def _restore_averages(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -285,7 +285,7 @@ class Folder:
     def missing(self) -> list[str]:
         """The parts that model_index.json names and the folder lacks."""
         index = self.index()
-        wanted = [part for part in (*PARTS, *_TOKENIZERS) if (index.get(part) or [None])[0]]
+        wanted = [part for part in (*PARTS, *_TOKENIZERS, "scheduler") if (index.get(part) or [None])[0]]
         return [
             part
             for part in wanted or PARTS[:1]

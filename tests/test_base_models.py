@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldm import weights
 from ldm.base_models import ask_for_prediction, recognise, recognise_for, what_is
@@ -312,3 +313,15 @@ def test_the_embedded_model_names_its_own_yamls() -> None:
     found = recognise(ROOT / "models" / "ldm" / "creatures" / "model.safetensors")
     assert (found.family, found.prediction) == ("embedded", "v")
     assert found.finetune_config.name == "txt2img-finetune.yaml" and found.inference_config.is_file()
+
+
+@pytest.mark.parametrize(
+    ("linear", "expected"), [(True, ("sd2", "v", "guess")), (False, ("sd1", "eps", "family"))]
+)
+def test_a_folder_without_a_scheduler_does_not_pretend_to_know(tmp_path, linear, expected) -> None:
+    (tmp_path / "unet").mkdir()
+    config = {"in_channels": 4, "cross_attention_dim": 32, "use_linear_projection": linear}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    found = recognise(tmp_path)
+    assert (found.family, found.prediction, found.known_by) == expected

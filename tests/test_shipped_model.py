@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import main
-from ldm.checkpoint import load_model_from_config
+from ldm.checkpoint import load_model_from_config, read_state_dict, save_state_dict
 from ldm.commands.base import load_latent_diffusion, read_model_config
 from ldm.evaluation.appearance import palette_overlap
 from ldm.generate import generate
@@ -20,6 +20,7 @@ from ldm.images import list_images, open_image
 from ldm.models.features import load_features
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.training.callbacks.warm_start import end_states
+from ldm.util import UserError
 from scripts import txt2img
 
 ROOT = Path(__file__).parents[1]
@@ -116,3 +117,11 @@ def test_it_is_used_from_any_folder(tmp_path, monkeypatch) -> None:
     config = read_model_config(str(moved / "model.safetensors"), None)
     assert config.model.params.cond_stage_config.params.version == str(moved / "text_encoder")
     load_latent_diffusion(config, str(moved / "model.safetensors"), "cpu")
+
+
+def test_an_incomplete_copy_is_not_blamed_on_the_config(tmp_path) -> None:
+    state = read_state_dict(MODEL / "model.safetensors")
+    del state["model.diffusion_model.out.2.bias"]
+    save_state_dict(state, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="it is the embedded model.*as the config says, but incomplete"):
+        load_model_from_config(MODEL / "config.yaml", tmp_path / "cut.safetensors")

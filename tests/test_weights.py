@@ -177,7 +177,7 @@ class Hub:
         self.downloads += 1
         for name in allow_patterns:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            index = {part: ["x", "y"] for part in ("unet", "vae", "text_encoder", "tokenizer")}
+            index = {part: ["x", "y"] for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
             (folder / name).write_text(json.dumps(index if name == "model_index.json" else {}))
         return str(folder)
 
