@@ -69,6 +69,8 @@ def load_model_from_config(
     """
     node, base = complete_config(config, ckpt)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
+    if vae is None and not any(key.startswith(VAE) for key in state):
+        vae = _select(node, "params.first_stage_config.params.ckpt_path")
     if vae is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
         state |= {VAE + key: value for key, value in read_vae(vae).items()}
@@ -234,14 +236,13 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     """
     if not any(key.startswith((UNET, "model_ema.diffusion_model")) for key in state):
         return True  # no diffusion model
-    first_stage = _select(node, "params.first_stage_config.target")
-    if first_stage is not None and not str(first_stage).endswith("IdentityFirstStage"):
-        own = _select(node, "params.first_stage_config.params.ckpt_path")
-        if own is None and not any(key.startswith(VAE) for key in state):
-            raise CheckpointError(
-                f"'{ckpt}' has no first stage (VAE); bring one with --vae, a file or a folder in the layout of LDM or "
-                "diffusers"
-            )
+    first_stage = str(_select(node, "params.first_stage_config.target") or "")
+    needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
+    if not needs_none and not any(key.startswith(VAE) for key in state):
+        raise CheckpointError(
+            f"'{ckpt}' has no first stage (VAE); bring one with --vae, a file or a folder in the layout of LDM or "
+            "diffusers"
+        )
     encoder = _select(node, "params.cond_stage_config.target")
     if encoder is None or any(key.startswith(TEXT_ENCODERS) for key in state):
         return True

@@ -304,6 +304,16 @@ def test_a_model_without_a_first_stage_and_a_vae_that_is_none(tmp_path: Path, wi
         load_model_from_config(CASE.config(), without_vae, vae=without_vae)
 
 
+def test_a_first_stage_that_the_yaml_names_is_read_if_the_checkpoint_has_none(
+    tmp_path: Path, weights, without_vae
+) -> None:
+    save_file(weights, tmp_path / "whole.safetensors")
+    config = CASE.config()
+    config.params.first_stage_config.params.ckpt_path = str(tmp_path / "whole.safetensors")
+    loaded = load_model_from_config(config, without_vae).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
 def test_paths_of_a_yaml_are_found_from_its_folder_and_that_of_the_model(
     tmp_path: Path, weights, monkeypatch
 ) -> None:
