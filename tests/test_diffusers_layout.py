@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ldm import diffusers_layout as layout
 from ldm.models.diffusion.schedule import make_beta_schedule
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.encoders.open_clip import OpenCLIPText
 from ldm.weights import CheckpointError
 from tests.golden_record import GOLDEN, golden_state
@@ -192,3 +195,28 @@ def test_what_cannot_be_read_is_named() -> None:
     unet = diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **UNETS["sd1"]).state_dict()
     with pytest.raises(CheckpointError, match="'extra.weight', which the layout of ldm has no place for"):
         layout.unet_weights(unet | {"extra.weight": torch.zeros(1)}, "ldm")
+
+
+@pytest.mark.parametrize("family", UNETS)
+@torch.no_grad()
+def test_denoisers_of_diffusers_compute_the_same_here(family: str) -> None:
+    unet = diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **UNETS[family])
+    randomised(unet, 1)
+    params = layout.unet_params(unet.config)
+    lacking = params.keys() - inspect.signature(UNetModel).parameters.keys()
+    if lacking:
+        pytest.skip(f"UNetModel has no {', '.join(lacking)} yet")
+    ours = UNetModel(image_size=8, **params).eval()
+    ours.load_state_dict(layout.unet_weights(unet.state_dict(), "ldm"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    context = torch.randn(2, 77, params["context_dim"], generator=generator)
+    time = torch.tensor([3, 700])
+    vector, added = {}, {}
+    if "adm_in_channels" in params:
+        pooled, sizes = torch.randn(2, 32, generator=generator), torch.tensor([[64, 48, 0, 4, 64, 64]] * 2)
+        embedded = timestep_embedding(sizes.flatten(), 16).reshape(2, -1)
+        vector = {"y": torch.cat([pooled, embedded], dim=1)}
+        added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    expected = unet(x, time, context, **added).sample
+    torch.testing.assert_close(ours(x, time, context, **vector), expected, rtol=0, atol=5e-5)
