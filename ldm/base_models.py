@@ -171,7 +171,6 @@ def ask_for_prediction(model: BaseModel) -> None:
 # -- files ---------------------------------------------------------------------------------------------------
 
 _READ = "read are Stable Diffusion 1, 2 and XL and LDM text2img-large"
-_BASE = "name the base model, with the YAML or the words that use this file apart from it"
 
 # Files of other tools by their first bytes, then by their suffix -> what they are and what to do.
 _BY_BYTES: tuple[tuple[bytes, str, str], ...] = (

@@ -73,7 +73,7 @@ def load_model_from_config(
         vae = _select(node, "params.first_stage_config.params.ckpt_path")
     if vae is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
-        state |= {VAE + key: value for key, value in read_vae(vae).items()}
+        state |= {VAE + key: value for key, value in _first_stage(vae).items()}
     complete = _check_parts(state, node, ckpt)
     with contextlib.ExitStack() as stack:
         if complete:
@@ -249,6 +249,18 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):
         raise CheckpointError(f"'{ckpt}' has no text encoder; name a file or a folder with the whole model")
     return False
+
+
+def _first_stage(source: str | Path) -> dict[str, Tensor]:
+    try:
+        return read_vae(source)
+    except CheckpointError as error:
+        kind = what_is(source) if Path(source).is_file() else None
+        if kind is None:
+            raise
+        raise CheckpointError(
+            f"'{source}' is {kind.name} without a first stage (VAE); name the file or folder of one"
+        ) from error
 
 
 # -- a state dict and a model --------------------------------------------------------------------------------

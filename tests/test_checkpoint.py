@@ -300,8 +300,11 @@ def test_a_first_stage_is_brought_by_vae(tmp_path: Path, weights, without_vae, k
 def test_a_model_without_a_first_stage_and_a_vae_that_is_none(tmp_path: Path, without_vae) -> None:
     with pytest.raises(CheckpointError, match="no-vae.safetensors' has no first stage .*--vae"):
         load_model_from_config(CASE.config(), without_vae)
-    with pytest.raises(CheckpointError, match="holds no first stage"):
+    with pytest.raises(CheckpointError, match="is Stable Diffusion 1 without a first stage"):
         load_model_from_config(CASE.config(), without_vae, vae=without_vae)
+    save_file({"x.y": torch.zeros(3, 3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="holds no first stage"):
+        load_model_from_config(CASE.config(), without_vae, vae=tmp_path / "other.safetensors")
 
 
 def test_a_first_stage_that_the_yaml_names_is_read_if_the_checkpoint_has_none(
