@@ -162,3 +162,28 @@ def test_a_folder_draws_without_a_yaml(case, tmp_path, monkeypatch, capsys) -> N
     words = ["--ckpt_path", str(folder), "--prompt", "a photo", "--ddim_steps", "2", "--n_samples", "1"]
     assert generate_command.main([*words, "--H", "16", "--W", "16", "--vae", str(folder / "vae")]) == 0
     assert "samples/0000.png" in capsys.readouterr().out
+
+
+def test_a_word_is_trained_on_a_folder_and_drawn(case, tmp_path, monkeypatch, capsys) -> None:
+    import main
+
+    _, _, folder = case
+    monkeypatch.chdir(tmp_path)
+    yaml = recognise(folder).finetune_config
+    words = ["--base", str(yaml), "-t", "--pretrained_model_name_or_path", str(folder), "--vae", str(folder)]
+    words += [
+        "--data_root",
+        str(ROOT / "data" / "concepts" / "bobo"),
+        "--init_word",
+        "dog",
+        "--max_steps",
+        "2",
+    ]
+    words += ["--resolution", "16", "--mixed_precision", "bf16", "data.params.train.params.repeats=1"]
+    assert main.main([*words, "data.params.num_workers=0", "--accelerator", "cpu"]) == 0
+    (embeddings,) = tmp_path.glob("logs/*/checkpoints/embeddings.pt")
+    config = next(tmp_path.glob("logs/*/configs/*-project.yaml"))
+    words = ["--ckpt_path", str(folder), "--embedding_path", str(embeddings), "--config", str(config)]
+    words += ["--prompt", "a photo of *", "--ddim_steps", "2", "--n_samples", "1", "--H", "16", "--W", "16"]
+    assert generate_command.main(words) == 0
+    assert "samples/0000.png" in capsys.readouterr().out
