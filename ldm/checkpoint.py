@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -29,6 +29,7 @@ from ldm.base_models import (
 from ldm.diffusers_layout import UNET, VAE, folder_params, read_folder, read_vae
 from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
+from ldm.yaml_files import read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
@@ -119,6 +120,17 @@ def complete_config(config: Mapping[str, Any] | str | Path, ckpt: str | Path) ->
         _adapt(node, base)
         check_config(node, "model")
     return node, base
+
+
+def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
+    """Return a YAML, by default the one of a model (see `config_of`), with its `model:` node completed for the model.
+
+    Raises UserError if there is no YAML, it is damaged, or it does not fit the model.
+    """
+    path = Path(config or config_of(ckpt))
+    content = read_yaml(path)
+    find_paths(content, [path.parent])
+    return OmegaConf.create({"model": complete_config(content, ckpt)[0]})
 
 
 def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:

@@ -80,15 +80,9 @@ def check_model(*sources: str | None) -> None:
 
 def read_model_config(ckpt: str, config: str | None) -> DictConfig:
     """Read the YAML of a model, `config` or the one that belongs to the checkpoint, and complete it for the latter."""
-    from omegaconf import OmegaConf
+    from ldm.checkpoint import read_config
 
-    from ldm.checkpoint import complete_config, config_of, find_paths
-    from ldm.yaml_files import read_yaml
-
-    path = Path(config or config_of(ckpt))
-    content = read_yaml(path)
-    find_paths(content, [path.parent])
-    return OmegaConf.create({"model": complete_config(content, ckpt)[0]})
+    return read_config(ckpt, config)
 
 
 def load_latent_diffusion(
