@@ -410,7 +410,7 @@ class Denoiser(NamedTuple):
     @property
     def family(self) -> Family | None:
         """The family by the widths of its conditions."""
-        if (self.channels, self.context) == (12, 128):
+        if self.context == 128 and self.channels in (12, 24):
             return "embedded"
         widths: dict[tuple[int | None, int | None], Family] = {
             (768, None): "sd1",

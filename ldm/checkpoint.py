@@ -89,7 +89,7 @@ def load_model_from_config(
         state,
         source,
         filled,
-        advice=lambda: _advice(ckpt, base, node),
+        advice=lambda incomplete: _advice(ckpt, base, node, incomplete),
         assign=complete,
         device=torch.device(device or "cpu"),
         half=half,
@@ -188,7 +188,7 @@ def family_of(node: Mapping[str, Any]) -> Family | None:
     """The family of the model that a `model:` node describes; None if it is none of them, or of other sizes."""
     encoder = str(_select(node, "params.cond_stage_config.target") or "").rpartition(".")[2]
     width = _select(node, "params.unet_config.params.context_dim")
-    if (encoder, width, _channels(node)) == ("FrozenCLIPEmbedder", 128, 12):
+    if (encoder, width) == ("FrozenCLIPEmbedder", 128) and _channels(node) in (12, 24):
         return "embedded"
     known: dict[Any, Family] = {
         ("FrozenCLIPEmbedder", 768): "sd1",
@@ -230,12 +230,12 @@ def _adapt(node: Any, base: BaseModel) -> None:
 OWN_CONFIG = "use the config that belongs to it"
 
 
-def _advice(ckpt: str | Path, base: BaseModel | None, node: Mapping[str, Any]) -> str:
-    """What to do about weights that do not fit the model of a node."""
+def _advice(ckpt: str | Path, base: BaseModel | None, node: Mapping[str, Any], incomplete: bool) -> str:
+    """What to do about weights that do not fit the model of a node, because some are missing or have other shapes."""
     if base is None:
         kind = what_is(ckpt)
         return f"it is {kind.name}: {kind.remedy}" if kind else OWN_CONFIG
-    if family_of(node) == base.family:
+    if incomplete and family_of(node) == base.family:
         return f"it is {base.name}, as the config says, but incomplete or changed; download it again"
     return f"it looks like {base.name} of other sizes: {OWN_CONFIG}"
 
@@ -304,7 +304,7 @@ def _load(
     source: str,
     filled: tuple[str, ...],
     *,
-    advice: Callable[[], str] = lambda: OWN_CONFIG,
+    advice: Callable[[bool], str] = lambda incomplete: OWN_CONFIG,
     assign: bool = False,
     device: torch.device | None = None,
     half: torch.dtype | None = None,
@@ -312,7 +312,8 @@ def _load(
     """`load_state`, which takes the tensors out of `state` and, with `assign`, makes them the model's own.
 
     With `assign` each tensor is converted to the type of its parameter, or to `half`, and moved to the device when its
-    turn comes, and the memory of the file behind it is given back. `advice` ends the messages about what does not fit.
+    turn comes, and the memory of the file behind it is given back. `advice` ends the messages about
+    what does not fit, or is missing.
     """
     own = model.state_dict()
     _restore_averages(state, own)
@@ -321,7 +322,7 @@ def _load(
     if not shared:
         raise CheckpointError(
             f"{source} holds no weight of {type(model).__name__} (it has '{min(state, default='nothing')}', the model "
-            f"'{min(own)}'); {advice()}"
+            f"'{min(own)}'); {advice(False)}"
         )
     optional = (*getattr(model, "optional_state", ()), *filled)
     wrong = [key for key in wrong if not key.startswith(optional)]
@@ -329,14 +330,14 @@ def _load(
         key = min(wrong)
         raise CheckpointError(
             f"{source} does not fit the config: '{key}' is {list(state[key].shape)} in the file and "
-            f"{list(own[key].shape)} in the model ({len(wrong)} such keys); {advice()}"
+            f"{list(own[key].shape)} in the model ({len(wrong)} such keys); {advice(False)}"
         )
     parameters = dict(model.named_parameters())
     missing = [key for key in parameters if key not in state and not key.startswith(optional)]
     if missing:
         raise CheckpointError(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
-            f"'{missing[0]}'; {advice()}"
+            f"'{missing[0]}'; {advice(True)}"
         )
     types = dict.fromkeys(_halved(model), half) if half is not None else {}
     fitting = {}
