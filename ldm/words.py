@@ -211,14 +211,13 @@ def file_stem(word: str) -> str:
     """Return a file name without suffix for a word: "<my-cat>" becomes "my-cat", and "*" becomes "embedding".
 
     It stays as close to the word as possible, because most tools use it as the prompt word. Letters and marks of all
-    languages are kept; symbols, joiners and what this file system cannot name become "_" or are left out.
+    languages are kept; symbols, joiners and what this file system cannot name become "_" or are left out, and so do
+    spaces, which end a word in ComfyUI.
     """
     text = unicodedata.normalize("NFC", word)
-    text = "".join(
-        c if _continues(c) or c in f"+.- {_ZWNJ}{_ZWJ}" else "\0" for c in text if _can_be_named(c)
-    )
-    name = re.sub(f"\0[\0{_ZWNJ}{_ZWJ}{_EMOJI_FORM}]*", "_", text).strip("._- ")
-    name = name.encode()[:_MOST_BYTES].decode(errors="ignore")[:100].rstrip("._- ")
+    text = "".join(c if _continues(c) or c in f"+.-{_ZWNJ}{_ZWJ}" else "\0" for c in text if _can_be_named(c))
+    name = re.sub(f"\0[\0{_ZWNJ}{_ZWJ}{_EMOJI_FORM}]*", "_", text).strip("._-")
+    name = name.encode()[:_MOST_BYTES].decode(errors="ignore")[:100].rstrip("._-")
     if name.split(".")[0].lower() in _RESERVED:
         name = f"{name.replace('.', '_')}_"
     return name or "embedding"
