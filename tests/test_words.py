@@ -132,6 +132,8 @@ def test_an_allowed_word_is_found_where_it_is_typed(word, text):
         ("My Café", "MY \u00a0cafe\u0301", ["MY \u00a0café"]),
         ("बिल", HINDI, []),  # only a mark follows, which is a part of the word
         ("م", PERSIAN, []),
+        ("خواهم", PERSIAN, []),
+        ("y", "x\u0302y", []),
         ("\U0001f468", FAMILY, []),
         ("\U0001f467", FAMILY, []),
         ("\U0001f44d", "\U0001f44d\U0001f3fd \U0001f44d", ["\U0001f44d"]),
