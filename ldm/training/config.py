@@ -174,7 +174,7 @@ def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
     for key in RUN_KEYS:
         value = getattr(options, key, None)
         if value is not None:
-            config[key] = value
+            config[key] = check_word(value) if key == "placeholder_string" else value
     if options.learning_rate is not None and options.scale_lr is None:
         config["scale_lr"] = False
     trainer = dict(options.trainer)
