@@ -132,19 +132,17 @@ KEYS = [
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("word", KEYS)
-def test_words_that_are_keys_of_any_format_come_back(format, word, tmp_path):
-    start = learned(word, count=2)
+def test_words_that_are_keys_of_any_format_come_back(format, tmp_path):
     path = tmp_path / f"cat{FORMATS[format].suffix}"
-    if (format, word) == ("diffusers", "__metadata__"):
-        with pytest.raises(
-            EmbeddingError, match="safetensors files reserve the name '__metadata__'.*--trigger"
-        ):
-            write(start, path, format)
-        return
-    found = read(write(start, path, format))
-    assert found.triggers == [word] and found.format == format and found.metadata == start.metadata
-    assert torch.equal(found.concepts[0].vectors, vectors(2))
+    for word in KEYS:
+        start = learned(word, count=1, width=32 if format == "a1111-png" else 768)
+        if (format, word) == ("diffusers", "__metadata__"):
+            with pytest.raises(EmbeddingError, match="reserve the name '__metadata__'.*--trigger"):
+                write(start, path, format)
+            continue
+        found = read(write(start, path, format))
+        assert found.triggers == [word] and found.format == format and found.metadata == start.metadata
+        assert torch.equal(found.concepts[0].vectors, start.concepts[0].vectors)
 
 
 ENCODERS = {
@@ -158,7 +156,9 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("count", [1, 2, 75, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [1, 6, *(pytest.param(count, marks=pytest.mark.slow) for count in (75, 1024))]
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_reads_what_it_writes_for_every_family(format, count, family, tmp_path):
     """Also of very many vectors; where a format cannot hold them, nothing is written."""
