@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ldm.util import UserError
+from ldm.words import folder_name
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def new_run_folder(
     With `several`, all processes of one run use the same folder.
     """
     now = _now()
-    path = Path(logdir) / f"{_data_name(data_root)}{now}{f'_{name}' if name else ''}{postfix}"
+    path = Path(logdir) / folder_name(f"{_data_name(data_root)}{now}{f'_{name}' if name else ''}{postfix}")
     if "LOCAL_RANK" in os.environ and _SHARED in os.environ:
         path = Path(os.environ[_SHARED])
     else:
@@ -140,7 +141,7 @@ def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
     path = Path(folder) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write in '{folder}': {error.strerror}; choose another folder with --logdir"

@@ -46,6 +46,16 @@ def fails(capsys, code: int, *arguments: object) -> str:
     return error
 
 
+@pytest.mark.parametrize(
+    "option",
+    [["convert", "{}", "--to", "a1111", "--trigger", "a\u202eb"], ["merge", "{}", "--rename", "x=a\u202eb"]],
+)
+def test_a_word_that_cannot_be_kept_is_refused_before_the_file_is_read(tmp_path, capsys, option):
+    (tmp_path / "cat.pt").write_text("no embedding")
+    arguments = [text.format(tmp_path / "cat.pt") for text in option]
+    assert "holds the invisible direction mark" in fails(capsys, 1, *arguments, "-o", tmp_path / "out.pt")
+
+
 def test_the_names_of_formats_are_those_of_the_writer():
     assert tuple(FORMATS) == embeddings.FORMAT_NAMES
 
