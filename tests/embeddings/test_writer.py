@@ -215,3 +215,13 @@ def test_file_names_have_no_spaces(tmp_path):
     """ComfyUI ends the word at a space."""
     names = [path.stem for path in paths_for(["my cat", "a\u00a0b", "<x y>", "x_y"], tmp_path)]
     assert names == ["my_cat", "a_b", "x_y", "x_y-2"]
+
+
+def test_the_second_file_of_a_word_is_not_that_of_another_word(tmp_path):
+    words = [
+        Concept(word, vectors(1, ENCODER_KINDS[kind].width, seed), kind)
+        for seed, (word, kind) in enumerate(itertools.product(["cat", "cat_2"], ["clip_l", "clip_g"]))
+    ]
+    paths = write_all(LearnedEmbeddings(tuple(words)), tmp_path, "diffusers")
+    assert [path.stem for path in paths] == ["cat", "cat_2", "cat_2-2", "cat_2-2_2"]
+    assert [read(path).triggers for path in paths] == [["cat"], ["cat"], ["cat_2"], ["cat_2"]]
