@@ -215,8 +215,6 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
     ]
     options.trainer = _trainer_flags(rest)
-    if options.name and options.resume:
-        raise UsageError("-n/--name and -r/--resume exclude each other: a resumed run keeps its folder")
     return options
 
 

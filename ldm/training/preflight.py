@@ -109,7 +109,7 @@ def summary(
     datasets: Mapping[str, Any],
     device: str,
     steps: int | None,
-    batch_size: int,
+    batch: str,
     rate: str,
     folder: Path,
 ) -> list[str]:
@@ -126,7 +126,7 @@ def summary(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"{trainable:,} of {total:,} parameters are trained, on {device}")
-    lines.append(f"{f'{steps} steps' if steps else 'no limit'} of batch {batch_size}; {rate}")
+    lines.append(f"{f'{steps} steps' if steps else 'no limit'} of {batch}; {rate}")
     lines.append(f"run folder: {folder}")
     return lines
 

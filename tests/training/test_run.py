@@ -34,19 +34,21 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def test_files_of_a_run(tiny_yaml, capsys):
+def test_files_of_a_run(tiny_yaml, image_folder, capsys):
     images = "lightning.callbacks.image_logger.params"
     kwargs = f"{images}.log_images_kwargs.ddim_steps=1"
     assert start("--base", tiny_yaml, "-t", "--gpus", "0,", f"{images}.batch_frequency=3", kwargs) == 0
     run = only_run()
     assert run.name.startswith("toy") and run.name.endswith("_tiny")
+    word = image_folder.name  # "*" is no name for a file
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     for name in (
         "embeddings.pt",
         "embeddings_gs-4.pt",
         "embeddings_gs-6.pt",
         "last.ckpt",
-        "embedding.safetensors",
+        f"{word}.safetensors",
+        f"{word}_gs-6.safetensors",
     ):
         assert f"checkpoints/{name}" in files
     for name in ("inputs", "reconstruction", "conditioning", "samples", "samples_scaled"):
@@ -68,7 +70,7 @@ def test_files_of_a_run(tiny_yaml, capsys):
     assert "Traceback" not in shown.err and "error" not in shown.err
 
 
-def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatch):
+def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, image_folder, monkeypatch):
     models = []
     make = run_module.make_model
     monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
@@ -87,7 +89,7 @@ def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatc
     assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, (
         "but its initial value is a word of the checkpoint"
     )
-    canonical = embeddings.read(run / "checkpoints" / "embedding.safetensors")
+    canonical = embeddings.read(run / "checkpoints" / f"{image_folder.name}.safetensors")
     assert torch.equal(canonical.concepts[0].vectors, learned.vectors)
     assert (canonical.metadata.steps, canonical.metadata.seed) == (6, 23)
 
