@@ -116,12 +116,13 @@ def _is_same_model(was: str, now: str, folder: RunFolder) -> bool:
     old, new = Path(was), Path(now)
     if old.exists() and new.exists() and old.samefile(new):
         return True
-    if not new.is_file():
-        return False
     known = next(
         (digest for path in folder.word_files() if (digest := _base_model_hash(path)) is not None),
         file_hash(old) if old.is_file() else None,
     )
+    if known is None or not new.is_file():
+        # A folder, or a model that was moved and has no hash: its name is all that is known.
+        return new.exists() and not old.exists() and old.name == new.name
     return known == file_hash(new)
 
 
@@ -162,21 +163,27 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in FIGURES
         if name in was and name in now and was[name] != now[name]
     ]
-    before, after = dict(_leaves(was.get("config") or {})), dict(_leaves(now.get("config") or {}))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(_COVERED):
-            found.append(f"{_short(key)} {_shown(after.get(key))} (was {_shown(before.get(key))})")
+    for key, before, after in _changes(was.get("config"), now.get("config")):
+        if not key.startswith(_COVERED):
+            found.append(f"{_short(key)} {_shown(after)} (was {_shown(before)})")
     if len(found) > _MOST_SHOWN:
         found[_MOST_SHOWN - 1 :] = [f"{len(found) - _MOST_SHOWN + 1} more"]
     return found
 
 
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif node is not None:
-        yield key, node
+def _changes(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys whose values differ, with both values; of nodes with another target only the names of their classes."""
+    nodes = [node if isinstance(node, Mapping) else {} for node in (was, now)]
+    if nodes == [{}, {}]:
+        if was != now:
+            yield key, was, now
+        return
+    classes = [str(node["target"]).rpartition(".")[2] if node.get("target") else None for node in nodes]
+    if classes[0] != classes[1]:
+        yield key, *classes
+        return
+    for name in dict.fromkeys([*nodes[0], *nodes[1]]):
+        yield from _changes(nodes[0].get(name), nodes[1].get(name), f"{key}.{name}" if key else str(name))
 
 
 def _short(key: str) -> str:
@@ -343,6 +350,8 @@ class Resumption(Callback):
                 rescheduled |= old.get("lr") != fresh["lr"]
         if rescheduled:
             self._write_rates(trainer, checkpoint)
+        elif times := _rollbacks(checkpoint):
+            notes.append(f"learning rate halved {times} times, after losses that were not finite")
         return notes
 
     def _write_rates(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -414,14 +423,18 @@ def _hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _optimizers_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same of the optimizers in a state, whose classes are not known."""
-    guards = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("Tripwires")]
     # Each time it took the vectors back, the guard halved the rate.
-    factor = 2 ** sum(state.get("rolled_back", 0) for state in guards)
+    factor = 2 ** _rollbacks(checkpoint)
     found: list[dict[str, Any]] = []
     for state in checkpoint["optimizer_states"]:
         groups = [_settings_of(group) for group in state["param_groups"]]
         found.append({"groups": [{**group, "lr": group["lr"] * factor} for group in groups]})
     return found
+
+
+def _rollbacks(checkpoint: Mapping[str, Any]) -> int:
+    guards = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("Tripwires")]
+    return sum(state.get("rolled_back", 0) for state in guards)
 
 
 def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:

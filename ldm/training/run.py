@@ -112,7 +112,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     known = [*command_line.trainer_options(), *OLD_TRAINER_KEYS]
     saved = None
     if resume:
-        folder, state = run_folder.existing_run_folder(resume, options.logdir)
+        folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         _check_names(options, folder)
         saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
         merged = config.load_run_config(options, [*folder.saved_configs(), *options.base])
@@ -126,7 +126,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     trainer_node = OmegaConf.select(merged, "lightning.trainer") or {}
     # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
     if (place := trainer_node.pop("resume_from_checkpoint", None)) and not resume:
-        return make_plan(argparse.Namespace(**{**vars(options), "resume": str(place)}))
+        given = {"resume": str(place), "resume_flag": "lightning.trainer.resume_from_checkpoint"}
+        return make_plan(argparse.Namespace(**vars(options) | given))
     config.check_run_config(merged, known)
     check_lengths(merged.get("lightning") or {})
     check_rate(merged)
@@ -134,6 +135,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         resuming.check_fixed(saved, merged, folder)
         check_is_state(state, folder)
         resuming.forget_first_vectors(merged)
+    else:
+        preflight.check_first_vectors(merged)
     merged["seed"] = merged.get("seed", SEED)
     config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)
@@ -154,6 +157,7 @@ def _place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
     if options.resume or not options.project:
         return options.resume, options.name
     if Path(options.project).is_dir():
+        options.resume_flag = "--project"
         return options.project, options.name
     return "", options.project
 
@@ -167,7 +171,8 @@ def _check_names(options: argparse.Namespace, folder: RunFolder) -> None:
     if options.project and Path(options.project).resolve() != folder.path.resolve():
         if run_folder.is_run_folder(options.project):
             raise UsageError(
-                f"--project '{options.project}' and --resume '{options.resume}' are two runs; leave one of them out"
+                f"--project '{options.project}' and {options.resume_flag} '{options.resume}' are two runs; leave one "
+                "of them out"
             )
         logger.info("--project '%s' is ignored: a resumed run keeps its folder", options.project)
     if options.name:
@@ -277,7 +282,7 @@ def log_plan(
     asked = OmegaConf.select(plan.config, "data.params.batch_size")
     batch = f"batch {figures.batch}"
     if asked and asked != figures.batch:
-        batch += f" (not {asked}: that is all that the training set has)"
+        batch += f" ({asked} asked for, but an epoch has no more samples)"
     lines = preflight.summary(
         model=model,
         datasets=datasets,

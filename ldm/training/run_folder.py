@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ldm import embeddings
+from ldm import embeddings, pickles
 from ldm.util import UserError
 from ldm.words import file_stem
 
@@ -127,11 +127,13 @@ def new_run_folder(
     return RunFolder(path, now, label)
 
 
-def existing_run_folder(place: str | Path, logdir: str | Path = "logs") -> tuple[RunFolder, Path]:
+def existing_run_folder(
+    place: str | Path, logdir: str | Path = "logs", flag: str = "--resume"
+) -> tuple[RunFolder, Path]:
     """The run folder and the state file for `-r`.
 
     `place` is a run folder, a folder or a file in it, the name of a run in `logdir`, or "latest". A `.ckpt` is the
-    state itself; any other place means the run's last.ckpt.
+    state itself; any other place means the run's last.ckpt. `flag` is what messages call the option.
 
     Raises:
         UserError: there is nothing to resume, or `place` holds vectors or a model.
@@ -139,30 +141,34 @@ def existing_run_folder(place: str | Path, logdir: str | Path = "logs") -> tuple
     if place == "latest":
         runs = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
         if not runs:
-            raise UserError(f"--resume latest: no run in '{logdir}' has a last.ckpt")
+            raise UserError(f"{flag} latest: no run in '{logdir}' has a last.ckpt")
         place = runs[-1].parent.parent
     place = Path(place)
-    if not place.exists() and (Path(logdir) / place / "configs").is_dir():
+    if not place.exists() and is_run_folder(Path(logdir) / place):
         place = Path(logdir) / place
     if not place.exists():
-        raise UserError(
-            f"--resume '{place}' does not exist; name a run folder such as {Path(logdir) / '<run>'}"
-        )
-    home = next(
-        (path for path in (place, *place.resolve().parents) if RunFolder(path, "").saved_configs()), None
-    )
+        raise UserError(f"{flag} '{place}' does not exist; name a run folder such as logs/<run>")
+    home = next((path for path in (place, *place.resolve().parents) if is_run_folder(path)), None)
     if home is None:
-        raise UserError(f"--resume '{place}': {_no_run(place)}")
+        raise UserError(f"{flag} '{place}': {_no_run(place)}")
+    if not place.is_absolute():
+        home = Path(os.path.relpath(home))
     run = RunFolder(home, _unused_time(home))
     is_state = place.is_file() and place.suffix == ".ckpt"
     if place.is_file() and not is_state and place.parent.name != "configs":
+        vectors = f"; a new run begins from vectors with --base YAML --embedding_manager_ckpt {place}"
         raise UserError(
-            f"--resume '{place}' is not the state of a run: -r {home} goes on from its last.ckpt; to begin a new run "
-            f"from vectors give --base YAML --embedding_manager_ckpt FILE"
+            f"{flag} '{place}' is not the state of a run: -r {home} goes on from its last.ckpt"
+            + vectors * _holds_vectors(place)
         )
     state = place if is_state else run.last
     if not state.is_file():
-        raise UserError(f"--resume '{place}': there is no '{run.last}'; {_no_state(run)}")
+        remedy = "the run ended before its first save"
+        if run.embeddings.is_file():
+            remedy = (
+                f"begin a new run from its vectors: --base YAML --embedding_manager_ckpt {run.embeddings}"
+            )
+        raise UserError(f"{flag} '{place}': there is no '{run.last}'; {remedy}")
     return run, state
 
 
@@ -170,23 +176,28 @@ def _no_run(place: Path) -> str:
     """Why a place is not in a run folder, and what its user may mean."""
     if place.is_dir():
         return f"no YAML in '{place / 'configs'}'; name a folder made by main.py"
+    if _holds_vectors(place):
+        return (
+            f"it holds vectors; a new run begins from them with --base YAML --embedding_manager_ckpt {place}"
+        )
     try:
-        embeddings.read(place)
+        content = pickles.load(place, mmap=True)
     except UserError:
-        return (
-            "a state is resumed in its run folder, beside 'configs', and it is not in one; to train on a frozen model "
-            "give it as --actual_resume FILE"
-        )
-    return "it holds vectors; to begin a new run from them give --base YAML --embedding_manager_ckpt FILE"
+        content = None
+    if isinstance(content, dict) and "loops" in content:
+        return "it is the state of a run outside its folder; put it back into logs/<run>/checkpoints beside configs"
+    return (
+        "it is not in a run folder, beside 'configs'; a frozen model is given as --actual_resume FILE, and -r names a "
+        "run folder such as logs/<run>"
+    )
 
 
-def _no_state(run: RunFolder) -> str:
-    if run.embeddings.is_file():
-        return (
-            "its vectors can begin a new run: --base YAML --embedding_manager_ckpt "
-            f"{run.embeddings.relative_to(run.path)}"
-        )
-    return "the run ended before its first save"
+def _holds_vectors(path: Path) -> bool:
+    try:
+        embeddings.read(path)
+    except UserError:
+        return False
+    return True
 
 
 def is_run_folder(place: str | Path) -> bool:
