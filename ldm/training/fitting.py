@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,10 @@ def fit(
     """
     if state is not None:
         check_state(state, model)
+        # A resumed run may leave out callbacks of its first start.
+        warnings.filterwarnings(
+            "ignore", message="Be aware that when using `ckpt_path`, callbacks used to create"
+        )
     try:
         with run_folder.locked(folder.path, hold=trainer.is_global_zero), kill_others_on_failure(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=None if state is None else str(state))

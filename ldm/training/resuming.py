@@ -40,6 +40,8 @@ FIXED = {
     "model.params.cond_stage_trainable": "cond_stage_trainable",
     "vae": "first stage",
 }
+# Parameters of a personalization that may change; all others decide what is learned.
+_FREE = ("norm_control", "norm_ratio", "embedding_manager_ckpt")
 _BASE_MODELS = ("actual_resume", "model.params.ckpt_path")
 _FILE = "embedding_manager_ckpt"
 
@@ -50,7 +52,9 @@ def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder) -> Non
     Raises:
         UsageError: the placeholder, the vectors, the personalization or the base model would change.
     """
-    for key, name in FIXED.items():
+    own = {str(key): None for config in (saved, wanted) for key in OmegaConf.select(config, _WORDS) or {}}
+    others = {f"{_WORDS}.{key}": key for key in own if key not in _FREE}
+    for key, name in (FIXED | {key: name for key, name in others.items() if key not in FIXED}).items():
         was, now = _value(saved, key), _value(wanted, key)
         if was != now:
             raise UsageError(
@@ -351,7 +355,8 @@ class Resumption(Callback):
         if rescheduled:
             self._write_rates(trainer, checkpoint)
         elif times := _rollbacks(checkpoint):
-            notes.append(f"learning rate halved {times} times, after losses that were not finite")
+            how_often = "once" if times == 1 else f"{times} times"
+            notes.append(f"learning rate halved {how_often}, after losses that were not finite")
         return notes
 
     def _write_rates(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
