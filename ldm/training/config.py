@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,7 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
     ):
         unknown = [str(key) for key in node if key not in known]
         if unknown:
-            names = ", ".join(f"'{key}'" for key in unknown)
+            names = ", ".join(f"'{key}'{_nearest(key, known)}" for key in unknown)
             problems.append(f"{where}: unknown key {names}" + _known(known))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
@@ -186,6 +187,11 @@ def _constructor(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(names: Sequence[str]) -> str:
     return f"; known are {', '.join(names)}" if len(names) < 15 else ""
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _nested(key: str, value: Any) -> DictConfig:

@@ -40,6 +40,7 @@ from ldm.training.trainer import (
     make_loggers,
     processes,
     trainer_kwargs,
+    translate_old_keys,
 )
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
 
@@ -123,11 +124,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
             )
         folder, state = None, None
         merged = config.load_run_config(options, options.base)
-    trainer_node = OmegaConf.select(merged, "lightning.trainer") or {}
+    trainer_node = OmegaConf.select(merged, "lightning.trainer")
+    trainer_node = trainer_node if isinstance(trainer_node, DictConfig) else OmegaConf.create({})
     # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
     if (place := trainer_node.pop("resume_from_checkpoint", None)) and not resume:
         given = {"resume": str(place), "resume_flag": "lightning.trainer.resume_from_checkpoint"}
         return make_plan(argparse.Namespace(**vars(options) | given))
+    if trainer_node:
+        merged["lightning"]["trainer"] = translate_old_keys(trainer_node)
     config.check_run_config(merged, known)
     check_lengths(merged.get("lightning") or {})
     check_rate(merged)
