@@ -108,12 +108,24 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
 def what_is(source: str | Path) -> str | None:
     """Say what a file is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown or cannot be read."""
     try:
-        found = _of_header(checked_header(Path(source)), Path(source).name)
+        return what_holds(checked_header(Path(source)).shapes)
     except CheckpointError:
         return None
+
+
+def what_holds(shapes: Shapes) -> str | None:
+    """Say what a file with these tensors is, as `what_is` does."""
+    found = _of_header(Header(shapes, {}), "")
     if isinstance(found, Kind):
         return None if found is UNKNOWN else found.name
     return FAMILIES[found[0]]
+
+
+def what_begins(path: Path) -> str | None:
+    """Say what a file is by its first bytes, such as "a 7z archive"; None for weights and what is not known."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    return next((what for start, what, _ in _BY_BYTES if head.startswith(start)), None)
 
 
 def ask_for_prediction(model: BaseModel) -> None:
@@ -226,9 +238,8 @@ UNKNOWN = Kind(
 _OTHER_MODEL = f"it cannot be used here: {_READ}"
 _ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
 _PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
-_EMBEDDING = Kind(
-    "a textual inversion embedding", "name the base model here and the embedding with --embedding_path"
-)
+EMBEDDING = "a textual inversion embedding"
+_EMBEDDING = Kind(EMBEDDING, "name the base model here and the embedding with --embedding_path")
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
 
 # What a file is, what to do, and expressions that must all be found in its names; the first row that fits counts.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import signal
 import sys
 import warnings
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
-from ldm.util import UsageError
+from ldm.util import UsageError, brief
 
 
 class Interrupted(BaseException):
@@ -23,6 +26,82 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
         self.exit_code = 128 + signum
+
+
+class _LastingStream(io.RawIOBase):
+    """Writes to a raw stream until that fails, as a closed pipe or a full disk does; drops what comes afterwards."""
+
+    def __init__(self, raw: Any) -> None:
+        super().__init__()
+        self._raw = raw
+        self._failed = False
+        self.name = getattr(raw, "name", "")
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return bool(self._raw.isatty())
+
+    def fileno(self) -> int:
+        return int(self._raw.fileno())
+
+    def write(self, data: Any) -> int:
+        if not self._failed:
+            try:
+                return self._raw.write(data) or 0  # None, if it would block: the caller tries again
+            except OSError:
+                self._failed = True
+        return len(data)
+
+
+def make_streams_lasting() -> None:
+    """Let no message end a run: characters that a console lacks are escaped, and one that is closed is not written to.
+
+    Streams that are not the process's own, such as those of a test or a notebook, are only made to escape.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            if stream is getattr(sys, f"__{name}__"):
+                raw = _LastingStream(getattr(stream.buffer, "raw", stream.buffer))
+                lasting = io.TextIOWrapper(
+                    io.BufferedWriter(raw),
+                    stream.encoding,
+                    "backslashreplace",
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,
+                )
+                setattr(sys, name, lasting)
+
+
+FILES = 4096  # open at once, more than any run needs
+
+
+def raise_file_limit() -> None:
+    """Raise this process's own limit of open files to `FILES`, as far as it may; shells start with 256 on some systems.
+
+    Loader processes hand their batches over as open files.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def is_out_of_files(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that too many files are open."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    return "Too many open files" in str(error) or "items of ancdata" in str(error)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +155,10 @@ class ConsoleHandler(logging.Handler):
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=stream):
-            stream.write(f"{'warning: ' if warning else ''}{self.format(record)}\n")
+            text = self.format(record)
+            if warning:
+                text = f"warning: {text if record.exc_info else brief(text)}"
+            stream.write(f"{text}\n")
             stream.flush()
 
 

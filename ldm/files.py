@@ -155,8 +155,8 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file in UTF-8 with `atomic_write`."""
-    return atomic_write(path, lambda file: file.write(text.encode()))
+    """Write a text file in UTF-8 with `atomic_write`; parts of names that are not UTF-8 are escaped."""
+    return atomic_write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _umask() -> int:

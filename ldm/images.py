@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.files import NO_TENSORS, content_kind
-from ldm.util import UserError, cut
+from ldm.util import UserError, brief, cut
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def list_images(folder: str | Path) -> list[Path]:
         raise ImageError(f"no images in {folder}: {reason}{remedy}")
     if others:
         level = logging.WARNING if remedy else logging.INFO
-        logger.log(level, "%s: skipped entries that are not images: %s%s", folder, shown, remedy)
+        logger.log(level, "%s", brief(f"{folder}: skipped entries that are not images: {shown}{remedy}"))
     return images
 
 
@@ -193,6 +193,8 @@ def _format_of(path: Path) -> str:
         return "a PDF"
     if b"<svg" in head:
         return "a vector drawing"
+    if head.startswith((b"II*\0", b"MM\0*")):
+        return "a TIFF of a kind that Pillow cannot read, such as 16 bits per colour"
     kind = content_kind(head)
     if kind in ("empty", "web page", "Git LFS pointer"):
         return NO_TENSORS[kind]

@@ -6,15 +6,18 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
 
+
+Item = TypeVar("Item")
 
 MOST_CHARACTERS = 299  # of a message to a user
 
@@ -67,21 +70,35 @@ def shown(value: object, limit: int = 60) -> str:
 def brief(message: str) -> str:
     """Return a message in one line of fewer than 300 characters.
 
-    Its long words and quoted texts are cut first, so that the remedy at its end stays.
+    Lists of known names are dropped first, then long words and quoted texts are cut, so that the remedy at the end
+    stays.
     """
     message = one_line(cut(message, 10_000))
+    if len(message) > MOST_CHARACTERS:
+        message = _KNOWN_NAMES.sub("", message)
     for limit in (120, 80, 60, 40, 30):
         if len(message) > MOST_CHARACTERS:
             message = _LONG.sub(partial(_cut_match, limit=limit), message)
     return cut(message, MOST_CHARACTERS)
 
 
+_KNOWN_NAMES = re.compile(r" \(known are [^()]*\)|; known are [^;]*(?=;)")
 # A quoted text, or a long run of other characters.
 _LONG = re.compile(r"""(?<!\w)'[^']+'(?!\w)|"[^"]+"|\S{31,}""")
 
 
 def _cut_match(found: re.Match[str], limit: int) -> str:
     return cut(found[0], limit)
+
+
+def counted(items: Sequence[Item], tell: Callable[[int, int], None], seconds: float = 10.0) -> Iterator[Item]:
+    """Yield items, and between them call `tell(done, total)` whenever another `seconds` have passed."""
+    told = time.monotonic()
+    for done, item in enumerate(items):
+        if done and time.monotonic() - told >= seconds:
+            tell(done, len(items))
+            told = time.monotonic()
+        yield item
 
 
 def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError] = UserError) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -55,12 +56,7 @@ def check_word(word: Any, what: str = "placeholder") -> str:
         raise UserError(
             f"{what} '{shown(word)}' has {len(word)} characters; at most {MAX_LENGTH} are allowed"
         )
-    kept = _composed(word)
-    if kept is None:
-        raise UserError(
-            f"{what} '{shown(word)}' is not valid text: it has bytes that are not UTF-8; type it in a "
-            "UTF-8 terminal, or set PYTHONUTF8=1"
-        )
+    kept = _composed(check_text(word, what))
     for place in range(len(kept)):
         if reason := _problem(kept, place):
             raise UserError(f"{what} '{shown(word)}' holds {reason}; write it without")
@@ -73,21 +69,33 @@ def check_word(word: Any, what: str = "placeholder") -> str:
     return kept
 
 
+def check_text(text: str, what: str) -> str:
+    """Return a text of a command line; raises UserError if Python could not decode it, which tokenizers refuse."""
+    if _has_surrogates(text):
+        raise UserError(
+            f"{what} '{shown(text)}' is not valid text: it has bytes that are not UTF-8; type it in a "
+            "UTF-8 terminal, or set PYTHONUTF8=1"
+        )
+    return text
+
+
 def cleaned(word: str, otherwise: str = "embedding") -> str:
     """Return the nearest word that `check_word` allows, for a file of another tool; `otherwise` if nothing is left."""
-    text = "".join(" " if c.isspace() else c for c in word if not "\ud800" <= c <= "\udfff")
+    text = "".join(" " if c.isspace() else c for c in word if not _has_surrogates(c))
     before = None
     while text != before:  # what is left out may bring two characters together that do not go together
         before = text
-        text = _FILE_PREFIX.sub("embedding_", _composed(text) or "")[:MAX_LENGTH].strip()
+        text = _FILE_PREFIX.sub("embedding_", _composed(text))[:MAX_LENGTH].strip()
         text = "".join(c for place, c in enumerate(text) if _problem(text, place) is None)
     return text if _has_visible(text) else otherwise
 
 
-def _composed(word: str) -> str | None:
-    """NFC with single plain spaces; None for text with lone surrogates. Line breaks and tabs are kept."""
-    if any("\ud800" <= c <= "\udfff" for c in word):
-        return None
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _composed(word: str) -> str:
+    """NFC with single plain spaces; line breaks and tabs are kept."""
     spaced = "".join(" " if unicodedata.category(c) == "Zs" else c for c in word)
     return re.sub(" +", " ", unicodedata.normalize("NFC", spaced))
 
@@ -147,6 +155,30 @@ def pattern(word: str) -> str:
     return f"{before}{spelled}(?![{after}])"
 
 
+def split(text: str, placeholders: Iterable[str], ignores_case: bool = True) -> list[tuple[str, str | None]]:
+    """Return the pieces of a text in order: (text, None) for ordinary text, (text, placeholder) for a placeholder.
+
+    Together the texts are the given one in composed form. Where several placeholders match, the longest is taken.
+    """
+    text = unicodedata.normalize("NFC", text)
+    longest_first = sorted(placeholders, key=len, reverse=True)
+    pieces: list[tuple[str, str | None]] = []
+    end = 0
+    if longest_first:
+        for match in _any_of(tuple(longest_first), ignores_case).finditer(text):
+            placeholder = longest_first[(match.lastindex or 0) - 1]  # each alternative is one group
+            pieces += [(text[end : match.start()], None), (match[0], placeholder)]
+            end = match.end()
+    pieces.append((text[end:], None))
+    return [(piece, placeholder) for piece, placeholder in pieces if piece]
+
+
+@lru_cache(maxsize=64)
+def _any_of(placeholders: tuple[str, ...], ignores_case: bool) -> re.Pattern[str]:
+    alternatives = [f"({pattern(placeholder)})" for placeholder in placeholders]
+    return re.compile("|".join(alternatives), re.IGNORECASE if ignores_case else 0)
+
+
 def _spelled(character: str) -> str:
     symbol = character in "0123456789#*" or (character > "\x7f" and not _continues(character))
     return re.escape(character) + (f"[{_EMOJI_FORM}]?" if symbol else "")
@@ -179,17 +211,22 @@ def file_stem(word: str) -> str:
     """Return a file name without suffix for a word: "<my-cat>" becomes "my-cat", and "*" becomes "embedding".
 
     It stays as close to the word as possible, because most tools use it as the prompt word. Letters and marks of all
-    languages are kept; symbols, joiners and what this file system cannot name become "_" or are left out.
+    languages are kept; symbols, joiners and what this file system cannot name become "_" or are left out, and so do
+    spaces, which end a word in ComfyUI.
     """
     text = unicodedata.normalize("NFC", word)
-    text = "".join(
-        c if _continues(c) or c in f"+.- {_ZWNJ}{_ZWJ}" else "\0" for c in text if _can_be_named(c)
-    )
-    name = re.sub(f"\0[\0{_ZWNJ}{_ZWJ}{_EMOJI_FORM}]*", "_", text).strip("._- ")
-    name = name.encode()[:_MOST_BYTES].decode(errors="ignore")[:100].rstrip("._- ")
+    text = "".join(c if _continues(c) or c in f"+.-{_ZWNJ}{_ZWJ}" else "\0" for c in text if _can_be_named(c))
+    name = re.sub(f"\0[\0{_ZWNJ}{_ZWJ}{_EMOJI_FORM}]*", "_", text).strip("._-")
+    name = name.encode()[:_MOST_BYTES].decode(errors="ignore")[:100].rstrip("._-")
     if name.split(".")[0].lower() in _RESERVED:
         name = f"{name.replace('.', '_')}_"
     return name or "embedding"
+
+
+def folder_name(text: str) -> str:
+    """Return a text of a user as a part of a folder's name: as it is, but "_" for what cannot be typed or named."""
+    hidden = ("Cc", "Zl", "Zp")
+    return "".join(c if _can_be_named(c) and unicodedata.category(c) not in hidden else "_" for c in text)
 
 
 def _can_be_named(character: str) -> bool:

@@ -179,6 +179,7 @@ FTYP = b"\x00\x00\x00\x18ftyp"
         ("a.png", b"RIFF\0\0\0\0AVI LIST", "it is a video"),
         ("a.cr3", FTYP + b"crx \0\0\0\0crx ", "it is a camera's RAW file; export it as PNG or JPEG"),
         ("a.DNG", b"II*\0", "it is a camera's RAW file"),
+        ("a.tif", b"MM\0*\0\0\0\x08\0\0\0\0", "it is a TIFF of a kind that Pillow cannot read.*; export it"),
         ("a.png", b"%PDF-1.7\n", "it is a PDF; export"),
         ("a.png", b"<?xml version='1.0'?><svg></svg>", "it is a vector drawing"),
         ("a.png", b"", "it is empty"),

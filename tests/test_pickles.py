@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm import pickles
-from ldm.pickles import PickleError
+from ldm.pickles import PickleError, Storage, TensorRecord, interpret, shapes_of, tensor_records
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 class Evil:
@@ -74,3 +79,51 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         pickles.load(tmp_path / "no.pt")
     with pytest.raises(PickleError, match="folder"):
         pickles.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "end", [b".", b"X\x01\x00\x00\x00aQ.", b"cos\nsystem\n.", b"\x96\xff", b"(ios\nsystem\n."]
+)
+def test_messages_have_no_advice_of_torch(tmp_path: Path, end: bytes) -> None:
+    """torch advises to load with weights_only=False, which would run the code."""
+    file = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(2)}, file)
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"\x80\x02" + end if name.endswith("data.pkl") else old.read(name))
+    legacy = GOLDEN / "original_bert_legacy.pt"
+    for path in (tmp_path / "y.pt", legacy):
+        with pytest.raises(PickleError) as error:
+            pickles.load(path)
+        message = str(error.value)
+        assert len(message) < 300 and message.endswith((")", "never need"))
+        assert "weights_only" not in message and "PyTorch 2.6" not in message and "http" not in message
+
+
+def test_shapes_of_nested_content() -> None:
+    one = TensorRecord(Storage(torch.float32, "0", 6), 0, (2, 3), (3, 1))
+    content: dict = {"a": one, 320: ({"w": one}, [one]), "text": "x"}
+    content["self"] = content
+    assert shapes_of(content) == {"a": (2, 3), "320.0.w": (2, 3), "320.1.0": (2, 3)}
+    assert len(tensor_records(content)) == 3
+
+
+def test_an_ordinary_file_is_interpreted_as_it_is_loaded(tmp_path: Path) -> None:
+    held = torch.nn.ParameterDict()
+    held._parameters["x.y"] = torch.nn.Parameter(torch.ones(2))
+    content = {
+        "n": 5,
+        "t": ("a", 1.5, None, True),
+        "l": [1, {"b": 2**70}],
+        "p": held,
+        "s": {3},
+        "e": OrderedDict(k=1),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        found = interpret(archive.read("archive/data.pkl"))
+    assert found.foreign == [] and list(found.storages) == ["0"]
+    for key in "ntle":
+        assert found.content[key] == content[key]
+    assert found.content["s"] == [3] and found.content["p"]["x.y"].shape == (2,)

@@ -130,7 +130,7 @@ def invert_one(
     log = runs / "output.txt"
     threads = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     started = time.monotonic()
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
             command_of(options, study, inversion, settings),
             cwd=ROOT,
@@ -143,7 +143,9 @@ def invert_one(
         raise KeyboardInterrupt
     found = list(runs.glob(f"*/checkpoints/{options.take}"))
     if code or len(found) != 1:
-        last_line = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        last_line = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[
+            -1
+        ]
         raise UserError(f"the inversion {inversion.id} failed ({last_line}); its output is in '{log}'")
     atomic_write(study.embedding(inversion), lambda file: file.write(found[0].read_bytes()))
     record = {

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.console import Interrupted
+from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def guarded(command: Callable[[], int | None], debug: bool = False, less_memory:
     A UserError is written as one line to stderr (after its traceback if `debug`). Ctrl-C, a signal and exhausted
     memory end without a traceback too; `less_memory` is what the user is advised to try in the last case.
     """
+    make_streams_lasting()
+    raise_file_limit()
     try:
         return command() or 0
     except UserError as error:
@@ -44,7 +46,10 @@ def guarded(command: Callable[[], int | None], debug: bool = False, less_memory:
         return signal.exit_code
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_files(error):
+            write_error("too many open files; raise the limit with 'ulimit -n 4096', or use num_workers: 0")
+            return 1
         from ldm.training.fitting import is_out_of_memory
 
         if not is_out_of_memory(error):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.commands.base import check_files, guarded, write_error
 from ldm.console import Parser, positive, write_line
-from ldm.util import UsageError, UserError
+from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
 
 if TYPE_CHECKING:
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from ldm.embeddings import LearnedEmbeddings
     from ldm.embeddings.inspection import ConceptReport
 
-_DESCRIPTION = """Inspect embedding files of any tool, convert them to the format of another tool, merge and split them.
+_DESCRIPTION = """Inspect embedding files of any tool, convert, merge and split them, and transfer words between models.
 
     %(prog)s inspect cat.pt --ckpt_path model.ckpt
     %(prog)s convert cat.pt --to a1111 --trigger "<my-cat>"
     %(prog)s merge cat.pt dog.safetensors --rename "*=<dog>" -o both.pt
     %(prog)s split both.pt -o words
+    %(prog)s transfer cat.safetensors --from sd-v1-5.safetensors --to sd-v2-1.safetensors --out cat-sd2.safetensors
 
 Code in a file is never executed."""
 
@@ -43,6 +44,7 @@ FORMAT_NAMES = ("original", "safetensors", "diffusers", "a1111", "a1111-png", "o
 _RENAME_HELP = (
     "rename the trigger OLD of the last file that has it to NEW; given n times, those of the last n files"
 )
+_TOKENIZER_HELP = "original: the tokenizer's folder, whose token ids the original's code looks for"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "embeddings.py") -> int:
@@ -69,18 +71,17 @@ def inspect(options: argparse.Namespace) -> None:
     if folder is None and options.ckpt_path:
         folder = _tokenizer_of(options.ckpt_path)
     words = words_of(folder) if folder else None
-    state_dict = _vocabulary_weights(options)
+    tables = _vocabulary(options)
     reports: list[dict[str, Any]] = []
     failures: list[UserError] = []
     for file in options.files:
         try:
             learned = read(file)
-            table = _table(state_dict, options, learned)
         except UserError as error:
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue
-        concepts = inspect_concepts(learned, table, words, options.words)
+        concepts = inspect_concepts(learned, tables, words, options.words)
         reports.append(
             {
                 "file": str(file),
@@ -90,7 +91,7 @@ def inspect(options: argparse.Namespace) -> None:
             }
         )
         if not options.json:
-            for line in _report_lines(file, learned, concepts, table):
+            for line in _report_lines(file, learned, concepts, tables):
                 write_line(line)
     if options.json:
         write_line(json.dumps(reports, indent=2, ensure_ascii=False))
@@ -131,13 +132,17 @@ def split(options: argparse.Namespace) -> None:
     """Write every word of a file to a file of its own."""
     check_files(options.file)
 
-    from ldm.embeddings import paths_for, read, write
+    from ldm.embeddings import files_of, paths_for, read, write
 
     learned = read(options.file)
-    paths = paths_for(learned.triggers, options.output or options.file.parent, options.to)
-    _check_overwriting(paths, options)
-    for trigger, path in zip(learned.triggers, paths, strict=True):
-        write_line(f"wrote {write(learned.only(trigger), path, options.to)}")
+    planned = paths_for(learned.triggers, options.output or options.file.parent, options.to)
+    parts = [_with_token_ids(learned.only(trigger), options.to) for trigger in learned.triggers]
+    paths = [files_of(part, path, options.to) for part, path in zip(parts, planned, strict=True)]
+    _check_overwriting([file for files in paths for file in files], options)
+    for part, files in zip(parts, paths, strict=True):
+        write(part, files[0], options.to)
+        for file in files:
+            write_line(f"wrote {file}")
 
 
 def _merge_originals(options: argparse.Namespace) -> None:
@@ -145,7 +150,8 @@ def _merge_originals(options: argparse.Namespace) -> None:
 
     merged = _merged(options.manager_ckpts, options, encoder="bert" if options.use_bert else None)
     suffix = options.output_path.suffix.lower()
-    path = write(merged, options.output_path, "safetensors" if suffix == ".safetensors" else "original")
+    format = "safetensors" if suffix == ".safetensors" else "original"
+    path = write(_with_token_ids(merged, format), options.output_path, format)
     for concept in merged.concepts:
         write_line(f"'{concept.trigger}': {len(concept.vectors)} x {concept.width}, for {concept.models}")
     write_line(f"wrote {path}")
@@ -173,19 +179,79 @@ def _write(
     learned: LearnedEmbeddings, options: argparse.Namespace, beside: Path, preview: Image | None = None
 ) -> None:
     """Write to --output, or beside a file: one file if it can hold everything, else a folder of files."""
-    from ldm.embeddings import FORMATS, paths_for, write, write_all
+    from ldm.embeddings import FORMATS, files_of, paths_for, write, write_all
 
     chosen = FORMATS[options.to]
+    learned = _with_token_ids(learned, options.to, getattr(options, "tokenizer", None))
     if chosen.several_triggers or (options.output and len(learned.triggers) == 1):
         path = options.output or beside.with_suffix(chosen.suffix)
-        _check_overwriting([path], options)
-        paths = [write(learned, path, options.to, preview)]
+        paths = files_of(learned, path, options.to)
+        _check_overwriting(paths, options)
+        write(learned, path, options.to, preview)
     else:
         folder = options.output or beside.parent
-        _check_overwriting(paths_for(learned.triggers, folder, options.to), options)
+        planned = paths_for(learned.triggers, folder, options.to)
+        parts = map(learned.only, learned.triggers)
+        _check_overwriting(
+            [
+                file
+                for part, path in zip(parts, planned, strict=True)
+                for file in files_of(part, path, options.to)
+            ],
+            options,
+        )
         paths = write_all(learned, folder, options.to, preview)
     for path in paths:
         write_line(f"wrote {path}")
+
+
+def transfer(options: argparse.Namespace) -> None:
+    """Write the words of a file for another model, and how good the map between the text encoders is."""
+    check_files(options.file)
+    for model in (options.source, options.target):
+        if not model.exists():
+            raise UserError(f"'{model}' does not exist; name a checkpoint or a folder as diffusers writes it")
+    _check_overwriting([options.output], options)
+
+    from ldm.embeddings import read, write
+    from ldm.embeddings.inspection import token_tables
+    from ldm.embeddings.transfer import fit_models, transferred
+
+    learned = read(options.file)
+    transfers = fit_models(token_tables(options.source), token_tables(options.target))
+    moved = transferred(learned, transfers, options.source.name, options.target.name)
+    for (kind, other), fit in transfers.items():
+        write_line(
+            f"{kind} ({fit.weight.shape[0]}) to {other} ({fit.weight.shape[1]}): cosine similarity to the true vectors "
+            f"of {fit.held_out:,} tokens that were held out"
+        )
+        write_line(f"  this map {fit.agreement:.3f}, nearest token {fit.nearest:.3f}, mean {fit.mean:.3f}")
+    format = "original" if options.output.suffix.lower() in (".pt", ".bin") else "safetensors"
+    path = write(_with_token_ids(moved, format), options.output, format)
+    write_line(f"wrote {path}; it was measured on tokens, not on images: train it further from there with")
+    write_line(f"  python main.py --embedding_manager_ckpt {path} ...")
+
+
+def _with_token_ids(
+    learned: LearnedEmbeddings, format: str, tokenizer: Path | None = None
+) -> LearnedEmbeddings:
+    """For the original's format, look up token ids that are not known, and write a line for words that have none."""
+    from ldm.embeddings.inspection import known_folder, token_ids, words_of
+    from ldm.embeddings.pickle_formats import words_without_token
+
+    missing = words_without_token(learned) if format == "original" else []
+    if not missing:
+        return learned
+    bert = any(concept.encoder == "bert" for concept in learned.concepts)
+    folder = tokenizer or known_folder("bert-base-uncased" if bert else "openai/clip-vit-large-patch14")
+    learned = learned.with_tokens(token_ids(words_of(folder), missing) if folder else {})
+    for word in words_without_token(learned):
+        why = "is no single token of the vocabulary" if folder else "needs a tokenizer (--tokenizer FOLDER)"
+        write_line(
+            f"'{shown(word)}' {why}: the original's code will load the file, but this word does nothing there; "
+            "'*' works without (--trigger '*' or --rename). Every other tool reads it"
+        )
+    return learned
 
 
 def _check_overwriting(paths: Sequence[Path], options: argparse.Namespace) -> None:
@@ -194,21 +260,23 @@ def _check_overwriting(paths: Sequence[Path], options: argparse.Namespace) -> No
             raise UserError(f"'{path}' exists already; choose another with -o, or add --overwrite")
 
 
-def _vocabulary_weights(options: argparse.Namespace) -> dict[str, Tensor] | None:
-    """Read the state dict with the vocabulary's vectors: of the checkpoint, or beside the tokenizer."""
-    from ldm.checkpoint import read_state_dict
+def _vocabulary(options: argparse.Namespace) -> dict[str, Tensor]:
+    """Read the vocabulary's vectors by text encoder: of the checkpoint, or beside the tokenizer; empty without any."""
+    from ldm.embeddings.inspection import token_tables
+    from ldm.weights import Folder
 
     if options.ckpt_path:
-        return read_state_dict(options.ckpt_path)
-    if options.tokenizer:
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (options.tokenizer / name).is_file():
-                return read_state_dict(options.tokenizer / name)
-    return None
+        return token_tables(options.ckpt_path)
+    if options.tokenizer and Folder(options.tokenizer).own_weights():
+        return token_tables(options.tokenizer)
+    return {}
 
 
 def _tokenizer_of(ckpt: Path) -> Path | None:
-    """Find the folder of the tokenizer that the config of a checkpoint names; None if there is no such folder."""
+    """Find the folder of the tokenizer that the config of a checkpoint names; None if there is no such folder.
+
+    A model's folder as diffusers writes it has its own.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -216,6 +284,8 @@ def _tokenizer_of(ckpt: Path) -> Path | None:
     from ldm.checkpoint import config_of
     from ldm.embeddings.inspection import known_folder
 
+    if ckpt.is_dir():
+        return ckpt / "tokenizer" if (ckpt / "tokenizer").is_dir() else None
     try:
         node = OmegaConf.select(OmegaConf.load(config_of(str(ckpt))), "model.params.cond_stage_config")
     except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
@@ -227,18 +297,8 @@ def _tokenizer_of(ckpt: Path) -> Path | None:
     return known_folder(str(params.get("version") or params.get("tokenizer") or default))
 
 
-def _table(
-    state_dict: dict[str, Tensor] | None, options: argparse.Namespace, learned: LearnedEmbeddings
-) -> Tensor | None:
-    from ldm.embeddings.inspection import table_of
-
-    if state_dict is None:
-        return None
-    return table_of(state_dict, str(options.ckpt_path or options.tokenizer), learned.concepts[0].width)
-
-
 def _report_lines(
-    file: Path, learned: LearnedEmbeddings, reports: Sequence[ConceptReport], table: Tensor | None
+    file: Path, learned: LearnedEmbeddings, reports: Sequence[ConceptReport], tables: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """The report on one file, as text."""
     yield f"{file}: {learned.format}"
@@ -251,8 +311,9 @@ def _report_lines(
         yield f"  trigger     {report.trigger}{part}"
         yield f"  vectors     {count}, {report.width} wide: for {report.models}"
         yield f"  norms       {norms}{vocabulary}"
-        if table is not None and report.nearest is None:
-            yield f"  nearest     not known: the checkpoint's vocabulary is {table.shape[1]} wide"
+        if tables and report.nearest is None:
+            widths = " and ".join(f"{table.shape[1]} wide" for table in tables.values())
+            yield f"  nearest     not known: the checkpoint's vocabulary is {widths}"
         for index, row in enumerate(report.nearest or ()):
             near = ", ".join(f"{word} {similarity:.2f}" for word, similarity in row)
             yield f"  nearest {index + 1:<3} {near}"
@@ -266,7 +327,9 @@ def _make_parser(prog: str) -> Parser:
 
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    command.add_argument("--ckpt_path", type=Path, help="checkpoint to compare with its vocabulary")
+    command.add_argument(
+        "--ckpt_path", type=Path, help="model (file or folder) to compare with its vocabulary"
+    )
     command.add_argument(
         "--tokenizer",
         type=Path,
@@ -286,6 +349,7 @@ def _make_parser(prog: str) -> Parser:
         "--encoder", help="the text encoder, if the file does not name it: bert, clip_g, ..."
     )
     command.add_argument("--preview", type=Path, help="image for a1111-png")
+    command.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=_TOKENIZER_HELP)
     _add_output(command, "file to write, or folder if several files are written")
     command.set_defaults(run=convert)
 
@@ -298,6 +362,7 @@ def _make_parser(prog: str) -> Parser:
     command.add_argument(
         "--auto_rename", action="store_true", help="name a conflicting trigger after its file"
     )
+    command.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=_TOKENIZER_HELP)
     _add_output(command, "file to write, or folder for formats of one word per file", required=True)
     command.set_defaults(run=merge)
 
@@ -306,6 +371,28 @@ def _make_parser(prog: str) -> Parser:
     command.add_argument("--to", default="safetensors", choices=FORMAT_NAMES, help="default: safetensors")
     _add_output(command, "folder to write to (default: the file's)")
     command.set_defaults(run=split)
+
+    command = commands.add_parser("transfer", help="move a word to another model, as a start for training")
+    command.add_argument("file", type=Path, metavar="FILE")
+    model = "a checkpoint, or a folder as diffusers writes it"
+    command.add_argument(
+        "--from", dest="source", type=Path, required=True, metavar="MODEL", help=f"its model: {model}"
+    )
+    command.add_argument(
+        "--to", dest="target", type=Path, required=True, metavar="MODEL", help="the model that it will be for"
+    )
+    command.add_argument(
+        "-o",
+        "--out",
+        "--output",
+        dest="output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write: .safetensors, or .pt for the original's format",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    command.set_defaults(run=transfer)
     return parser
 
 

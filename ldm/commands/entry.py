@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ldm.commands.base import guarded
 from ldm.console import Parser
+from ldm.words import check_text
 
 # Subcommand: the function "module:name" that runs it, and its line in the help text. Each is called as
 # `function(argv, prog)` and returns the exit code.
@@ -64,6 +65,8 @@ def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
     from ldm import console
     from ldm.training.run import run
 
+    for argument in argv:  # the run's YAML could not hold it
+        check_text(argument, "the argument")
     console.set_up_logging(debug)
     # Classes that a YAML names as a target may lie in the folder where the command is typed.
     if os.getcwd() not in sys.path:

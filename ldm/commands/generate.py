@@ -265,7 +265,7 @@ def load(
 
     from ldm.embeddings import read
     from ldm.generate.embeddings import check_mentions, load_embeddings, takes_vectors, warn_unused
-    from ldm.generate.prompt_syntax import check_token_limit
+    from ldm.generate.prompt_syntax import check_token_limit, parse
     from ldm.util import get_obj_from_str
 
     config = read_model_config(options.ckpt_path, options.config)
@@ -289,6 +289,8 @@ def load(
             prompts = [f"a photo of {learned[0]}"]
         check_mentions([*prompts, negative_prompt], learned, configured)
         warn_unused(triggers, [*prompts, negative_prompt])
+        for prompt in [*prompts, negative_prompt]:
+            parse(prompt, {*learned, *configured}, options.prompt_syntax)
     model = load_latent_diffusion(config, options.ckpt_path)
     if paths:
         load_embeddings(model, paths)
@@ -326,16 +328,15 @@ def _find_embeddings(prompt: str, folder: str, paths: list[str]) -> str:
             paths.append(str(found))
         return triggers[0]
 
-    return re.sub(r"embedding:([\w./-]*[\w-])", placeholder, prompt)
+    # A name ends where ComfyUI's does, or at the end of a sentence; it may hold the letters of any language.
+    return re.sub(r"""embedding:([^\s,:;|"'()\[\]{}<>]*[^\s,:;|"'()\[\]{}<>.!?])""", placeholder, prompt)
 
 
 def read_lines(path: str | Path) -> list[str]:
     """Return the lines of a text file that are not blank; UserError if there is none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from '{path}': it is not a UTF-8 text file") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    from ldm.files import read_text
+
+    prompts = [line.strip() for line in read_text(path, "prompt file").splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"'{path}' holds no prompt; write one prompt per line")
     return prompts

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ldm import prompts, words
 from ldm.files import read_text
 from ldm.images import CAPTION_SUFFIXES
-from ldm.util import UserError, shown
+from ldm.util import UserError, brief, shown
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class CaptionFiles:
         if used is None:
             return None
         if len(set(filter(None, texts.values()))) > 1:
-            logger.info("%s has two captions: %s is used", image, found[used].name)
+            logger.info("%s", brief(f"{image} has two captions: {found[used].name} is used"))
         return texts[used]
 
 
@@ -168,4 +168,5 @@ def _read_templates(path: Path, per_image_tokens: bool) -> tuple[list[str], list
 
 def _words_of_name(image: Path) -> str:
     """Return the words for `[filewords]` from the name of an image, without a leading number."""
-    return re.sub(r"^[-\d]+\s*", "", image.stem)
+    name = os.fsencode(image.stem).decode(errors="replace")  # a name may be in another encoding
+    return re.sub(r"^[-\d]+\s*", "", name)

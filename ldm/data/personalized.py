@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
 from ldm.images import ImageError, list_images, open_image
-from ldm.util import UserError, check_integer, shown
+from ldm.util import UserError, check_integer, counted, shown
 from ldm.words import check_word
 
 logger = logging.getLogger(__name__)
@@ -237,17 +237,15 @@ class ImageSet:
         self.size = size
         self.center_crop = center_crop
         self._resample = RESAMPLING[interpolation]
+        self._memory, self._room = memory, memory
         self._in_memory: dict[tuple[int, int], Tensor] = {}
         self._view_counts: list[int] = []
-        for i, path in enumerate(self.paths):
+        for i, path in enumerate(counted(self.paths, _tell_reading)):
             image = self._open(path)
             boxes = self._boxes(image)
             self._view_counts.append(len(boxes))
             for view, box in enumerate(boxes):
-                pixels = self._crop(image, box)
-                if pixels.numel() <= memory:
-                    memory -= pixels.numel()
-                    self._in_memory[i, view] = pixels
+                self._keep((i, view), self._crop(image, box))
         if len(self._in_memory) < sum(self._view_counts):
             logger.info(
                 "%d of %d views of the images are kept in memory",
@@ -267,7 +265,19 @@ class ImageSet:
             return self._in_memory[key]
         i, view = key
         image = self._open(self.paths[i])
-        return self._crop(image, self._boxes(image)[view])
+        return self._keep(key, self._crop(image, self._boxes(image)[view]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's process that is spawned would get every image as a shared file, and soon have too many open. It
+        # reads the images that it needs.
+        return {**self.__dict__, "_in_memory": {}, "_room": self._memory}
+
+    def _keep(self, key: tuple[int, int], pixels: Tensor) -> Tensor:
+        """Hold a view in memory as long as there is room."""
+        if pixels.numel() <= self._room:
+            self._room -= pixels.numel()
+            self._in_memory[key] = pixels
+        return pixels
 
     def _open(self, path: Path) -> Image.Image:
         image = open_image(path)
@@ -291,6 +301,10 @@ class ImageSet:
         if self.size is not None:
             image = image.resize((self.size, self.size), self._resample)
         return torch.from_numpy(np.array(image))
+
+
+def _tell_reading(done: int, total: int) -> None:
+    logger.info("read %d of %d images", done, total)
 
 
 def _check_squares(

@@ -1,7 +1,7 @@
 """Embedding files: `read` those of any tool, `write` the format that each tool expects, `merge` and `split` them.
 
-No file is trusted: sizes are checked before memory is allocated, pickles are scanned and then read by torch's
-weights-only loader, and no text from a file becomes a path.
+No file is trusted: sizes are checked before memory is allocated, pickles are interpreted without running anything that
+they name, and no text from a file becomes a path.
 """
 
 from ldm.embeddings.concept import (
@@ -17,6 +17,7 @@ from ldm.embeddings.reader import read
 from ldm.embeddings.writer import (
     DEFAULT_FORMAT,
     FORMATS,
+    files_of,
     paths_for,
     write,
     write_all,
@@ -32,6 +33,7 @@ __all__ = [
     "Progress",
     "Rename",
     "encoder_kind",
+    "files_of",
     "merge",
     "paths_for",
     "plan_renames",

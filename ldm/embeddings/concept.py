@@ -200,20 +200,22 @@ class Concept:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trigger", _kept_trigger(self.trigger))
-        vectors = check_vectors(self.vectors, f"'{self.trigger}'")
+        name = f"'{shown(self.trigger)}'"
+        vectors = check_vectors(self.vectors, name)
         if self.unused is not None:
-            unused = check_vectors(self.unused, f"'{self.trigger}', vectors not in use,")
+            unused = check_vectors(self.unused, f"{name}, vectors not in use,")
             if unused.shape[1] != vectors.shape[1]:
                 raise EmbeddingError(
-                    f"'{self.trigger}': the width is {vectors.shape[1]} for vectors in use and {unused.shape[1]} for "
+                    f"{name}: the width is {vectors.shape[1]} for vectors in use and {unused.shape[1]} for "
                     "those not in use; all must have the same width"
                 )
-            check_shape((len(vectors) + len(unused), vectors.shape[1]), f"'{self.trigger}'")
+            check_shape((len(vectors) + len(unused), vectors.shape[1]), name)
             object.__setattr__(self, "unused", unused)
         encoder = self.encoder or only_kind_of_width(vectors.shape[1])
         if encoder is not None and not is_possible_width(encoder, vectors.shape[1]):
             raise EmbeddingError(
-                f"'{self.trigger}': vectors of width {vectors.shape[1]} do not fit the encoder '{encoder}'"
+                f"{name}: vectors of width {vectors.shape[1]} do not fit the encoder '{shown(encoder)}'; known are "
+                f"{', '.join(f'{kind} ({known.width})' for kind, known in ENCODER_KINDS.items())}, clip and bert"
             )
         object.__setattr__(self, "vectors", vectors)
         object.__setattr__(self, "encoder", encoder)
@@ -240,8 +242,10 @@ class Progress:
     def __post_init__(self) -> None:
         for name, value, least in (("step", self.step, 0), ("scale", self.scale, 1)):
             if type(value) is not int or not least <= value < 2**31:
+                long = isinstance(value, int) and abs(value) >= 2**64  # Python may refuse to write it out
                 raise EmbeddingError(
-                    f"the progress has the {name} {value!r:.40}; it must be an integer from {least}"
+                    f"the progress has the {name} {'of many digits' if long else shown(value)}; it must be an integer "
+                    f"from {least}"
                 )
 
     @classmethod
@@ -289,12 +293,14 @@ class LearnedEmbeddings:
             expected = total if self.progress is None else self.progress.in_use(total)
             if len(concept.vectors) != expected:
                 raise EmbeddingError(
-                    f"'{concept.trigger}': {len(concept.vectors)} of {total} vectors are in use; "
+                    f"'{shown(concept.trigger)}': {len(concept.vectors)} of {total} vectors are in use; "
                     f"its progress ({self.progress}) gives {expected}"
                 )
             key = (concept.trigger, concept.encoder, concept.part)
             if key in seen:
-                raise EmbeddingError(f"the trigger '{concept.trigger}' occurs twice; rename one of them")
+                raise EmbeddingError(
+                    f"the trigger '{shown(concept.trigger)}' occurs twice; rename one of them"
+                )
             seen.add(key)
 
     @property
@@ -305,7 +311,7 @@ class LearnedEmbeddings:
         """Return the embeddings of one trigger; raises EmbeddingError if there is no such trigger."""
         kept = [concept for concept in self.concepts if concept.trigger == trigger]
         if not kept:
-            raise EmbeddingError(f"there is no trigger '{trigger}'; there is {quoted(self.triggers)}")
+            raise EmbeddingError(f"there is no trigger '{shown(trigger)}'; there is {quoted(self.triggers)}")
         return dataclasses.replace(self, concepts=tuple(kept))
 
     def without_progress(self) -> LearnedEmbeddings:
@@ -334,6 +340,11 @@ class LearnedEmbeddings:
         )
         return dataclasses.replace(self, concepts=concepts)
 
+    def with_tokens(self, ids: Mapping[str, int]) -> LearnedEmbeddings:
+        """Return the same vectors with the token ids of some triggers, by trigger."""
+        concepts = tuple(dataclasses.replace(c, token=ids.get(c.trigger, c.token)) for c in self.concepts)
+        return dataclasses.replace(self, concepts=concepts)
+
     def vectors_for(self, width: int, encoder: str | None = None) -> dict[str, Tensor]:
         """Return the vectors [N, width] in use, by trigger, that a text encoder of this width can use.
 
@@ -344,28 +355,33 @@ class LearnedEmbeddings:
         usable = [c for c in self.concepts if c.width == width and c.part in ("", "negative")]
         usable = [c for c in usable if kind is None or c.encoder in (kind, None)]
         missing = [trigger for trigger in self.triggers if trigger not in {c.trigger for c in usable}]
-        name = f"'{self.source}': " if self.source else ""
+        name = f"'{shown(self.source)}': " if self.source else ""
         if missing:
             one = next(c for c in self.concepts if c.trigger == missing[0])
             made_for = (
                 f"holds {one.part} vectors, not those of a word" if one.part else f"is for {one.models}"
             )
             raise EmbeddingError(
-                f"{name}'{one.trigger}' (width {one.width}) {made_for}; this model's text encoder has "
-                f"width {width}, {model_names(kind, width)}; use the model that it was trained on"
+                f"{name}'{shown(one.trigger, 30)}' (width {one.width}) {made_for}; this model's text encoder "
+                f"has width {width}, {model_names(kind, width)}; use the model that it was trained on"
             )
         if kind is not None and any(is_ambiguous_width(c.encoder, c.width) for c in usable):
             raise EmbeddingError(
                 f"{name}vectors of width {width} are for {model_names(None, width)} and the file does not say which; "
-                "state it once with: scripts/embeddings.py convert FILE --to original --encoder bert (or clip_g)"
+                "state it once with: scripts/embeddings.py convert FILE --to safetensors --encoder bert (or clip_g)"
             )
         return {concept.trigger: concept.vectors for concept in usable}
+
+
+# More than any word has; Unicode's composed form takes quadratic time for some texts.
+_MOST_READ = 10 * words.MAX_LENGTH
 
 
 def _kept_trigger(trigger: Any) -> str:
     """Return the trigger of a file as a word that works in prompts and files, with a log line if it differs."""
     if not isinstance(trigger, str):
         raise EmbeddingError(f"the trigger is a {type(trigger).__name__}; name a word")
+    trigger = trigger[:_MOST_READ]
     kept = words.cleaned(trigger)
     if words.folded(kept) != words.folded(trigger):
         _log_once(shown(trigger), shown(kept, 120))
@@ -395,16 +411,22 @@ def check_vectors(vectors: Any, name: str) -> Tensor:
 
 
 def check_shape(shape: tuple[int, ...], name: str) -> None:
-    if len(shape) not in (1, 2) or 0 in shape:
+    """Raise EmbeddingError, naming `name`, unless it is [d] or [N, d]; further axes of length 1 are allowed."""
+    rows = [size for size in shape[:-1] if size != 1]
+    if not 1 <= len(shape) <= 4 or 0 in shape or len(rows) > 1:
         raise EmbeddingError(f"{name} has the shape {list(shape)[:6]}; vectors are [d] or [N, d]")
-    rows = shape[0] if len(shape) == 2 else 1
-    if rows > MAX_VECTORS or shape[-1] > MAX_WIDTH:
+    if math.prod(rows) > MAX_VECTORS or shape[-1] > MAX_WIDTH:
         raise EmbeddingError(
-            f"{name} is {rows} x {shape[-1]}; at most {MAX_VECTORS} x {MAX_WIDTH} is allowed"
+            f"{name} is {math.prod(rows)} x {shape[-1]}; at most {MAX_VECTORS} x {MAX_WIDTH} is allowed"
         )
 
 
 def quoted(names: list[str]) -> str:
-    """Return up to six names in quotes, and how many more there are."""
-    shown = ", ".join(f"'{name}'" for name in names[:6])
-    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    """Return names in quotes, as many as fit into a line, and how many more there are."""
+    line = ""
+    for count, name in enumerate(names):
+        following = f"{', ' if line else ''}'{shown(name, 40)}'"
+        if len(line) + len(following) > 110:
+            return f"{line} and {len(names) - count} more"
+        line += following
+    return line

@@ -23,14 +23,15 @@ RECORD_KEY = "textual_inversion"
 _MAX_CHARACTERS = 2**18
 
 
-def record_text(embeddings: LearnedEmbeddings) -> str:
-    """Return the JSON text that is written into a file beside the vectors."""
+def record_text(embeddings: LearnedEmbeddings, format: str) -> str:
+    """Return the JSON text that is written beside the vectors into a file of this format."""
     concepts = [
         {"trigger": c.trigger, "encoder": c.encoder, "part": c.part, "token": c.token}
         for c in embeddings.concepts
     ]
     concepts = [{key: value for key, value in c.items() if value not in (None, "")} for c in concepts]
-    return json.dumps({"version": 1, "concepts": concepts, **embeddings.metadata.known()}, sort_keys=True)
+    values = {"version": 1, "format": format, "concepts": concepts, **embeddings.metadata.known()}
+    return json.dumps(values, sort_keys=True)
 
 
 class MetadataRecord:
@@ -47,6 +48,12 @@ class MetadataRecord:
 
     def __bool__(self) -> bool:
         return bool(self._values)
+
+    @property
+    def format(self) -> str | None:
+        """The name of the format that the file was written in, which its keys may not tell."""
+        name = self._values.get("format")
+        return name if isinstance(name, str) else None
 
     @property
     def metadata(self) -> Metadata:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.embeddings.concept import MAX_WIDTH, EmbeddingError
 from ldm.images import enlarged
+from ldm.util import shown
 
 _CELL = 8  # side of the squares of the visible pattern on the strips
 
@@ -50,18 +51,18 @@ def hide_bytes(payload: bytes, image: np.ndarray, shades: np.ndarray) -> np.ndar
     return np.concatenate([left, line, image, line, right], axis=1)
 
 
-def find_hidden_bytes(canvas: np.ndarray) -> bytes | None:
-    """Return the bytes hidden in [H, W, 3] uint8, padding included; None if there are none."""
-    lit = np.all(canvas > 0, axis=2)
+def find_hidden_bytes(canvas: np.ndarray, most: int = 2**24) -> bytes | None:
+    """Return the bytes hidden in [H, W, 3] uint8, padding included; None if there are none, or more than `most`."""
+    lit = canvas.min(axis=2) > 0
     rows, columns = np.flatnonzero(np.any(lit, axis=1)), np.flatnonzero(np.any(lit, axis=0))
     if not len(rows):
         return None
-    halves = canvas[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 15
-    lines = np.flatnonzero(halves.sum(axis=(0, 2)) == 0)
+    inner = canvas[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    lines = np.flatnonzero(~np.bitwise_or.reduce(inner & 15, axis=(0, 2)).astype(bool))
     if len(lines) < 2:
         return None
-    low, high = halves[:, : lines[0]], halves[:, lines[-1] + 1 :]
-    if low.shape != high.shape or not low.size:
+    low, high = inner[:, : lines[0]] & 15, inner[:, lines[-1] + 1 :] & 15
+    if low.shape != high.shape or not 0 < low.size <= most:
         return None
     whitened = whitening(low.size).reshape(low.shape) & 15
     return ((high ^ whitened) << 4 | (low ^ whitened)).tobytes()
@@ -78,39 +79,66 @@ def _pattern(shape: tuple[int, int], shades: np.ndarray) -> np.ndarray:
 MAX_IMAGE_BYTES = 64 * 2**20
 _MAX_PIXELS = 2**24
 _MAX_JSON = 32 * 2**20
+_MAX_TENSORS = 256
+_MAX_NUMBERS = 2**20  # at most 26 MB of text
+_SLACK = 2**20
+# At most as many bytes of text for each byte of the file: numbers that were learned compress to less than half.
+_MAX_RATIO = 16
 _CHUNK = "sd-ti-embedding"
 _TENSOR = "TORCHTENSOR"
 _MIN_HEIGHT = 256
 
 
 def load_image_payload(path: Path) -> dict[str, Any]:
-    """Return the dict that an image carries; raises EmbeddingError if it is damaged or carries none."""
+    """Return the dict that an image carries.
+
+    Raises EmbeddingError if it is damaged, carries none, or needs far more memory than the file has bytes.
+    """
+    size = path.stat().st_size
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG", "WEBP")) as image:
-                if image.width * image.height > _MAX_PIXELS:
+                # The strips of an embedding are noise, which does not compress.
+                most = min(_MAX_PIXELS, 4 * _MAX_RATIO * size + _SLACK)
+                if image.width * image.height > most:
                     raise EmbeddingError(
-                        f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read"
+                        f"the image has {image.width} x {image.height} pixels; at most {most} are read of its size"
                     )
                 image.load()
                 text = getattr(image, "text", {}).get(_CHUNK)
-                payload = None if text else find_hidden_bytes(np.asarray(image.convert("RGB")))
+                payload = None if text else find_hidden_bytes(np.asarray(image.convert("RGB")), 2 * size)
     except EmbeddingError:
         raise
     except Exception as error:  # Pillow's decoders raise many classes
-        raise EmbeddingError(f"the image is damaged ({str(error)[:80]})") from error
+        raise EmbeddingError(f"the image is damaged ({shown(str(error))})") from error
     if text is None and payload is None:
         raise EmbeddingError("the image carries no embedding (web sites that re-save images remove it)")
     try:
-        encoded = base64.b64decode(text) if text else _inflate(payload)
-        if len(encoded) > _MAX_JSON:
-            raise EmbeddingError("the text in the image is larger than any embedding's")
-        content = json.loads(encoded, object_hook=_decode)
+        return _decoded(text, payload, min(_MAX_JSON, _MAX_RATIO * size + _SLACK))
     except EmbeddingError:
         raise
     except (ValueError, RecursionError, binascii.Error, zlib.error) as error:
         raise EmbeddingError("the image carries no embedding, or a damaged one (was it re-saved?)") from error
+
+
+def _decoded(text: str | None, payload: bytes | None, most: int) -> dict[str, Any]:
+    """Return the dict in a text chunk or in the bytes of the pixels, whose JSON has at most `most` bytes."""
+    encoded = base64.b64decode(text) if text else _inflate(payload, most)
+    if len(encoded) > most:
+        raise EmbeddingError("the text in the image is larger than any embedding's")
+    tensors = 0
+
+    def decode(value: dict[str, Any]) -> Any:
+        nonlocal tensors
+        tensors += _TENSOR in value
+        if tensors > _MAX_TENSORS:
+            raise EmbeddingError(
+                f"the image carries more than {_MAX_TENSORS} tensors; it is not an embedding"
+            )
+        return _tensor_or_dict(value)
+
+    content = json.loads(encoded, object_hook=decode)
     if not isinstance(content, dict):
         raise EmbeddingError("the image carries something that is not an embedding")
     return content
@@ -119,24 +147,41 @@ def load_image_payload(path: Path) -> dict[str, Any]:
 def save_image_payload(content: dict[str, Any], preview: Image.Image, shades: Tensor, file: BinaryIO) -> None:
     """Write a PNG of the preview that carries the dict twice: in a text chunk and in strips of pixels.
 
-    `shades` [n] in [0, 1] colour the strips. Small previews are enlarged.
+    `shades` [n] in [0, 1] colour the strips. Small previews are enlarged. Raises EmbeddingError for what
+    `load_image_payload` would refuse: too many numbers, or too large a preview.
     """
+    tensors = [value for part in content.values() for value in _tensors(part)]
+    if (numbers := sum(tensor.numel() for tensor in tensors)) > _MAX_NUMBERS:
+        raise EmbeddingError(
+            f"an image holds at most {_MAX_NUMBERS:,} numbers, not {numbers:,}; use the format a1111"
+        )
     scale = max(1, math.ceil(_MIN_HEIGHT / preview.height))
     pixels = np.asarray(enlarged(preview.convert("RGB"), scale))
     encoded = json.dumps(content, default=_encode).encode()
+    payload = zlib.compress(encoded, 9)
+    canvas = hide_bytes(payload, pixels, shades.numpy())
+    if canvas.shape[0] * canvas.shape[1] > _MAX_PIXELS:
+        raise EmbeddingError(
+            f"the image would have {canvas.shape[1]} x {canvas.shape[0]} pixels, more than readers load; choose a "
+            "smaller preview"
+        )
     info = PngInfo()
     info.add_text(_CHUNK, base64.b64encode(encoded).decode())
-    canvas = hide_bytes(zlib.compress(encoded, 9), pixels, shades.numpy())
     Image.fromarray(canvas).save(file, format="PNG", pnginfo=info)
 
 
-def _inflate(payload: bytes | None) -> bytes:
-    """Decompress at most `_MAX_JSON` + 1 bytes."""
+def _inflate(payload: bytes | None, most: int) -> bytes:
+    """Decompress at most `most` + 1 bytes."""
     stream = zlib.decompressobj()
-    encoded = stream.decompress(payload or b"", _MAX_JSON + 1)
-    if not stream.eof and len(encoded) <= _MAX_JSON:
+    encoded = stream.decompress(payload or b"", most + 1)
+    if not stream.eof and len(encoded) <= most:
         raise zlib.error("cut off")
     return encoded
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value.values() if isinstance(value, dict) else [value]
+    return [item for item in values if isinstance(item, Tensor)]
 
 
 def _encode(value: Any) -> Any:
@@ -145,7 +190,7 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be stored in an image")
 
 
-def _decode(value: dict[str, Any]) -> Any:
+def _tensor_or_dict(value: dict[str, Any]) -> Any:
     """Return the tensor for `{"TORCHTENSOR": nested lists}`, and any other dict unchanged."""
     if set(value) != {_TENSOR}:
         return value

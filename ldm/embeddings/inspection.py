@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,26 +11,40 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
+from ldm.embeddings.concept import ENCODER_KINDS, Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
+from ldm.weights import Folder, read_state_dict
 
-# CLIP in LDM checkpoints and in transformers, the BERT of LDM, a BERT of transformers.
-_TABLES = ("token_embedding.weight", "token_emb.weight", "word_embeddings.weight")
+# The ends of a token table's name: CLIP in all layouts, and BERT in LDM's and that of transformers.
+_CLIP_TABLE, _BERT_TABLE = "token_embedding.weight", ("token_emb.weight", "word_embeddings.weight")
+
+
+def token_tables(model: str | Path) -> dict[str, Tensor]:
+    """Return the token tables [V, d] of a model by the kind of text encoder, such as "clip_l"; SDXL has two.
+
+    `model` is a checkpoint, or a folder as diffusers writes it. Raises UserError if it cannot be read or has none.
+    """
+    path = Path(model)
+    found: dict[str, Tensor] = {}
+    files = [path]
+    if path.is_dir():
+        folder = Folder(path)
+        files = [*folder.weights("text_encoder"), *folder.weights("text_encoder_2")] or folder.own_weights()
+    for file in files:
+        for name, value in read_state_dict(file).items():
+            if value.ndim == 2 and name.endswith(_CLIP_TABLE):
+                found.setdefault(encoder_kind("clip", value.shape[1]), value.detach().float())
+            elif value.ndim == 2 and name.endswith(_BERT_TABLE):
+                found.setdefault("bert", value.detach().float())
+    if not found:
+        raise EmbeddingError(
+            f"'{model}' has no text encoder; name a checkpoint or a diffusers folder with one"
+        )
+    order = [*ENCODER_KINDS, "clip"]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+
+
 _WORD_END = "</w>"
 _WORD_FILES = ("vocab.txt", "vocab.json", "tokenizer.json")
-
-
-def table_of(state_dict: Mapping[str, Tensor], name: str, width: int | None = None) -> Tensor:
-    """Return the token embedding table [V, d] of a checkpoint's state dict; if there are several, that of `width`.
-
-    Raises EmbeddingError, naming the checkpoint `name`, if it has none.
-    """
-    tables = {key: value for key, value in state_dict.items() if key.endswith(_TABLES) and value.ndim == 2}
-    if not tables:
-        raise EmbeddingError(
-            f"'{name}' has no table of token embeddings; name a checkpoint with a text encoder"
-        )
-    fitting = [table for table in tables.values() if table.shape[1] == width]
-    return (fitting or list(tables.values()))[0].detach().float()
 
 
 def words_of(folder: str | Path) -> list[str]:
@@ -62,6 +76,12 @@ def words_of(folder: str | Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise EmbeddingError(f"'{path}' is damaged or not a vocabulary ({str(error)[:80]})") from error
     return words
+
+
+def token_ids(words: Sequence[str], triggers: Iterable[str]) -> dict[str, int]:
+    """Return the token ids of the triggers that are one token; `words` is what `words_of` returns."""
+    places = {word: number for number, word in reversed(list(enumerate(words))) if word}
+    return {trigger: places[trigger.lower()] for trigger in triggers if trigger.lower() in places}
 
 
 def known_folder(source: str) -> Path | None:
@@ -112,16 +132,27 @@ class ConceptReport:
 
 def inspect_concepts(
     embeddings: LearnedEmbeddings,
-    table: Tensor | None = None,
+    tables: Mapping[str, Tensor] | None = None,
     words: Sequence[str] | None = None,
     count: int = 5,
 ) -> list[ConceptReport]:
     """Return a report on every concept.
 
-    `table` [V, d] are the vectors of a vocabulary, `words` its V words (without them, token ids are shown), and
+    `tables` are what `token_tables` returns for a model, `words` its V words (without them, token ids are shown), and
     `count` is the number of nearest words.
     """
-    return [_report(concept, table, words, count) for concept in embeddings.concepts]
+    return [
+        _report(concept, _own_table(concept, tables or {}), words, count) for concept in embeddings.concepts
+    ]
+
+
+def _own_table(concept: Concept, tables: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the table of a concept's text encoder; if the file does not name that, one of its width."""
+    fitting = {kind: table for kind, table in tables.items() if table.shape[1] == concept.width}
+    if concept.encoder is not None:
+        is_bert = concept.encoder == "bert"
+        fitting = {kind: table for kind, table in fitting.items() if (kind == "bert") == is_bert}
+    return fitting.get(concept.encoder or "", next(iter(fitting.values()), None))
 
 
 def nearest_words(vectors: Tensor, table: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
@@ -139,7 +170,7 @@ def nearest_words(vectors: Tensor, table: Tensor, count: int = 5) -> tuple[Tenso
 
 def _report(concept: Concept, table: Tensor | None, words: Sequence[str] | None, count: int) -> ConceptReport:
     spread, near = None, None
-    if table is not None and table.shape[1] == concept.width:
+    if table is not None:
         quantiles = torch.tensor([0.05, 0.5, 0.95])
         spread = VocabularyNorms(*table.float().norm(dim=1).quantile(quantiles).tolist())
         similar, rows = nearest_words(concept.vectors, table, count)

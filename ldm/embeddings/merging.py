@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
-from ldm.util import UsageError
+from ldm.util import UsageError, shown
 from ldm.words import check_word, cleaned, file_stem
 
 
 @dataclass(frozen=True)
 class Rename:
-    """The trigger `old` of file number `index`, whose name is `source`, becomes `new`."""
+    """The trigger `old` of file number `index`, whose name is `source`, becomes `new`.
+
+    Two files for the two encoders of SDXL count as one.
+    """
 
     index: int
     source: str
@@ -38,8 +41,8 @@ def merge(
     """
     if not parts:
         raise EmbeddingError("there is nothing to merge; name at least one file")
+    parts = _with_common_progress(_joined(parts))
     _check_encoders(parts)
-    parts = _with_common_progress(parts)
     plan = plan_renames(parts, rename, automatic)
     concepts: list[Concept] = []
     for index, part in enumerate(parts):
@@ -73,7 +76,7 @@ def plan_renames(
     Raises:
         EmbeddingError: a trigger is still not unique, or `rename` has more names than files with the trigger.
     """
-    parts = _with_common_progress(parts)
+    parts = _with_common_progress(_joined(parts))
     plan: list[Rename] = []
     for old, new in (rename or {}).items():
         names = [new] if isinstance(new, str) else list(new)
@@ -111,7 +114,9 @@ def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
     for text in texts or ():
         old, equals, new = text.partition("=")
         if not (old and equals and new):
-            raise UsageError(f"--rename '{text}': write it as old=new, for example --rename '*=<my-cat>'")
+            raise UsageError(
+                f"--rename '{shown(text)}': write it as old=new, for example --rename '*=<my-cat>'"
+            )
         names.setdefault(cleaned(old), []).append(check_word(new, "--rename: the new trigger"))
     return names
 
@@ -119,6 +124,27 @@ def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
 def split(embeddings: LearnedEmbeddings) -> list[LearnedEmbeddings]:
     """Return one LearnedEmbeddings for each trigger."""
     return [embeddings.only(trigger) for trigger in embeddings.triggers]
+
+
+def _joined(parts: Sequence[LearnedEmbeddings]) -> list[LearnedEmbeddings]:
+    """Return the parts; two with the same words for the two encoders of SDXL, as diffusers writes them, become one."""
+    joined: list[LearnedEmbeddings] = []
+    for part in parts:
+        place = next((n for n, other in enumerate(joined) if _are_a_pair(other, part)), None)
+        if place is None:
+            joined.append(part)
+        else:
+            other = joined[place]
+            concepts = (*other.concepts, *part.concepts)
+            source = ", ".join(filter(None, (other.source, part.source)))
+            joined[place] = dataclasses.replace(other, concepts=concepts, source=source)
+    return joined
+
+
+def _are_a_pair(first: LearnedEmbeddings, second: LearnedEmbeddings) -> bool:
+    kinds = [{concept.encoder for concept in part.concepts} for part in (first, second)]
+    of_both = kinds in ([{"clip_l"}, {"clip_g"}], [{"clip_g"}, {"clip_l"}])
+    return of_both and first.triggers == second.triggers and first.progress == second.progress
 
 
 def _with_common_progress(parts: Sequence[LearnedEmbeddings]) -> Sequence[LearnedEmbeddings]:
@@ -164,10 +190,10 @@ def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:
 
 
 def _clash(name: str, first: LearnedEmbeddings, second: LearnedEmbeddings) -> str:
-    files = f"'{first.source}' and '{second.source}'" if first.source else "two of them"
+    files = f"'{shown(first.source)}' and '{shown(second.source)}'" if first.source else "two of them"
     return (
-        f"{files} both have the trigger '{name}'; rename one: "
-        f"scripts/embeddings.py merge FILES -o OUT --rename '{name}=NEW' (the last file's), or --auto_rename"
+        f"{files} both have the trigger '{shown(name, 30)}'; rename one: "
+        f"scripts/embeddings.py merge FILES -o OUT --rename '{shown(name, 30)}=NEW' (the last file's), or --auto_rename"
     )
 
 
@@ -179,7 +205,7 @@ def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:
         kinds, other_kinds = ({c.encoder for c in p.concepts} - {None} for p in (first, part))
         if widths != others or (kinds and other_kinds and kinds != other_kinds):
             raise EmbeddingError(
-                f"'{first.source}' is for {first.concepts[0].models} and '{part.source}' for "
+                f"'{shown(first.source)}' is for {first.concepts[0].models} and '{shown(part.source)}' for "
                 f"{part.concepts[0].models}; embeddings of different text encoders cannot be used together"
             )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -13,9 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.embeddings import image_files, torch_files
+from ldm.base_models import what_begins
+from ldm.embeddings import image_files
 from ldm.embeddings.concept import EmbeddingError, check_shape
+from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord
+from ldm.embeddings.torch_files import TorchFile
 from ldm.files import NO_TENSORS, file_kind
+from ldm.pickles import shapes_of
+from ldm.util import shown
 from ldm.words import cleaned
 
 # The header of a LoRA with thousands of tensors is under 1 MB.
@@ -46,12 +52,12 @@ class TensorFile(Mapping[str, Tensor]):
             raise _damaged(error) from error
 
     def __getitem__(self, name: str) -> Tensor:
-        check_shape(self._shapes[name], ascii(name[:80]))
+        check_shape(self._shapes[name], f"'{shown(name)}'")
         try:
-            with safe_open(path := self.path, framework="pt") as file:
+            with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name).clone()
         except Exception as error:
-            raise EmbeddingError(f"{path.name}: cannot read {name[:80]!a} ({str(error)[:80]})") from error
+            raise EmbeddingError(f"cannot read '{shown(name)}' ({shown(str(error))})") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -62,8 +68,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
 
 
 def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: BinaryIO) -> None:
@@ -80,56 +87,82 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fil
 
 
 def _damaged(error: Exception) -> EmbeddingError:
-    reason = str(error).replace("Error while deserializing header: ", "")[:100]
-    return EmbeddingError(f"its safetensors header is damaged ({reason}); download it again")
+    reason = str(error).replace("Error while deserializing header: ", "")
+    return EmbeddingError(f"its safetensors header is damaged ({shown(reason, 100)}); download it again")
 
 
 @dataclass(frozen=True)
 class Payload:
     """The contents of a file, not yet interpreted.
 
-    `container` is "torch", "safetensors" or "image"; `content` is a mapping or a tensor in an embedding file, and
-    can be anything else in other files; `header` are the texts in the header of a safetensors file.
+    Attributes:
+        path: the file.
+        container: how the contents are stored.
+        load: reads the contents; see `content`.
+        names: the text keys of the contents; empty if they are not a mapping.
+        shapes: the shapes of all tensors, by their names; those inside of other mappings are joined with dots. Of a
+            training checkpoint, those of its `state_dict`.
+        header: the texts in the header of a safetensors file.
     """
 
     path: Path
     container: Literal["torch", "safetensors", "image"]
-    content: Any
+    load: Callable[[], Any]
+    names: frozenset[str] = frozenset()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     header: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def content(self) -> Any:
+        """A mapping or a tensor in an embedding file; anything else in other files.
+
+        Raises EmbeddingError if it is damaged, or needs more memory than an embedding justifies.
+        """
+        return self.load()
+
+    @cached_property
+    def record(self) -> MetadataRecord:
+        """The record that this project wrote into the file; false if there is none."""
+        if self.container == "safetensors":
+            return MetadataRecord(self.header.get(RECORD_KEY))
+        return MetadataRecord(self.content.get(RECORD_KEY) if RECORD_KEY in self.names else None)
 
     @property
     def stem(self) -> str:
         """The file's name without its suffix, which most tools use as the trigger."""
         return cleaned(self.path.stem)
 
-    @property
-    def names(self) -> set[str]:
-        """The text keys of the content; empty if it is not a mapping."""
-        if not isinstance(self.content, Mapping):
-            return set()
-        return {key for key in self.content if isinstance(key, str)}
-
 
 def open_payload(path: Path) -> Payload:
-    """Read a file into a Payload; raises EmbeddingError with the reason, without the path."""
+    """Open a file, of which only names and shapes are read; raises EmbeddingError with the reason, without the path."""
     kind = file_kind(path)
     if kind == "safetensors":
         tensors = TensorFile(path)
-        return Payload(path, kind, tensors, tensors.metadata)
+        names = frozenset(tensors.shapes)
+        return Payload(path, kind, lambda: tensors, names, tensors.shapes, tensors.metadata)
     if kind == "image":
-        _check_size(path, image_files.MAX_IMAGE_BYTES, "image")
-        return Payload(path, kind, image_files.load_image_payload(path))
+        if (size := path.stat().st_size) > image_files.MAX_IMAGE_BYTES:
+            raise EmbeddingError(
+                f"the image is {size / 2**20:.0f} MB, an embedding's is under {image_files.MAX_IMAGE_BYTES // 2**20}"
+            )
+        content = image_files.load_image_payload(path)
+        return Payload(path, kind, lambda: content, _text_keys(content))
     if kind in ("zip", "pickle"):
-        _check_size(path, torch_files.MAX_TORCH_BYTES, "file")
-        return Payload(path, "torch", torch_files.load_torch(path.read_bytes()))
+        file = TorchFile(path, kind)
+        held = file.pickle.content
+        state = held.get("state_dict") if isinstance(held, dict) else None
+        shapes = shapes_of(state if isinstance(state, dict) else held)
+        return Payload(path, "torch", file.load, _text_keys(held), shapes)
     if kind in NO_TENSORS:
         raise EmbeddingError(f"it {NO_TENSORS[kind]}")
+    if (what := what_begins(path)) is not None:
+        raise EmbeddingError(f"it is {what}; name the embedding's own file")
     raise EmbeddingError("it is not an embedding file: not safetensors, torch.save, or a PNG or WebP image")
 
 
-def _check_size(path: Path, limit: int, noun: str) -> None:
-    if (size := path.stat().st_size) > limit:
-        raise EmbeddingError(
-            f"the {noun} is {size / 2**20:.0f} MB, an embedding's is under {limit // 2**20}; "
-            "is it a model checkpoint?"
-        )
+def _text_keys(content: Any) -> frozenset[str]:
+    return (
+        frozenset(key for key in content if isinstance(key, str))
+        if isinstance(content, dict)
+        else frozenset()
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -12,11 +12,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.embeddings import image_files
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, Progress
-from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord, record_text
+from ldm.embeddings.concept import (
+    ENCODER_KINDS,
+    Concept,
+    EmbeddingError,
+    LearnedEmbeddings,
+    Metadata,
+    Progress,
+)
+from ldm.embeddings.file_metadata import RECORD_KEY, record_text
 from ldm.embeddings.payload import Payload
-from ldm.embeddings.torch_files import save_legacy
+from ldm.embeddings.torch_files import save_legacy, save_zip
 from ldm.images import labelled
+from ldm.pickles import ParameterDict
 
 # The token id of "*", the usual placeholder, in the vocabularies of CLIP and BERT.
 STAR_IDS = {"clip": 265, "bert": 1008}
@@ -31,13 +39,13 @@ def parse_original(payload: Payload) -> LearnedEmbeddings | None:
     held = payload.content["string_to_param"]
     vectors = _entries(held, "string_to_param")
     tokens = _entries(payload.content.get("string_to_token", {}), "string_to_token")
-    record = MetadataRecord(payload.content.get(RECORD_KEY))
+    record = payload.record
     progress = Progress.from_values(*(payload.content.get(key) for key in _PROGRESS_KEYS))
-    concepts = []
+    concepts: list[Concept] = []
     for index, (trigger, value) in enumerate(vectors.items()):
         # The original always writes a ParameterDict, and has width 1280 for one model only: LDM with BERT.
         is_bert = (
-            isinstance(held, nn.ParameterDict) and isinstance(value, Tensor) and value.shape[-1:] == (1280,)
+            isinstance(held, ParameterDict) and isinstance(value, Tensor) and value.shape[-1:] == (1280,)
         )
         concept = record.concept(index, trigger, value, encoder="bert" if is_bert else None)
         if concept.token is None:
@@ -51,21 +59,8 @@ def parse_original(payload: Payload) -> LearnedEmbeddings | None:
 
 
 def _entries(value: Any, name: str) -> dict[str, Any]:
-    """Return the entries of a dict or a ParameterDict; raises EmbeddingError, naming it `name`, for anything else.
-
-    A ParameterDict saved by torch 1.11 or older has no list of its keys.
-    """
-    if isinstance(value, nn.ParameterDict):
-        inner = value.__dict__.get("_parameters")
-        keys = value.__dict__.get("_keys")
-        # A ParameterDict stores a tensor that is not a Parameter as a plain attribute.
-        plain = {
-            key: value.__dict__[key]
-            for key in (keys if isinstance(keys, Mapping) else ())
-            if isinstance(value.__dict__.get(key), Tensor)
-        }
-        value = {**(inner if isinstance(inner, Mapping) else {}), **plain}
-    if not isinstance(value, Mapping):
+    """Return the entries of a dict; raises EmbeddingError, naming it `name`, for anything else."""
+    if not isinstance(value, dict):
         raise EmbeddingError(f"its {name} is not a mapping from words to tensors; the file is damaged")
     words_only = len(value) <= 4096 and all(isinstance(key, str) for key in value)
     if not words_only or not all(
@@ -78,24 +73,40 @@ def _entries(value: Any, name: str) -> dict[str, Any]:
 def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     """Write the file that the original's EmbeddingManager loads, with any number of triggers.
 
-    A concept without token id gets that of "*" if it is its trigger, else -1, which matches no token. Unused vectors
-    are written after those in use; the progress then gives the number in use.
+    A concept without token id gets that of "*" if it is its trigger, else -1, which matches no token (see
+    `words_without_token`). Unused vectors are written after those in use; the progress then gives the number in use.
+    Vectors of the second encoder of SDXL, which the original does not know, get a key of their own.
     """
-    tokens, vectors = {}, {}
+    tokens: dict[str, Tensor] = {}
+    vectors: dict[str, nn.Parameter] = {}
     for concept in embeddings.concepts:
-        family = "bert" if concept.encoder == "bert" else "clip"
-        star = STAR_IDS[family] if concept.trigger == "*" else _UNKNOWN_TOKEN
-        tokens[concept.trigger] = torch.tensor(star if concept.token is None else concept.token)
+        key = concept.trigger
+        while key in vectors:
+            key += f".{concept.encoder}"
+        token = token_of(concept)
+        tokens[key] = torch.tensor(_UNKNOWN_TOKEN if token is None else token)
         rows = [concept.vectors] if concept.unused is None else [concept.vectors, concept.unused]
-        vectors[concept.trigger] = nn.Parameter(torch.cat(rows))
+        vectors[key] = nn.Parameter(torch.cat(rows))
     content: dict[str, Any] = {
         "string_to_token": tokens,
         "string_to_param": _parameter_dict(vectors),
-        RECORD_KEY: record_text(embeddings),
+        RECORD_KEY: record_text(embeddings, "original"),
     }
     if embeddings.progress is not None:
         content |= dict(zip(_PROGRESS_KEYS, dataclasses.astuple(embeddings.progress), strict=True))
-    torch.save(content, file)
+    save_zip(content, file)
+
+
+def token_of(concept: Concept) -> int | None:
+    """Return the id of a concept's trigger in the tokenizer of its encoder, if it is known."""
+    if concept.token is None and concept.trigger == "*":
+        return STAR_IDS["bert" if concept.encoder == "bert" else "clip"]
+    return concept.token
+
+
+def words_without_token(embeddings: LearnedEmbeddings) -> list[str]:
+    """Return the triggers that do nothing in the original's code, which finds words by their token ids."""
+    return list(dict.fromkeys(c.trigger for c in embeddings.concepts if token_of(c) is None))
 
 
 def _parameter_dict(vectors: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
@@ -131,14 +142,16 @@ def parse_a1111(payload: Payload) -> LearnedEmbeddings | None:
     vectors = _entries(content["string_to_param"], "string_to_param")
     if len(vectors) != 1:
         raise EmbeddingError(f"it should hold one embedding and holds {len(vectors)}; it is damaged")
-    record = MetadataRecord(content.get(RECORD_KEY))
+    record = payload.record
     trigger = _trigger(payload, content["name"])
-    concept = record.concept(0, trigger, next(iter(vectors.values())))
+    part = "negative" if not record and payload.path.stem.endswith(_NEGATIVE) else ""
+    concepts = [
+        dataclasses.replace(concept, part=part or concept.part)
+        for concept in _of_encoders(record.concept, trigger, next(iter(vectors.values())))
+    ]
     kind = "hcp" if "string_to_token" not in content else "a1111"
     kind = "ai-toolkit" if "software" in content or "notes" in content else kind
     kind = "a1111-png" if payload.container == "image" else kind
-    if not record and payload.path.stem.endswith(_NEGATIVE):
-        concept = Concept(concept.trigger, concept.vectors, concept.encoder, part="negative")
     metadata = Metadata.from_values(
         {
             "steps": content.get("step"),
@@ -149,12 +162,21 @@ def parse_a1111(payload: Payload) -> LearnedEmbeddings | None:
             ),
         }
     )
-    return LearnedEmbeddings((concept,), record.metadata if record else metadata, kind)
+    return LearnedEmbeddings(tuple(concepts), record.metadata if record else metadata, kind)
+
+
+def _of_encoders(make: Callable[..., Concept], trigger: str, vectors: Any) -> list[Concept]:
+    """Return the concept, or two where the rows hold both encoders of SDXL side by side, as HCP-Diffusion does."""
+    widths = {name: ENCODER_KINDS[name].width for name in ("clip_l", "clip_g")}
+    if isinstance(vectors, Tensor) and vectors.ndim == 2 and vectors.shape[1] == sum(widths.values()):
+        parts = vectors.split(list(widths.values()), dim=1)
+        return [Concept(trigger, rows, name) for name, rows in zip(widths, parts, strict=True)]
+    return [make(0, trigger, vectors)]
 
 
 def save_a1111(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     """Write a `.pt` that AUTOMATIC1111's restricted unpickler accepts; the file's stem is the prompt word."""
-    save_legacy(_content(embeddings), file)
+    save_legacy(_content(embeddings, "a1111"), file)
 
 
 def save_a1111_image(
@@ -165,23 +187,30 @@ def save_a1111_image(
     size = concept.vectors.abs()
     shades = (size / size.max().clamp_min(1e-12))[0]
     image_files.save_image_payload(
-        _content(embeddings), _titled(preview or _heat_map(shades), embeddings), shades, file
+        _content(embeddings, "a1111-png"), _titled(preview or _heat_map(shades), embeddings), shades, file
     )
 
 
-def _content(embeddings: LearnedEmbeddings) -> dict[str, Any]:
-    (concept,) = embeddings.concepts
-    metadata = embeddings.metadata
-    return {
+def _content(embeddings: LearnedEmbeddings, format: str) -> dict[str, Any]:
+    """Return what AUTOMATIC1111 stores; a word of SDXL has the keys `clip_l` and `clip_g` instead of two dicts."""
+    concepts, metadata = embeddings.concepts, embeddings.metadata
+    vectors: dict[str, Any] = {
         # AUTOMATIC1111 always writes "*" here, and diffusers needs that key.
         "string_to_token": {"*": STAR_IDS["clip"]},
-        "string_to_param": {"*": concept.vectors.clone()},
-        "name": concept.trigger,
-        "step": metadata.steps,
-        "sd_checkpoint": metadata.base_model_hash and metadata.base_model_hash[:10],
-        "sd_checkpoint_name": metadata.base_model,
-        RECORD_KEY: record_text(embeddings),
+        "string_to_param": {"*": concepts[0].vectors.clone()},
     }
+    if len(concepts) > 1:
+        vectors = {str(concept.encoder): concept.vectors.clone() for concept in concepts}
+    return (
+        vectors
+        | {
+            "name": concepts[0].trigger,
+            "step": metadata.steps or 0,  # readers expect a number
+            "sd_checkpoint": metadata.base_model_hash and metadata.base_model_hash[:10],
+            "sd_checkpoint_name": metadata.base_model,
+            RECORD_KEY: record_text(embeddings, format),
+        }
+    )
 
 
 def _trigger(payload: Payload, name: str) -> str:
@@ -191,7 +220,7 @@ def _trigger(payload: Payload, name: str) -> str:
     "cat-500", which is the name "cat" with the step that AUTOMATIC1111 appends.
     """
     stem = payload.stem
-    appended = re.fullmatch(re.escape(name) + r"-\d+", stem)
+    appended = stem.startswith(name) and re.fullmatch(r"-\d+", stem[len(name) :])
     return name if (payload.container == "image" or appended) and name.strip() else stem
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
+from ldm.base_models import EMBEDDING, FAMILIES, what_holds
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.embeddings.payload import Payload, open_payload
 from ldm.embeddings.pickle_formats import parse_a1111, parse_original
@@ -16,18 +18,27 @@ from ldm.embeddings.tensor_formats import (
     parse_onetrainer,
     parse_xti,
 )
+from ldm.util import UserError
 
 # Tried in this order; the last accepts any key as a trigger.
 _PARSERS = (
     parse_original,
     parse_a1111,
-    parse_lora,
     parse_by_encoder,
     parse_xti,
     parse_onetrainer,
     parse_emb_params,
     parse_diffusers,
 )
+# The parsers of what this project writes, by the format in the file's record: any word can be a key there.
+_OWN_PARSERS = {
+    "original": (parse_original,),
+    "safetensors": (parse_by_encoder, parse_emb_params),
+    "diffusers": (parse_diffusers,),
+    "a1111": (parse_a1111, parse_by_encoder),
+    "a1111-png": (parse_a1111, parse_by_encoder),
+    "onetrainer": (parse_by_encoder, parse_onetrainer),
+}
 
 
 def read(path: str | Path) -> LearnedEmbeddings:
@@ -39,26 +50,59 @@ def read(path: str | Path) -> LearnedEmbeddings:
     path = Path(path)
     try:
         payload = open_payload(path)
-        found = next((found for parse in _PARSERS if (found := parse(payload))), None)
-        if found is None:
-            raise EmbeddingError(_unknown(payload))
-        return dataclasses.replace(found, source=path.name)
-    except EmbeddingError as error:
-        raise EmbeddingError(_one_line(f"'{path}': {error}")) from error
+        return dataclasses.replace(_parse(payload), source=path.name)
+    except UserError as error:
+        raise EmbeddingError(f"'{path}': {error}") from error
     except OSError as error:
         raise EmbeddingError(f"'{path}': cannot be read ({error.strerror or error})") from error
 
 
-def _one_line(message: str) -> str:
-    """Replace line breaks and terminal codes, which a damaged file may have put into a library's message."""
-    return "".join(c if c.isprintable() else "?" for c in message)
+def _parse(payload: Payload) -> LearnedEmbeddings:
+    parsers = _OWN_PARSERS.get(payload.record.format or "")
+    if parsers is None:
+        if (found := parse_lora(payload)) is not None:
+            return found
+        if (what := _what_else(payload)) is not None:
+            raise EmbeddingError(f"it is {what}, not an embedding; {_remedy(what)}")
+        parsers = _PARSERS
+    found = next((found for parse in parsers if (found := parse(payload))), None)
+    if found is None:
+        raise EmbeddingError(_unknown(payload))
+    return found
+
+
+def _what_else(payload: Payload) -> str | None:
+    """Say what a file is by the names and shapes in it, if that is no embedding."""
+    if any(name.startswith("embedding_manager.") for name in payload.shapes):
+        return "the state of a training run"
+    what = what_holds(dict(itertools.islice(payload.shapes.items(), _MOST_NAMES)))
+    if what not in (None, EMBEDDING):
+        return what
+    if "state_dict" in payload.names and "state_dict" not in payload.shapes:
+        return "a model checkpoint"
+    return None
+
+
+# Of the tensors, enough to know what a file is.
+_MOST_NAMES = 2**14
+
+
+def _remedy(what: str) -> str:
+    """Return what to do with a file that is something else."""
+    if what in FAMILIES.values() or what == "a model checkpoint":
+        return (
+            "name it as the model (--ckpt_path to generate, --actual_resume to train), and an embedding here"
+        )
+    if "VAE" in what:
+        return "name it with --vae, and an embedding here"
+    if "training run" in what:
+        return "name the embedding that the run saved beside it, such as embeddings.pt"
+    return "it is used in other tools; name a file of textual inversion here"
 
 
 def _unknown(payload: Payload) -> str:
     keys = payload.names
     if keys == {"hash", "optimizer_state_dict"}:
         return "it is the optimizer state beside an AUTOMATIC1111 embedding; name the embedding itself"
-    if "state_dict" in keys:
-        return "it is a model checkpoint, not an embedding"
     holds = f"holds {quoted(sorted(keys))}" if keys else f"is a {type(payload.content).__name__}"
-    return f"it is not a known embedding format: it {holds}"
+    return f"it is not a known embedding format: it {holds}; name a file of textual inversion"

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ldm.embeddings import file_metadata
 from ldm.embeddings.concept import (
+    ENCODER_KINDS,
     Concept,
     EmbeddingError,
     LearnedEmbeddings,
     Metadata,
-    is_ambiguous_width,
+    is_possible_width,
     kind_of_architecture,
-    model_names,
     quoted,
 )
-from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord, record_text
+from ldm.embeddings.file_metadata import RECORD_KEY, record_text
 from ldm.embeddings.payload import Payload, save_tensors
+from ldm.words import MAX_LENGTH
 
 _EMB_PARAMS = "emb_params"
 
@@ -33,7 +34,7 @@ def parse_emb_params(payload: Payload) -> LearnedEmbeddings | None:
     vectors = payload.content[_EMB_PARAMS]
     if not isinstance(vectors, Tensor):
         raise EmbeddingError(f"its {_EMB_PARAMS} is not a tensor but {type(vectors).__name__}")
-    header, record = payload.header, MetadataRecord(payload.header.get(RECORD_KEY))
+    header, record = payload.header, payload.record
     architecture = header.get("modelspec.architecture", "")
     kind = kind_of_architecture(architecture, vectors.shape[-1] if vectors.ndim else 0)
     concept = record.concept(0, trigger_of(payload), vectors, encoder=kind)
@@ -43,22 +44,13 @@ def parse_emb_params(payload: Payload) -> LearnedEmbeddings | None:
 
 
 def save_emb_params(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
-    """Write our default format: `emb_params` float32 (SDXL: `clip_l` and `clip_g`), ModelSpec and our record.
-
-    Raises EmbeddingError if the encoder is not known and several have the vectors' width.
-    """
-    for concept in embeddings.concepts:
-        if is_ambiguous_width(concept.encoder, concept.width):
-            raise EmbeddingError(
-                f"'{concept.trigger}': width {concept.width} is for {model_names(None, concept.width)}, and the "
-                "file does not say which; give the encoder (convert --encoder bert, or clip_g)"
-            )
+    """Write our default format: `emb_params` float32 (SDXL: `clip_l` and `clip_g`), ModelSpec and our record."""
     tensors = {_EMB_PARAMS: embeddings.concepts[0].vectors}
     if len(embeddings.concepts) > 1:
         tensors = {str(concept.encoder): concept.vectors for concept in embeddings.concepts}
     header = file_metadata.modelspec_header(embeddings, tensors) | {
         "format": "pt",
-        RECORD_KEY: record_text(embeddings),
+        RECORD_KEY: record_text(embeddings, "safetensors"),
     }
     save_tensors(tensors, header, file)
 
@@ -67,10 +59,11 @@ def trigger_of(payload: Payload) -> str:
     """Return the trigger of a safetensors file of another tool: from its header, else the file's stem."""
     phrase = payload.header.get("modelspec.trigger_phrase", "")
     name = _json(payload.header.get("name"))
-    for trigger in (phrase, name):
-        if isinstance(trigger, str) and trigger.strip():
-            return trigger
-    return payload.stem
+    # Other tools write any text of the user there, which may be a whole sentence.
+    usable = (
+        trigger for trigger in (phrase, name) if isinstance(trigger, str) and len(trigger) <= MAX_LENGTH
+    )
+    return next((trigger for trigger in usable if trigger.strip()), payload.stem)
 
 
 def header_metadata(header: Mapping[str, str]) -> Metadata:
@@ -122,7 +115,7 @@ def parse_onetrainer(payload: Payload) -> LearnedEmbeddings | None:
     """Return the embedding of a file with the key `emp_params` (and `emp_params_out`); None for other files."""
     if _EMP_PARAMS not in payload.names:
         return None
-    record = MetadataRecord(payload.header.get(RECORD_KEY))
+    record = payload.record
     trigger = trigger_of(payload)
     concepts = [record.concept(0, trigger, payload.content[_EMP_PARAMS])]
     if _EMP_PARAMS_OUT in payload.names:
@@ -138,10 +131,13 @@ def save_onetrainer(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     tensors = {_EMP_PARAMS: embeddings.concepts[0].vectors}
     if len(embeddings.concepts) > 1:
         tensors = {str(concept.encoder): concept.vectors for concept in embeddings.concepts}
-    save_tensors(tensors, {RECORD_KEY: record_text(embeddings)}, file)
+    save_tensors(tensors, {RECORD_KEY: record_text(embeddings, "onetrainer")}, file)
 
 
 _ENCODER_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "clip_h": "clip_h", "t5": "t5", "t5xxl": "t5"}
+_ORDER = list(_ENCODER_KEYS)
+# What AUTOMATIC1111 and tools based on it write beside the vectors.
+_BESIDE = {"name", "step", "sd_checkpoint", "sd_checkpoint_name", "notes", RECORD_KEY}
 # The keys of Replicate's trainer, and of oss-roettger's SDXL files.
 _NUMBERED = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _ROETTGER = {"emb": "clip_l", "emb2": "clip_g"}
@@ -156,19 +152,31 @@ def parse_by_encoder(payload: Payload) -> LearnedEmbeddings | None:
     if keys == set(_ROETTGER):
         return LearnedEmbeddings(_concepts(payload, _ROETTGER, payload.stem), format="roettger")
     outputs = {f"{name}_out": encoder for name, encoder in _ENCODER_KEYS.items()}
-    if not keys & set(_ENCODER_KEYS) or not keys <= set(_ENCODER_KEYS) | set(outputs):
+    vectors = keys & (set(_ENCODER_KEYS) | set(outputs))
+    if not keys & set(_ENCODER_KEYS) or not keys <= vectors | _BESIDE:
         return None
-    record = MetadataRecord(payload.header.get(RECORD_KEY))
+    if len(keys) == 1 and _is_word_of_diffusers(payload, min(keys)):
+        return None
+    record, beside = payload.record, payload.content if payload.container != "safetensors" else {}
+    name = beside.get("name")
     concepts = []
-    for key in sorted(keys, key=lambda name: (name.endswith("_out"), name)):
+    for key in sorted(vectors, key=lambda name: (name.endswith("_out"), _ORDER.index(name.split("_out")[0]))):
         encoder = _ENCODER_KEYS.get(key) or outputs[key]
-        concept = Concept(trigger_of(payload), payload.content[key], encoder)
+        concept = Concept(
+            name if isinstance(name, str) else trigger_of(payload), payload.content[key], encoder
+        )
         recorded = record.concept(0, concept.trigger, concept.vectors, encoder)
         part = "output" if key in outputs else recorded.part
         concepts.append(Concept(recorded.trigger, concept.vectors, encoder, part))
     metadata = record.metadata if record else header_metadata(payload.header)
-    kind = "safetensors" if record else "sdxl pair" if {"clip_l", "clip_g"} <= keys else "by encoder"
-    return LearnedEmbeddings(tuple(concepts), metadata, kind)
+    kind = "sdxl pair" if {"clip_l", "clip_g"} <= keys else "by encoder"
+    return LearnedEmbeddings(tuple(concepts), metadata, record.format or ("safetensors" if record else kind))
+
+
+def _is_word_of_diffusers(payload: Payload, key: str) -> bool:
+    """Whether the only key of a file, the name of an encoder, is a word, because that encoder has another width."""
+    shape = payload.shapes.get(key, ())
+    return bool(shape) and not is_possible_width(_ENCODER_KEYS.get(key, ""), shape[-1])
 
 
 def _concepts(payload: Payload, encoders: dict[str, str], trigger: str) -> tuple[Concept, ...]:
@@ -245,6 +253,8 @@ def parse_lora(payload: Payload) -> LearnedEmbeddings | None:
 
 
 _MOST_WORDS = 64
+# The vectors of CLIP's tokens have norms near 0.4, those of its image features near 10.
+_LARGEST_NORM = 4.0
 
 
 def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
@@ -252,29 +262,63 @@ def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
 
     cloneofsimo's `.pt` is the same with several words. It must be tried last, because any word can be a key.
     """
-    record = MetadataRecord(payload.header.get(RECORD_KEY))
+    record = payload.record
     if isinstance(payload.content, Tensor):
-        return LearnedEmbeddings((record.concept(0, payload.stem, payload.content),), format="tensor")
+        concept = record.concept(0, payload.stem, payload.content)
+        if len(concept.vectors) == 1 and concept.width == 768 and concept.vectors.norm() > _LARGEST_NORM:
+            raise EmbeddingError(
+                f"it is a bare vector of norm {concept.vectors.norm():.1f}, an aesthetic gradient (the mean of CLIP's "
+                "image features), not an embedding of a word; name a file of textual inversion"
+            )
+        return LearnedEmbeddings((concept,), format="tensor")
     keys = sorted(payload.names)
     if not keys or not isinstance(payload.content, Mapping) or len(keys) != len(payload.content):
         return None
-    if any(_is_weight_name(key) for key in keys) or len(keys) > _MOST_WORDS:
+    if not record and not _are_words(payload):
         raise EmbeddingError(f"it is a model or LoRA, not an embedding (it holds {quoted(keys[:3])})")
     values = {key: payload.content[key] for key in payload.content}
     if not all(isinstance(value, Tensor) for value in values.values()):
         return None
-    concepts = tuple(record.concept(i, key, value) for i, (key, value) in enumerate(values.items()))
+    second = _SECOND_FILE.search(payload.path.stem)
+    concepts = tuple(
+        record.concept(i, key, value, encoder="clip_g" if second and value.shape[-1:] == (1280,) else None)
+        for i, (key, value) in enumerate(values.items())
+    )
     return LearnedEmbeddings(concepts, record.metadata, "diffusers" if len(keys) == 1 else "word dict")
 
 
-def save_diffusers(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
-    """Write `learned_embeds.safetensors`: the trigger is the key; [N, d], or [d] for a single vector.
+# diffusers writes a word of SDXL as two files: learned_embeds, and learned_embeds_2 for the second encoder.
+_SECOND_FILE = re.compile(r"_2(-steps-\d+)?$")
+SECOND_FILE = "_2"
 
-    diffusers loads both shapes. InvokeAI takes the first dimension for the width, so a single vector must be [d].
+
+def save_diffusers(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
+    """Write `learned_embeds.safetensors`: the trigger is the key of [N, d].
+
+    Readers count the tokens by the first dimension. Raises EmbeddingError for the one word that cannot be a key.
     """
     (concept,) = embeddings.concepts
-    vectors = concept.vectors[0] if len(concept.vectors) == 1 else concept.vectors
-    save_tensors({concept.trigger: vectors}, {"format": "pt", RECORD_KEY: record_text(embeddings)}, file)
+    if concept.trigger == _RESERVED_KEY:
+        raise EmbeddingError(
+            f"safetensors files reserve the name '{_RESERVED_KEY}'; give another word (convert --trigger)"
+        )
+    header = {"format": "pt", RECORD_KEY: record_text(embeddings, "diffusers")}
+    save_tensors({concept.trigger: concept.vectors}, header, file)
+
+
+_RESERVED_KEY = "__metadata__"
+
+
+def _are_words(payload: Payload) -> bool:
+    """Whether the keys of a file can be words: there are few, and their vectors have an encoder's width or no key is
+    like the name of a model's weight."""
+    widths = {kind.width for kind in ENCODER_KINDS.values()}
+    shapes = [payload.shapes.get(key, ()) for key in payload.names]
+    if len(shapes) > _MOST_WORDS:
+        return False
+    if all(shape[-1:] and shape[-1] in widths and len(shape) <= 2 and shape[0] > 0 for shape in shapes):
+        return True
+    return not any(_is_weight_name(key) for key in payload.names)
 
 
 def _is_weight_name(key: str) -> bool:

@@ -1,249 +1,177 @@
-"""Files of `torch.save`, both layouts, read without running code or allocating more memory than the file has."""
+"""Files of `torch.save`, read without running code or allocating more memory than the file justifies."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-import pickletools
 import struct
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ldm import pickles
 from ldm.embeddings.concept import EmbeddingError
-from ldm.files import content_kind
+from ldm.pickles import MAX_DEPTH, MAX_PICKLE, Pickle, Storage, TensorRecord, interpret, tensor_records
+from ldm.util import UserError, shown
 
-_WANTED = {
-    "collections OrderedDict",
-    "torch Size",
-    "torch.nn.modules.container ParameterDict",
-    "torch.nn.parameter Parameter",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2",
-    "builtins set",
-    "__builtin__ set",
-}
-_ITEM_BYTES = {
-    "DoubleStorage": 8,
-    "FloatStorage": 4,
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "CharStorage": 1,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
-    "UntypedStorage": 1,
-}
-_STORAGES = {
-    f"{module} {name}": size
-    for name, size in _ITEM_BYTES.items()
-    for module in ("torch", "torch.cuda", "torch.storage")
-}
-_STRINGS = {
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "UNICODE",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "STRING",
-}
-_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG"}
-_CODE = {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
-# Marks for what these operations push; texts, numbers and globals are pushed as they are, all else as None.
-_PUSHED = {"MARK": object(), "TUPLE": object(), "NONE": object()}
-
-
-@dataclass
-class _Global:
-    """A class or function that the pickle refers to."""
-
-    name: str
-
-
-@dataclass
-class Scan:
-    """What one pickle declares.
-
-    `storages` are the bytes of each storage by its key, `number` is the last integer, `end` the offset after it.
-    """
-
-    storages: dict[str, int] = field(default_factory=dict)
-    number: int | None = None
-    end: int = 0
-
-
-def scan(data: bytes, start: int = 0, limit: int = 2**21) -> Scan:
-    """Read the operations of the pickle at offset `start` without executing them.
-
-    Raises EmbeddingError for a class or function that no embedding needs, a storage that is not declared as torch
-    does it, a damaged stream, and one longer than `limit` bytes.
-    """
-    stream = io.BytesIO(data[start : start + limit])
-    result = Scan()
-    recent: list[Any] = []
-    memo: dict[int, Any] = {}
-    try:
-        for operation, argument, _ in pickletools.genops(stream):
-            _step(operation.name, argument, recent, memo, result)
-            del recent[:-8]
-    except EmbeddingError:
-        raise
-    except Exception as error:  # genops raises many classes on damaged streams
-        raise EmbeddingError(f"it is damaged or not a PyTorch file ({str(error)[:80]})") from error
-    result.end = start + stream.tell()
-    return result
-
-
-def _step(name: str, argument: Any, recent: list[Any], memo: dict[int, Any], result: Scan) -> None:
-    if name == "PROTO" and argument > 5:
-        raise EmbeddingError(f"it is a pickle of protocol {argument}, which does not exist; it is damaged")
-    if name in ("PROTO", "FRAME"):
-        return
-    if name in ("PUT", "BINPUT", "LONG_BINPUT"):
-        memo[argument] = _memorable(recent)
-        return
-    if name == "MEMOIZE":
-        memo[len(memo)] = _memorable(recent)
-        return
-    if name in _CODE:
-        raise EmbeddingError(
-            f"it uses the pickle operation {name}, which tensors never need; it may be malicious"
-        )
-    value: Any = None
-    if name in ("GET", "BINGET", "LONG_BINGET"):
-        value = memo.get(argument)
-    elif name == "GLOBAL":
-        value = _allowed(argument)
-    elif name == "STACK_GLOBAL":
-        module, attribute = recent[-2:] if len(recent) > 1 else (None, None)
-        value = _allowed(f"{module} {attribute}")
-    elif name in _PUSHED:
-        value = _PUSHED[name]
-    elif name in _STRINGS:
-        value = argument
-    elif name in _NUMBERS:
-        value = result.number = argument
-    elif name == "BINPERSID":
-        _claim(recent, result)
-    recent.append(value)
-
-
-def _allowed(name: str) -> _Global:
-    if name not in _WANTED and name not in _STORAGES:
-        dotted = name.replace(" ", ".")[:100]
-        raise EmbeddingError(f"it asks for {dotted!a}, which no embedding needs; it may be malicious")
-    return _Global(name)
-
-
-def _memorable(recent: list[Any]) -> Any:
-    return recent[-1] if recent and isinstance(recent[-1], (str, _Global)) else None
-
-
-def _claim(recent: list[Any], result: Scan) -> None:
-    """Record the storage that a persistent id declares: `( 'storage' class key location number [None] tuple`."""
-    tuple_made = recent[-1:] == [_PUSHED["TUPLE"]]
-    fields = recent[-8:-2] if recent[-2:-1] == [_PUSHED["NONE"]] else recent[-7:-1]
-    match fields:
-        case [mark, "storage", _Global(name=kind), str(key), str(), int(number)] if mark is _PUSHED["MARK"]:
-            if tuple_made and kind in _STORAGES and number >= 0:
-                size = number * _STORAGES[kind]
-                result.storages[key] = max(size, result.storages.get(key, 0))
-                return
-    raise EmbeddingError("it declares a tensor in an unknown way; it is damaged or malicious")
-
-
-# The largest real files are 0.15 GB: saving a slice of a vocabulary table saves the whole table.
-MAX_TORCH_BYTES = 512 * 2**20
-_MAX_PICKLE = 2**21
-_MAX_ENTRIES = 4096
+_MAX_ENTRIES = 2**16
 # torch.save does not compress, and compression does not halve learned numbers; this much more is allowed.
 _SLACK = 2**20
+_MAX_NUMBERS = 256 * 2**20
+# torch.save does not compress the pickle either; archives that were packed again do.
+_MAX_RATIO = 32
 _MAGIC = 0x1950A86A20F9469CFC6C
+_CHUNK = 2**20
 
 
-def load_torch(data: bytes) -> Any:
-    """Read the bytes of a `torch.save` file without running code from it.
+class TorchFile:
+    """A file of `torch.save`: what it holds, with `TensorRecord` for tensors, until `load` reads the numbers.
 
-    Raises EmbeddingError with the reason if it is not such a file, is damaged, needs classes other than those of
-    tensors, or declares more bytes than it has.
+    Raises EmbeddingError if it is not such a file, is damaged, or unpacks to far more than it has.
     """
-    stream = _clean_zip(data) if content_kind(data[:512]) == "zip" else _checked_stream(data)
-    try:
-        return pickles.load(io.BytesIO(stream), classes=(nn.ParameterDict,), what="it")
-    except pickles.PickleError as error:
-        raise EmbeddingError(str(error)) from error
 
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.size = path, path.stat().st_size
+        self._zip = kind == "zip"
+        self._places: dict[str, int | str] = {}
+        self.pickle = self._open_zip() if self._zip else self._open_stream()
 
-def _clean_zip(data: bytes) -> bytes:
-    """Return a copy of the archive with only the records that its pickle declares.
+    def load(self) -> Any:
+        """Return the content with its tensors; raises EmbeddingError if they need more bytes than the file has."""
+        if self.pickle.foreign:
+            raise EmbeddingError(_asks_for(self.pickle))
+        records = tensor_records(self.pickle.content)
+        for record in records:
+            record.check()
+        needed = sum(record.nbytes for record in records)
+        if needed > min(2 * self.size + _SLACK, _MAX_NUMBERS):
+            raise EmbeddingError(
+                f"its tensors need {needed:,} bytes and the file has {self.size:,}; it is no embedding, or a "
+                "malicious one"
+            )
+        return self._loaded(self.pickle.content, {})
 
-    Two zip readers can see different archives in the same bytes; with the copy, torch reads what was checked.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    def _loaded(self, value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+        """Return a copy of nested containers with tensors; `known` are the copies by the id of their original."""
+        if not isinstance(value, (TensorRecord, dict, list, tuple)):
+            return value
+        if id(value) not in known:
+            known[id(value)] = None  # what a container that holds itself, or is nested too deeply, becomes
+            if isinstance(value, TensorRecord):
+                known[id(value)] = self._tensor(value)
+            elif depth <= MAX_DEPTH and isinstance(value, dict):
+                items = [(key, self._loaded(item, known, depth + 1)) for key, item in value.items()]
+                known[id(value)] = type(value)(items)
+            elif depth <= MAX_DEPTH:
+                known[id(value)] = type(value)([self._loaded(item, known, depth + 1) for item in value])
+        return known[id(value)]
+
+    def _tensor(self, record: TensorRecord) -> Tensor:
+        if not record.numel:
+            return torch.zeros(record.shape, dtype=record.storage.dtype)
+        item = record.storage.dtype.itemsize
+        data = self._numbers(record.storage, record.offset * item, record.span * item)
+        flat = torch.frombuffer(data, dtype=record.storage.dtype)
+        return flat.as_strided(record.shape, record.stride).clone()
+
+    def _numbers(self, storage: Storage, start: int, length: int) -> bytearray:
+        """Read a part of a storage; the other parts are read too, for the checksum, but not kept."""
+        place = self._places.get(storage.key)
+        total = storage.numbers * storage.dtype.itemsize
+        if isinstance(place, int):
+            with self.path.open("rb") as file:
+                file.seek(place + start)
+                return bytearray(file.read(length))
+        kept = bytearray()
+        with _unzipped(self.path) as archive:
+            if place is None or archive.getinfo(place).file_size < total:
+                raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
+            with archive.open(place) as file:
+                at = 0
+                while chunk := file.read(_CHUNK):
+                    kept += chunk[max(start - at, 0) : max(start + length - at, 0)]
+                    at += len(chunk)
+        if len(kept) != length:
+            raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
+        return kept
+
+    def _open_zip(self) -> Pickle:
+        with _unzipped(self.path) as archive:
             entries = archive.infolist()
             unpacked = sum(entry.file_size for entry in entries)
-            if len(entries) > _MAX_ENTRIES or unpacked > min(2 * len(data) + _SLACK, MAX_TORCH_BYTES):
+            if len(entries) > _MAX_ENTRIES or unpacked > 2 * self.size + _SLACK:
                 raise EmbeddingError("it unpacks to more than any embedding holds; it may be a zip bomb")
             by_name = {entry.filename: entry for entry in entries}
             pickled = [name for name in by_name if name == "data.pkl" or name.endswith("/data.pkl")]
             if len(pickled) != 1:
                 raise EmbeddingError("it is a zip archive, but not of torch.save; unpack it first")
             root = pickled[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in by_name and _record(archive, by_name[f"{root}byteorder"]) == b"big":
+            if f"{root}constants.pkl" in by_name:
+                raise EmbeddingError("it is a TorchScript program, not an embedding")
+            order = by_name.get(f"{root}byteorder")
+            if order is not None and order.file_size < 16 and archive.read(order) == b"big":
                 raise EmbeddingError(
                     "it was written on a big-endian machine; write it again on a little-endian one"
                 )
-            program = _record(archive, by_name[pickled[0]], _MAX_PICKLE)
-            clean = io.BytesIO()
-            with zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as copy:
-                copy.writestr("archive/data.pkl", program)
-                copy.writestr("archive/version", "3\n")
-                for key, size in scan(program).storages.items():
-                    entry = by_name.get(f"{root}data/{key}")
-                    if entry is None or entry.file_size < size or not key.isalnum():
-                        raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
-                    copy.writestr(f"archive/data/{key}", _record(archive, entry)[:size])
-    except EmbeddingError:
+            if by_name[pickled[0]].file_size > min(MAX_PICKLE, _MAX_RATIO * self.size):
+                raise EmbeddingError("its data.pkl is larger than any embedding's; it may be malicious")
+            self._places = {
+                name.removeprefix(f"{root}data/"): name for name in by_name if name.startswith(f"{root}data/")
+            }
+            with archive.open(pickled[0]) as file:
+                return interpret(file.read(MAX_PICKLE))
+
+    def _open_stream(self) -> Pickle:
+        """Open the layout of torch before 1.6: pickles of magic, protocol, machine, content, keys; then storages."""
+        with self.path.open("rb") as file:
+            head = file.read(5 * MAX_PICKLE)
+            parts = [interpret(head)]
+            if parts[0].foreign:
+                raise EmbeddingError(_asks_for(parts[0]))
+            if parts[0].content != _MAGIC:
+                raise EmbeddingError("it is a pickle, but not of torch.save; only tensors are read")
+            for _ in range(4):
+                parts.append(interpret(head, parts[-1].end))
+            content, keys, place = parts[3], parts[4].content, parts[4].end
+            declared = sum(storage.numbers * storage.dtype.itemsize for storage in content.storages.values())
+            if declared > self.size - place:
+                raise EmbeddingError(
+                    f"it declares {declared} bytes of tensors and holds {self.size - place}; it is cut off"
+                )
+            is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+            if not is_list or sorted(keys) != sorted(content.storages):
+                raise EmbeddingError("its list of storages is damaged; download it again")
+            for key in keys:
+                file.seek(place)
+                storage = content.storages[key]
+                if file.read(8) != struct.pack("<q", storage.numbers):
+                    raise EmbeddingError("the size of a storage differs from its tensor's; it is damaged")
+                self._places[key] = place + 8
+                place += 8 + storage.numbers * storage.dtype.itemsize
+            if place > self.size:
+                raise EmbeddingError("it is cut off; download it again")
+        return content
+
+
+def _asks_for(pickle: Pickle) -> str:
+    return f"it asks for '{pickle.foreign[0]}', which no embedding needs; it may be malicious"
+
+
+@contextlib.contextmanager
+def _unzipped(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive; whatever zipfile finds damaged becomes an EmbeddingError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except UserError:
         raise
     except Exception as error:  # zipfile raises many classes on damaged archives
-        raise EmbeddingError(f"it is damaged or cut off ({str(error)[:80]}); download it again") from error
-    return clean.getvalue()
-
-
-def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int = MAX_TORCH_BYTES) -> bytes:
-    """Return the bytes of an entry, at most as many as it declares."""
-    if entry.file_size > limit:
-        raise EmbeddingError(
-            f"its {entry.filename[-60:]!a} is larger than any embedding's; it may be malicious"
-        )
-    with archive.open(entry) as file:
-        return file.read(entry.file_size)
-
-
-def _checked_stream(data: bytes) -> bytes:
-    """Check the layout of torch before 1.6 (five pickles, then the storages) and return the bytes."""
-    first = scan(data, 0, _MAX_PICKLE)
-    if first.number != _MAGIC:
-        raise EmbeddingError("it is a pickle, but not of torch.save; only tensors are read")
-    end, declared = first.end, 0
-    for _ in range(4):
-        part = scan(data, end, _MAX_PICKLE)
-        end, declared = part.end, declared + sum(part.storages.values())
-    if declared > len(data) - end:
-        raise EmbeddingError(
-            f"it declares {declared} bytes of tensors and holds {len(data) - end}; it is cut off"
-        )
-    return data
+        raise EmbeddingError(f"it is damaged or cut off ({shown(str(error))}); download it again") from error
 
 
 _PROTOCOL = 1001
@@ -281,3 +209,16 @@ def save_legacy(content: Any, file: BinaryIO) -> None:
     for _, storage in pickler.storages.values():
         numbers = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
         file.write(struct.pack("<q", storage._size()) + numbers.numpy().tobytes())
+
+
+def save_zip(content: Any, file: BinaryIO) -> None:
+    """Write what `torch.save` writes, with only the entries that torch 1.6 to 2.0 wrote.
+
+    AUTOMATIC1111 refuses an archive with any other entry as malicious. Equal contents give equal bytes.
+    """
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    with zipfile.ZipFile(whole) as new, zipfile.ZipFile(file, "w") as old:
+        for name in new.namelist():
+            if name.split("/")[1] in ("data.pkl", "data", "version"):
+                old.writestr(zipfile.ZipInfo(name), new.read(name))

@@ -16,7 +16,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError, shown
-from ldm.words import pattern
+from ldm.words import check_text, pattern
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def check_prompts(
 
 
 def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: Iterable[str] = ()) -> None:
-    """Raise UserError for a prompt with a placeholder that is not in `learned`; no model is needed.
+    """Raise UserError for a prompt that is no text or has a placeholder that is not in `learned`; no model is needed.
 
     A placeholder is a word that looks like one ("<my-cat>", a lone "*") or is in `configured`.
     """
@@ -87,7 +87,8 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
     suspects = re.compile("|".join([*unlearned, _LIKE_A_PLACEHOLDER.pattern]), re.IGNORECASE)
     known = re.compile("|".join(map(pattern, learned)) or r"(?!)", re.IGNORECASE)
     for prompt in prompts:
-        found = suspects.search(known.sub(" ", unicodedata.normalize("NFC", prompt)))
+        text = unicodedata.normalize("NFC", check_text(prompt, "prompt"))
+        found = suspects.search(known.sub(" ", text))
         if found is not None and _NETWORK.match(found[0]):
             raise UserError(
                 f"the prompt contains '{shown(found[0])}': LoRAs and hypernetworks are not supported; remove it"

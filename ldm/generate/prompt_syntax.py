@@ -7,21 +7,23 @@ here; a prompt without weights is encoded exactly as without this file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm import words
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.modules.prompt_tokenizer import PromptTokenizer
-from ldm.util import UserError
+from ldm.util import UserError, shown
 
 SYNTAXES = ("a1111", "comfyui", "plain")
 # What one pair of parentheses multiplies by.
 EMPHASIS = 1.1
+HIGHEST_WEIGHT = 10
+
 _TOKEN = re.compile(
     r"""
     \\[()\[\]\\]                               # an escaped bracket
@@ -33,7 +35,19 @@ _TOKEN = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
-_EDITING = re.compile(r"\[[^\[\]]*(?::\s*[\d.]+\s*|\|[^\[\]]*)\]")
+_NUMBER_AT_END = re.compile(r":\s*([^\s:]+)\s*$")
+_LIKE_A_NUMBER = re.compile(r"(?<!\\):\s*([+-]?[\d.,]*\d[\d.,]*)\s*\)")
+_WHEN = re.compile(r":\s*[\d.]+\s*$")
+# Syntax of other tools that has no meaning here -> what it is and the remedy.
+_FOREIGN = (
+    (re.compile(r"\{[^{}]*\|[^{}]*\}"), "random choices are not supported; write one of them"),
+    (re.compile(r"__[\w/-]+__"), "wildcards are not supported; write the words"),
+    (
+        re.compile(r"(?<!\\)\)(?:\d*\.\d+|[+-]{1,9}(?=[\s,.)]|$))"),
+        "weights of InvokeAI are written (words:1.3) here",
+    ),
+)
+_AND = re.compile(r"\bAND\b")
 
 
 @dataclass(frozen=True)
@@ -48,92 +62,167 @@ Chunks = list[list[Segment]]
 
 
 def parse(
-    prompt: str, tokenizer: PromptTokenizer, placeholders: Iterable[str], syntax: str = "a1111"
+    prompt: str, placeholders: Iterable[str], syntax: str = "a1111", ignores_case: bool = True
 ) -> Chunks:
     """Split a prompt into chunks (at BREAK) of segments with equal weight.
 
-    `(text)` multiplies weights by 1.1, `(text:1.3)` by the number; in AUTOMATIC1111's syntax `[text]` divides by 1.1.
-    Brackets may be nested; `\\(` is a literal bracket; a bracket that is not closed extends to the end, one that was
-    never opened is text. Placeholders are never taken for syntax.
+    `(text)` multiplies weights by 1.1. In AUTOMATIC1111's syntax `(text:1.3)` multiplies by the number, `[text]`
+    divides by 1.1, and a bracket that is not closed extends to the end; in ComfyUI's `(text:1.3)` is the weight itself
+    whatever stands around it, and square brackets and a single parenthesis are text. `\\(` is a literal parenthesis.
+    Placeholders are never taken for syntax.
 
     Raises:
-        UserError: syntax that has no meaning here: prompt editing `[from:to:when]`, alternation `[a|b]`, a weight
-            that is not a number or is beyond -10 to 10.
+        UserError: syntax of these tools that has no meaning here: prompt editing `[from:to:when]`, alternation `[a|b]`,
+            AND, random choices, a weight that is not a number or is beyond -10 to 10.
     """
     if syntax == "plain":
         return [[Segment(prompt)]]
-    words = list(placeholders)
-    plain = "".join("x" * len(piece) if word else piece for piece, word in tokenizer.split(prompt, words))
-    if syntax == "a1111" and (editing := _EDITING.search(plain)):
-        raise UserError(
-            f"the prompt contains '{editing[0]}': prompt editing and alternation of AUTOMATIC1111 are not supported; "
-            "remove it, or use --prompt_syntax plain to take it as text"
-        )
-    parser = _Parser(brackets=syntax == "a1111")
-    for piece, word in tokenizer.split(prompt, words):
-        if word is not None:
-            parser.add_text(piece)
+    pieces = words.split(prompt, placeholders, ignores_case)
+    # Each placeholder becomes one private character while the syntax around it is read.
+    signs = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in prompt)
+    hidden = {next(signs): text for text, word in pieces if word is not None}
+    names = iter(hidden)
+    text = "".join(piece if word is None else next(names) for piece, word in pieces)
+    _refuse_foreign(text, hidden, syntax)
+    parts = _a1111_parts(text) if syntax == "a1111" else _comfyui_parts(text)
+    chunks: Chunks = [[]]
+    for part, weight in parts:
+        if part is None:
+            chunks.append([])
+            continue
+        part = _restored(part, hidden)
+        if chunks[-1] and abs(chunks[-1][-1].weight - weight) < 1e-9:
+            chunks[-1][-1] = Segment(chunks[-1][-1].text + part, weight)
         else:
-            for match in _TOKEN.finditer(piece):
-                parser.add(match[0])
-    return parser.chunks()
+            chunks[-1].append(Segment(part, weight))
+    filled = [chunk for chunk in chunks if any(segment.text.strip() for segment in chunk)]
+    return filled or [[Segment("")]]
 
 
-class _Parser:
-    """Collects (text, weight) and multiplies the weights between two brackets when the second one is read."""
+def _restored(text: str, hidden: Mapping[str, str]) -> str:
+    return "".join(hidden.get(c, c) for c in text)
 
-    def __init__(self, brackets: bool) -> None:
-        self.brackets = brackets
-        self.parts: list[tuple[str | None, float]] = []  # text None is BREAK
-        self.open_round: list[int] = []
-        self.open_square: list[int] = []
 
-    def add_text(self, text: str) -> None:
-        self.parts.append((text, 1.0))
+# The text of a part and its weight; None is BREAK.
+_Parts = list[tuple[str | None, float]]
 
-    def add(self, token: str) -> None:
+
+def _a1111_parts(prompt: str) -> _Parts:
+    """The weighted parts of a prompt: brackets multiply what they enclose, wherever the other kind opens and closes."""
+    parts: _Parts = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def multiply(bracket: str, factor: float) -> None:
+        start = opened[bracket].pop()
+        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
+
+    for token in _TOKEN.findall(prompt):
         if token == "BREAK":
-            self.parts.append((None, 1.0))
-        elif token == "(":
-            self.open_round.append(len(self.parts))
-        elif token == "[" and self.brackets:
-            self.open_square.append(len(self.parts))
-        elif token.startswith(":") and token.endswith(")") and len(token) > 1 and self.open_round:
-            self._multiply(self.open_round.pop(), _weight(token[1:-1]))
-        elif token == ")" and self.open_round:
-            self._multiply(self.open_round.pop(), EMPHASIS)
-        elif token == "]" and self.brackets and self.open_square:
-            self._multiply(self.open_square.pop(), 1 / EMPHASIS)
-        elif token.startswith("\\") and len(token) == 2:
-            self.add_text(token[1])
+            parts.append((None, 1.0))
+        elif token in opened:
+            opened[token].append(len(parts))
+        elif token.endswith(")") and token[0] in ":)" and opened["("]:
+            multiply("(", EMPHASIS if token == ")" else _weight(token[1:-1]))
+        elif token == "]" and opened["["]:
+            multiply("[", 1 / EMPHASIS)
         else:
-            self.add_text(token)
-
-    def _multiply(self, start: int, factor: float) -> None:
-        self.parts[start:] = [(text, weight * factor) for text, weight in self.parts[start:]]
-
-    def chunks(self) -> Chunks:
-        for start in self.open_round:
-            self._multiply(start, EMPHASIS)
-        for start in self.open_square:
-            self._multiply(start, 1 / EMPHASIS)
-        chunks: Chunks = [[]]
-        for text, weight in self.parts:
-            if text is None:
-                chunks.append([])
-            elif chunks[-1] and abs(chunks[-1][-1].weight - weight) < 1e-9:
-                chunks[-1][-1] = Segment(chunks[-1][-1].text + text, weight)
-            else:
-                chunks[-1].append(Segment(text, weight))
-        filled = [chunk for chunk in chunks if any(segment.text.strip() for segment in chunk)]
-        return filled or [[Segment("")]]
+            parts.append((token[1:] if token[0] == "\\" and len(token) == 2 else token, 1.0))
+    while opened["("]:
+        multiply("(", EMPHASIS)
+    while opened["["]:
+        multiply("[", 1 / EMPHASIS)
+    return parts
 
 
-def _weight(text: str) -> float:
-    weight = float(text)
-    if abs(weight) > 10:
+def _comfyui_parts(prompt: str, weight: float = 1.0) -> _Parts:
+    """The weighted parts of a prompt: a number is the weight of its parentheses, not a factor."""
+    parts: _Parts = []
+    for group, enclosed in _groups(prompt):
+        if enclosed:
+            number = _NUMBER_AT_END.search(group)
+            inner = weight * EMPHASIS
+            if number is not None and number.start() and (value := _number(number[1])) is not None:
+                inner, group = _weight(value), group[: number.start()]
+            parts += _comfyui_parts(group, inner)
+        else:
+            for index, text in enumerate(re.split(r"\bBREAK\b", group)):
+                parts += [(None, 1.0)] if index else []
+                parts.append((re.sub(r"\\([()])", r"\1", text), weight))
+    return parts
+
+
+def _groups(prompt: str) -> Iterator[tuple[str, bool]]:
+    """The pieces of a prompt in order, and whether they stood in a pair of parentheses; escaped ones do not count."""
+    start, opened = 0, []
+    pairs: dict[int, int] = {}
+    for token in re.finditer(r"\\[()]|[()]", prompt):
+        if token[0] == "(":
+            opened.append(token.start())
+        elif token[0] == ")" and opened:
+            pairs[opened.pop()] = token.start()
+    for left, right in sorted(pairs.items()):
+        if left >= start:  # not inside the pair before
+            if left > start:
+                yield prompt[start:left], False
+            yield prompt[left + 1 : right], True
+            start = right + 1
+    if start < len(prompt):
+        yield prompt[start:], False
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _weight(number: str | float) -> float:
+    weight = float(number)
+    if not abs(weight) <= HIGHEST_WEIGHT:
         raise UserError(f"the weight {weight:g} in the prompt is beyond -10 to 10; 0.5 to 1.5 is usual")
     return weight
+
+
+def _refuse_foreign(prompt: str, hidden: Mapping[str, str], syntax: str) -> None:
+    """Raise UserError for syntax that would otherwise be rendered as letters."""
+    found = next(((match[0], remedy) for form, remedy in _FOREIGN if (match := form.search(prompt))), None)
+    for match in _LIKE_A_NUMBER.finditer(prompt):
+        if _number(match[1]) is None:
+            found = (match[0], "it is not a number; write a weight as (words:1.3)")
+    if syntax == "a1111":
+        if editing := _editing(prompt):
+            found = (editing, "prompt editing and alternation of AUTOMATIC1111 are not supported; remove it")
+        elif _AND.search(prompt):
+            found = (
+                "AND",
+                "prompts of AUTOMATIC1111 joined by AND are not supported; write 'and' or a comma",
+            )
+    if found is not None:
+        text = shown(_restored(found[0], hidden))
+        raise UserError(
+            f"the prompt contains '{text}': {found[1]}, or use --prompt_syntax plain to take it as text"
+        )
+
+
+def _editing(prompt: str) -> str | None:
+    """The first `[from:to:when]` or `[a|b]` of a prompt, with any brackets inside; None if there is none."""
+    frames: list[tuple[str, int, list[str]]] = []
+    for token in re.finditer(r"\\.|.", prompt, re.DOTALL):
+        character = token[0]
+        if character in "([":
+            frames.append((character, token.start(), []))
+        elif character in ")]":
+            pair = "(" if character == ")" else "["
+            if any(frame[0] == pair for frame in frames):
+                while (frame := frames.pop())[0] != pair:
+                    pass
+                own = "".join(frame[2])
+                if pair == "[" and ("|" in own or _WHEN.search(own)):
+                    return prompt[frame[1] : token.end()]
+        elif frames:
+            frames[-1][2].append(" " if len(character) > 1 else character)
+    return None
 
 
 def chunk_count(model: LatentDiffusion, prompt: str, syntax: str) -> int:
@@ -141,8 +230,8 @@ def chunk_count(model: LatentDiffusion, prompt: str, syntax: str) -> int:
     encoder, manager = model.cond_stage_model, model.embedding_manager
     if syntax == "plain" or not isinstance(encoder, TextEncoder):
         return 1
-    words = [] if manager is None else list(manager.placeholders)
-    return len(parse(prompt, encoder.prompt_tokenizer, words, syntax))
+    names = [] if manager is None else list(manager.placeholders)
+    return len(parse(prompt, names, syntax, encoder.prompt_tokenizer.ignores_case))
 
 
 def conditions(
@@ -152,8 +241,9 @@ def conditions(
     negatives = [] if negative_prompt is None else [negative_prompt] * len(prompts)
     encoder, manager = model.cond_stage_model, model.embedding_manager
     if syntax != "plain" and isinstance(encoder, TextEncoder):
-        words = [] if manager is None else list(manager.placeholders)
-        parsed = [parse(text, encoder.prompt_tokenizer, words, syntax) for text in [*prompts, *negatives]]
+        names = [] if manager is None else list(manager.placeholders)
+        ignores_case = encoder.prompt_tokenizer.ignores_case
+        parsed = [parse(text, names, syntax, ignores_case) for text in [*prompts, *negatives]]
         if any(len(chunks) > 1 or any(part.weight != 1 for part in chunks[0]) for chunks in parsed):
             encoded = encode(encoder, manager, parsed, syntax)
             return encoded[: len(prompts)], encoded[len(prompts) :] if negatives else None
@@ -176,12 +266,13 @@ def check_token_limit(encoder: TextEncoder, manager: Personalization | None, pro
         ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
         widths = manager.placeholders
     lost = []
-    for chunk in parse(prompt, tokenizer, ids, syntax):
+    for chunk in parse(prompt, ids, syntax, tokenizer.ignores_case):
         text = "".join(segment.text for segment in chunk)
         for cut in tokenizer.truncated(text, ids, widths):
             raise UserError(
-                f"the token limit of {tokenizer.max_length} truncates '{cut.placeholder}' in the prompt "
-                f"'{prompt[:80]}' ({cut.kept} of {cut.vectors} vectors remain); move it forward or shorten the prompt"
+                f"the token limit of {tokenizer.max_length} truncates '{shown(cut.placeholder)}' in the prompt "
+                f"'{shown(prompt, 80)}' ({cut.kept} of {cut.vectors} vectors remain); move it forward or shorten "
+                "the prompt"
             )
         lost.append(tokenizer.overflow(text, ids, widths))
     return " ".join(filter(None, lost))

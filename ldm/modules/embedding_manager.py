@@ -20,7 +20,7 @@ from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import check_placeholders
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer
-from ldm.words import check_word
+from ldm.words import check_text, check_word
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class EmbeddingManager(nn.Module, Personalization):
         self._norms.measure(embedder.token_embedding.weight)
 
     def _initializer_tokens(self, word: str, count: int) -> list[int]:
-        tokens = self.tokenizer.token_ids(word)
+        tokens = self.tokenizer.token_ids(check_text(word, "initializer word"))
         if not tokens:
             raise UserError(f"initializer word '{word}' has no tokens; choose another word")
         if len(tokens) > count:

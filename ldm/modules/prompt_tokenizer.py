@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -169,17 +166,7 @@ class PromptTokenizer:
 
         Together the texts are the prompt in Unicode's composed form (NFC).
         """
-        text = unicodedata.normalize("NFC", text)
-        longest_first = sorted(placeholders, key=len, reverse=True)
-        pieces: list[tuple[str, str | None]] = []
-        end = 0
-        if longest_first:
-            for match in _pattern(tuple(longest_first), self.ignores_case).finditer(text):
-                placeholder = longest_first[(match.lastindex or 0) - 1]  # each alternative is one group
-                pieces += [(text[end : match.start()], None), (match[0], placeholder)]
-                end = match.end()
-        pieces.append((text[end:], None))
-        return [(piece, placeholder) for piece, placeholder in pieces if piece]
+        return words.split(text, placeholders, self.ignores_case)
 
     def _content(self, text: str, placeholders: Mapping[str, int]) -> list[tuple[int, str | None]]:
         """The token ids of a prompt, each with its placeholder (None for ordinary tokens)."""
@@ -204,12 +191,6 @@ def embed_tokens(
     """
     embedded = table(ids.masked_fill(ids >= table.num_embeddings, 0))
     return embedded if embedding_manager is None else embedding_manager(ids, embedded)
-
-
-@lru_cache(maxsize=64)
-def _pattern(placeholders: tuple[str, ...], ignores_case: bool) -> re.Pattern[str]:
-    alternatives = [f"({words.pattern(placeholder)})" for placeholder in placeholders]
-    return re.compile("|".join(alternatives), re.IGNORECASE if ignores_case else 0)
 
 
 def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> list[str]:

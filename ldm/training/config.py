@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.training.command_line import RUN_KEYS, alias_overrides
 from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
 from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+from ldm.words import check_word
 from ldm.yaml_files import read_yaml, yaml_value
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
@@ -165,6 +166,9 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
                 problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
+    words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
+    for word in words if isinstance(words, ListConfig) else []:
+        check_word(word)
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ldm import embeddings, pickles
 from ldm.util import UserError
-from ldm.words import file_stem
+from ldm.words import file_stem, folder_name
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ class RunFolder:
 def word_stem(word: str, run: str) -> str:
     """The name without suffix of the files of a word: the word, or the run for one without letters, such as "*".
 
-    Programs use this name as the word in prompts, and ComfyUI's ends at the first space, so there is none.
+    Programs use this name as the word in prompts.
     """
-    return re.sub(r"\s+", "-", file_stem(word if any(map(str.isalnum, word)) else run))
+    return file_stem(word if any(map(str.isalnum, word)) else run)
 
 
 _TIME = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d"
@@ -117,7 +117,7 @@ def new_run_folder(
     With `several`, all processes of one run use the same folder. `label` is that of the RunFolder.
     """
     now = _now()
-    path = Path(logdir) / f"{_data_name(data_root)}{now}{f'_{name}' if name else ''}{postfix}"
+    path = Path(logdir) / folder_name(f"{_data_name(data_root)}{now}{f'_{name}' if name else ''}{postfix}")
     if "LOCAL_RANK" in os.environ and _SHARED in os.environ:
         path = Path(os.environ[_SHARED])
     else:
@@ -253,7 +253,7 @@ def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
     path = Path(folder) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write in '{folder}': {error.strerror}; choose another folder with --logdir"

@@ -29,6 +29,11 @@ def failing(error: BaseException):
         (UsageError("no such flag"), 2, "error: no such flag\n"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory; try fewer images at once"),
         (MemoryError(), 1, "error: out of memory; try"),
+        (
+            OSError(24, "Too many open files"),
+            1,
+            "error: too many open files; raise the limit with 'ulimit -n",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (Interrupted(signal.SIGTERM), 143, ""),
     ],

@@ -46,6 +46,16 @@ def fails(capsys, code: int, *arguments: object) -> str:
     return error
 
 
+@pytest.mark.parametrize(
+    "option",
+    [["convert", "{}", "--to", "a1111", "--trigger", "a\u202eb"], ["merge", "{}", "--rename", "x=a\u202eb"]],
+)
+def test_a_word_that_cannot_be_kept_is_refused_before_the_file_is_read(tmp_path, capsys, option):
+    (tmp_path / "cat.pt").write_text("no embedding")
+    arguments = [text.format(tmp_path / "cat.pt") for text in option]
+    assert "holds the invisible direction mark" in fails(capsys, 1, *arguments, "-o", tmp_path / "out.pt")
+
+
 def test_the_names_of_formats_are_those_of_the_writer():
     assert tuple(FORMATS) == embeddings.FORMAT_NAMES
 
@@ -241,3 +251,155 @@ def test_bert_for_a_file_that_does_not_name_its_encoder(tmp_path):
 
 def test_a_missing_argument_is_a_usage_error(capsys):
     assert merge_main(["--output_path", "x"]) == 2 and "error: " in capsys.readouterr().err
+
+
+# -- words for other tools and models ------------------------------------------------------------------------
+
+
+def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: None)
+    run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "a.pt")])
+    output = capsys.readouterr().out
+    assert "'cat' needs a tokenizer (--tokenizer FOLDER)" in output and "does nothing there" in output
+    run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "b.pt"), "--trigger", "*"])
+    run(["convert", str(cat), "--to", "a1111", "-o", str(tmp_path / "c.pt")])
+    assert "does nothing" not in capsys.readouterr().out
+    merge_originals(tmp_path, "--manager_ckpts", cat)
+    assert "'cat' needs a tokenizer" in capsys.readouterr().out
+
+
+def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
+    torch.save({"cat": vectors()}, tmp_path / "cat.bin")
+    torch.save({"<my-cat>": vectors(seed=1)}, tmp_path / "my-cat.bin")
+    (tmp_path / "vocab.json").write_text(json.dumps({"!": 0, "cat": 1, "cat</w>": 2368}))
+    tokenizer = ["--tokenizer", str(tmp_path)]
+    run(["convert", str(tmp_path / "cat.bin"), "--to", "original", *tokenizer])
+    assert "does nothing" not in capsys.readouterr().out
+    assert read(tmp_path / "cat.pt").concepts[0].token == 2368
+    files = [str(tmp_path / name) for name in ("cat.bin", "my-cat.bin")]
+    run(["merge", *files, "-o", str(tmp_path / "both.pt"), *tokenizer])
+    assert "'<my-cat>' is no single token of the vocabulary" in capsys.readouterr().out
+    assert [concept.token for concept in read(tmp_path / "both.pt").concepts] == [2368, None]
+    # One that was downloaded before is at hand without being named.
+    monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: tmp_path)
+    run(["convert", str(tmp_path / "cat.bin"), "--to", "original", "-o", str(tmp_path / "d.pt")])
+    assert read(tmp_path / "d.pt").concepts[0].token == 2368
+
+
+def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys):
+    save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
+    command = ["convert", tmp_path / "x.safetensors", "--to", "original", "-o", tmp_path / "y.pt"]
+    assert "--encoder bert, or clip_g" in fails(capsys, 1, *command)
+    assert not (tmp_path / "y.pt").exists()
+    merge_originals(tmp_path, "--manager_ckpts", tmp_path / "x.safetensors", code=1)
+    assert "--encoder bert, or clip_g" in capsys.readouterr().err
+    run([*map(str, command), "--encoder", "clip_g", "--trigger", "*"])
+    assert read(tmp_path / "y.pt").concepts[0].encoder == "clip_g"
+    assert "clip_l (768), clip_h (1024)" in fails(capsys, 1, *command, "--encoder", "clip-g", "--overwrite")
+
+
+def test_sdxl_words_in_the_two_files_of_diffusers(tmp_path, capsys):
+    save_file({"clip_l": vectors(), "clip_g": vectors(width=1280)}, tmp_path / "my cat.safetensors")
+    run(
+        [
+            "convert",
+            str(tmp_path / "my cat.safetensors"),
+            "--to",
+            "diffusers",
+            "-o",
+            str(tmp_path / "x.safetensors"),
+        ]
+    )
+    names = [tmp_path / "x.safetensors", tmp_path / "x_2.safetensors"]
+    assert [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()] == list(map(str, names))
+    assert "x.safetensors' exists already" in fails(
+        capsys, 1, "convert", tmp_path / "my cat.safetensors", "--to", "diffusers", "-o", names[0]
+    )
+    run(["merge", *map(str, names), "--to", "safetensors", "-o", str(tmp_path / "again.safetensors")])
+    found = read(tmp_path / "again.safetensors")
+    assert torch.equal(found.vectors_for(1280, "clip_g")["my cat"], vectors(width=1280))
+    run(["inspect", str(tmp_path / "again.safetensors")])
+    output = capsys.readouterr().out
+    assert "768 wide" in output and "1280 wide: for the second encoder of SDXL" in output
+    run(["split", str(tmp_path / "again.safetensors"), "--to", "diffusers", "-o", str(tmp_path)])
+    assert sorted(path.name for path in (tmp_path / "diffusers").iterdir()) == [
+        "my_cat.safetensors",
+        "my_cat_2.safetensors",
+    ]
+
+
+@pytest.fixture
+def models(tmp_path) -> dict[str, Path]:
+    """Checkpoints whose token tables are noisy rotations of one another, and one with BERT."""
+    source = vectors(600, 32, seed=5)
+    rotation = torch.linalg.qr(vectors(48, 32, seed=6))[0].T
+    target = 2 * source @ rotation + 0.1 * vectors(600, 48, seed=7)
+    tables = {
+        "a.safetensors": (
+            "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+            source,
+        ),
+        "b.safetensors": ("cond_stage_model.model.token_embedding.weight", target),
+        "bert.safetensors": ("cond_stage_model.transformer.token_emb.weight", vectors(600, 64)),
+        "none.safetensors": ("model.diffusion_model.out.2.weight", vectors(4, 4)),
+    }
+    for name, (key, table) in tables.items():
+        save_file({key: table}, tmp_path / name)
+    return {name.split(".")[0]: tmp_path / name for name in tables}
+
+
+@pytest.mark.parametrize("name", ["cat-b.safetensors", "cat-b.pt"])
+def test_transfer(name, models, tmp_path, capsys):
+    learned_word = write(learned("<cat>", count=2, width=32), tmp_path / "cat.safetensors")
+    out = tmp_path / name
+    command = ["transfer", learned_word, "--from", models["a"], "--to", models["b"], "--out", out]
+    run(list(map(str, command)))
+    output = capsys.readouterr().out
+    [figures] = [line for line in output.splitlines() if "this map" in line]
+    ours, nearest, mean = (float(part.split()[-1]) for part in figures.split(","))
+    assert ours > 0.9 and ours > nearest + 0.3 and nearest > mean
+    assert "60 tokens that were held out" in output and "measured on tokens, not on images" in output
+    found = read(out)
+    assert found.concepts[0].vectors.shape == (2, 48)
+    assert found.metadata.transferred_from == "a.safetensors" and found.metadata.base_model == "b.safetensors"
+    assert found.metadata.initializer == "cat" and found.metadata.steps is None
+    run(["inspect", str(out)])
+    assert "transferred from a.safetensors" in capsys.readouterr().out
+    assert "exists already" in fails(capsys, 1, *command)
+
+
+def test_a_transferred_word_is_a_start_for_training(models, tmp_path, capsys):
+    """The back direction gives the width of the small text encoder, whose manager loads it."""
+    from ldm.modules.embedding_manager import EmbeddingManager
+    from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+    from ldm.util import skip_pretrained
+
+    word = write(learned("<cat>", count=2, width=48), tmp_path / "cat.safetensors")
+    out = tmp_path / "cat-a.safetensors"
+    run(["transfer", str(word), "--from", str(models["b"]), "--to", str(models["a"]), "--out", str(out)])
+    with skip_pretrained():
+        embedder = FrozenCLIPEmbedder(version=str(GOLDEN / "clip_tiny"))
+    manager = EmbeddingManager(embedder, ["<cat>"], num_vectors_per_token=2, embedding_manager_ckpt=out)
+    assert torch.equal(manager.vectors("<cat>").detach(), read(out).concepts[0].vectors)
+
+
+def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
+    word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
+
+    def refused(source: object, target: object) -> str:
+        return fails(
+            capsys, 1, "transfer", word, "--from", source, "--to", target, "--out", tmp_path / "o.pt"
+        )
+
+    for line, words in (
+        (refused(models["a"], models["bert"]), "BERT's vocabulary differs from CLIP's"),
+        (refused(models["none"], models["b"]), "has no text encoder; name a checkpoint"),
+        (
+            refused(models["b"], models["a"]),
+            "width 48: name the model that the word was trained on with --from",
+        ),
+        (refused(tmp_path / "absent", models["b"]), "absent' does not exist; name a checkpoint"),
+        (refused(models["a"], word), "has no text encoder"),
+    ):
+        assert words in line and line.count("\n") == 1 and len(line) < 308
+    assert not (tmp_path / "o.pt").exists()

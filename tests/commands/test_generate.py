@@ -361,3 +361,12 @@ def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(run, tmp_path) ->
         assert run("--from-file", tmp_path / f"{name}.txt", "--outdir", tmp_path / name, "--scale", 2)[0] == 0
         images.append((tmp_path / name / "samples" / "0000.png").read_bytes())
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("name", ["cat", "my.cat-2", "बिल्ली", "می\u200cخواهم", "café", "a/b"])
+@pytest.mark.parametrize("text", ["a {}", "({}:1.2)", "{}, red", "red {}."])
+def test_an_embedding_is_named_by_its_file_in_any_language(tmp_path, name: str, text: str) -> None:
+    path = write(LearnedEmbeddings((Concept("<x>", torch.ones(1, 8)),)), tmp_path / f"{name}.pt", "original")
+    paths: list[str] = []
+    found = generate._find_embeddings(text.format(f"embedding:{name}"), str(tmp_path), paths)
+    assert found == text.format("<x>") and paths == [str(path)]

@@ -321,3 +321,29 @@ def test_invalid_squares_are_user_errors(tmp_path, params, message):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=message):
         ImageSet([tmp_path / "a.png"], **{"size": 8, **params})
+
+
+def test_a_spawned_process_gets_no_images_but_reads_and_keeps_those_it_needs(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (16, 16), COLOURS[i]).save(path)
+    images = ImageSet(paths, size=16, memory=2 * 16 * 16 * 3)
+    sent = pickle.dumps(images)
+    assert len(sent) < 2000
+    received = pickle.loads(sent)
+    opened = []
+    monkeypatch.setattr(personalized, "open_image", lambda path: opened.append(path) or Image.open(path))
+    for _ in range(2):
+        for i in range(3):
+            assert torch.equal(received[i, 0], images[i, 0])
+    # The originals hold two of three, and so does the copy: the third is read each time, by both.
+    assert [opened.count(path) for path in paths] == [1, 1, 4]
+
+
+def test_reading_many_images_counts_aloud(tmp_path, monkeypatch, caplog):
+    clock = iter(range(0, 1000, 11))
+    monkeypatch.setattr("ldm.util.time.monotonic", lambda: next(clock))
+    folder_of(tmp_path / "set")
+    with caplog.at_level(logging.INFO):
+        PersonalizedBase(tmp_path / "set", size=8)
+    assert [r.message for r in caplog.records] == ["read 1 of 3 images", "read 2 of 3 images"]

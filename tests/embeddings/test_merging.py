@@ -59,11 +59,11 @@ def test_several_names_go_to_several_files():
 
 def test_automatic_renames_use_the_file_names():
     parts = [part("a.pt", "*"), part("my dog.pt", "*", seed=1), part("my dog.pt", "*", seed=2)]
-    assert merge(parts, automatic=True).triggers == ["*", "<my dog>", "<my dog-2>"]
+    assert merge(parts, automatic=True).triggers == ["*", "<my_dog>", "<my_dog-2>"]
     plan = plan_renames(parts, automatic=True)
     assert [(step.index, step.old, step.new) for step in plan] == [
-        (1, "*", "<my dog>"),
-        (2, "*", "<my dog-2>"),
+        (1, "*", "<my_dog>"),
+        (2, "*", "<my_dog-2>"),
     ]
 
 
@@ -134,3 +134,34 @@ def test_renames_from_a_command_line():
     for text in ("*", "=x", "x="):
         with pytest.raises(UsageError, match="old=new"):
             renames_from([text])
+
+
+def test_the_two_files_of_an_sdxl_word_become_one():
+    first = LearnedEmbeddings((Concept("<cat>", vectors()),), source="cat.safetensors")
+    second = LearnedEmbeddings((Concept("<cat>", vectors(width=1280), "clip_g"),), source="cat_2.safetensors")
+    for parts in ([first, second], [second, first]):
+        merged = merge(parts)
+        assert merged.source == ", ".join(part.source for part in parts)
+        assert torch.equal(merged.vectors_for(768, "clip_l")["<cat>"], vectors())
+        assert torch.equal(merged.vectors_for(1280, "clip_g")["<cat>"], vectors(width=1280))
+    dog = [dataclasses.replace(part.renamed({"<cat>": "<dog>"}), source="dog") for part in (first, second)]
+    both = merge([first, second, *dog])
+    assert [(c.trigger, c.encoder) for c in both.concepts] == [
+        ("<cat>", "clip_l"),
+        ("<cat>", "clip_g"),
+        ("<dog>", "clip_l"),
+        ("<dog>", "clip_g"),
+    ]
+    with pytest.raises(EmbeddingError, match="different text encoders cannot be used together"):
+        merge([first, dog[1]])
+    with pytest.raises(
+        EmbeddingError, match="'cat.safetensors' is for Stable Diffusion 1.*Stable Diffusion 2.x"
+    ):
+        merge([first, LearnedEmbeddings((Concept("<cat>", vectors(width=1024)),), source="x")])
+
+
+def test_words_of_sd2_are_merged_and_named():
+    parts = [
+        LearnedEmbeddings((Concept(name, vectors(width=1024, seed=seed)),)) for seed, name in enumerate("ab")
+    ]
+    assert [(c.encoder, c.models) for c in merge(parts).concepts] == [("clip_h", "Stable Diffusion 2.x")] * 2

@@ -1,16 +1,13 @@
-"""The original's file, and AUTOMATIC1111's: its unpickler's rules are implemented here from their description."""
+"""The original's file, and AUTOMATIC1111's."""
 
 from __future__ import annotations
-
-import collections
-import pickle
-import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Progress, read, write
+from ldm.embeddings.pickle_formats import words_without_token
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, progressive, vectors
 
 
@@ -127,58 +124,10 @@ def test_token_ids_are_kept_until_the_trigger_changes(tmp_path):
     assert found.renamed({"sks": "zwx"}).concepts[0].token is None
 
 
-ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch", "FloatStorage"): torch.FloatStorage,
-    ("torch", "LongStorage"): torch.LongStorage,
-}
-
-
-class StrictUnpickler(pickle.Unpickler):
-    def persistent_load(self, saved_id):
-        assert saved_id[0] == "storage"
-        return torch.storage.TypedStorage(_internal=True)
-
-    def find_class(self, module, name):
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is forbidden")
-        return ALLOWED[module, name]
-
-
-def passes_its_check(path) -> bool:
-    """Apply the tool's check: a zip may have three kinds of entries, the older layout five pickles of few classes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            allowed = ("data.pkl", "version", "byteorder", ".data/serialization_id")
-            return all(
-                name.split("/", 1)[-1] in allowed or name.split("/", 1)[-1].startswith("data/")
-                for name in archive.namelist()
-            )
-    except zipfile.BadZipFile:
-        with open(path, "rb") as file:
-            unpickler = StrictUnpickler(file)
-            for _ in range(5):
-                unpickler.load()
-            return True
-
-
-def test_the_strict_unpickler_refuses_a_file_of_this_torch(tmp_path):
-    """This is why we write the older layout; it also shows that the check can fail."""
-    torch.save({"a": torch.zeros(2)}, tmp_path / "new.pt")
-    assert not passes_its_check(tmp_path / "new.pt")
-    torch.save(
-        {"a": torch.nn.Parameter(torch.zeros(2))}, tmp_path / "a.pt", _use_new_zipfile_serialization=False
-    )
-    with pytest.raises(pickle.UnpicklingError, match="forbidden"):
-        passes_its_check(tmp_path / "a.pt")
-
-
 @pytest.mark.parametrize("count", [1, 3])
-def test_our_pt_passes_the_strict_unpickler_and_loads(count, tmp_path):
+def test_our_pt_has_the_values_of_automatic1111(count, tmp_path):
     embeddings = learned("cat", count)
     path = write(embeddings, tmp_path / "cat.pt", "a1111")
-    assert passes_its_check(path)
     content = torch.load(path, weights_only=True)
     assert len(content["string_to_param"]) == 1
     vectors = content["string_to_param"]["*"]
@@ -199,3 +148,40 @@ def test_the_negative_file_of_a_pair_is_recognised(tmp_path, end):
     torch.save(a1111_dict(f"cat{end}"), tmp_path / f"cat{end}.pt")
     [concept] = read(tmp_path / f"cat{end}.pt").concepts
     assert (concept.trigger, concept.part) == (f"cat{end}", "negative")
+
+
+def test_the_layout_of_torch_before_1_6_with_the_source_of_a_class():
+    """The original's code with BERT and a word for each image, on torch of its time."""
+    found = read(GOLDEN / "original_bert_legacy.pt")
+    assert found.format == "original" and len(found.concepts) == 23
+    assert found.triggers[:3] == ["*", "א", "ב"] and found.concepts[0].token == 1008
+    assert {(concept.encoder, concept.vectors.shape) for concept in found.concepts} == {("bert", (1, 1280))}
+    assert found.concepts[0].vectors.norm() > 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_hcps_file_of_sdxl_has_both_encoders_side_by_side(count, tmp_path):
+    both = torch.cat([vectors(count), vectors(count, 1280)], dim=1)
+    torch.save({"string_to_param": {"*": both}, "name": "cat"}, tmp_path / "cat.pt")
+    found = read(tmp_path / "cat.pt")
+    assert found.format == "hcp" and found.triggers == ["cat"]
+    assert torch.equal(found.vectors_for(768, "clip_l")["cat"], vectors(count))
+    assert torch.equal(found.vectors_for(1280, "clip_g")["cat"], vectors(count, 1280))
+
+
+def test_words_without_a_token_are_known(tmp_path):
+    words = LearnedEmbeddings(
+        (
+            Concept("*", vectors()),
+            Concept("<cat>", vectors(seed=1)),
+            Concept("sks", vectors(seed=2), token=48136),
+        )
+    )
+    assert words_without_token(words) == ["<cat>"]
+    assert words_without_token(words.with_tokens({"<cat>": 7})) == []
+    content = torch.load(write(words, tmp_path / "a.pt", "original"), weights_only=False)
+    assert {word: int(token) for word, token in content["string_to_token"].items()} == {
+        "*": 265,
+        "<cat>": -1,
+        "sks": 48136,
+    }

@@ -1,29 +1,25 @@
-"""Conversions between all formats, and how ComfyUI, InvokeAI, kohya, SD.Next and OneTrainer read them.
-
-The rules of these tools are implemented here from their description.
-"""
+"""Conversions between all formats, and the names of files."""
 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ldm.embeddings import (
     FORMATS,
     Concept,
     EmbeddingError,
     LearnedEmbeddings,
+    files_of,
+    merge,
     paths_for,
     read,
     write,
     write_all,
 )
+from ldm.embeddings.concept import ENCODER_KINDS
 from tests.embeddings.samples import learned, progressive, vectors
 
 PAIRS = list(itertools.product(FORMATS, FORMATS))
@@ -76,10 +72,15 @@ def test_formats_of_one_trigger_refuse_two(format, tmp_path):
     assert [read(path).triggers for path in paths] == [["a"], ["b"]]
 
 
-def test_a_format_of_one_encoder_refuses_an_sdxl_pair(tmp_path):
-    pair = LearnedEmbeddings((Concept("a", vectors()), Concept("a", vectors(width=1280), "clip_g")))
-    with pytest.raises(EmbeddingError, match="one text encoder.*use 'safetensors'"):
-        write(pair, tmp_path / "x", "a1111")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "encoders", [("clip_l", "bert"), ("clip_g", "bert"), ("clip_h", "clip_l"), ("clip_l", "clip_g", "t5")]
+)
+def test_a_word_has_the_vectors_of_one_text_encoder_or_of_sdxls_two(format, encoders, tmp_path):
+    concepts = tuple(Concept("a", vectors(width=ENCODER_KINDS[name].width), name) for name in encoders)
+    with pytest.raises(EmbeddingError, match="one text encoder, or of SDXL's two"):
+        write(LearnedEmbeddings(concepts), tmp_path / "x", format)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_formats_are_listed(tmp_path):
@@ -102,89 +103,115 @@ def test_file_names_stay_in_the_folder_and_are_unique(tmp_path):
     assert paths[9].stem == "my-cat" and len(paths[10].name) < 120 and paths[8].stem != "con"
 
 
-def content_of(path: Path) -> Any:
-    """Load a file as all these tools do: safetensors by its suffix, others with torch's weights-only loader."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, weights_only=True)
-
-
-def comfyui(path: Path, key: str = "clip_l") -> Tensor:
-    """Take the first value of string_to_param, else the encoder's key, else the first value."""
-    content = content_of(path)
-    if "string_to_param" in content:
-        return next(iter(content["string_to_param"].values()))
-    return content[key] if key in content else next(iter(content.values()))
-
-
-def invokeai(path: Path) -> Tensor:
-    """Take known keys first; for another key, the first dimension must be the width."""
-    content = content_of(path)
-    if "string_to_param" in content:
-        assert "string_to_token" in content
-        return next(iter(content["string_to_param"].values()))
-    if "emb_params" in content:
-        return content["emb_params"]
-    value = next(iter(content.values()))
-    assert value.shape[0] in (768, 1024, 1280), "InvokeAI reports it as incompatible with the model"
-    return value[None]
-
-
-def kohya(path: Path) -> Tensor:
-    """Take the first value of string_to_param or of the file."""
-    content = content_of(path)
-    content = content.get("string_to_param", content)
-    return next(iter(content.values()))
-
-
-def sdnext(path: Path, width: int = 768) -> Tensor:
-    """Take all tensors of the encoder's width; of a .pt, only the vectors of `*`."""
-    content = content_of(path)
-    if path.suffix == ".safetensors":
-        (found,) = [value for value in content.values() if value.shape[-1] == width]
-        return found
-    return content["string_to_param"]["*"]
-
-
-def onetrainer(path: Path) -> Tensor:
-    return content_of(path)["emp_params"]
-
-
-READERS = {
-    comfyui: ("safetensors", "a1111", "diffusers", "onetrainer"),
-    invokeai: ("safetensors", "a1111"),
-    kohya: ("safetensors", "a1111", "diffusers", "onetrainer"),
-    sdnext: ("safetensors", "a1111", "diffusers", "onetrainer"),
-    onetrainer: ("onetrainer",),
-}
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(("reader", "format"), [(r, f) for r, formats in READERS.items() for f in formats])
-def test_other_tools_find_the_vectors(reader, format, count, tmp_path) -> None:
-    path = write(learned(count=count), tmp_path / f"cat{FORMATS[format].suffix}", format)
-    found = reader(path)
-    assert found.dtype == torch.float32
-    assert torch.equal(found.reshape(-1, 768), vectors(count))
-
-
-def test_invokeai_reads_a_single_vector_in_diffusers_format(tmp_path) -> None:
-    path = write(learned(count=1), tmp_path / "learned_embeds.safetensors", "diffusers")
-    assert torch.equal(invokeai(path), vectors(1))
-
-
-def test_the_trigger_is_the_stem_of_the_file_name(tmp_path) -> None:
+def test_the_trigger_is_the_stem_of_the_file_name(tmp_path):
     for format in set(FORMATS) - {"original"}:
         (path,) = write_all(learned("my-cat"), tmp_path, format)
         assert path.stem == "my-cat", format
 
 
-def test_an_sdxl_pair_comes_back_and_is_found_by_encoder(tmp_path) -> None:
-    first, second = vectors(), vectors(width=1280)
-    pair = LearnedEmbeddings((Concept("cat", first), Concept("cat", second, "clip_g")))
-    for format in ("safetensors", "onetrainer"):
-        path = write(pair, tmp_path / f"{format}.safetensors", format)
-        assert torch.equal(comfyui(path, "clip_l"), first) and torch.equal(comfyui(path, "clip_g"), second)
-        found = {concept.encoder: concept.vectors for concept in read(path).concepts}
-        assert torch.equal(found["clip_l"], first) and torch.equal(found["clip_g"], second)
-        assert read(path).triggers == ["cat"]
+# The keys of all formats that are read, the parts of model files, and what the containers reserve.
+KEYS = [
+    *("string_to_param", "string_to_token", "name", "step", "sd_checkpoint", "sd_checkpoint_name", "notes"),
+    *(
+        "emb_params",
+        "emp_params",
+        "emp_params_out",
+        "clip_l",
+        "clip_g",
+        "clip_h",
+        "t5",
+        "t5xxl",
+        "clip_l_out",
+    ),
+    *("text_encoders_0", "text_encoders_1", "emb", "emb2", "IN01", "MID", "OUT11", "bundle_emb.cat.clip_l"),
+    *("lora_style", "cat.weight", "cat.alpha", "x.lora_up", "model.x", "text_model.x", "state_dict"),
+    *("hash", "optimizer_state_dict", "textual_inversion", "progressive_step", "<embed>", "pt", "format"),
+    *("_parameters", "_keys", "training", "values", "keys", "a.b", "data", "version", "byteorder"),
+    *("__metadata__", "modelspec.trigger_phrase", "TORCHTENSOR", "sd-ti-embedding", "special_params.json"),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("word", KEYS)
+def test_words_that_are_keys_of_any_format_come_back(format, word, tmp_path):
+    start = learned(word, count=2)
+    path = tmp_path / f"cat{FORMATS[format].suffix}"
+    if (format, word) == ("diffusers", "__metadata__"):
+        with pytest.raises(
+            EmbeddingError, match="safetensors files reserve the name '__metadata__'.*--trigger"
+        ):
+            write(start, path, format)
+        return
+    found = read(write(start, path, format))
+    assert found.triggers == [word] and found.format == format and found.metadata == start.metadata
+    assert torch.equal(found.concepts[0].vectors, vectors(2))
+
+
+ENCODERS = {
+    "SD1": ["clip_l"],
+    "SD2": ["clip_h"],
+    "SDXL": ["clip_l", "clip_g"],
+    "SDXL's second": ["clip_g"],
+    "LDM": ["bert"],
+    "T5": ["t5"],
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("count", [1, 2, 75, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_reads_what_it_writes_for_every_family(format, count, family, tmp_path):
+    """Also of very many vectors; where a format cannot hold them, nothing is written."""
+    concepts = tuple(
+        Concept("<cat>", vectors(count, ENCODER_KINDS[kind].width), kind) for kind in ENCODERS[family]
+    )
+    start = LearnedEmbeddings(concepts, learned().metadata)
+    path = tmp_path / f"cat{FORMATS[format].suffix}"
+    try:
+        write(start, path, format)
+    except EmbeddingError as error:
+        assert (format, count) == ("a1111-png", 1024) and "use the format a1111" in str(error)
+        assert list(tmp_path.iterdir()) == []
+        return
+    found = merge([read(file) for file in files_of(start, path, format)])
+    assert {c.encoder: c.models for c in found.concepts} == {c.encoder: c.models for c in concepts}
+    for concept in found.concepts:
+        [before] = [c for c in concepts if c.encoder == concept.encoder]
+        assert torch.equal(concept.vectors, before.vectors) and concept.trigger == "<cat>"
+        assert concept.vectors.shape == (count, ENCODER_KINDS[concept.encoder].width)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_a_word_of_sdxl_survives_every_conversion(first, second, tmp_path):
+    # The order of the two does not matter.
+    pair = LearnedEmbeddings(
+        (Concept("<cat>", vectors(2, 1280), "clip_g"), Concept("<cat>", vectors(2), "clip_l"))
+    )
+    there = merge([read(path) for path in write_all(pair, tmp_path / "1", first)])
+    back = merge([read(path) for path in write_all(there, tmp_path / "2", second)])
+    assert torch.equal(back.vectors_for(768, "clip_l")["<cat>"], vectors(2))
+    assert torch.equal(back.vectors_for(1280, "clip_g")["<cat>"], vectors(2, 1280))
+
+
+def test_several_words_of_sdxl_in_the_originals_format(tmp_path):
+    words = [
+        Concept(word, vectors(2, ENCODER_KINDS[kind].width, seed), kind)
+        for seed, (word, kind) in enumerate(itertools.product(["a", "b", "a.clip_g"], ["clip_l", "clip_g"]))
+    ]
+    found = read(write(LearnedEmbeddings(tuple(words)), tmp_path / "x.pt", "original"))
+    assert [(c.trigger, c.encoder) for c in found.concepts] == [(c.trigger, c.encoder) for c in words]
+    assert all(torch.equal(a.vectors, b.vectors) for a, b in zip(found.concepts, words, strict=True))
+
+
+@pytest.mark.parametrize("format", ["original", "safetensors"])
+def test_an_unknown_encoder_of_two_possible_ones_is_asked_for(format, tmp_path):
+    unknown = LearnedEmbeddings((Concept("<cat>", vectors(1, 1280)),))
+    with pytest.raises(EmbeddingError, match="SDXL or latent diffusion.*--encoder bert, or clip_g"):
+        write(unknown, tmp_path / "x", format)
+    assert read(write(unknown.with_encoder("clip_g"), tmp_path / "x", format)).concepts[0].encoder == "clip_g"
+
+
+def test_file_names_have_no_spaces(tmp_path):
+    """ComfyUI ends the word at a space."""
+    names = [path.stem for path in paths_for(["my cat", "a\u00a0b", "<x y>", "x_y"], tmp_path)]
+    assert names == ["my_cat", "a_b", "x_y", "x_y-2"]

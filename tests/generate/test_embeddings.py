@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from ldm.embeddings import Concept, LearnedEmbeddings, read, write
+from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.generate import check_mentions, check_prompts, load_embeddings
+from ldm.generate.embeddings import warn_unused
+from ldm.generate.prompt_syntax import parse
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
+from ldm.words import file_stem
 from tests.golden_record import Golden
+from tests.test_words import ALLOWED
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,25 @@ def test_loaded_vectors_reach_the_prompt(model, tmp_path) -> None:
     cat = model.get_learned_conditioning(["a photo of <cat>"])
     load_embeddings(model, written(tmp_path, "dog.pt", **{"<cat>": -0.5}))
     assert not torch.allclose(cat, model.get_learned_conditioning(["a photo of <cat>"]))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("word", ALLOWED)
+def test_an_allowed_word_works_from_learning_to_the_prompt(model, tmp_path, word: str, kind: str) -> None:
+    """Learned under a word, saved by the manager, converted to any format, loaded, and found in a prompt."""
+    EmbeddingManager(model.cond_stage_model, [word], num_vectors_per_token=2).save(tmp_path / "learned.pt")
+    path = write(read(tmp_path / "learned.pt"), tmp_path / f"{file_stem(word)}{FORMATS[kind].suffix}", kind)
+    assert load_embeddings(model, path) == [word]
+    manager = model.embedding_manager
+    again = EmbeddingManager(model.cond_stage_model, [word], num_vectors_per_token=2, seed=9)
+    again.load_state_dict(manager.state_dict())  # as a resumed run does
+    assert torch.equal(again.table(), manager.table())
+    prompt = f"a photo, {word}, red"
+    check_mentions([prompt], [word])
+    for syntax in ("a1111", "comfyui"):
+        assert [part.text for part in parse(f"a ({prompt}:1.2)", [word], syntax)[0]] == ["a ", prompt]
+    ids = model.cond_stage_model.token_ids([prompt], manager)[0].tolist()
+    assert ids.count(int(manager.string_to_token_dict[word])) == 1
 
 
 def test_several_files_are_loaded_together(model, tmp_path) -> None:
@@ -200,6 +224,33 @@ def test_other_uses_of_the_characters_pass(prompt: str) -> None:
 def test_a_placeholder_that_is_not_loaded_is_named(prompt: str, name: str) -> None:
     with pytest.raises(UserError, match=rf"mentions '{name}', but no loaded .* \(loaded: '<cat>'\)"):
         check_mentions(["a <cat>", prompt], ["<cat>"], ["sk"])
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"woman01.pt": ["*"]},
+            "'woman01.pt' .* its word '*': write it in place of the file's name 'woman01'",
+        ),
+        ({"other.pt": ["<cat>"]}, "'other.pt' .* its word '<cat>': write it in the prompt"),
+        ({"woman01.pt": ["woman01"]}, None),
+        ({"a.pt": ["red", "<x>"]}, None),
+        ({"five.pt": list("xyzuv")}, "one of its words 'x', 'y', 'z' and 2 more: write it in the prompt"),
+        ({"long.pt": ["x" * 200]}, "its word 'xxx"),
+    ],
+)
+def test_a_file_that_no_prompt_uses_is_told_with_the_word_to_write(files, said, caplog) -> None:
+    warn_unused({"used.pt": ["photo"], **files}, ["a photo of woman01", "Red"])
+    assert len(caplog.records) == (said is not None)
+    if said is not None:
+        message = caplog.records[0].message
+        assert re.search(re.escape(said).replace(r"\ \.\*\ ", ".*"), message) and len(message) < 300
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match="prompt 'a .*' is not valid text: it has bytes that are not UTF-8"):
+        check_mentions(["a \udcc3\udca9"], [])
 
 
 def test_a_loaded_name_may_contain_another() -> None:

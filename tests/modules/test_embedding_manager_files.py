@@ -110,10 +110,10 @@ def test_words_of_single_images_that_a_file_lacks_begin_anew(clip, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}}, "it is a model or LoRA, not an embedding"),
+        ({"state_dict": {}}, "it is a model checkpoint, not an embedding"),
         ([1, 2], "not a known embedding format: it is a list"),
         ({"string_to_param": {}}, "it holds no concept"),
-        ({"string_to_param": {"*": torch.zeros(1, 2, 32)}}, r"'\*' has the shape \[1, 2, 32\]"),
+        ({"string_to_param": {"*": torch.zeros(3, 2, 32)}}, r"'\*' has the shape \[3, 2, 32\]"),
         ({"string_to_param": {"*": torch.zeros(2, 32, dtype=torch.long)}}, "type int64"),
         ({"string_to_param": {"*": "text"}}, "does not map words to tensors"),
         ({"string_to_param": {"*": torch.full((1, 32), float("nan"))}}, "NaN or infinity"),

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from ldm.training import config
 from ldm.training.command_line import parse, trainer_options
 from ldm.training.trainer import OLD_CALLBACK_NAMES, complete_lightning
-from ldm.util import ConfigError, UsageError
+from ldm.util import ConfigError, UsageError, UserError
 from ldm.yaml_files import read_yaml
 
 PERSONALIZED = "ldm.data.personalized.PersonalizedBase"
@@ -179,6 +179,15 @@ def test_all_problems_in_one_error(tmp_path, base):
         check(load(tmp_path, "model.params.a=1 data.params.b=1 lightning.trainer.c=1", base, {"d": 1}))
     for key in "abcd":
         assert f"'{key}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["a\u202eb", "c\u200bat", "embedding:cat", " "])
+def test_a_word_that_cannot_be_kept_is_refused_before_anything_is_built(tmp_path, base, word):
+    other = {
+        "model": {"params": {"personalization_config": {"params": {"placeholder_strings": ["*", word]}}}}
+    }
+    with pytest.raises(UserError, match="^placeholder '"):
+        check(load(tmp_path, "", base, other))
 
 
 def test_missing_parts(tmp_path, base):

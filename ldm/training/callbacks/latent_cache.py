@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch.utils.data import Dataset
 from ldm.models.diffusion.ddpm import LATENT, POSTERIOR, LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.training.callbacks.base import datasets_of
-from ldm.util import check_integer
+from ldm.training.callbacks.progress import duration
+from ldm.util import UserError, check_integer, counted
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +131,7 @@ class LatentCache(Callback):
         first_stage.to(device)
         rows = np.empty(0)
         key = POSTERIOR
-        for start in range(0, len(variants), at_once):
+        for start in counted(range(0, len(variants), at_once), _tell_encoding(len(variants), at_once)):
             chunk = variants[start : start + at_once]
             images = [torch.as_tensor(dataset.image(*variant)) for variant in chunk]
             if any(image.shape != shape for image in images):
@@ -156,4 +159,24 @@ class LatentCache(Callback):
             return np.empty(shape, np.float32)
         # The mapping keeps the unnamed file alive as long as the array.
         with tempfile.TemporaryFile(prefix="latents-") as file:
+            size = 4 * int(np.prod(shape))
+            try:
+                if hasattr(os, "posix_fallocate"):  # on a full disk a mapping would end the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise UserError(
+                    f"the latents need {size / 2**30:.1f} GiB in '{tempfile.gettempdir()}' ({error.strerror}); set "
+                    "TMPDIR to another folder, or lightning.callbacks.latent_cache: null"
+                ) from error
             return np.memmap(file, np.float32, "w+", shape=tuple(shape))
+
+
+def _tell_encoding(images: int, at_once: int) -> Callable[[int, int], None]:
+    """What `counted` calls while images are encoded: it logs how many are done and the time left."""
+    start = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        left = (time.monotonic() - start) * (total - done) / done
+        logger.info("encoded %d of %d images, %s left", done * at_once, images, duration(left))
+
+    return tell

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ldm.data.personalized import Sample
+from ldm.data.personalized import PersonalizedBase, Sample
 from ldm.models.diffusion.ddpm import LATENT, POSTERIOR
 from ldm.training.callbacks.latent_cache import CachedLatents, LatentCache
+from ldm.training.data import PositionSampler, SeededDataset
 from ldm.util import UserError
 from tests.golden_record import Golden
 
@@ -128,6 +135,65 @@ def test_images_of_different_sizes_are_not_cached() -> None:
     images.image = lambda image, flipped=False, view=0: torch.zeros(32 + 8 * image, 32, 3)
     model = Golden("clip_one_vector").model()
     assert LatentCache(batch_size=4).cached(model, images, torch.device("cpu")) is images
+
+
+def test_a_full_disk_is_named_before_anything_is_encoded(monkeypatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"the latents need .* GiB in '.*' \(No space left.*set TMPDIR"):
+        LatentCache(memory_mib=0).cached(Golden("clip_one_vector").model(), Images(), torch.device("cpu"))
+
+
+def test_encoding_many_images_counts_aloud(monkeypatch, caplog) -> None:
+    clock = iter(range(0, 10_000, 11))
+    monkeypatch.setattr("ldm.util.time.monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        LatentCache(batch_size=2).cached(Golden("clip_one_vector").model(), Images(), torch.device("cpu"))
+    said = [record.message for record in caplog.records]
+    assert said[0].startswith("encoded 2 of 6 images, ") and said[0].endswith(" left")
+    assert said[-1].startswith("encoded 6 images once")
+
+
+def concept(folder: Path) -> PersonalizedBase:
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(folder / f"{i}.png")
+    return PersonalizedBase(folder, size=32, template_file=None, seed=3)
+
+
+def test_a_cached_dataset_can_be_sent_to_a_loader_process(tmp_path) -> None:
+    model = Golden("clip_one_vector").model()
+    cached = LatentCache().cached(model, concept(tmp_path), torch.device("cpu"))
+    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    sent = ForkingPickler.dumps(SeededDataset(cached, 1))
+    if files:
+        assert len(os.listdir("/proc/self/fd")) == files, "no image is an open file"
+    assert len(sent) < 100_000
+    received = pickle.loads(sent)
+    for index in (0, 7):
+        ours, theirs = cached[index], received[index, 0]
+        assert ours["caption"] == theirs["caption"] and torch.equal(ours[POSTERIOR], theirs[POSTERIOR])
+
+
+@pytest.mark.slow
+def test_spawned_loader_processes_give_the_same_batches(tmp_path) -> None:
+    model = Golden("clip_one_vector").model()
+    for dataset in (concept(tmp_path), LatentCache().cached(model, concept(tmp_path), torch.device("cpu"))):
+        seeded = SeededDataset(dataset, 1)
+        batches = {}
+        for context in (None, "spawn"):
+            loader = DataLoader(
+                seeded,
+                batch_size=2,
+                num_workers=2 if context else 0,
+                multiprocessing_context=context,
+                sampler=PositionSampler(6, shuffle=False, seed=1),
+            )
+            batches[context] = list(loader)
+        for ours, theirs in zip(batches[None], batches["spawn"], strict=True):
+            assert ours.keys() == theirs.keys() and ours["caption"] == theirs["caption"]
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours if key != "caption")
 
 
 def test_images_for_previews() -> None:
