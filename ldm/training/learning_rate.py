@@ -77,6 +77,11 @@ def _schedule_by_steps(text: str, model: Any) -> float:
         )
     if model.scheduler_config is not None:
         logger.warning("the learning rate '%s' replaces the YAML's scheduler_config", text)
-    target = f"{LambdaStepScheduler.__module__}.{LambdaStepScheduler.__qualname__}"
-    model.scheduler_config = {"target": target, "params": {"rates": text}}
+    model.scheduler_config = step_schedule(text)
     return schedule.first
+
+
+def step_schedule(rates: str) -> dict[str, Any]:
+    """The `scheduler_config` of rates such as "0.005:100, 1e-3:1000"."""
+    target = f"{LambdaStepScheduler.__module__}.{LambdaStepScheduler.__qualname__}"
+    return {"target": target, "params": {"rates": rates}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import embeddings
 from ldm.files import file_hash
+from ldm.training.learning_rate import step_schedule
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UsageError, UserError, get_obj_from_str
 
@@ -184,7 +186,7 @@ def _changes(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]
         return
     classes = [str(node["target"]).rpartition(".")[2] if node.get("target") else None for node in nodes]
     if classes[0] != classes[1]:
-        yield key, *classes
+        yield key, classes[0], classes[1]
         return
     for name in dict.fromkeys([*nodes[0], *nodes[1]]):
         yield from _changes(nodes[0].get(name), nodes[1].get(name), f"{key}.{name}" if key else str(name))
@@ -322,7 +324,8 @@ class Resumption(Callback):
             params = scheduler.get("params") or {}
             if "max_decay_steps" in params and params["max_decay_steps"] is None:
                 params["max_decay_steps"] = found["max_steps"]
-        found["schedule"] = scheduler
+        base = OmegaConf.select(config, "model.base_learning_rate")
+        found["schedule"] = step_schedule(base) if isinstance(base, str) else scheduler
         return {key: value for key, value in found.items() if value is not None or key == "schedule"}
 
     # -- learning rates and optimizer settings ---------------------------------------------------------------
@@ -392,29 +395,43 @@ class Resumption(Callback):
 
         The run goes on with the batch that holds the first sample it has not seen; some samples may come twice.
         """
-        keys = ("batch", "accumulation", "processes", "batches")
-        now = {key: self.settings.get(key) for key in keys}
+        if "batches" not in self.settings:
+            return
+        now = _Batches.of(self.settings)
         # States of earlier versions do not have the number of batches.
-        before = now | {key: was[key] for key in keys if was.get(key)}
-        if "batches" not in was and now["batches"]:
-            samples = now["batches"] * now["batch"] * now["processes"]
-            before["batches"] = -(-samples // (before["batch"] * before["processes"]))
-        if before == now or not now["batches"] or not before["batches"]:
+        before = _Batches.of(self.settings | {key: value for key, value in was.items() if key != "batches"})
+        samples = now.batches * now.at_once
+        before = replace(before, batches=was.get("batches") or -(-samples // before.at_once))
+        if before == now:
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done, total = progress["current"]["processed"], progress["total"]["processed"]
-        epochs = (total - done) // before["batches"]
-        if done >= before["batches"]:
-            batch = now["batches"]
-        else:
-            seen = done * before["batch"] * before["processes"]
-            batch = min(seen // (now["batch"] * now["processes"]), now["batches"] - 1)
-            batch -= batch % now["accumulation"]
-        moved = {"current": batch - done, "total": epochs * now["batches"] + batch - total}
+        epochs = (total - done) // before.batches
+        batch = now.batches
+        if done < before.batches:
+            batch = min(done * before.at_once // now.at_once, now.batches - 1)
+            batch -= batch % now.accumulation
+        moved = {"current": batch - done, "total": epochs * now.batches + batch - total}
         for name, by in moved.items():
             progress[name] = {key: value + by for key, value in progress[name].items()}
-        if trainer.datamodule is not None:
-            trainer.datamodule.load_state_dict({"batches_done": progress["total"]["processed"]})
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is not None:
+            data.load_state_dict({"batches_done": progress["total"]["processed"]})
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The batches of an epoch: how many there are, samples in one of all processes, and how many make a step."""
+
+    batches: int
+    at_once: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> _Batches:
+        return cls(
+            settings["batches"], settings["batch"] * settings["processes"], settings.get("accumulation") or 1
+        )
 
 
 def _schedule_of(model: pl.LightningModule) -> Any:

@@ -67,7 +67,7 @@ class RunFolder:
         A word keeps the name that its file in the folder has, so that a resumed run replaces its own files, those of
         earlier versions included.
         """
-        held = {}
+        held: dict[str, str] = {}
         for path in self.word_files():
             try:
                 held |= dict.fromkeys(embeddings.read(path).triggers, path.stem)

@@ -209,9 +209,9 @@ def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found.setdefault(name, _translated(key, value))
     for key in ("accelerator", "strategy"):
-        if (name := _STRATEGIES.get(str(found.get(key)))) is not None:
+        if (strategy := _STRATEGIES.get(str(found.get(key)))) is not None:
             del found[key]
-            found.setdefault("strategy", name)
+            found.setdefault("strategy", strategy)
     return found
 
 

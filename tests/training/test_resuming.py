@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from ldm import embeddings
 from ldm.training import resuming
@@ -222,6 +222,81 @@ def test_states_of_earlier_versions(copy_of, probes, capsys, rollbacks: int) -> 
     out = resumed(plain, "--max_steps", 6, f"{BASE}=1e-3", "--train_batch_size", 1, capsys=capsys)
     assert probes[-1].rates == pytest.approx([2.5e-4, 6.7e-5], rel=1e-2)
     assert "learning rate 1.00e-03 (was 1.00e-02), batch 1 (was 2), max_steps 6 (was 4)" in out
+
+
+def test_measurements_of_the_fixed_loss_stay_comparable(copy_of, capsys) -> None:
+    def measured(run: Path) -> dict[str, Any]:
+        return next(value for key, value in state_of(run)["callbacks"].items() if "DeterministicLoss" in key)
+
+    often = "lightning.callbacks.deterministic_loss.params.every_n_train_steps=1"
+    run = copy_of(often)
+    resumed(run, "--max_steps", 5, "--train_batch_size", 6, capsys=capsys)
+    assert (measured(run)["samples"], measured(run)["chunk"], measured(run)["steps"]) == (
+        4,
+        2,
+        [0, 1, 2, 3, 4, 5],
+    )
+    samples = "lightning.callbacks.deterministic_loss.params.samples=3"
+    assert "its curve begins anew with 3 samples" in resumed(run, "--max_steps", 6, samples, capsys=capsys)
+    assert (measured(run)["samples"], measured(run)["steps"]) == (3, [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {},
+            "is empty, as the original left it; begin a new run from its vectors: --base YAML --embedding_manager_ckpt",
+        ),
+        (
+            {"state_dict": {}, "pytorch-lightning_version": "1.5.9"},
+            "is a state of Lightning 1.x, which cannot be resumed",
+        ),
+        ({"callbacks": {ModelCheckpoint: 1}}, "is a state of Lightning 1.x, which cannot"),
+        ([1, 2], "is not the state of a run; begin a new run from its vectors"),
+    ],
+)
+def test_states_of_the_original_and_its_forks(copy_of, capsys, monkeypatch, content, message) -> None:
+    run = copy_of()
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    monkeypatch.setattr("ldm.training.run.make_data", lambda config: pytest.fail("something is loaded"))
+    capsys.readouterr()
+    assert start("-r", run, "-t") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and len(line) < 300
+
+
+def test_the_command_of_older_forks(copy_of, tiny_yaml, tiny_model, capsys) -> None:
+    run = copy_of()
+    checkpoints = run / "checkpoints"
+    words = [
+        "--base",
+        tiny_yaml,
+        "-t",
+        "--actual_resume",
+        tiny_model,
+        "-n",
+        "NAME",
+        "--project",
+        run,
+        "--gpus",
+        "0,",
+    ]
+    words += ["--embedding_manager_ckpt", checkpoints / "embeddings_gs-4.pt", "--max_steps", 5]
+    capsys.readouterr()
+    assert start(*words, "--resume_from_checkpoint", checkpoints / "last.ckpt") == 0
+    out = capsys.readouterr().out
+    assert "--name 'NAME' is ignored: a resumed run keeps its folder" in out and "at step 4 of 5" in out
+    assert start("-r", run, "-t", "--project", "new", "--max_steps", 6) == 0
+    assert "--project 'new' is ignored" in capsys.readouterr().out
+    shutil.copytree(run, "another")
+    assert start("-r", run, "-t", "--project", "another") == 2
+    assert "--project 'another' and -r 'run' are two runs" in capsys.readouterr().err
+    assert (
+        start("--base", tiny_yaml, "-t", f"lightning.trainer.resume_from_checkpoint={run}", "--max_steps", 7)
+        == 0
+    )
+    assert state_of(run)["global_step"] == 7 and not Path("logs").exists()
 
 
 def test_another_seed_is_other_noise(copy_of, capsys) -> None:

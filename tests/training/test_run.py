@@ -67,6 +67,15 @@ def test_files_of_a_run(tiny_yaml, image_folder, capsys):
     assert "learning rate 1.00e-02 = 5.00e-03 x 2 (batch)" in shown.out
     assert f"embeddings: {run}/checkpoints/embeddings.pt" in shown.out
     assert "--prompt 'a photo of *'" in shown.out
+    path = (run / "checkpoints" / word).as_posix()
+    assert f'pipe.load_textual_inversion("{path}.safetensors", token="<{word}>")' in shown.out
+    assert "diffusers refuses words of its vocabulary, such as *" in shown.out
+    assert f'copy {word}.safetensors to embeddings/, then the prompt "a photo of {word}"' in shown.out
+    assert (
+        f'copy {word}.safetensors to models/embeddings/, then the prompt "a photo of embedding:{word}"'
+        in shown.out
+    )
+    assert "on the CPU with precision 32-true" in shown.out or torch.cuda.is_available()
     assert "Traceback" not in shown.err and "error" not in shown.err
 
 
@@ -165,6 +174,15 @@ def test_resumed_run_equals_the_uninterrupted_run(tiny_yaml, copy_states, steps,
             "global_step",
         ):
             assert equal(resumed[part], uninterrupted[part]), (step, part)
+
+
+def test_a_run_with_the_old_file_name_keeps_it(tiny_yaml):
+    assert start("--base", tiny_yaml, "-t", "--max_steps", 2) == 0
+    folder = only_run() / "checkpoints"
+    (latest,) = (path for path in folder.glob("*.safetensors") if "_gs-" not in path.name)
+    latest.rename(folder / "embedding.safetensors")
+    assert start("-r", only_run(), "-t", "--max_steps", 3) == 0
+    assert embeddings.read(folder / "embedding.safetensors").metadata.steps == 3 and not latest.exists()
 
 
 def test_resume_for_more_steps(tiny_yaml):
