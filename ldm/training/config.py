@@ -38,9 +38,14 @@ def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
         raise ConfigError(f"there is a list where a mapping is needed, or the reverse ({error})") from error
 
 
-def load_run_config(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
-    """The configuration of a run from YAMLs (left to right), then overrides, then flags; not yet checked."""
-    config = OmegaConf.create({})
+def load_run_config(
+    options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None = None
+) -> DictConfig:
+    """The configuration of a run from YAMLs (left to right), then overrides, then flags; not yet checked.
+
+    `saved` is the configuration of a run that is resumed, under all of these.
+    """
+    config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
         if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs

@@ -116,7 +116,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         _check_names(options, folder)
         saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
-        merged = config.load_run_config(options, [*folder.saved_configs(), *options.base])
+        merged = config.load_run_config(options, options.base, saved)
     else:
         if not options.base:
             raise UsageError(
