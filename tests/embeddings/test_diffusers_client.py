@@ -82,7 +82,9 @@ def test_diffusers_loads_our_files(format, count, pipeline, tmp_path):
 
 def test_the_call_that_a_run_ends_with(pipeline, tmp_path):
     """main.py prints it for a file of "*", a word of the vocabulary, which diffusers refuses."""
-    path = write(LearnedEmbeddings((Concept("*", vectors(2, 32)),)), tmp_path / "bobo.safetensors", "safetensors")
+    path = write(
+        LearnedEmbeddings((Concept("*", vectors(2, 32)),)), tmp_path / "bobo.safetensors", "safetensors"
+    )
     pipeline.tokenizer.add_tokens("*")
     with pytest.raises(ValueError, match="already in tokenizer vocabulary"):
         pipeline.load_textual_inversion(path.as_posix(), token="*")

@@ -21,6 +21,9 @@ COSINE = (
     "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
     "model.params.scheduler_config.params={warm_up_steps: 0, lr_start: 1, lr_max: 1, lr_min: 0, max_decay_steps: null}",
 )
+# Callbacks that these runs do without.
+QUICK = ("summary_images", "vector_stats", "deterministic_loss", "learning_rate_logger")
+SLOW = pytest.mark.slow
 BASE = "model.base_learning_rate"
 
 
@@ -65,8 +68,12 @@ def copy_of(tiny_yaml: Path, begun: dict[str, Path], tmp_path_factory: pytest.Te
         key = " ".join(words)
         if key not in begun:
             home = tmp_path_factory.mktemp("begun")
-            quiet = ["lightning.trainer.limit_val_batches=0", "lightning.callbacks.summary_images=null"]
-            assert start("--base", tiny_yaml, "-t", "--max_steps", 4, "-l", home, *quiet, *words) == 0
+            quick = OmegaConf.load(tiny_yaml)
+            for name in QUICK:
+                quick.lightning.callbacks[name] = None
+            del quick.data.params.validation
+            OmegaConf.save(quick, "quick.yaml")
+            assert start("--base", "quick.yaml", "-t", "--max_steps", 4, "-l", home, *words) == 0
             begun[key] = only_run(home)
         return Path(shutil.copytree(begun[key], "run"))
 
@@ -83,15 +90,27 @@ def resumed(run: Path, *words: object, capsys: Any = None) -> str:
     ("begun_with", "words", "rates", "said"),
     [
         ((), [f"{BASE}=5e-4"], [1e-3] * 2, "learning rate 1.00e-03 (was 1.00e-02)"),
-        ((), ["--learning_rate", "5e-4"], [5e-4] * 2, "learning rate 5.00e-04 (was 1.00e-02)"),
+        pytest.param(
+            (),
+            ["--learning_rate", "5e-4"],
+            [5e-4] * 2,
+            "learning rate 5.00e-04 (was 1.00e-02)",
+            marks=SLOW,
+        ),
         ((), ["--scale_lr", "false"], [5e-3] * 2, "learning rate 5.00e-03 (was 1.00e-02)"),
-        ((), ["--train_batch_size", 1], [5e-3] * 2, "batch 1 (was 2)"),
+        pytest.param((), ["--train_batch_size", 1], [5e-3] * 2, "batch 1 (was 2)", marks=SLOW),
         ((), ["--accumulate_grad_batches", 2], [2e-2] * 2, "accumulation 2 (was 1)"),
         ((), [f"{BASE}=1e-3:5, 5e-4"], [2e-3, 1e-3], "learning rate 2.00e-03 (was 1.00e-02)"),
         ((), COSINE, [2.5e-3, 6.7e-4], "scheduler_config 'LambdaWarmUpCosineScheduler' (was none)"),
         (COSINE, [], [2.5e-3, 6.7e-4], "max_steps 6 (was 4)"),
         (COSINE, ["model.params.scheduler_config=null"], [1e-2] * 2, "scheduler_config none (was"),
-        (COSINE, [f"{BASE}=1e-3"], [5e-4, 1.34e-4], "learning rate 2.00e-03 (was 1.00e-02)"),
+        pytest.param(
+            COSINE,
+            [f"{BASE}=1e-3"],
+            [5e-4, 1.34e-4],
+            "learning rate 2.00e-03 (was 1.00e-02)",
+            marks=SLOW,
+        ),
     ],
 )
 def test_the_steps_use_the_changed_rate(copy_of, probes, capsys, begun_with, words, rates, said) -> None:
@@ -117,6 +136,7 @@ def test_the_vectors_move_by_the_changed_rate(copy_of, capsys) -> None:
     assert float(torch.cosine_similarity(before, after).arccos()) == pytest.approx(0.1, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_that_changed_twice_goes_on_with_the_last(copy_of, probes, capsys) -> None:
     run = copy_of()
     resumed(run, "--max_steps", 5, f"{BASE}=5e-4", capsys=capsys)
@@ -146,11 +166,11 @@ def test_settings_of_the_optimizer(copy_of, probes, capsys) -> None:
     ("words", "samples"),
     [
         # Of an epoch of 6 samples in batches of 2, step 4 is the first batch of the second epoch.
-        (["--train_batch_size", "1"], [1, 1, 1, 1, 1]),
-        (["--train_batch_size", "3"], [3, 3, 3, 3, 3]),
+        pytest.param(["--train_batch_size", "1"], [1, 1, 1, 1, 1], marks=SLOW),
+        pytest.param(["--train_batch_size", "3"], [3, 3, 3, 3, 3], marks=SLOW),
         (["--train_batch_size", "4"], [4, 2, 4, 2, 4]),
         (["--train_batch_size", "64"], [6, 6, 6, 6, 6]),
-        (["data.params.train.params.repeats=3"], [2, 2, 2, 1, 2]),
+        pytest.param(["data.params.train.params.repeats=3"], [2, 2, 2, 1, 2], marks=SLOW),
     ],
 )
 def test_the_position_in_the_data_follows_the_batch_size(copy_of, probes, capsys, words, samples) -> None:
@@ -170,8 +190,7 @@ def test_samples_are_not_skipped_by_a_smaller_batch(copy_of, monkeypatch, capsys
     run, rows = copy_of(), []
     get = CachedLatents.__getitem__
     monkeypatch.setattr(CachedLatents, "__getitem__", lambda self, i: rows.append(i) or get(self, i))
-    measured = ["lightning.callbacks.deterministic_loss=null", "lightning.trainer.limit_val_batches=0"]
-    resumed(run, "--max_steps", 8, "--train_batch_size", 1, *measured, capsys=capsys)
+    resumed(run, "--max_steps", 8, "--train_batch_size", 1, capsys=capsys)
     # Step 4 ended after 2 of the 6 samples of epoch 1; its other four have the numbers 6 to 11.
     assert len(rows) == 4 and len(set(rows)) == 4 and all(6 <= row < 12 for row in rows)
 
@@ -206,7 +225,7 @@ def test_a_halved_rate_stays_until_another_is_asked_for(copy_of, probes, capsys)
     assert probes[-1].rates == [8e-3]
 
 
-@pytest.mark.parametrize("rollbacks", [0, 1])
+@pytest.mark.parametrize("rollbacks", [pytest.param(0, marks=SLOW), 1])
 def test_states_of_earlier_versions(copy_of, probes, capsys, rollbacks: int) -> None:
     """They hold no settings: rates are compared with those in the state itself."""
     run = copy_of(*COSINE)
@@ -224,11 +243,12 @@ def test_states_of_earlier_versions(copy_of, probes, capsys, rollbacks: int) -> 
     assert "learning rate 1.00e-03 (was 1.00e-02), batch 1 (was 2), max_steps 6 (was 4)" in out
 
 
+@pytest.mark.slow
 def test_measurements_of_the_fixed_loss_stay_comparable(copy_of, capsys) -> None:
     def measured(run: Path) -> dict[str, Any]:
         return next(value for key, value in state_of(run)["callbacks"].items() if "DeterministicLoss" in key)
 
-    often = "lightning.callbacks.deterministic_loss.params.every_n_train_steps=1"
+    often = "lightning.callbacks.deterministic_loss={params: {every_n_train_steps: 1}}"
     run = copy_of(often)
     resumed(run, "--max_steps", 5, "--train_batch_size", 6, capsys=capsys)
     assert (measured(run)["samples"], measured(run)["chunk"], measured(run)["steps"]) == (
@@ -299,6 +319,7 @@ def test_the_command_of_older_forks(copy_of, tiny_yaml, tiny_model, capsys) -> N
     assert state_of(run)["global_step"] == 7 and not Path("logs").exists()
 
 
+@pytest.mark.slow
 def test_another_seed_is_other_noise(copy_of, capsys) -> None:
     found = []
     for seed in (23, 5):
@@ -353,6 +374,7 @@ def test_every_parameter_of_another_personalization_is_fixed(copy_of, capsys) ->
     assert "keeps its word, '*'; '@' is asked for" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_norm_control_may_change(copy_of, capsys) -> None:
     run = copy_of()
     out = resumed(run, "--max_steps", 5, f"{PERSONALIZATION}.norm_control=fixed", capsys=capsys)
@@ -366,6 +388,7 @@ def test_a_base_model_that_was_moved(copy_of, tiny_model, capsys) -> None:
     assert state_of(run)["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_previews_and_other_settings_are_those_asked_for(copy_of, capsys) -> None:
     run, images = copy_of(), "lightning.callbacks.image_logger.params"
     words = [f"{images}.batch_frequency=5", f"{images}.increase_log_steps=false", f"{images}.max_images=1"]
@@ -382,6 +405,7 @@ def test_a_run_begun_from_a_file_resumes_without_it(copy_of, tiny_yaml, capsys) 
     resumed(only_run("second"), "--max_steps", 2, capsys=capsys)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_run_itself_is_not_needed(copy_of, capsys) -> None:
     run = copy_of()
     file = run / "checkpoints" / "embeddings_gs-4.pt"
