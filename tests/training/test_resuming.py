@@ -170,6 +170,8 @@ def test_settings_of_the_optimizer(copy_of, probes, capsys) -> None:
         pytest.param(["--train_batch_size", "3"], [3, 3, 3, 3, 3], marks=SLOW),
         (["--train_batch_size", "4"], [4, 2, 4, 2, 4]),
         (["--train_batch_size", "64"], [6, 6, 6, 6, 6]),
+        # A step of two batches begins with the first of them.
+        (["--accumulate_grad_batches", "2"], [2] * 8),
         pytest.param(["data.params.train.params.repeats=3"], [2, 2, 2, 1, 2], marks=SLOW),
     ],
 )
