@@ -28,6 +28,8 @@ def set_learning_rate(
     steps = ""
     if isinstance(given, str):
         base, steps = _schedule_by_steps(given, model), f"; by steps: {given}"
+    elif scheduler := getattr(model, "scheduler_config", None):
+        steps = f"; times the factor of {str(scheduler['target']).rpartition('.')[2]}"
     if not merged["scale_lr"]:
         model.learning_rate = float(base)
         return f"learning rate {base:.2e}{steps}"
