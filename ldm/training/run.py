@@ -36,6 +36,7 @@ from ldm.training.trainer import (
     check_lengths,
     choose_devices,
     complete_lightning,
+    is_gone_logger,
     make_callbacks,
     make_loggers,
     processes,
@@ -212,6 +213,8 @@ def make_model(merged: DictConfig) -> pl.LightningModule:
 def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, requests: Requests) -> pl.Trainer:
     """Lightning's Trainer for this run."""
     personalization = is_personalization(model)
+    if is_gone_logger(node := OmegaConf.select(plan.config, "lightning.logger") or {}):
+        logger.info("lightning.logger %s no longer exists: TensorBoard takes its place", node["target"])
     lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
     if devices.accelerator == "cuda":
         lightning["callbacks"].setdefault("cuda_callback", OPTIONAL_CALLBACKS["cuda_callback"])

@@ -313,7 +313,7 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
     if "logger" in node:
-        if _is_gone(node["logger"]):
+        if is_gone_logger(node["logger"]):
             del node["logger"]
         else:
             default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
@@ -321,7 +321,8 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
     return node
 
 
-def _is_gone(node: Mapping[str, Any]) -> bool:
+def is_gone_logger(node: Mapping[str, Any]) -> bool:
+    """Whether a `lightning.logger` node names a logger that Lightning no longer has."""
     return str(node.get("target", "")).rpartition(".")[2] in _GONE_LOGGERS
 
 

@@ -220,11 +220,13 @@ def test_old_options_in_a_run(tiny_yaml, capsys):
     words += ["lightning.trainer.distributed_backend=ddp_cpu", "lightning.trainer.max_nb_epochs=1"]
     words += ["lightning.trainer.default_root_dir=elsewhere", "lightning.modelcheckpoint.params.save_top_k=3"]
     words += ["lightning.trainer.num_processes=1", "lightning.trainer.checkpoint_callback=false"]
+    words += ["lightning.logger.target=pytorch_lightning.loggers.TestTubeLogger"]
     assert start("--base", tiny_yaml, *words) == 0
     out = capsys.readouterr().out
     assert out.count("lightning.trainer.terminate_on_nan belongs to Lightning 1.x and is ignored") == 1
     assert out.count("lightning.trainer.tpu_cores belongs to Lightning 1.x and is ignored") == 1
     assert "lightning.modelcheckpoint: save_top_k is ignored" in out
+    assert "TestTubeLogger no longer exists: TensorBoard takes its place" in out
     assert "enable_checkpointing: false is ignored: a run always saves its state" in out
 
 
