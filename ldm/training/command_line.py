@@ -217,8 +217,8 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
     ]
     options.trainer = _trainer_flags(rest)
-    if options.name and options.resume:
-        raise UsageError("-n/--name and -r/--resume exclude each other: a resumed run keeps its folder")
+    # For messages: the name under which the run to resume was given.
+    options.resume_flag = next((w.partition("=")[0] for w in words if w.startswith("--resume")), "-r")
     return options
 
 

@@ -48,8 +48,8 @@ def test_mistakes(tiny_yaml, capsys, words, code, message):
 
 def test_resume_with_another_placeholder(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", "--max_steps", 1) == 0
-    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 1
-    assert "does not fit the configuration" in capsys.readouterr().err
+    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 2
+    assert "keeps its placeholder, '*'; '@' is asked for" in capsys.readouterr().err
 
 
 def test_missing_base(capsys, tmp_path, monkeypatch):
