@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
+from ldm.files import is_hub_id
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -70,15 +71,29 @@ def check_files(*paths: str | Path | None) -> None:
             raise UserError(f"'{path}' does not exist; check the path")
 
 
+def check_model(*sources: str | None) -> None:
+    """Raise UserError for the first that was given but is neither a file, a folder nor a possible hub id."""
+    for source in sources:
+        if source and not Path(source).exists() and not is_hub_id(source):
+            raise UserError(f"'{source}' does not exist; check the path")
+
+
 def read_model_config(ckpt: str, config: str | None) -> DictConfig:
-    """`ldm.generate.session.read_model_config`, imported when it is called."""
-    from ldm.generate import session
+    """`ldm.checkpoint.read_config`, imported when it is called."""
+    from ldm.checkpoint import read_config
 
-    return session.read_model_config(ckpt, config)
+    return read_config(ckpt, config)
 
 
-def load_latent_diffusion(config: DictConfig, ckpt: str, device: str | None = None) -> LatentDiffusion:
+def load_latent_diffusion(
+    config: DictConfig,
+    ckpt: str,
+    device: str | None = None,
+    *,
+    vae: str | None = None,
+    precision: str = "full",
+) -> LatentDiffusion:
     """`ldm.generate.session.load_latent_diffusion`, imported when it is called."""
     from ldm.generate import session
 
-    return session.load_latent_diffusion(config, ckpt, device)
+    return session.load_latent_diffusion(config, ckpt, device, vae=vae, precision=precision)

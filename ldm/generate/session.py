@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL.Image import Image
 
-from ldm.checkpoint import config_of, load_model_from_config
+from ldm.checkpoint import load_model_from_config, read_config
 from ldm.embeddings import LearnedEmbeddings, read
 from ldm.files import file_hash
 from ldm.generate.embeddings import (
@@ -30,7 +30,7 @@ from ldm.generate.prompt_syntax import check_token_limit, parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError, get_obj_from_str
 from ldm.words import pattern
-from ldm.yaml_files import in_checkout, read_yaml
+from ldm.yaml_files import in_checkout
 
 logger = logging.getLogger(__name__)
 
@@ -146,14 +146,25 @@ def checkpoint_of(model: str | Path) -> str:
     return str(found[0] if place.is_dir() and len(found) == 1 else place)
 
 
-def read_model_config(ckpt: str | Path, config: str | Path | None = None) -> DictConfig:
-    """Read the YAML of a model: `config`, or the one that belongs to the checkpoint."""
-    return read_yaml(config or config_of(str(ckpt)))
+def load_latent_diffusion(
+    config: DictConfig,
+    ckpt: str | Path,
+    device: str | None = None,
+    *,
+    vae: str | None = None,
+    precision: str = "full",
+) -> LatentDiffusion:
+    """Load a model, by default on the GPU if there is one.
 
-
-def load_latent_diffusion(config: DictConfig, ckpt: str | Path, device: str | None = None) -> LatentDiffusion:
-    """Load a model, by default on the GPU if there is one; UserError if it is not a LatentDiffusion."""
-    model = load_model_from_config(config, ckpt, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    Args:
+        vae: file, folder or hub id of another first stage.
+        precision: "autocast" keeps in half precision, on a GPU, what autocast would convert at each use.
+    Raises:
+        UserError: the checkpoint does not fit, or it is not a LatentDiffusion.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.float16 if precision == "autocast" and device != "cpu" else None
+    model = load_model_from_config(config, ckpt, device, vae=vae, half=half)
     if not isinstance(model, LatentDiffusion):
         raise UserError(
             f"the config of '{ckpt}' describes {type(model).__name__}, which cannot generate images from prompts; "
@@ -218,7 +229,7 @@ class Session:
         self, model: str | Path = WEIGHTS, config: str | Path | None = None, device: str | None = None
     ) -> None:
         self.ckpt = checkpoint_of(model)
-        self.config = read_model_config(self.ckpt, config)
+        self.config = read_config(self.ckpt, config)
         self._labels = Labels(self.ckpt)
         self.model = load_latent_diffusion(self.config, self.ckpt, device)
         self._without_words = self.model.embedding_manager
