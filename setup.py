@@ -18,6 +18,7 @@ setup(
         "torch>=2.6",
         "pytorch-lightning>=2.5,<3",  # with 2.4 a resumed run is not bit-identical to an uninterrupted one
         "transformers>=4.46",
+        "huggingface_hub>=0.23.2",
         "omegaconf>=2.3",
         "einops>=0.6",
         "kornia>=0.7",

@@ -19,7 +19,6 @@ from ldm import console
 from ldm.training import command_line, run
 from ldm.training.callbacks.interruption import Requests
 from ldm.training.fitting import fit
-from ldm.training.learning_rate import set_learning_rate
 from ldm.training.trainer import choose_devices
 
 
@@ -53,7 +52,7 @@ def prepare(
     model = make_model(plan.config).train()
     trainer = run.make_trainer(plan, model, where, Requests())
     trainer.callbacks.extend(callbacks)
-    set_learning_rate(plan.config, model, trainer)
+    run.settle(plan, model, trainer, data)
     return PreparedRun(plan, model, data, trainer)
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ldm.files import NO_TENSORS, file_kind
-from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, is_hub_id, read_header
+from ldm.diffusers_layout import PREDICTIONS, Prediction
+from ldm.files import NO_TENSORS, file_kind, is_hub_id
+from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, read_header
 
 logger = logging.getLogger(__name__)
 
 Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
-Prediction = Literal["eps", "v", "x0"]
+Known = Literal["notes", "family", "guess"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FAMILIES: dict[Family, str] = {
@@ -48,24 +50,21 @@ class BaseModel:
         path: the file, or the folder, which a hub id was fetched to.
         family: key of `FAMILIES`.
         prediction: what its denoiser predicts.
-        assumed: whether `prediction` is an assumption that weights and notes of the file cannot confirm.
+        known_by: how `prediction` is known: by notes in the files, by the family, or not at all: it is a guess.
+        folder: the reader of a folder in the layout of diffusers; None for a file in that of LDM.
     """
 
     source: str
     path: Path
     family: Family
     prediction: Prediction
-    assumed: bool = False
+    known_by: Known = "family"
+    folder: Folder | None = None
 
     @property
     def name(self) -> str:
         """The family for messages, such as "Stable Diffusion 2 (v)"."""
         return FAMILIES[self.family] + (" (v)" if self.prediction == "v" else "")
-
-    @property
-    def layout(self) -> Literal["file", "folder"]:
-        """Whether it is one file in LDM's naming or a folder in that of diffusers."""
-        return "folder" if self.path.is_dir() else "file"
 
     @property
     def finetune_config(self) -> Path:
@@ -98,27 +97,54 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
         path = fetch(str(source), variant, revision)
     if path.is_dir():
         return _of_folder(str(source), Folder(path, variant))
-    header = checked_header(path)
-    found = _of_header(header, path.name)
+    found = _of_header(checked_header(path), path.name)
     if isinstance(found, Kind):
         raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
     return BaseModel(str(source), path, *found)
 
 
-def what_is(source: str | Path) -> str | None:
-    """Say what a file is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown or cannot be read."""
+def recognise_for(source: str | Path, wanted: Family | None, channels: int | None) -> BaseModel | None:
+    """Recognise what is to be loaded with a config; None for a file that the config alone describes.
+
+    Args:
+        wanted: the family of the config; None if it describes a model of another kind or of other sizes.
+        channels: of the input of the config's denoiser.
+
+    Raises:
+        CheckpointError: as `recognise`, unless the config may describe the file.
+    """
+    path = Path(source)
+    if path.is_dir() or (not path.exists() and is_hub_id(str(source))):
+        return recognise(source)
+    header = checked_header(path)
+    found = _of_header(header, path.name)
+    if not isinstance(found, Kind):
+        return BaseModel(str(source), path, *found)
+    denoiser = Denoiser.of(Names(header.shapes))
+    if wanted is None or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
+        return None
+    raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
+
+
+def what_is(source: str | Path) -> Kind | None:
+    """Say what a file is that does not fit a config, and what to do; None if it is unknown or cannot be read."""
     try:
-        return what_holds(checked_header(Path(source)).shapes)
+        return _kind_of(checked_header(Path(source)), Path(source).name)
     except CheckpointError:
         return None
 
 
 def what_holds(shapes: Shapes) -> str | None:
-    """Say what a file with these tensors is, as `what_is` does."""
-    found = _of_header(Header(shapes, {}), "")
+    """Say what a file with these tensors is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown."""
+    kind = _kind_of(Header(shapes, {}), "")
+    return kind and kind.name
+
+
+def _kind_of(header: Header, name: str) -> Kind | None:
+    found = _of_header(header, name)
     if isinstance(found, Kind):
-        return None if found is UNKNOWN else found.name
-    return FAMILIES[found[0]]
+        return None if found is UNKNOWN else found
+    return Kind(FAMILIES[found[0]], "use the config that belongs to it")
 
 
 def what_begins(path: Path) -> str | None:
@@ -129,8 +155,8 @@ def what_begins(path: Path) -> str | None:
 
 
 def ask_for_prediction(model: BaseModel) -> None:
-    """Log the one line that asks what weights cannot tell, if they did not: whether the denoiser predicts v."""
-    if model.assumed:
+    """Log the one line that asks for what weights cannot tell: whether Stable Diffusion 2's denoiser predicts v."""
+    if model.known_by == "guess":
         other = _YAMLS[model.family, model.prediction != "v"]
         logger.warning(
             "'%s': weights do not tell whether this is %s's 768 model, which predicts v, or the 512 base model, "
@@ -145,7 +171,6 @@ def ask_for_prediction(model: BaseModel) -> None:
 # -- files ---------------------------------------------------------------------------------------------------
 
 _READ = "read are Stable Diffusion 1, 2 and XL and LDM text2img-large"
-_BASE = "name the base model, with the YAML or the words that use this file apart from it"
 
 # Files of other tools by their first bytes, then by their suffix -> what they are and what to do.
 _BY_BYTES: tuple[tuple[bytes, str, str], ...] = (
@@ -197,12 +222,21 @@ def checked_header(path: Path) -> Header:
     if kind == "image":
         raise CheckpointError(f"'{path}' is an image; name the file with the weights of the model")
     if kind in NO_TENSORS:
-        raise CheckpointError(f"'{path}' {NO_TENSORS[kind]}")
+        raise CheckpointError(f"checkpoint '{path}' {NO_TENSORS[kind]}")
     if kind == "unknown":
         raise CheckpointError(
             f"'{path}' is no file of weights: it is neither safetensors nor PyTorch, or its beginning is damaged; "
             "download it again or name another file"
         )
+    if kind == "zip":
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"checkpoint '{path}' is damaged: its end is missing; download it again")
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in inside):
+            raise CheckpointError(
+                f"'{path}' is a zip archive and no file of weights; unpack it and name the file in it"
+            )
     return read_header(path)
 
 
@@ -309,8 +343,8 @@ def _is_vectors(shape: tuple[int, ...]) -> bool:
     return 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
 
 
-def _of_header(header: Header, name: str) -> tuple[Family, Prediction, bool] | Kind:
-    """What a file is: (family, prediction, whether the prediction is assumed), or another kind."""
+def _of_header(header: Header, name: str) -> tuple[Family, Prediction, Known] | Kind:
+    """What a file is: (family, prediction, how that is known), or another kind."""
     names = Names(header.shapes)
     if 0 < len(names.shapes) <= 8 and all(_is_vectors(shape) for shape in names.shapes.values()):
         return _EMBEDDING
@@ -376,7 +410,7 @@ class Denoiser(NamedTuple):
     @property
     def family(self) -> Family | None:
         """The family by the widths of its conditions."""
-        if (self.channels, self.context) == (12, 128):
+        if self.context == 128 and self.channels in (12, 24):
             return "embedded"
         widths: dict[tuple[int | None, int | None], Family] = {
             (768, None): "sd1",
@@ -422,23 +456,21 @@ def _family_by_encoder(names: Names) -> Family | None:
     return next((family for prefix, family in prefixes.items() if names.match(prefix)), None)
 
 
-def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, bool]:
-    """What the denoiser predicts by the notes in a file, and whether that is an assumption."""
+def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, Known]:
+    """What the denoiser predicts, and how that is known: by the notes in a file, its family, or not."""
     noted = header.notes.get("modelspec.prediction_type", "").lower()
     if noted.startswith("v") or "v_pred" in header.shapes:
-        return "v", False
-    if family == "embedded":
-        return "v", False
-    if noted.startswith("eps") or family != "sd2":
-        return "eps", False
+        return "v", "notes"
+    if noted.startswith("eps"):
+        return "eps", "notes"
+    if family != "sd2":
+        return "v" if family == "embedded" else "eps", "family"
     # The published files note their training steps: these are of 2.0's base model and of 2.1's 768 model.
     steps: dict[str, Prediction] = {"875000": "eps", "110000": "v"}
-    known = steps.get(header.notes.get("global_step", ""))
-    if known is not None:
-        return known, False
     published: dict[str, Prediction] = {"512-base": "eps", "v2-1_512": "eps", "768-v": "v", "v2-1_768": "v"}
-    by_name = next((value for part, value in published.items() if part in name), None)
-    return (by_name, False) if by_name else ("v", True)
+    known = steps.get(header.notes.get("global_step", ""))
+    known = known or next((value for part, value in published.items() if part in name), None)
+    return (known, "notes") if known else ("v", "guess")
 
 
 # -- folders -------------------------------------------------------------------------------------------------
@@ -488,7 +520,7 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
     added = unet.get("projection_class_embeddings_input_dim") if unet.get("addition_embed_type") else None
     if not added and unet.get("class_embed_type"):
         added = unet.get("projection_class_embeddings_input_dim") or -1
-    context = sizes[0] if isinstance(sizes, list) and sizes else sizes
+    context: Any = sizes[0] if isinstance(sizes, list) and sizes else sizes
     denoiser = Denoiser(int(unet.get("in_channels", 4)), context, added, alone=False)
     special = denoiser.special()
     if special is not None:
@@ -500,13 +532,18 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
         if context == 1024 or unet.get("use_linear_projection")
         else "sd1"
     )
-    predictions: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    noted = folder.config("scheduler").get("prediction_type", "epsilon")
-    if noted not in predictions:
-        raise CheckpointError(
-            f"'{source}': the scheduler's prediction_type is '{noted}'; known are {', '.join(predictions)}"
+    scheduler = folder.config("scheduler")
+    if not scheduler:
+        guess = family == "sd2"
+        return BaseModel(
+            source, folder.path, family, "v" if guess else "eps", "guess" if guess else "family", folder
         )
-    return BaseModel(source, folder.path, family, predictions[noted])
+    noted = scheduler.get("prediction_type", "epsilon")
+    if noted not in PREDICTIONS:
+        raise CheckpointError(
+            f"'{source}': the scheduler's prediction_type is '{noted}'; known are {', '.join(PREDICTIONS)}"
+        )
+    return BaseModel(source, folder.path, family, PREDICTIONS[noted], "notes", folder)
 
 
 def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:

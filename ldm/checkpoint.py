@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from ldm.base_models import recognise
+from ldm.base_models import (
+    CONFIGS,
+    FAMILIES,
+    BaseModel,
+    Family,
+    ask_for_prediction,
+    recognise,
+    recognise_for,
+    what_is,
+)
+from ldm.diffusers_layout import UNET, VAE, folder_params, read_folder, read_vae
 from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
+from ldm.yaml_files import read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
 logger = logging.getLogger(__name__)
 
-DENOISER, TEXT_ENCODER = "model.diffusion_model.", "cond_stage_model."
+TEXT_ENCODERS = ("cond_stage_model.", "conditioner.")
+# Where frozen linear and convolutional layers may be kept in half precision: the denoiser and the text encoders.
+_HALVED = ("model.", *TEXT_ENCODERS)
 
 
 def load_model_from_config(
-    config: Mapping[str, Any] | str | Path, ckpt: str | Path, device: torch.device | str | None = None
+    config: Mapping[str, Any] | str | Path,
+    ckpt: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    vae: str | Path | None = None,
+    half: torch.dtype | None = None,
 ) -> nn.Module:
     """Build the model that a YAML describes and load a checkpoint into it.
 
+    Weights are mapped into memory and converted or moved once, one after the other. From a folder of diffusers, sizes,
+    noise schedule, scale and tokenizer replace those of the YAML.
+
     Args:
         config: path of the YAML, or its content, or the content of its `model:` node.
-        ckpt: path of the checkpoint.
+        ckpt: a checkpoint, a folder of diffusers, or a hub id.
         device: where the model is moved to; None leaves it on the CPU.
+        vae: file, folder or hub id of a first stage in place of that of the checkpoint.
+        half: what frozen linear and convolutional layers of the denoiser and the text encoder are kept in, for use
+            under autocast of this type; all other weights are in float32.
 
     Returns:
         The model in eval mode. Unexpected keys of the checkpoint are logged once.
@@ -42,25 +68,214 @@ def load_model_from_config(
         ConfigError: the YAML does not fit its classes; the checkpoint is not opened then.
         CheckpointError: the checkpoint does not fit, or leaves parameters without a value.
     """
+    node, base = complete_config(config, ckpt)
+    state = read_state_dict(ckpt) if base is None else read_base_model(base)
+    if vae is None and not any(key.startswith(VAE) for key in state):
+        vae = _select(node, "params.first_stage_config.params.ckpt_path")
+    if vae is not None:
+        state = {key: value for key, value in state.items() if not key.startswith(VAE)}
+        state |= {VAE + key: value for key, value in _first_stage(vae).items()}
+    complete = _check_parts(state, node, ckpt)
+    with contextlib.ExitStack() as stack:
+        if complete:
+            stack.enter_context(skip_pretrained())
+            stack.enter_context(_without_memory())
+        stack.enter_context(uninitialised())
+        model: nn.Module = instantiate_from_config(node)
+    filled = () if complete else TEXT_ENCODERS
+    source = f"checkpoint '{ckpt}'"
+    _load(
+        model,
+        state,
+        source,
+        filled,
+        advice=lambda incomplete: _advice(ckpt, base, node, incomplete),
+        assign=complete,
+        device=torch.device(device or "cpu"),
+        half=half,
+    )
+    return (model if device is None else model.to(device)).eval()
+
+
+def complete_config(config: Mapping[str, Any] | str | Path, ckpt: str | Path) -> tuple[Any, BaseModel | None]:
+    """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
+
+    Paths are found (see `find_paths`); the settings of a folder of diffusers, and what a file notes of itself, replace
+    those of the YAML. Raises as `load_model_from_config`.
+    """
+    places = [Path(ckpt).parent]
     if isinstance(config, (str, Path)):
         if not Path(config).is_file():
             raise ConfigError(f"config '{config}' does not exist; check the path")
+        places.insert(0, Path(config).parent)
         whole: Any = OmegaConf.load(config)
     else:
         whole = config
-    node = whole.get("model", whole)
+    node = copy.deepcopy(whole.get("model", whole))
     check_config(node, "model")
-    state = read_state_dict(ckpt)
-    # If a diffusion checkpoint lacks the text encoder, the pretrained one is read; otherwise it is skipped.
-    complete = not any(k.startswith(DENOISER) for k in state) or any(
-        k.startswith(TEXT_ENCODER) for k in state
-    )
-    with skip_pretrained() if complete else contextlib.nullcontext(), uninitialised():
-        model = instantiate_from_config(node)
-    load_state(model, state, source=f"checkpoint '{ckpt}'", filled=() if complete else (TEXT_ENCODER,))
-    if device is not None:
-        model = model.to(device)
-    return model.eval()
+    find_paths(node, places)
+    base = recognise_for(ckpt, family_of(node), _channels(node))
+    if base is not None:
+        _check_family(base, node)
+        _adapt(node, base)
+        check_config(node, "model")
+    return node, base
+
+
+def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
+    """Return a YAML, by default the one of a model (see `config_of`), with its `model:` node completed for the model.
+
+    Raises UserError if there is no YAML, it is damaged, or it does not fit the model.
+    """
+    path = Path(config or config_of(ckpt))
+    content = read_yaml(path)
+    find_paths(content, [path.parent])
+    return OmegaConf.create({"model": complete_config(content, ckpt)[0]})
+
+
+def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
+    """Return the weights of a file, a folder of diffusers or a hub id under the names of LDM's checkpoints."""
+    base = base if isinstance(base, BaseModel) else recognise(base)
+    return read_state_dict(base.path) if base.folder is None else read_folder(base.folder, base.family)
+
+
+# -- a YAML and a checkpoint ---------------------------------------------------------------------------------
+
+# Keys of a YAML that hold the path of a file or folder, or a hub id.
+_PATH_KEYS = ("version", "tokenizer", "image_tower", "ckpt_path", "embedding_manager_ckpt")
+
+
+def find_paths(node: Any, places: list[Path]) -> None:
+    """Replace relative paths in a node that lead nowhere from the working directory, in place.
+
+    They are looked for from each of `places` and from the folders above it, so that a model and its YAML can be used
+    from any working directory; then by their last parts in `places`, so that a model's folder can be moved.
+    """
+    keys = list(node) if isinstance(node, Mapping) else range(len(node)) if _is_list(node) else ()
+    for key in keys:
+        value = node[key]
+        if isinstance(value, Mapping) or _is_list(value):
+            find_paths(value, places)
+        elif key in _PATH_KEYS and isinstance(value, str) and not Path(value).exists():
+            found = next((path for path in _candidates(value, places) if path.exists()), None)
+            if found is not None:
+                node[key] = str(found)
+
+
+def _candidates(value: str, places: list[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from (folder / value for folder in (place.resolve(), *place.resolve().parents))
+    parts = Path(value).parts
+    for start in range(1, len(parts)):
+        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or type(value).__name__ == "ListConfig"
+
+
+def _select(node: Any, path: str) -> Any:
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def _channels(node: Any) -> int | None:
+    return _select(node, "params.unet_config.params.in_channels")
+
+
+def family_of(node: Mapping[str, Any]) -> Family | None:
+    """The family of the model that a `model:` node describes; None if it is none of them, or of other sizes."""
+    encoder = str(_select(node, "params.cond_stage_config.target") or "").rpartition(".")[2]
+    width = _select(node, "params.unet_config.params.context_dim")
+    if (encoder, width) == ("FrozenCLIPEmbedder", 128) and _channels(node) in (12, 24):
+        return "embedded"
+    known: dict[Any, Family] = {
+        ("FrozenCLIPEmbedder", 768): "sd1",
+        ("FrozenOpenCLIPEmbedder", 1024): "sd2",
+        ("BERTEmbedder", 1280): "ldm",
+    }
+    if width == 2048 and _select(node, "params.unet_config.params.num_classes") == "sequential":
+        return "sdxl"
+    return known.get((encoder, width))
+
+
+def _check_family(base: BaseModel, node: Mapping[str, Any]) -> None:
+    described = family_of(node)
+    if described is not None and described != base.family:
+        raise CheckpointError(
+            f"'{base.source}' is {base.name}, and the config describes {FAMILIES[described]}; leave the config out, "
+            f"or name configs/{base.inference_config.relative_to(CONFIGS)} to generate, "
+            f"configs/{base.finetune_config.relative_to(CONFIGS)} to train"
+        )
+
+
+def _adapt(node: Any, base: BaseModel) -> None:
+    """Set in a node what the model's own settings say: all sizes of a folder, the prediction if a file notes it."""
+    params = node["params"]
+    if base.known_by == "notes" and params.get("parameterization", "eps") != base.prediction:
+        logger.info("'%s' predicts %s, whatever the config says", base.source, base.prediction)
+        params["parameterization"] = base.prediction
+    if base.folder is None:
+        return
+    for key, value in folder_params(base.folder, base.family).items():
+        if isinstance(value, Mapping):
+            part = params.get(key) or {}
+            target = value.get("target", part.get("target"))
+            params[key] = {"target": target, "params": {**(part.get("params") or {}), **value["params"]}}
+        else:
+            params[key] = value
+
+
+OWN_CONFIG = "use the config that belongs to it"
+
+
+def _advice(ckpt: str | Path, base: BaseModel | None, node: Mapping[str, Any], incomplete: bool) -> str:
+    """What to do about weights that do not fit the model of a node, because some are missing or have other shapes."""
+    if base is None:
+        kind = what_is(ckpt)
+        return f"it is {kind.name}: {kind.remedy}" if kind else OWN_CONFIG
+    if incomplete and family_of(node) == base.family:
+        return f"it is {base.name}, as the config says, but incomplete or changed; download it again"
+    return f"it looks like {base.name} of other sizes: {OWN_CONFIG}"
+
+
+def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str | Path) -> bool:
+    """Whether the weights are complete; False if the text encoder has to be read from its own folder or hub id.
+
+    Raises:
+        CheckpointError: another part is missing.
+    """
+    if not any(key.startswith((UNET, "model_ema.diffusion_model")) for key in state):
+        return True  # no diffusion model
+    first_stage = str(_select(node, "params.first_stage_config.target") or "")
+    needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
+    if not needs_none and not any(key.startswith(VAE) for key in state):
+        raise CheckpointError(
+            f"'{ckpt}' has no first stage (VAE); bring one with --vae, a file or a folder in the layout of LDM or "
+            "diffusers"
+        )
+    encoder = _select(node, "params.cond_stage_config.target")
+    if encoder is None or any(key.startswith(TEXT_ENCODERS) for key in state):
+        return True
+    if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):
+        raise CheckpointError(f"'{ckpt}' has no text encoder; name a file or a folder with the whole model")
+    return False
+
+
+def _first_stage(source: str | Path) -> dict[str, Tensor]:
+    try:
+        return read_vae(source)
+    except CheckpointError as error:
+        kind = what_is(source) if Path(source).is_file() else None
+        if kind is None:
+            raise
+        raise CheckpointError(
+            f"'{source}' is {kind.name} without a first stage (VAE); name the file or folder of one"
+        ) from error
+
+
+# -- a state dict and a model --------------------------------------------------------------------------------
 
 
 def load_state(
@@ -80,13 +295,34 @@ def load_state(
     Raises:
         CheckpointError: no key or a wrong shape fits, or a parameter would be left without a value.
     """
+    _load(model, dict(state), source, filled)
+
+
+def _load(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    filled: tuple[str, ...],
+    *,
+    advice: Callable[[bool], str] = lambda incomplete: OWN_CONFIG,
+    assign: bool = False,
+    device: torch.device | None = None,
+    half: torch.dtype | None = None,
+) -> None:
+    """`load_state`, which takes the tensors out of `state` and, with `assign`, makes them the model's own.
+
+    With `assign` each tensor is converted to the type of its parameter, or to `half`, and moved to the device when its
+    turn comes, and the memory of the file behind it is given back. `advice` ends the messages about
+    what does not fit, or is missing.
+    """
     own = model.state_dict()
+    _restore_averages(state, own)
     wrong = [key for key in state.keys() & own.keys() if state[key].shape != own[key].shape]
     shared = state.keys() & own.keys()
     if not shared:
         raise CheckpointError(
-            f"{source} holds no weight of {type(model).__name__} (it has '{min(state)}', the model "
-            f"'{min(own)}'); use the config that belongs to it"
+            f"{source} holds no weight of {type(model).__name__} (it has '{min(state, default='nothing')}', the model "
+            f"'{min(own)}'); {advice(False)}"
         )
     optional = (*getattr(model, "optional_state", ()), *filled)
     wrong = [key for key in wrong if not key.startswith(optional)]
@@ -94,17 +330,27 @@ def load_state(
         key = min(wrong)
         raise CheckpointError(
             f"{source} does not fit the config: '{key}' is {list(state[key].shape)} in the file and "
-            f"{list(own[key].shape)} in the model ({len(wrong)} such keys); use the config that belongs to it"
+            f"{list(own[key].shape)} in the model ({len(wrong)} such keys); {advice(False)}"
         )
     parameters = dict(model.named_parameters())
     missing = [key for key in parameters if key not in state and not key.startswith(optional)]
     if missing:
         raise CheckpointError(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
-            f"'{missing[0]}'; use the config that belongs to it"
+            f"'{missing[0]}'; {advice(True)}"
         )
-    fitting = {key: value for key, value in state.items() if key not in own or value.shape == own[key].shape}
-    result = model.load_state_dict(fitting, strict=False)
+    types = dict.fromkeys(_halved(model), half) if half is not None else {}
+    fitting = {}
+    for key in list(state):
+        value = state.pop(key)
+        if key not in own:
+            fitting[key] = value
+        elif value.shape == own[key].shape and not _is_rounded_schedule(key, value):
+            fitting[key] = value.to(device, types.get(key, own[key].dtype)) if assign else value
+        del value
+    result = model.load_state_dict(fitting, strict=False, assign=assign)
+    if assign:
+        _give_memory(model, device)
     on_weights_loaded = getattr(model, "on_weights_loaded", None)
     if on_weights_loaded is not None:
         on_weights_loaded(fitting)
@@ -115,11 +361,58 @@ def load_state(
         )
 
 
+def _restore_averages(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Give the averages of a checkpoint that holds no other weights of the denoiser the names of the weights."""
+    if any(key.startswith(UNET) for key in state):
+        return
+    for key in own:
+        averaged = "model_ema." + key.removeprefix("model.").replace(".", "")
+        if key.startswith(UNET) and averaged in state:
+            state[key] = state[averaged]
+
+
+def _is_rounded_schedule(key: str, value: Tensor) -> bool:
+    """Whether this is a buffer of the noise schedule in half precision, which is too coarse; it is computed anew."""
+    return "." not in key and value.ndim == 1 and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _halved(model: nn.Module) -> list[str]:
+    """The weights that autocast converts at each use, because they are frozen."""
+    return [
+        f"{name}.{key}"
+        for name, layer in model.named_modules()
+        if name.startswith(_HALVED) and isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        for key, parameter in layer.named_parameters(recurse=False)
+        if not parameter.requires_grad
+    ]
+
+
+def _give_memory(model: nn.Module, device: torch.device | None) -> None:
+    """Fill what a checkpoint may lack, and has no memory yet, with zeros."""
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_meta:
+                zeros = torch.zeros_like(tensor, device=device)
+                if isinstance(tensor, nn.Parameter):
+                    module._parameters[name] = nn.Parameter(zeros, tensor.requires_grad)
+                else:
+                    module._buffers[name] = zeros
+
+
 # Averaged copies of the weights, and a buffer of older releases of transformers.
-_IGNORED = ("model_ema.", "cond_stage_model.transformer.text_model.embeddings.position_ids")
+_IGNORED = (
+    "model_ema.",
+    "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+    # Marks and a schedule in files of Stable Diffusion XL.
+    "v_pred",
+    "ztsnr",
+    "denoiser.",
+)
 
 
 _filled: ContextVar[bool] = ContextVar("filled_by_a_checkpoint", default=True)
+_light: ContextVar[bool] = ContextVar("without_memory", default=False)
 
 
 class _SkipRandomFill(TorchFunctionMode):
@@ -134,6 +427,29 @@ class _SkipRandomFill(TorchFunctionMode):
         if _filled.get() and function in self._FILLS and isinstance(tensor, nn.Parameter):
             return tensor
         return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_memory() -> Iterator[None]:
+    """Build layers without memory for their weights in this block: a checkpoint's tensors take their place.
+
+    Embeddings keep theirs, because a personalization may read the vocabulary when it is built.
+    """
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or isinstance(module, nn.Embedding):
+            return parameter
+        if not (_light.get() and _filled.get()):  # of another thread, or of what is learned here
+            return parameter
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    token = _light.set(True)
+    hook = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]  # it may return one
+    try:
+        yield
+    finally:
+        hook.remove()
+        _light.reset(token)
 
 
 @contextlib.contextmanager
@@ -158,5 +474,14 @@ def config_of(ckpt: str) -> Path:
 
     Raises CheckpointError if there is no config.yaml and the model is not one that is known.
     """
-    beside = Path(ckpt).with_name("config.yaml")
-    return beside if beside.is_file() else recognise(ckpt).inference_config
+    path = Path(ckpt)
+    beside = path.with_name("config.yaml")
+    if beside.is_file() and not path.is_dir():
+        return beside
+    base = recognise(ckpt)
+    if not base.inference_config.is_file():
+        raise CheckpointError(
+            f"'{ckpt}' is {base.name}, and there is no YAML for it here; name one with --config"
+        )
+    ask_for_prediction(base)
+    return base.inference_config

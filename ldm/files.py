@@ -6,6 +6,7 @@ import codecs
 import errno
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -83,6 +84,17 @@ def content_kind(head: bytes) -> FileKind:
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
         return "text"
     return "unknown"
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text has the form OWNER/NAME of a hub id, and is not the path of a file."""
+    path = Path(source)
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+        and path.suffix.lower()
+        not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".yaml")
+        and not path.parent.is_dir()
+    )
 
 
 _REMEDY = {

@@ -121,7 +121,8 @@ def open_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     kind = _KIND_OF_SUFFIX.get(path.suffix.lower())
-    if kind == "a camera's RAW file" and path.exists():  # Pillow would read the small preview in it
+    # Of a RAW file Pillow would read the small preview, and of others it only knows the beginning.
+    if kind in ("a camera's RAW file", "a video", "a PDF") and path.exists():
         raise ImageError(f"cannot read image {path}: it is {kind}; {EXPORT}")
     try:
         try:

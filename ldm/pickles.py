@@ -7,15 +7,17 @@ size can be checked before there is memory for it; every other class or function
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import pickle
 import pickletools
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ class PickleError(UserError):
 
 
 def load(
-    source: str | Path | BinaryIO,
+    path: str | Path,
     *,
     classes: Sequence[type | tuple[type, str]] = (),
     mmap: bool = False,
@@ -38,7 +40,7 @@ def load(
     """Read a `torch.save` file onto the CPU without running code from it.
 
     Args:
-        source: a path, or an open binary file.
+        path: of the file.
         classes: allowed in addition to torch's own list, as a class or as (class, "dotted.name in the file").
         mmap: map the tensors into memory instead of reading them, where the file's layout allows it.
         meta: return tensors on the meta device, which have a shape and no numbers.
@@ -47,17 +49,19 @@ def load(
     Raises:
         PickleError: the file does not exist, is damaged, is of another kind, or needs a class that is not allowed.
     """
-    name = what or (f"'{source}'" if isinstance(source, (str, Path)) else "the file")
-    if isinstance(source, (str, Path)):
-        kind = file_kind(source)
-        if kind in NO_TENSORS:
-            raise PickleError(f"{name} {NO_TENSORS[kind]}")
-        mmap = mmap and kind == "zip"  # torch cannot map the older layout
-        source = str(source)
+    name = what or f"'{path}'"
+    kind = file_kind(path)
+    if kind in NO_TENSORS:
+        raise PickleError(f"{name} {NO_TENSORS[kind]}")
+    mmap = mmap and kind == "zip"  # torch cannot map the older layout
+    if _nests_tuples(Path(path)):
+        raise PickleError(
+            f"{name} is refused: it nests tuples deeper than any checkpoint; it may be malicious"
+        )
     try:
         with torch.serialization.safe_globals(list(classes)):
             device = "meta" if meta else "cpu"
-            return torch.load(source, map_location=device, weights_only=True, mmap=mmap or None)
+            return torch.load(str(path), map_location=device, weights_only=True, mmap=mmap or None)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -289,9 +293,9 @@ class _Machine:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(self.memo[argument])
         elif name in _TUPLES:
-            stack.append(tuple(self.popped(_TUPLES[name])))
+            stack.append(self.tuple_of(self.popped(_TUPLES[name])))
         elif name == "TUPLE":
-            stack.append(tuple(self.marked()))
+            stack.append(self.tuple_of(self.marked()))
         elif name in ("LIST", "FROZENSET"):
             stack.append(self.marked())
         elif name == "DICT":
@@ -311,8 +315,7 @@ class _Machine:
                 stack[-1].extend(items)
         elif name in ("REDUCE", "NEWOBJ"):
             function, arguments = self.popped(2)
-            self.charge(arguments, *arguments)
-            stack.append(_call(function, arguments))
+            stack.append(self.called(function, arguments))
         elif name == "BUILD":
             state = stack.pop()
             if isinstance(stack[-1], ParameterDict) and isinstance(state, dict):
@@ -324,6 +327,13 @@ class _Machine:
             raise PickleError(
                 f"it uses the pickle operation {name}, which tensors never need; it may be malicious"
             )
+
+    def tuple_of(self, values: list[Any]) -> tuple[Any, ...]:
+        return tuple(values)
+
+    def called(self, function: Any, arguments: Any) -> Any:
+        self.charge(arguments, *arguments)
+        return _call(function, arguments)
 
     def charge(self, *copied: Any) -> None:
         """Count what a few operations copy, of containers that were built once."""
@@ -405,6 +415,60 @@ def interpret(data: bytes, start: int = 0) -> Pickle:
         raise PickleError("it is damaged or not a PyTorch file; download it again") from error
     machine.result.end = start + stream.tell()
     return machine.result
+
+
+class _DeepTuple(Exception):
+    """A tuple whose hash would overflow the stack of the interpreter, or never end."""
+
+
+class _Nesting(_Machine):
+    """Follows a pickle only to find a `_DeepTuple`; it builds no other containers and refuses nothing else."""
+
+    most_depth, most_values = 50, 2**20
+
+    def __init__(self) -> None:
+        super().__init__()
+        # For each tuple its depth, the values in it at all depths, and itself, so that its id stays its own.
+        self.known: dict[int, tuple[int, int, Any]] = {}
+
+    def tuple_of(self, values: list[Any]) -> tuple[Any, ...]:
+        inner = [self.known.get(id(value), (0, 1)) for value in values if isinstance(value, tuple)]
+        depth = 1 + max((depth for depth, *_ in inner), default=0)
+        size = len(values) + sum(size for _, size, *_ in inner)
+        if depth > self.most_depth or size > self.most_values:
+            raise _DeepTuple
+        made = tuple(values)
+        self.known[id(made)] = depth, size, made
+        return made
+
+    def called(self, function: Any, arguments: Any) -> Any:
+        return Foreign()
+
+    def filled(self, target: Any, items: Sequence[Any]) -> Any:
+        return target
+
+    def persistent(self, claim: Any) -> Any:
+        return Foreign()
+
+
+def _nests_tuples(path: Path) -> bool:
+    """Whether torch's loader would crash on a file, because its tuples are nested too deeply to be hashed."""
+    with contextlib.suppress(Exception), path.open("rb") as file:  # of what is damaged the loader says more
+        if file_kind(path) == "zip":
+            with zipfile.ZipFile(file) as archive:
+                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                streams = [io.BytesIO(archive.read(name)) for name in names]
+        else:
+            streams = [io.BytesIO(file.read(16 * MAX_PICKLE))] * 5  # five pickles one after another
+        for stream in streams:
+            machine = _Nesting()
+            try:
+                for operation, argument, _ in pickletools.genops(stream):
+                    if operation.name != "STOP":
+                        machine.step(operation.name, argument)
+            except _DeepTuple:
+                return True
+    return False
 
 
 # Deeper structures than this hold no vectors.

@@ -31,7 +31,12 @@ class UserError(ValueError):
     exit_code = 1
 
     def __init__(self, message: object) -> None:
-        super().__init__(brief(str(message)))
+        text = str(message)
+        if (
+            "\nOriginal Traceback " in text
+        ):  # torch raises the error of a loader process anew, with its traceback
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
+        super().__init__(brief(text))
 
 
 class ConfigError(UserError):

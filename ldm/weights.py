@@ -92,21 +92,35 @@ def read_header(path: str | Path) -> Header:
             {key: tuple(value.shape) for key, value in _flat(_state_of(content)).items()},
             {"global_step": str(step)} if isinstance(step, int) else {},
         )
+    entries = _entries(path)
+    notes = entries.pop("__metadata__", None) or {}
+    shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+    return Header(shapes, {str(key): str(value) for key, value in notes.items()})
+
+
+def _entries(path: str | Path) -> dict[str, Any]:
+    """The header of a safetensors file, by names in the order of the file."""
     size = Path(path).stat().st_size
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(min(length, size)))
-            notes = header.pop("__metadata__", None) or {}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            ordered = sorted(
+                tensors.items(), key=lambda item: (item[1]["data_offsets"][0], len(item[1]["shape"]))
+            )
         except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
+            if length > size - 8:
+                raise CheckpointError(
+                    f"checkpoint '{path}' is truncated or damaged; download it again"
+                ) from error
             raise CheckpointError(f"checkpoint '{path}' is damaged; download it again") from error
     if 8 + length + end > size:
         raise CheckpointError(
             f"checkpoint '{path}' is truncated: {size:,} of {8 + length + end:,} bytes are there; download it again"
         )
-    return Header(shapes, {str(key): str(value) for key, value in notes.items()})
+    return dict(ordered) | {"__metadata__": header.get("__metadata__")}
 
 
 def _unpickled(path: str | Path, meta: bool = False) -> Any:
@@ -125,7 +139,15 @@ def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"checkpoint '{path}' holds {type(content).__name__}, not a state dict; name a model's file"
         )
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {_current(key): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _current(key: str) -> str:
+    """The name of today: older anime models leave out one level of the text encoder."""
+    start, _, rest = key.partition("cond_stage_model.transformer.")
+    if start or not rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        return key
+    return f"cond_stage_model.transformer.text_model.{rest}"
 
 
 def _flat(content: Any, prefix: str = "", depth: int = 4) -> dict[str, Tensor]:
@@ -143,17 +165,27 @@ def _flat(content: Any, prefix: str = "", depth: int = 4) -> dict[str, Tensor]:
     return found
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+# Bytes of a file that are mapped at once: what a model copies from is given back in pieces of this size.
+_PIECE = 128 << 20
 
-    read_header(path)  # it names a truncated file as such
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    pieces: dict[int, list[str]] = {}
+    for name, entry in _entries(path).items():
+        if name != "__metadata__":
+            pieces.setdefault(entry["data_offsets"][0] // _PIECE, []).append(name)
+    tensors = {}
     try:
-        return load_file(path)
+        for names in pieces.values():
+            with safe_open(path, framework="pt") as file:
+                tensors.update({_current(name): file.get_tensor(name) for name in names})
     except SafetensorError as error:
         raise CheckpointError(
             f"checkpoint '{path}' is damaged ({str(error)[:120]}); download it again"
         ) from error
+    return tensors
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -253,7 +285,7 @@ class Folder:
     def missing(self) -> list[str]:
         """The parts that model_index.json names and the folder lacks."""
         index = self.index()
-        wanted = [part for part in (*PARTS, *_TOKENIZERS) if (index.get(part) or [None])[0]]
+        wanted = [part for part in (*PARTS, *_TOKENIZERS, "scheduler") if (index.get(part) or [None])[0]]
         return [
             part
             for part in wanted or PARTS[:1]
@@ -279,25 +311,17 @@ def read_shards(files: Iterable[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether a text has the form OWNER/NAME of a hub id, and is not the path of a file."""
-    path = Path(source)
-    return (
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
-        and path.suffix.lower()
-        not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".yaml")
-        and not path.parent.is_dir()
-    )
-
-
 def needed_files(names: Collection[str], variant: str | None = None) -> list[str]:
     """Those files of a repository in the layout of diffusers that are read here; empty if it has another layout."""
     wanted = [name for name in names if name.startswith(tuple(f"{part}/" for part in _TOKENIZERS))]
     for part in PARTS:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         wanted += [f"{part}/{name}" for name in weight_files(inside, variant)]
-    if not any(name.startswith("unet/") for name in wanted):
-        return []
+    if not any(
+        name.startswith("unet/") for name in wanted
+    ):  # a first stage alone may be a repository of its own
+        alone = weight_files([name for name in names if "/" not in name], variant)
+        return ["config.json", *alone] if alone and "config.json" in names else []
     settings = [
         "model_index.json",
         "scheduler/scheduler_config.json",

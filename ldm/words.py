@@ -34,7 +34,12 @@ _TAGS = "\U000e0020-\U000e007f"
 _IS_TAG = re.compile(f"[{_TAGS}]")
 _IS_DIRECTION = re.compile(f"[{_DIRECTIONS}]")
 _IS_VISIBLE_FORMAT = re.compile(f"[{_VISIBLE_FORMATS}]")
-_FILE_PREFIX = re.compile(r"embedding:", re.IGNORECASE)
+# What a prompt or a YAML would take for something else -> the name of that, and what a file's word gets instead.
+_MISREAD = (
+    (re.compile("embedding:", re.IGNORECASE), "'embedding:', which names a file in a prompt", "embedding_"),
+    (re.compile(r"\$\{"), "'${', which is a reference in a YAML", "$("),
+    (re.compile(r"^\?\?\?$"), "nothing but '???', which is a missing value in a YAML", "embedding"),
+)
 
 
 def check_word(word: Any, what: str = "placeholder") -> str:
@@ -62,10 +67,9 @@ def check_word(word: Any, what: str = "placeholder") -> str:
             raise UserError(f"{what} '{shown(word)}' holds {reason}; write it without")
     if not _has_visible(kept):
         raise UserError(f"{what} '{shown(word)}' has nothing that can be seen; choose a word such as '*'")
-    if _FILE_PREFIX.search(kept):
-        raise UserError(
-            f"{what} '{shown(word)}' holds 'embedding:', which names a file in a prompt; write it without"
-        )
+    for form, reason, _ in _MISREAD:
+        if form.search(kept):
+            raise UserError(f"{what} '{shown(word)}' holds {reason}; choose another")
     return kept
 
 
@@ -85,7 +89,9 @@ def cleaned(word: str, otherwise: str = "embedding") -> str:
     before = None
     while text != before:  # what is left out may bring two characters together that do not go together
         before = text
-        text = _FILE_PREFIX.sub("embedding_", _composed(text))[:MAX_LENGTH].strip()
+        text = _composed(text)[:MAX_LENGTH].strip()
+        for form, _, instead in _MISREAD:
+            text = form.sub(instead, text)
         text = "".join(c for place, c in enumerate(text) if _problem(text, place) is None)
     return text if _has_visible(text) else otherwise
 

@@ -6,21 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from ldm import checkpoint
 from ldm.checkpoint import (
     CheckpointError,
+    complete_config,
     initialised,
     load_model_from_config,
     read_state_dict,
     save_state_dict,
     uninitialised,
 )
+from ldm.diffusers_layout import vae_weights
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import ConfigError, UserError
 from tests.golden_record import GOLDEN, Golden
 
 CASE = Golden("clip_one_vector")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +228,186 @@ def test_averages_missing_in_the_checkpoint_start_at_its_weights(tmp_path: Path,
     own = loaded.model.diffusion_model.out[2].weight.clone()
     with loaded.ema_scope():
         assert torch.equal(loaded.model.diffusion_model.out[2].weight, own)
+
+
+# -- what people have ----------------------------------------------------------------------------------------
+
+
+def test_averages_alone_are_the_weights(tmp_path: Path, weights) -> None:
+    prefix = "model.diffusion_model."
+    averaged = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+    others = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    torch.save({"state_dict": others | averaged}, tmp_path / "m.ckpt")
+    loaded = load_model_from_config(CASE.config(), tmp_path / "m.ckpt").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_a_schedule_in_half_precision_is_computed_anew(tmp_path: Path, weights, model) -> None:
+    save_file({name: value.half() for name, value in weights.items()}, tmp_path / "m.safetensors")
+    loaded = load_model_from_config(CASE.config(), tmp_path / "m.safetensors")
+    assert torch.equal(loaded.alphas_cumprod, model.alphas_cumprod)
+
+
+def test_text_encoder_keys_of_older_models_are_read(tmp_path: Path, weights) -> None:
+    old = {
+        name.replace(".transformer.text_model.", ".transformer."): value for name, value in weights.items()
+    }
+    save_file(old, tmp_path / "m.safetensors")
+    loaded = load_model_from_config(CASE.config(), tmp_path / "m.safetensors").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+@pytest.fixture
+def without_vae(tmp_path: Path, weights) -> Path:
+    lacking = {name: value for name, value in weights.items() if not name.startswith("first_stage_model.")}
+    save_file(lacking, tmp_path / "no-vae.safetensors")
+    return tmp_path / "no-vae.safetensors"
+
+
+@pytest.mark.parametrize(
+    "kind", ["ldm", "training checkpoint", "whole model", "diffusers", "folder", "old folder"]
+)
+def test_a_first_stage_is_brought_by_vae(tmp_path: Path, weights, without_vae, kind) -> None:
+    prefix = "first_stage_model."
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    path = tmp_path / "vae"
+    if kind == "ldm":
+        save_file(own | {"loss.logvar": torch.zeros(())}, path)
+    elif kind == "training checkpoint":
+        torch.save({"state_dict": own}, path)
+    elif kind == "whole model":
+        save_file(weights, path)
+    else:
+        theirs = {name: value.contiguous() for name, value in vae_weights(own, "diffusers").items()}
+        if kind == "old folder":
+            names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+            for new, old in names.items():
+                theirs = {
+                    name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v
+                    for name, v in theirs.items()
+                }
+        if kind != "diffusers":
+            path.mkdir()
+        save_file(theirs, path if kind == "diffusers" else path / "diffusion_pytorch_model.safetensors")
+    loaded = load_model_from_config(CASE.config(), without_vae, vae=path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_a_model_without_a_first_stage_and_a_vae_that_is_none(tmp_path: Path, without_vae) -> None:
+    with pytest.raises(CheckpointError, match="no-vae.safetensors' has no first stage .*--vae"):
+        load_model_from_config(CASE.config(), without_vae)
+    with pytest.raises(CheckpointError, match="is Stable Diffusion 1 without a first stage"):
+        load_model_from_config(CASE.config(), without_vae, vae=without_vae)
+    save_file({"x.y": torch.zeros(3, 3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="holds no first stage"):
+        load_model_from_config(CASE.config(), without_vae, vae=tmp_path / "other.safetensors")
+
+
+def test_a_first_stage_that_the_yaml_names_is_read_if_the_checkpoint_has_none(
+    tmp_path: Path, weights, without_vae
+) -> None:
+    save_file(weights, tmp_path / "whole.safetensors")
+    config = CASE.config()
+    config.params.first_stage_config.params.ckpt_path = str(tmp_path / "whole.safetensors")
+    loaded = load_model_from_config(config, without_vae).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_paths_of_a_yaml_are_found_from_its_folder_and_that_of_the_model(
+    tmp_path: Path, weights, monkeypatch
+) -> None:
+    model = tmp_path / "project" / "models" / "mine"
+    model.mkdir(parents=True)
+    shutil.copytree(GOLDEN / "clip_tiny", model / "text_encoder")
+    save_file(weights, model / "model.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for relative in ("text_encoder", "models/mine/text_encoder"):
+        config = CASE.config()
+        config.params.cond_stage_config.params.version = relative
+        assert load_model_from_config(config, model / "model.safetensors").cond_stage_model.max_length
+        OmegaConf.save({"model": config}, tmp_path / "project" / "own.yaml")
+        shutil.copy(model / "model.safetensors", tmp_path / "moved.safetensors")
+        node, _ = complete_config(tmp_path / "project" / "own.yaml", tmp_path / "moved.safetensors")
+        found = node.params.cond_stage_config.params.version
+        assert found == (str(model / "text_encoder") if "/" in relative else relative)
+    config.params.cond_stage_config.params.version = "./absent"
+    with pytest.raises(UserError, match="absent"):
+        load_model_from_config(config, model / "model.safetensors")
+
+
+FAMILIES = {
+    "sd2": {"cond_stage_model.model.ln_final.bias": torch.zeros(4)},
+    "ldm": {"cond_stage_model.transformer.token_emb.weight": torch.zeros(4, 4)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_one_family_and_a_config_of_another(tmp_path: Path, family: str) -> None:
+    first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1, 4, 3, 3)}
+    save_file(first | FAMILIES[family], tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="and the config describes Stable Diffusion 1; leave") as error:
+        load_model_from_config(
+            ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml", tmp_path / "m.safetensors"
+        )
+    assert {"sd2": "Stable Diffusion 2", "ldm": "LDM text2img-large"}[family] in str(error.value)
+    assert len(str(error.value).replace(str(tmp_path), "")) < 300
+
+
+def test_a_file_of_another_kind_is_named_and_not_blamed_on_the_config(tmp_path: Path) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="it is a LoRA: it changes a base model") as error:
+        load_model_from_config(CASE.config(), tmp_path / "lora.safetensors")
+    assert "config that belongs" not in str(error.value)
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+def test_weights_in_the_types_they_are_used_in_stay_in_the_file(tmp_path: Path, weights) -> None:
+    half = {k: v.half() if v.is_floating_point() and "." in k else v for k, v in weights.items()}
+    save_file(half, tmp_path / "m.safetensors")
+    loaded = load_model_from_config(CASE.config(), tmp_path / "m.safetensors", half=torch.float16)
+    plain = load_model_from_config(CASE.config(), tmp_path / "m.safetensors")
+    layers = dict(loaded.named_modules())
+    halved = {name for name, value in loaded.named_parameters() if value.dtype == torch.float16}
+    assert "model.diffusion_model.out.2.weight" in halved
+    for name, value in loaded.named_parameters():
+        layer = layers[name.rpartition(".")[0]]
+        frozen_layer = isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        assert (name in halved) == (frozen_layer and name.startswith(("model.", "cond_stage_model."))), name
+        assert torch.equal(value.float(), plain.state_dict()[name])
+    # In bfloat16 autocast gives the same numbers as with weights in float32, which it converts at each use.
+    bfloat = load_model_from_config(CASE.config(), tmp_path / "m.safetensors", half=torch.bfloat16)
+    x, t = CASE.io["unet_x"], CASE.io["unet_t"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = [
+            m.apply_model(x, t, m.get_learned_conditioning(["a photo"] * len(x))) for m in (plain, bfloat)
+        ]
+    assert torch.equal(*outputs)
+
+
+def test_layers_are_built_without_memory_and_nothing_stays_without(
+    tmp_path: Path, weights, monkeypatch
+) -> None:
+    torch.save({"state_dict": weights}, tmp_path / "m.ckpt")
+    built = []
+    original = checkpoint.instantiate_from_config
+
+    def instantiate(node):
+        model = original(node)
+        built.append({name for name, value in model.named_parameters() if value.is_meta})
+        return model
+
+    monkeypatch.setattr(checkpoint, "instantiate_from_config", instantiate)
+    config = CASE.config()
+    config.params.use_ema = True
+    loaded = load_model_from_config(config, tmp_path / "m.ckpt")
+    assert "model.diffusion_model.out.2.weight" in built[0]
+    assert not any(value.is_meta for value in [*loaded.parameters(), *loaded.buffers()])
+    assert not loaded.model.diffusion_model.out[2].weight.requires_grad
+    assert torch.nn.Linear(2, 2).weight.is_cpu

@@ -175,6 +175,7 @@ FTYP = b"\x00\x00\x00\x18ftyp"
         ("a.jxl", b"\xff\x0a\xfa\x1f", "JPEG XL needs a plugin of Pillow: pip install pillow-jxl-plugin"),
         ("a.jxl", b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL needs"),
         ("a.png", FTYP + b"isom\0\0\0\0isom", "it is a video; export"),
+        ("a.mpg", b"\0\0\x01\xb3\x01\x00\x10", "it is a video"),
         ("a.png", b"\x1aE\xdf\xa3\0", "it is a video"),
         ("a.png", b"RIFF\0\0\0\0AVI LIST", "it is a video"),
         ("a.cr3", FTYP + b"crx \0\0\0\0crx ", "it is a camera's RAW file; export it as PNG or JPEG"),

@@ -127,3 +127,40 @@ def test_an_ordinary_file_is_interpreted_as_it_is_loaded(tmp_path: Path) -> None
     for key in "ntle":
         assert found.content[key] == content[key]
     assert found.content["s"] == [3] and found.content["p"]["x.y"].shape == (2,)
+
+
+def nested(wrap: bytes, count: int) -> bytes:
+    return b")" + wrap * count
+
+
+DEEP = nested(b"\x85", 400_000)  # tuples of one value, in one another
+WIDE = nested(b"q\x01h\x01h\x01\x87", 60)  # tuples of the same value three times: 3**60 values
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"}" + DEEP + b"K\x01s.",
+        b"}" + WIDE + b"K\x01s.",
+        b"}" + nested(b"q\x01(h\x01t", 100_000) + b"K\x01s.",
+        b"cbuiltins\nset\n]" + DEEP + b"a\x85R.",
+        b"ccollections\nOrderedDict\n](" + DEEP + b"K\x01ta\x85R.",
+    ],
+    ids=["deep", "wide", "marked", "set", "pairs"],
+)
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+def test_tuples_that_would_crash_the_loader_are_refused(tmp_path: Path, layout: str, program: bytes) -> None:
+    """torch's loader ends the process with a segmentation fault, or never."""
+    whole = io.BytesIO()
+    torch.save({}, whole, _use_new_zipfile_serialization=layout == "zip")
+    path = tmp_path / "model.ckpt"
+    if layout == "zip":
+        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, b"\x80\x02" + program if name.endswith("data.pkl") else old.read(name))
+    else:
+        path.write_bytes(whole.getvalue().replace(b"}q\x00.\x80\x02]q\x00.", program + b"\x80\x02]."))
+    with pytest.raises(
+        PickleError, match="model.ckpt' is refused: it nests tuples deeper than any checkpoint"
+    ):
+        pickles.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ import torch
 from PIL import Image
 
 import main
-from ldm.checkpoint import load_model_from_config
+from ldm.checkpoint import load_model_from_config, read_state_dict, save_state_dict
+from ldm.commands.base import load_latent_diffusion, read_model_config
 from ldm.evaluation.appearance import palette_overlap
 from ldm.generate import generate
 from ldm.images import list_images, open_image
 from ldm.models.features import load_features
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.training.callbacks.warm_start import end_states
+from ldm.util import UserError
 from scripts import txt2img
 
 ROOT = Path(__file__).parents[1]
@@ -98,3 +101,27 @@ def _pictures(folder: Path, prompt: str, *flags: str) -> list[Image.Image]:
     command = ["--prompt", prompt, "--outdir", str(folder), "--n_samples", "8", "--dpm_solver", "--seed", "1"]
     assert txt2img.main([*command, "--ddim_steps", "12", "--scale", "3", "--skip_grid", *flags]) == 0
     return [open_image(path) for path in list_images(folder / "samples")]
+
+
+def test_it_is_used_from_any_folder(tmp_path, monkeypatch) -> None:
+    """The YAML names the text encoder from the root of the checkout; it is found from the model's folder too."""
+    monkeypatch.chdir(tmp_path)
+    config = read_model_config(str(MODEL / "model.safetensors"), None)
+    assert (
+        load_latent_diffusion(config, str(MODEL / "model.safetensors"), "cpu").cond_stage_model.width == 128
+    )
+    moved = tmp_path / "moved"
+    shutil.copytree(MODEL / "text_encoder", moved / "text_encoder")
+    for name in ("model.safetensors", "config.yaml"):
+        shutil.copy(MODEL / name, moved)
+    config = read_model_config(str(moved / "model.safetensors"), None)
+    assert config.model.params.cond_stage_config.params.version == str(moved / "text_encoder")
+    load_latent_diffusion(config, str(moved / "model.safetensors"), "cpu")
+
+
+def test_an_incomplete_copy_is_not_blamed_on_the_config(tmp_path) -> None:
+    state = read_state_dict(MODEL / "model.safetensors")
+    del state["model.diffusion_model.out.2.bias"]
+    save_state_dict(state, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="it is the embedded model.*as the config says, but incomplete"):
+        load_model_from_config(MODEL / "config.yaml", tmp_path / "cut.safetensors")

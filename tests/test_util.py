@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from torch import nn
+from torch._utils import ExceptionWrapper
 
 import ldm.util
 from ldm.util import (
@@ -13,6 +14,7 @@ from ldm.util import (
     UserError,
     check_config,
     check_integer,
+    counted,
     evaluating,
     get_obj_from_str,
     instantiate_from_config,
@@ -147,6 +149,23 @@ def test_a_message_holds_nothing_that_a_terminal_acts_upon() -> None:
     assert str(UserError("a\x1b[31m \ud800 \u202e b\nc")) == r"a\x1b[31m \ud800 \u202e b c"
     joined = "\U0001f468\u200d\U0001f469 می\u200cخواهم"
     assert str(UserError(joined)) == joined
+
+
+def test_the_error_of_a_loader_process_is_one_line() -> None:
+    try:
+        raise ConfigError("image not found: a.png; check the path")
+    except ConfigError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ConfigError, match=r"^image not found: a.png; check the path$"):
+        wrapped.reraise()
+
+
+def test_counting_tells_between_the_items() -> None:
+    told: list[tuple[int, int]] = []
+    assert list(counted("abc", lambda *figures: told.append(figures), seconds=0)) == list("abc")
+    assert told == [(1, 3), (2, 3)]
+    told.clear()
+    assert list(counted("abc", lambda *figures: told.append(figures))) == list("abc") and not told
 
 
 def test_values_are_shown_short() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import unicodedata
 
@@ -88,6 +89,8 @@ def test_spaces_and_composition_are_made_equal(word, kept):
         ("\u0301", "nothing that can be seen", "embedding"),
         ("embedding:cat", "names a file in a prompt", "embedding_cat"),
         ("embed\u200bding:cat", "invisible character", "embedding_cat"),
+        ("a${b}", r"holds '\${', which is a reference in a YAML; choose another", "a$(b}"),
+        ("???", "a missing value in a YAML", "embedding"),
     ],
 )
 def test_the_reason_is_named_and_a_file_gets_the_nearest_word(word, reason, nearest):
@@ -96,6 +99,20 @@ def test_the_reason_is_named_and_a_file_gets_the_nearest_word(word, reason, near
     assert str(caught.value).startswith("placeholder ") and len(str(caught.value)) < 300
     if nearest is not None:
         assert cleaned(word) == nearest == check_word(nearest)
+
+
+def test_what_is_left_of_any_text_is_a_word():
+    rng = random.Random(0)
+    parts = [
+        *"ab *${:?\n\u00a0\u200d\u200c\u202e\ufe0f\u0301\U0001f3f4\U000e0067\ud800\ue02e",
+        "embedding:",
+        "مب",
+        HINDI,
+    ]
+    for _ in range(3000):
+        text = "".join(rng.choice(parts) for _ in range(rng.randint(0, 12)))
+        word = cleaned(text)
+        assert check_word(word) == word == cleaned(word), ascii(text)
 
 
 def found(word: str, text: str) -> list[str]:
@@ -115,6 +132,8 @@ def test_an_allowed_word_is_found_where_it_is_typed(word, text):
         ("My Café", "MY \u00a0cafe\u0301", ["MY \u00a0café"]),
         ("बिल", HINDI, []),  # only a mark follows, which is a part of the word
         ("م", PERSIAN, []),
+        ("خواهم", PERSIAN, []),
+        ("y", "x\u0302y", []),
         ("\U0001f468", FAMILY, []),
         ("\U0001f467", FAMILY, []),
         ("\U0001f44d", "\U0001f44d\U0001f3fd \U0001f44d", ["\U0001f44d"]),

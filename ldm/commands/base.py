@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
+from ldm.files import is_hub_id
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -70,22 +71,44 @@ def check_files(*paths: str | Path | None) -> None:
             raise UserError(f"'{path}' does not exist; check the path")
 
 
+def check_model(*sources: str | None) -> None:
+    """Raise UserError for the first that was given but is neither a file, a folder nor a possible hub id."""
+    for source in sources:
+        if source and not Path(source).exists() and not is_hub_id(source):
+            raise UserError(f"'{source}' does not exist; check the path")
+
+
 def read_model_config(ckpt: str, config: str | None) -> DictConfig:
-    """Read the YAML of a model: `config`, or the one that belongs to the checkpoint."""
-    from ldm.checkpoint import config_of
-    from ldm.yaml_files import read_yaml
+    """Read the YAML of a model, `config` or the one that belongs to the checkpoint, and complete it for the latter."""
+    from ldm.checkpoint import read_config
 
-    return read_yaml(config or config_of(ckpt))
+    return read_config(ckpt, config)
 
 
-def load_latent_diffusion(config: DictConfig, ckpt: str, device: str | None = None) -> LatentDiffusion:
-    """Load a model, by default on the GPU if there is one; UserError if it is not a LatentDiffusion."""
+def load_latent_diffusion(
+    config: DictConfig,
+    ckpt: str,
+    device: str | None = None,
+    *,
+    vae: str | None = None,
+    precision: str = "full",
+) -> LatentDiffusion:
+    """Load a model, by default on the GPU if there is one.
+
+    Args:
+        vae: file, folder or hub id of another first stage.
+        precision: "autocast" keeps in half precision, on a GPU, what autocast would convert at each use.
+    Raises:
+        UserError: the checkpoint does not fit, or it is not a LatentDiffusion.
+    """
     import torch
 
     from ldm.checkpoint import load_model_from_config
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-    model = load_model_from_config(config, ckpt, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.float16 if precision == "autocast" and device != "cpu" else None
+    model = load_model_from_config(config, ckpt, device, vae=vae, half=half)
     if not isinstance(model, LatentDiffusion):
         raise UserError(
             f"the config of '{ckpt}' describes {type(model).__name__}, which cannot generate images from prompts; "

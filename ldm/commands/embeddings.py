@@ -132,17 +132,12 @@ def split(options: argparse.Namespace) -> None:
     """Write every word of a file to a file of its own."""
     check_files(options.file)
 
-    from ldm.embeddings import files_of, paths_for, read, write
+    from ldm import embeddings
 
-    learned = read(options.file)
-    planned = paths_for(learned.triggers, options.output or options.file.parent, options.to)
-    parts = [_with_token_ids(learned.only(trigger), options.to) for trigger in learned.triggers]
-    paths = [files_of(part, path, options.to) for part, path in zip(parts, planned, strict=True)]
-    _check_overwriting([file for files in paths for file in files], options)
-    for part, files in zip(parts, paths, strict=True):
-        write(part, files[0], options.to)
-        for file in files:
-            write_line(f"wrote {file}")
+    words = embeddings.split(embeddings.read(options.file))
+    names = [word.triggers[0] for word in words]
+    paths = embeddings.paths_for(names, options.output or options.file.parent, options.to)
+    _write_files(words, paths, options)
 
 
 def _merge_originals(options: argparse.Namespace) -> None:
@@ -179,30 +174,43 @@ def _write(
     learned: LearnedEmbeddings, options: argparse.Namespace, beside: Path, preview: Image | None = None
 ) -> None:
     """Write to --output, or beside a file: one file if it can hold everything, else a folder of files."""
-    from ldm.embeddings import FORMATS, files_of, paths_for, write, write_all
+    from ldm import embeddings
 
-    chosen = FORMATS[options.to]
-    learned = _with_token_ids(learned, options.to, getattr(options, "tokenizer", None))
+    chosen = embeddings.FORMATS[options.to]
     if chosen.several_triggers or (options.output and len(learned.triggers) == 1):
-        path = options.output or beside.with_suffix(chosen.suffix)
-        paths = files_of(learned, path, options.to)
-        _check_overwriting(paths, options)
-        write(learned, path, options.to, preview)
+        _write_files([learned], [options.output or beside.with_suffix(chosen.suffix)], options, preview)
     else:
-        folder = options.output or beside.parent
-        planned = paths_for(learned.triggers, folder, options.to)
-        parts = map(learned.only, learned.triggers)
-        _check_overwriting(
-            [
-                file
-                for part, path in zip(parts, planned, strict=True)
-                for file in files_of(part, path, options.to)
-            ],
-            options,
+        paths = embeddings.paths_for(learned.triggers, options.output or beside.parent, options.to)
+        _write_files(embeddings.split(learned), paths, options, preview)
+
+
+def _write_files(
+    parts: Sequence[LearnedEmbeddings],
+    paths: Sequence[Path],
+    options: argparse.Namespace,
+    preview: Image | None = None,
+) -> None:
+    """Write each part to its path as --to says, unless a file exists, and a line for each file and how to load it."""
+    from ldm.embeddings import files_of, write
+
+    parts = [_with_token_ids(part, options.to, getattr(options, "tokenizer", None)) for part in parts]
+    files = [files_of(part, path, options.to) for part, path in zip(parts, paths, strict=True)]
+    _check_overwriting([file for each in files for file in each], options)
+    for part, each in zip(parts, files, strict=True):
+        write(part, each[0], options.to, preview)
+        for file in each:
+            write_line(f"wrote {file}")
+        _explain_word(part.triggers[0], each[0], options.to)
+
+
+def _explain_word(trigger: str, path: Path, format: str) -> None:
+    """Write a line if the tools that read a format take another word than the trigger."""
+    if format in ("safetensors", "a1111") and path.stem != trigger:
+        write_line(
+            f"  AUTOMATIC1111, ComfyUI and others take the file's name as the word: {shown(path.stem)}"
         )
-        paths = write_all(learned, folder, options.to, preview)
-    for path in paths:
-        write_line(f"wrote {path}")
+    if format == "diffusers" and trigger == "*":
+        write_line("  diffusers refuses '*', a word of its vocabulary: load the file with token='<my-word>'")
 
 
 def transfer(options: argparse.Namespace) -> None:
@@ -236,6 +244,7 @@ def _with_token_ids(
     learned: LearnedEmbeddings, format: str, tokenizer: Path | None = None
 ) -> LearnedEmbeddings:
     """For the original's format, look up token ids that are not known, and write a line for words that have none."""
+    from ldm.embeddings.concept import quoted
     from ldm.embeddings.inspection import known_folder, token_ids, words_of
     from ldm.embeddings.pickle_formats import words_without_token
 
@@ -245,11 +254,11 @@ def _with_token_ids(
     bert = any(concept.encoder == "bert" for concept in learned.concepts)
     folder = tokenizer or known_folder("bert-base-uncased" if bert else "openai/clip-vit-large-patch14")
     learned = learned.with_tokens(token_ids(words_of(folder), missing) if folder else {})
-    for word in words_without_token(learned):
-        why = "is no single token of the vocabulary" if folder else "needs a tokenizer (--tokenizer FOLDER)"
+    if unknown := words_without_token(learned):
+        why = "no single token of the vocabulary" if folder else "no token id without --tokenizer FOLDER"
         write_line(
-            f"'{shown(word)}' {why}: the original's code will load the file, but this word does nothing there; "
-            "'*' works without (--trigger '*' or --rename). Every other tool reads it"
+            f"{quoted(unknown)}: {why}; the original's code will load the file, but there the word does nothing ('*' "
+            "works: --trigger '*', or --rename). Other tools do not need the id"
         )
     return learned
 

@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.commands.base import JUDGE, WEIGHTS, check_files, guarded, load_latent_diffusion, read_model_config
+from ldm.commands.base import (
+    JUDGE,
+    WEIGHTS,
+    check_files,
+    check_model,
+    guarded,
+    load_latent_diffusion,
+    read_model_config,
+)
 from ldm.console import Parser, positive, write_line
 from ldm.util import UsageError, UserError
 
@@ -44,7 +52,7 @@ def make_parser(prog: str) -> Parser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--ckpt_path", "--ckpt", default=WEIGHTS, metavar="FILE", help="default: %(default)s")
+    what.add_argument("--ckpt_path", "--ckpt", default=WEIGHTS, metavar="MODEL", help="default: %(default)s")
     what.add_argument("--config", metavar="YAML", help="default: config.yaml beside the model")
     what.add_argument(
         "--concept",
@@ -153,7 +161,8 @@ def sheet_scale(rows: Rows) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked without the model, load it, measure and write."""
-    check_files(options.ckpt_path, options.config)
+    check_model(options.ckpt_path)
+    check_files(options.config)
 
     from ldm import console
     from ldm.embeddings import read
@@ -241,7 +250,8 @@ def evaluate(
     if not all(described):
         notes.append("without concept.json only CLIP-I, CLIP-T and the shared colours are measured")
     settings = dataclasses.asdict(sampling) | {"samples": options.samples, "model": options.ckpt_path}
-    settings["model_sha256"] = file_hash(options.ckpt_path)
+    if Path(options.ckpt_path).is_file():
+        settings["model_sha256"] = file_hash(options.ckpt_path)
     likeness = [next(iter(figures["prompts"].values())) for figures in results.values()]
     content = {
         "versions": versions(),

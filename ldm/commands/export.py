@@ -7,7 +7,14 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ldm.commands.base import WEIGHTS, check_files, guarded, load_latent_diffusion, read_model_config
+from ldm.commands.base import (
+    WEIGHTS,
+    check_files,
+    check_model,
+    guarded,
+    load_latent_diffusion,
+    read_model_config,
+)
 from ldm.console import Parser, write_line
 from ldm.util import UserError
 
@@ -35,7 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "export_diffusers.py") -
 
 def export(options: argparse.Namespace) -> None:
     """Load the model and its embeddings, convert them, compare, and write the folder."""
-    check_files(options.ckpt_path, options.config, *options.embedding_path)
+    check_model(options.ckpt_path, options.vae)
+    check_files(options.config, *options.embedding_path)
 
     # Both libraries warn about image processors and new token embeddings, which do not matter here.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -47,7 +55,7 @@ def export(options: argparse.Namespace) -> None:
 
     renames = renames_from(options.rename)
     config = read_model_config(options.ckpt_path, options.config)
-    model = load_latent_diffusion(config, options.ckpt_path, "cpu")
+    model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
     placeholders: list[str] = []
     vectors: dict[str, Tensor] = {}
     if options.embedding_path:
@@ -80,7 +88,16 @@ def _make_parser(prog: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ckpt_path", "--ckpt", default=WEIGHTS, metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--ckpt_path",
+        "--ckpt",
+        default=WEIGHTS,
+        metavar="MODEL",
+        help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vae", metavar="MODEL", help="first stage in place of the model's: a file, a folder or a hub id"
+    )
     parser.add_argument(
         "--config",
         metavar="YAML",

@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.commands.base import WEIGHTS, check_files, guarded, load_latent_diffusion, read_model_config
+from ldm.commands.base import (
+    WEIGHTS,
+    check_files,
+    check_model,
+    guarded,
+    load_latent_diffusion,
+    read_model_config,
+)
 from ldm.console import Parser, positive, share, write_line
 from ldm.util import UsageError, UserError
 
@@ -34,7 +41,7 @@ _DESCRIPTION = """Generate images from prompts, with learned embeddings.
 Images are numbered in OUTDIR/samples, and OUTDIR holds a grid of them that is named after the prompt. Every path is
 printed. An image depends on the seed, its number in the run, the prompt and the settings, and on nothing else."""
 
-_STABLE_DESCRIPTION = """Generate images with Stable Diffusion v1 and embeddings that were learned for it.
+_STABLE_DESCRIPTION = """Generate images with Stable Diffusion and embeddings that were learned for it.
 
     %(prog)s --ckpt sd-v1-4.ckpt --embedding_path embeddings.pt --prompt "a photo of *" --plms
 
@@ -63,7 +70,6 @@ class Profile:
 STABLE = Profile(
     description=_STABLE_DESCRIPTION,
     ckpt="models/ldm/stable-diffusion-v1/model.ckpt",
-    config="configs/stable-diffusion/v1-inference.yaml",
     prompt="a painting of a virus monster playing guitar",
     scale=7.5,
     n_iter=2,
@@ -111,10 +117,17 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--ckpt_path", "--ckpt", default=profile.ckpt, metavar="FILE", help="default: %(default)s"
+        "--ckpt_path",
+        "--ckpt",
+        default=profile.ckpt,
+        metavar="MODEL",
+        help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
     )
     own_config = profile.config or "config.yaml beside the model, or that of the published model it is"
     model.add_argument("--config", default=profile.config, metavar="YAML", help=f"default: {own_config}")
+    model.add_argument(
+        "--vae", metavar="MODEL", help="first stage in place of the model's: a file, a folder or a hub id"
+    )
     model.add_argument(
         "--embedding_path",
         nargs="+",
@@ -195,7 +208,8 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
     sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else "ddim"
     if options.ddim_eta and sampler != "ddim":
         raise UsageError(f"--ddim_eta {options.ddim_eta} needs DDIM; remove --{sampler}")
-    check_files(options.ckpt_path, options.config, options.from_file, *options.embedding_path)
+    check_model(options.ckpt_path, options.vae)
+    check_files(options.config, options.from_file, *options.embedding_path)
     lines = read_lines(options.from_file) if options.from_file else None
 
     from tqdm import tqdm
@@ -291,7 +305,7 @@ def load(
         warn_unused(triggers, [*prompts, negative_prompt])
         for prompt in [*prompts, negative_prompt]:
             parse(prompt, {*learned, *configured}, options.prompt_syntax)
-    model = load_latent_diffusion(config, options.ckpt_path)
+    model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
     if paths:
         load_embeddings(model, paths)
     encoder = model.cond_stage_model

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ldm.embeddings.concept import ENCODER_KINDS, Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
+from ldm.util import shown
 from ldm.weights import Folder, read_state_dict
 
 # The ends of a token table's name: CLIP in all layouts, and BERT in LDM's and that of transformers.
@@ -31,10 +32,14 @@ def token_tables(model: str | Path) -> dict[str, Tensor]:
         files = [*folder.weights("text_encoder"), *folder.weights("text_encoder_2")] or folder.own_weights()
     for file in files:
         for name, value in read_state_dict(file).items():
-            if value.ndim == 2 and name.endswith(_CLIP_TABLE):
-                found.setdefault(encoder_kind("clip", value.shape[1]), value.detach().float())
-            elif value.ndim == 2 and name.endswith(_BERT_TABLE):
-                found.setdefault("bert", value.detach().float())
+            if value.ndim != 2 or not name.endswith((_CLIP_TABLE, *_BERT_TABLE)):
+                continue
+            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise EmbeddingError(
+                    f"'{model}' is damaged: '{shown(name)}' repeats its numbers; download it again"
+                )
+            kind = encoder_kind("clip", value.shape[1]) if name.endswith(_CLIP_TABLE) else "bert"
+            found.setdefault(kind, value.detach().float())
     if not found:
         raise EmbeddingError(
             f"'{model}' has no text encoder; name a checkpoint or a diffusers folder with one"

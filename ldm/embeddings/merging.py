@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata
+from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, quoted
 from ldm.util import UsageError, shown
 from ldm.words import check_word, cleaned, file_stem
 
@@ -81,6 +81,9 @@ def plan_renames(
     for old, new in (rename or {}).items():
         names = [new] if isinstance(new, str) else list(new)
         holders = [index for index, part in enumerate(parts) if old in part.triggers]
+        if not holders:
+            held = quoted(list(dict.fromkeys(trigger for part in parts for trigger in part.triggers)))
+            raise EmbeddingError(f"--rename '{old}=...': there is no trigger '{old}'; there is {held}")
         if len(names) > len(holders):
             raise EmbeddingError(
                 f"--rename '{old}=...' is given {len(names)} times; the trigger is in {len(holders)} files"

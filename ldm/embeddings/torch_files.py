@@ -119,7 +119,9 @@ class TorchFile:
                     "it was written on a big-endian machine; write it again on a little-endian one"
                 )
             if by_name[pickled[0]].file_size > min(MAX_PICKLE, _MAX_RATIO * self.size):
-                raise EmbeddingError("its data.pkl is larger than any embedding's; it may be malicious")
+                raise EmbeddingError(
+                    "its data.pkl is larger than any embedding's; it is a training state of a model, or malicious"
+                )
             self._places = {
                 name.removeprefix(f"{root}data/"): name for name in by_name if name.startswith(f"{root}data/")
             }

@@ -24,6 +24,7 @@ HELD_OUT = 10
 # Models to which a few tokens were added share the other rows.
 _MOST_ADDED = 0.02
 _MOST_QUERIES = 1000
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,17 @@ _Fit = tuple[Tensor, Tensor, Tensor]
 
 def _ridge(source: Tensor, target: Tensor, penalties: tuple[float, ...]) -> list[_Fit]:
     """Return, for each penalty, both means and the weight of centred target rows on centred source rows."""
-    source, target = source.double(), target.double()
-    source_mean, target_mean = source.mean(dim=0), target.mean(dim=0)
-    x, y = source - source_mean, target - target_mean
-    gram, cross = x.T @ x, x.T @ y
+    double = torch.float64
+    source_mean, target_mean = source.mean(dim=0, dtype=double), target.mean(dim=0, dtype=double)
+    gram = torch.zeros(source.shape[1], source.shape[1], dtype=double)
+    cross = torch.zeros(source.shape[1], target.shape[1], dtype=double)
+    for rows, others in zip(source.split(_ROWS_AT_ONCE), target.split(_ROWS_AT_ONCE), strict=True):
+        x, y = rows - source_mean, others - target_mean
+        gram += x.T @ x
+        cross += x.T @ y
     fits = []
     for penalty in penalties:
-        ridge = penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        ridge = penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=double)
         weight = torch.linalg.solve(gram + ridge, cross)
         fits.append((source_mean.float(), target_mean.float(), weight.float()))
     return fits

@@ -125,13 +125,19 @@ def paths_for(triggers: list[str], folder: str | Path, format: str = DEFAULT_FOR
     """Return the path that `write_all` uses for each trigger; a number is appended where names would be equal."""
     chosen = format_named(format)
     home = Path(folder) if format == DEFAULT_FORMAT else Path(folder) / format
+    # A word of SDXL may need a second file.
+    ends = ("", tensor_formats.SECOND_FILE) if chosen.encoders == "apart" else ("",)
     taken: set[str] = set()
     paths = []
     for trigger in triggers:
         stem, number = file_stem(trigger), 1
-        while (name := stem if number == 1 else f"{stem}-{number}").casefold() in taken:
+        while True:
+            name = stem if number == 1 else f"{stem}-{number}"
+            names = {f"{name}{end}".casefold() for end in ends}
+            if not names & taken:
+                break
             number += 1
-        taken.add(name.casefold())
+        taken |= names
         paths.append(home / f"{name}{chosen.suffix}")
     return paths
 

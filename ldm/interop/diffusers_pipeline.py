@@ -1,8 +1,8 @@
 """Converts a latent diffusion model to a pipeline of diffusers that generates the same images from the same noise.
 
-diffusers' own converters for single-file checkpoints translate names and layouts. `compare_with_model` then compares
-every part with the model, so that a model that diffusers cannot represent is not written unnoticed. diffusers is an
-optional package and is imported only inside functions.
+`ldm.diffusers_layout` translates names and settings. `compare_with_model` then compares every part with the model, so
+that a model that diffusers cannot represent is not written unnoticed. diffusers is an optional package and is imported
+only inside functions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,26 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.checkpoint import uninitialised
+from ldm.diffusers_layout import (
+    PREDICTIONS,
+    SCHEDULES,
+    TEXT_ENCODERS,
+    UNET,
+    VAE,
+    to_diffusers,
+    unet_settings,
+    vae_settings,
+)
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.model import Decoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.open_clip import LAYERS, FrozenOpenCLIPEmbedder
 from ldm.util import UserError
 
 TOLERANCE = 2e-3  # relative to the largest number compared: float32 sums in another order
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_PREDICTIONS: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
 @torch.no_grad()
@@ -39,43 +50,35 @@ def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
     `add_words`.
 
     Args:
-        model: a LatentDiffusion with FrozenCLIPEmbedder and AutoencoderKL.
+        model: a LatentDiffusion with FrozenCLIPEmbedder or FrozenOpenCLIPEmbedder, and AutoencoderKL.
         config: the model's YAML, with or without its `model:` node.
     Raises:
         UserError: diffusers is not installed, or the model is of another kind.
     """
-    diffusers, converters = _diffusers()
+    diffusers = _diffusers()
     model, encoder = _supported(model)
-    node = {"model": {"params": _params(config.get("model", config))}}
-    with model.ema_scope():
+    family = family_of_encoder(encoder)
+    params = _params(config.get("model", config))
+    unet_config, first_stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
+    with model.ema_scope():  # what is converted shares the memory of the averaged weights
         state = {
             key: value.detach().cpu().float()
             for key, value in model.state_dict().items()
-            if not key.startswith(("model_ema.", "embedding_"))
+            if key.startswith((UNET, VAE, *(prefix for prefix, _ in TEXT_ENCODERS[family].values())))
         }
+        weights = to_diffusers(state, family, skip_last=_unused_blocks(encoder))
         with _translating("denoiser"):
-            settings = converters.create_unet_diffusers_config_from_ldm(node, state)
-            settings |= {"sample_size": model.image_size} | _heads(node)
-            weights = converters.convert_ldm_unet_checkpoint(state, settings)
-            unet = _filled(diffusers.UNet2DConditionModel, settings, weights)
+            settings = unet_settings(unet_config, model.image_size)
+            unet = _filled(diffusers.UNet2DConditionModel, settings, weights["unet"])
         with _translating("first stage"):
-            settings = converters.create_vae_diffusers_config_from_ldm(node, state)
-            first_stage = node["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
-            settings |= {
-                "sample_size": first_stage["resolution"],
-                "norm_num_groups": first_stage["num_groups"],
-            }
-            settings |= {"scaling_factor": float(model.scale_factor)}
-            weights = converters.convert_ldm_vae_checkpoint(state, settings)
-            vae = _filled(diffusers.AutoencoderKL, settings, weights)
+            settings = vae_settings(first_stage["ddconfig"], float(model.scale_factor))
+            vae = _filled(diffusers.AutoencoderKL, settings, weights["vae"])
         with _translating("text encoder"):
-            text_encoder = _text_encoder(encoder, converters.convert_ldm_clip_checkpoint(state))
-    tokenizer = copy.deepcopy(encoder.tokenizer)
-    tokenizer.model_max_length = encoder.max_length
+            text_encoder = _text_encoder(encoder, weights["text_encoder"])
     return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(encoder),
         unet=unet,
         scheduler=_scheduler(diffusers.DDIMScheduler, model),
         safety_checker=None,
@@ -163,16 +166,15 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
     return folder
 
 
-def _diffusers() -> tuple[Any, Any]:
+def _diffusers() -> Any:
     try:
         import diffusers
-        from diffusers.loaders import single_file_utils
     except ImportError as error:
         raise UserError(f"diffusers is needed for this ({error}); pip install diffusers") from error
-    return diffusers, single_file_utils
+    return diffusers
 
 
-def _supported(model: nn.Module) -> tuple[LatentDiffusion, FrozenCLIPEmbedder]:
+def _supported(model: nn.Module) -> tuple[LatentDiffusion, Any]:
     """The model and its text encoder; UserError for a kind of model that this module cannot convert."""
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"{type(model).__name__} is not a LatentDiffusion; only such models are exported")
@@ -181,9 +183,10 @@ def _supported(model: nn.Module) -> tuple[LatentDiffusion, FrozenCLIPEmbedder]:
             f"the model's conditioning_key is {model.model.conditioning_key}; only models with crossattn are exported"
         )
     encoder, first_stage = model.cond_stage_model, model.first_stage_model
-    if not isinstance(encoder, FrozenCLIPEmbedder):
+    if not isinstance(encoder, (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder)):
         raise UserError(
-            f"the model's cond_stage_model is {type(encoder).__name__}; only FrozenCLIPEmbedder is exported"
+            f"the model's cond_stage_model is {type(encoder).__name__}; only FrozenCLIPEmbedder and "
+            "FrozenOpenCLIPEmbedder are exported"
         )
     if not isinstance(first_stage, AutoencoderKL):
         raise UserError(
@@ -192,8 +195,24 @@ def _supported(model: nn.Module) -> tuple[LatentDiffusion, FrozenCLIPEmbedder]:
     return model, encoder
 
 
+def family_of_encoder(encoder: nn.Module) -> str:
+    """The family in `ldm.diffusers_layout.TEXT_ENCODERS` that a text encoder belongs to."""
+    return "sd2" if isinstance(encoder, FrozenOpenCLIPEmbedder) else "sd1"
+
+
+def _unused_blocks(encoder: nn.Module) -> int:
+    return LAYERS[encoder.layer] if isinstance(encoder, FrozenOpenCLIPEmbedder) else 0
+
+
+def _tokenizer(encoder: Any) -> Any:
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.model_max_length = encoder.max_length
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(encoder.prompt_tokenizer.pad_id)
+    return tokenizer
+
+
 def _params(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the model's node, with the default values that diffusers' converters look for."""
+    """The parameters of the model's node, with default values."""
     plain: Any = OmegaConf.to_container(OmegaConf.create(dict(node)), resolve=True)
     params: dict[str, Any] = plain["params"]
     unet, first_stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
@@ -206,15 +225,6 @@ def _with_defaults(factory: type, params: Mapping[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(factory).bind(**params)
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-def _heads(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The number of attention heads per level; diffusers' converters assume the same number for all levels."""
-    unet = node["model"]["params"]["unet_config"]["params"]
-    if unet["num_head_channels"] == -1:
-        return {}
-    channels = [unet["model_channels"] * factor for factor in unet["channel_mult"]]
-    return {"attention_head_dim": [count // unet["num_head_channels"] for count in channels]}
 
 
 @contextlib.contextmanager
@@ -237,20 +247,41 @@ def _filled(factory: Any, settings: Mapping[str, Any], weights: Mapping[str, Ten
     return module.eval()
 
 
-def _text_encoder(encoder: FrozenCLIPEmbedder, weights: Mapping[str, Tensor]) -> nn.Module:
+def _text_encoder(encoder: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     from transformers import CLIPTextModel
 
-    transformer: Any = encoder.transformer
     with uninitialised():
-        module = CLIPTextModel(copy.deepcopy(transformer.text_model.config))
+        module = CLIPTextModel(_text_config(encoder, weights))
     # CLIPTextModel holds a submodule `text_model` in transformers 4, and is that submodule itself in transformers 5.
-    if not hasattr(module, "text_model"):
-        weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
-    missing, unexpected = module.load_state_dict(weights, strict=False)
+    inner: nn.Module = getattr(module, "text_model", module)
+    missing, unexpected = inner.load_state_dict(weights, strict=False)
     different = [key for key in (*missing, *unexpected) if not key.endswith("position_ids")]
     if different:
         raise ValueError(f"the weight {different[0]} is only in one of the two models")
     return module.eval()
+
+
+def _text_config(encoder: Any, weights: Mapping[str, Tensor]) -> Any:
+    """The configuration of transformers' CLIP text model for a text encoder with these weights."""
+    from transformers import CLIPTextConfig
+
+    if isinstance(encoder, FrozenCLIPEmbedder):
+        return copy.deepcopy(encoder.transformer.text_model.config)
+    vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+    blocks = encoder.model.transformer["resblocks"]
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
+        num_attention_heads=blocks[0].attn.num_heads,
+        num_hidden_layers=len(blocks) - _unused_blocks(encoder),
+        max_position_embeddings=len(weights["embeddings.position_embedding.weight"]),
+        hidden_act="gelu",
+        projection_dim=width,
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        eos_token_id=encoder.tokenizer.eos_token_id,
+        pad_token_id=encoder.prompt_tokenizer.pad_id,
+    )
 
 
 def _scheduler(factory: Any, model: LatentDiffusion) -> Any:
@@ -266,7 +297,7 @@ def _scheduler(factory: Any, model: LatentDiffusion) -> Any:
         "set_alpha_to_one": False,
         "clip_sample": False,
     }
-    for name in ("scaled_linear", "linear"):  # called `linear` and `sqrt_linear` in the YAMLs
+    for name in SCHEDULES:
         scheduler = factory(beta_schedule=name, **settings)
         if torch.allclose(scheduler.betas.double(), betas, rtol=1e-4, atol=0):
             return scheduler

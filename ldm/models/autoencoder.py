@@ -10,7 +10,8 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_state, read_state_dict
+from ldm.checkpoint import load_state
+from ldm.diffusers_layout import read_vae
 from ldm.models.optimizers import build_optimizer
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.diffusionmodules.util import channels_first
@@ -71,14 +72,13 @@ class FirstStageTraining(pl.LightningModule):
             )
 
     def init_from_ckpt(self, path: str | None, ignore_keys: Sequence[str] = ()) -> None:
-        """Start from the weights of a checkpoint, without keys that begin with one of `ignore_keys`."""
+        """Start from the weights of a checkpoint, without keys that begin with one of `ignore_keys`.
+
+        `path` may be a file or folder in the layout of LDM or diffusers, of a first stage or of a whole model.
+        """
         if path is None or not pretrained_wanted():
             return
-        state = {
-            key: value
-            for key, value in read_state_dict(path).items()
-            if not key.startswith((*ignore_keys, "loss."))
-        }
+        state = {k: v for k, v in read_vae(path).items() if not k.startswith(tuple(ignore_keys))}
         load_state(self, state, source=f"first stage '{path}'", filled=tuple(ignore_keys))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class EmbeddingManager(nn.Module, Personalization):
         per_image_tokens: also learn one placeholder for each training image (ldm.prompts.PER_IMAGE_TOKENS).
         num_vectors_per_token: vectors per placeholder: one number, a list in order, or a mapping by placeholder.
         progressive_words: begin with one vector and add one every `progressive_scale` optimizer steps.
-        embedding_manager_ckpt: an embedding file to begin from; it must hold all placeholders.
+        embedding_manager_ckpt: an embedding file of any tool to begin from. It holds all placeholders by name, or it
+            holds one word, which continues as the only placeholder; the numbers of vectors are the file's.
         norm_control: "fixed" keeps every vector at the mean norm of the vocabulary, "limited" keeps it from growing
             beyond that, None does neither. See `NormControl`.
         norm_ratio: multiplies that mean norm.
@@ -101,7 +102,7 @@ class EmbeddingManager(nn.Module, Personalization):
         }
         self.reset(embedder)
         if embedding_manager_ckpt:
-            self.load(embedding_manager_ckpt, require=placeholders)
+            self._begin_from(embedding_manager_ckpt, strings)
 
     # -- vectors and placeholders ----------------------------------------------------------------------------
 
@@ -288,31 +289,41 @@ class EmbeddingManager(nn.Module, Personalization):
         ]
         write(LearnedEmbeddings(tuple(concepts), progress=progress), path, "original")
 
-    def load(self, path: str | Path, require: Sequence[str] = ()) -> None:
+    def load(self, path: str | Path) -> None:
         """Take placeholders and vectors from an embedding file of any format, in place of the present ones.
 
         All vectors of a file without progress are in use.
 
         Raises:
-            UserError: the file cannot be read, does not fit the encoder, or lacks a placeholder of `require`.
+            UserError: the file cannot be read, or does not fit the encoder.
         """
-        learned = read(path)
-        absent = [string for string in require if string not in learned.triggers]
-        if absent:
-            held = "', '".join(learned.triggers)
-            raise UserError(
-                f"embedding file '{path}' holds no '{absent[0]}', only '{held}'; "
-                f"name another file or another placeholder"
-            )
+        self._hold(read(path), path, {})
+
+    def _begin_from(self, path: str | Path, strings: Sequence[str]) -> None:
+        """Take the vectors of these placeholders from a file, see `chosen`; others stay where the file lacks them."""
+        found = read(path)
+        others = [string for string in self.string_to_token_dict if string not in strings]
+        learned = chosen(found, strings, str(path), optional=others)
+        if unnamed := [word[:60] for word in found.triggers if word not in learned.triggers]:
+            renamed = [string for string in strings if string not in found.triggers]
+            fate = f"continues as '{renamed[0]}'" if renamed else "is no placeholder and is left out"
+            more = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
+            logger.info("'%s'%s of '%s' %s", unnamed[0], more, path, fate)
+        present = {s: self.vectors(s).data for s in self.string_to_token_dict}
+        self._hold(learned, path, present)
+        for string in strings:
+            count, asked = len(self.vectors(string)), self._counts[string]
+            if count != asked:
+                level = logging.INFO if asked == 1 else logging.WARNING
+                text = "'%s' has the %d vector%s of '%s'; num_vectors_per_token, which is %d, is not used"
+                logger.log(level, text, string, count, "s" * (count != 1), path, asked)
+
+    def _hold(self, learned: LearnedEmbeddings, path: str | Path, present: Mapping[str, Tensor]) -> None:
+        """Take the vectors of a file, and those at present of the words that it lacks, in the present order."""
         vectors = learned.vectors_for(self.width, self.family)
         unused = {c.trigger: c.unused for c in learned.concepts if c.unused is not None}
-        self.take(
-            {
-                string: torch.cat([v, unused[string]]) if string in unused else v
-                for string, v in vectors.items()
-            },
-            f"embedding file '{path}'",
-        )
+        whole = {s: torch.cat([v, unused[s]]) if s in unused else v for s, v in vectors.items()}
+        self.take({**present, **whole}, f"embedding file '{path}'")
         self.loaded = True
         if learned.progress is not None:
             self.progressive_step, self.progressive_scale = learned.progress.step, learned.progress.scale
@@ -338,6 +349,32 @@ class EmbeddingManager(nn.Module, Personalization):
             self.progressive_step = int(step)
             self._layouts.clear()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def chosen(
+    learned: LearnedEmbeddings, placeholders: Sequence[str], source: str, optional: Sequence[str] = ()
+) -> LearnedEmbeddings:
+    """The words of an embedding file under the names of placeholders: by name, or the only word as the only one.
+
+    Words that are neither placeholders nor `optional` are left out.
+
+    Raises:
+        UserError: it has several words and not every placeholder; the message names `source`.
+    """
+    held, absent = learned.triggers, [string for string in placeholders if string not in learned.triggers]
+    if absent and len(held) == len(placeholders) == 1:
+        return learned.renamed({held[0]: absent[0]})
+    if absent:
+        words = (
+            "', '".join(word[:30] for word in held[:4]) + "'" + f" and {len(held) - 4} more" * (len(held) > 4)
+        )
+        raise UserError(
+            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; set --placeholder_string to a word of "
+            "the file, or name another file"
+        )
+    return replace(
+        learned, concepts=tuple(c for c in learned.concepts if c.trigger in (*placeholders, *optional))
+    )
 
 
 # -- names and numbers from a YAML ---------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def alias_overrides(options: argparse.Namespace) -> dict[str, Any]:
 # Top-level keys of a YAML beside model, data and lightning; flags of the same names replace them.
 RUN_KEYS = (
     "actual_resume",
+    "vae",
     "data_root",
     "embedding_manager_ckpt",
     "placeholder_string",
@@ -186,7 +187,8 @@ def make_parser(prog: str = "main.py") -> Parser:
     folder.add_argument("-r", "--resume", default="", metavar="LOGDIR", help="resume a run folder or ckpt")
 
     concept = parser.add_argument_group("the concept (also as keys of the YAML)")
-    concept.add_argument("--actual_resume", metavar="CKPT", help="checkpoint of the frozen model")
+    concept.add_argument("--actual_resume", metavar="MODEL", help="frozen model: a file, folder or hub id")
+    concept.add_argument("--vae", metavar="MODEL", help="first stage in place of the model's own")
     concept.add_argument("--data_root", metavar="FOLDER", help="folder with the training images")
     concept.add_argument("--placeholder_string", metavar="TEXT", help="the new word, as * or <my-cat>")
     concept.add_argument("--init_word", metavar="TEXT", help="word or phrase that the vectors start from")
@@ -215,8 +217,8 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
     ]
     options.trainer = _trainer_flags(rest)
-    if options.name and options.resume:
-        raise UsageError("-n/--name and -r/--resume exclude each other: a resumed run keeps its folder")
+    # For messages: the name under which the run to resume was given.
+    options.resume_flag = next((w.partition("=")[0] for w in words if w.startswith("--resume")), "-r")
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,9 +38,14 @@ def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
         raise ConfigError(f"there is a list where a mapping is needed, or the reverse ({error})") from error
 
 
-def load_run_config(options: argparse.Namespace, base: Sequence[str | Path]) -> DictConfig:
-    """The configuration of a run from YAMLs (left to right), then overrides, then flags; not yet checked."""
-    config = OmegaConf.create({})
+def load_run_config(
+    options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None = None
+) -> DictConfig:
+    """The configuration of a run from YAMLs (left to right), then overrides, then flags; not yet checked.
+
+    `saved` is the configuration of a run that is resumed, under all of these.
+    """
+    config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
         if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs
@@ -135,7 +141,7 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
     ):
         unknown = [str(key) for key in node if key not in known]
         if unknown:
-            names = ", ".join(f"'{key}'" for key in unknown)
+            names = ", ".join(f"'{key}'{_nearest(key, known)}" for key in unknown)
             problems.append(f"{where}: unknown key {names}" + _known(known))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
@@ -174,7 +180,7 @@ def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
     for key in RUN_KEYS:
         value = getattr(options, key, None)
         if value is not None:
-            config[key] = value
+            config[key] = check_word(value) if key == "placeholder_string" else value
     if options.learning_rate is not None and options.scale_lr is None:
         config["scale_lr"] = False
     trainer = dict(options.trainer)
@@ -190,6 +196,11 @@ def _constructor(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(names: Sequence[str]) -> str:
     return f"; known are {', '.join(names)}" if len(names) < 15 else ""
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _nested(key: str, value: Any) -> DictConfig:

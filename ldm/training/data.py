@@ -140,6 +140,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
             needs_wrapping = self.wrap and not isinstance(dataset, Dataset)
             self.datasets[split] = WrappedDataset(dataset) if needs_wrapping else dataset
 
+    def delivered(self, replicas: int, limit: float | int | None) -> tuple[int, int] | None:
+        """The size of a training batch of one of `replicas` processes, and how many an epoch has.
+
+        A data set that is smaller than a batch gives what it has. None for a stream, whose length is not known.
+        """
+        dataset = self.datasets.get("train")
+        if dataset is None or isinstance(dataset, IterableDataset):
+            return None
+        samples = -(-len(dataset) // replicas)
+        batch = min(self.batch_size, samples)
+        return batch, limited(-(-samples // batch), limit)
+
     def state_dict(self) -> dict[str, int]:
         if self.trainer is None:
             return {"batches_done": self._batches_done}
@@ -169,10 +181,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("predict", shuffle=False)
 
     def _batches_per_epoch(self, loader: DataLoader[Any]) -> int:
-        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        if limit is None:
-            return len(loader)
-        return min(limit, len(loader)) if isinstance(limit, int) else max(1, int(limit * len(loader)))
+        return limited(len(loader), self.trainer.limit_train_batches if self.trainer is not None else 1.0)
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any] | list[Any]:
         if split not in self.datasets:
@@ -200,6 +209,13 @@ class DataModuleFromConfig(pl.LightningDataModule):
             fixed=split != "train",
         )
         return DataLoader(SeededDataset(dataset, self.seed), sampler=sampler, **common)
+
+
+def limited(batches: int, limit: float | int | None) -> int:
+    """The number of batches under Lightning's `limit_train_batches`: a number, a share, or None for all."""
+    if limit is None:
+        return batches
+    return min(limit, batches) if isinstance(limit, int) else max(1, int(limit * batches))
 
 
 def processors() -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -47,7 +49,10 @@ def fit(
     """
     if state is not None:
         check_state(state, model)
-        logger.info("resuming from %s", state)
+        # A resumed run may leave out callbacks of its first start.
+        warnings.filterwarnings(
+            "ignore", message="Be aware that when using `ckpt_path`, callbacks used to create"
+        )
     try:
         with run_folder.locked(folder.path, hold=trainer.is_global_zero), kill_others_on_failure(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=None if state is None else str(state))
@@ -101,16 +106,44 @@ def kill_others_on_failure(trainer: pl.Trainer) -> Iterator[None]:
         raise
 
 
+def check_is_state(path: Path, folder: RunFolder) -> dict[str, Any]:
+    """Check that a file is the state of a run, and return its content, mapped into memory.
+
+    Raises:
+        UserError: it is not, or it is one of Lightning 1.x; a run of the original keeps nothing in it.
+    """
+    vectors = ""
+    if folder.embeddings.is_file():
+        vectors = (
+            f"; begin a new run from its vectors: --base YAML --embedding_manager_ckpt {folder.embeddings}"
+        )
+    try:
+        content = pickles.load(path, mmap=True)
+    except UserError as error:
+        if "pytorch_lightning" not in str(error):
+            raise
+        raise UserError(f"'{path}' is a state of Lightning 1.x, which cannot be resumed{vectors}") from error
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("state_dict"), dict)
+        or "loops" not in content
+    ):
+        holds = "is not the state of a run"
+        if isinstance(content, dict) and not content:
+            holds = "is empty, as the original left it"
+        elif isinstance(content, dict) and str(content.get("pytorch-lightning_version", "")).startswith("1."):
+            holds = "is a state of Lightning 1.x, which cannot be resumed"
+        raise UserError(f"'{path}' {holds}{vectors or '; give the run folder, or a last.ckpt'}")
+    return content
+
+
 def check_state(path: Path, model: pl.LightningModule) -> None:
     """Check that a state file belongs to this model; Lightning would ignore names that do not fit.
 
     Raises:
-        UserError: it is not a state file, or its names are not those of the model.
+        UserError: its names are not those of the model.
     """
-    content = pickles.load(path)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if state is None or "loops" not in content:
-        raise UserError(f"'{path}' is not the state of a run; give the run folder, or a last.ckpt")
+    state = pickles.load(path, mmap=True)["state_dict"]
     model.configure_model()  # a first stage builds its loss, which has weights of its own
     expected = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
     mismatched = sorted(state.keys() ^ expected.keys())

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.lr_scheduler import LambdaStepScheduler
@@ -15,29 +14,29 @@ from ldm.util import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def set_learning_rate(merged: DictConfig, model: Any, trainer: pl.Trainer) -> str:
+def set_learning_rate(
+    merged: DictConfig, model: Any, *, batch: int, accumulation: int, processes: int, max_steps: int
+) -> str:
     """Set `model.learning_rate` and return a description of it.
 
-    With `scale_lr` it is base x accumulation x processes x batch size, otherwise the base alone. A base such as
-    "0.005:100, 1e-3:1000" is a schedule whose first rate is the base. `max_decay_steps: null` in the
-    `scheduler_config` becomes the number of steps of the run.
+    With `scale_lr` it is base x accumulation x processes x batch size, those that the run really has; otherwise the
+    base alone. A base such as "0.005:100, 1e-3:1000" is a schedule whose first rate is the base. `max_decay_steps:
+    null` in the `scheduler_config` becomes the number of steps of the run.
     """
-    _set_decay_steps(model, trainer.max_steps)
+    _set_decay_steps(model, max_steps)
     base = given = merged["model"].get("base_learning_rate")
     steps = ""
     if isinstance(given, str):
         base, steps = _schedule_by_steps(given, model), f"; by steps: {given}"
+    elif scheduler := getattr(model, "scheduler_config", None):
+        steps = f"; times the factor of {str(scheduler['target']).rpartition('.')[2]}"
     if not merged["scale_lr"]:
         model.learning_rate = float(base)
         return f"learning rate {base:.2e}{steps}"
-    accumulate, batch = (
-        trainer.accumulate_grad_batches,
-        OmegaConf.select(merged, "data.params.batch_size") or 1,
-    )
-    model.learning_rate = float(base * accumulate * trainer.world_size * batch)
+    model.learning_rate = float(base * accumulation * processes * batch)
     return (
-        f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {trainer.world_size} (processes) "
-        f"x {accumulate} (accumulation); --scale_lr false uses the base alone{steps}"
+        f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {processes} (processes) "
+        f"x {accumulation} (accumulation); --scale_lr false uses the base alone{steps}"
     )
 
 
@@ -80,6 +79,11 @@ def _schedule_by_steps(text: str, model: Any) -> float:
         )
     if model.scheduler_config is not None:
         logger.warning("the learning rate '%s' replaces the YAML's scheduler_config", text)
-    target = f"{LambdaStepScheduler.__module__}.{LambdaStepScheduler.__qualname__}"
-    model.scheduler_config = {"target": target, "params": {"rates": text}}
+    model.scheduler_config = step_schedule(text)
     return schedule.first
+
+
+def step_schedule(rates: str) -> dict[str, Any]:
+    """The `scheduler_config` of rates such as "0.005:100, 1e-3:1000"."""
+    target = f"{LambdaStepScheduler.__module__}.{LambdaStepScheduler.__qualname__}"
+    return {"target": target, "params": {"rates": rates}}

@@ -35,7 +35,7 @@ class FrozenHalf(MixedPrecision):
 
     def __init__(self, precision: str, device: str) -> None:
         super().__init__(precision, device)  # type: ignore[arg-type]
-        self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+        self.dtype = _TYPES[precision]
         self._converted: list[nn.Module] = []
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -57,19 +57,34 @@ def plugin_for(precision: Any, accelerator: str) -> FrozenHalf | None:
     Lightning's "true" precisions would also convert the vectors and the optimizer. A bfloat16 has 8 significant bits,
     in which updates of 1e-3 are lost, so here "true" means the same as "mixed".
     """
-    kind = _KINDS.get(str(precision))
+    kind, device, note = _resolved(precision, accelerator)
     if kind is None:
         return None
+    if note:
+        logger.info("lightning.trainer.precision: %s; using %s", note, kind)
+    return FrozenHalf(kind, device)
+
+
+def half_for(precision: Any, accelerator: str) -> torch.dtype | None:
+    """The type that `plugin_for` keeps frozen layers in; None if it leaves them in float32."""
+    kind, _, _ = _resolved(precision, accelerator)
+    return None if kind is None else _TYPES[kind]
+
+
+_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def _resolved(precision: Any, accelerator: str) -> tuple[str | None, str, str]:
+    """The precision that is possible on a device, the device, and why it is not the one asked for."""
+    kind = _KINDS.get(str(precision))
     device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(
         accelerator, accelerator
     )
     if device == "cpu" and kind == "16-mixed":
-        logger.info("lightning.trainer.precision: %s is not supported on a CPU; using bf16-mixed", precision)
-        kind = "bf16-mixed"
+        return "bf16-mixed", device, f"{precision} is not supported on a CPU"
     if device == "cuda" and kind == "bf16-mixed" and _emulates_bfloat16():
-        logger.info("lightning.trainer.precision: this GPU has no bfloat16; using 16-mixed")
-        kind = "16-mixed"
-    return FrozenHalf(kind, device)
+        return "16-mixed", device, "this GPU has no bfloat16"
+    return kind, device, ""
 
 
 def _emulates_bfloat16() -> bool:

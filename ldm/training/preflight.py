@@ -8,18 +8,34 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
 
-from ldm import random_state
-from ldm.modules.embedding_manager import EmbeddingManager
+from ldm import embeddings, random_state
+from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.training.callbacks.base import personalization_of
-from ldm.util import UserError
+from ldm.util import UserError, get_obj_from_str
 
 logger = logging.getLogger(__name__)
 
 # The number of samples read from a dataset that cannot list its captions.
 SAMPLES = 32
+
+
+def check_first_vectors(config: DictConfig) -> None:
+    """Check that the embedding file that a run begins from is one, and has its placeholders, before a model is read.
+
+    Raises:
+        UserError: it is not, or does not.
+    """
+    node = OmegaConf.select(config, "model.params.personalization_config") or {}
+    params = node.get("params") or {}
+    if (path := params.get("embedding_manager_ckpt")) and get_obj_from_str(
+        node["target"]
+    ) is EmbeddingManager:
+        words = params.get("placeholder_strings") or []
+        chosen(embeddings.read(path), [words] if isinstance(words, str) else list(words), str(path))
 
 
 def check_captions(model: pl.LightningModule, dataset: Any) -> None:
@@ -109,7 +125,7 @@ def summary(
     datasets: Mapping[str, Any],
     device: str,
     steps: int | None,
-    batch_size: int,
+    batch: str,
     rate: str,
     folder: Path,
 ) -> list[str]:
@@ -126,7 +142,7 @@ def summary(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines.append(f"{trainable:,} of {total:,} parameters are trained, on {device}")
-    lines.append(f"{f'{steps} steps' if steps else 'no limit'} of batch {batch_size}; {rate}")
+    lines.append(f"{f'{steps} steps' if steps else 'no limit'} of {batch}; {rate}")
     lines.append(f"run folder: {folder}")
     return lines
 

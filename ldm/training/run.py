@@ -18,14 +18,16 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
-from ldm.training import command_line, config, preflight, run_folder
+from ldm.prompts import PER_IMAGE_TOKENS
+from ldm.training import command_line, config, preflight, resuming, run_folder
 from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.interruption import Requests, handle_signals
 from ldm.training.callbacks.progress import total_steps
-from ldm.training.fitting import fit
+from ldm.training.fitting import check_is_state, fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
+from ldm.training.precision import half_for
 from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
     OLD_TRAINER_KEYS,
@@ -35,10 +37,12 @@ from ldm.training.trainer import (
     check_lengths,
     choose_devices,
     complete_lightning,
+    is_gone_logger,
     make_callbacks,
     make_loggers,
     processes,
     trainer_kwargs,
+    translate_old_keys,
 )
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
 
@@ -51,12 +55,16 @@ EMBEDDED_MODEL = "models/ldm/creatures/model.safetensors"
 
 @dataclass
 class Plan:
-    """A checked command line: the configuration, the run folder, and the state to resume from."""
+    """A checked command line: the configuration, the run folder, and what it resumes.
+
+    `state` is the state file, `saved` the configuration of the run before; both are None for a new run.
+    """
 
     options: argparse.Namespace
     config: DictConfig
     run: RunFolder
     state: Path | None
+    saved: DictConfig | None = None
 
 
 def run(argv: Sequence[str], prog: str = "main.py") -> int:
@@ -71,16 +79,16 @@ def run(argv: Sequence[str], prog: str = "main.py") -> int:
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
-    model = make_model(plan.config)
+    model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
     datasets = getattr(data, "datasets", {})
     preflight.check_captions(model, datasets.get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
     requests = Requests()
     with handle_signals(requests):
         trainer = make_trainer(plan, model, devices, requests)
-        rate = set_learning_rate(plan.config, model, trainer)
+        figures = settle(plan, model, trainer, data)
         if trainer.is_global_zero:
-            log_plan(plan, model, datasets, trainer, rate)
+            log_plan(plan, model, datasets, trainer, figures)
         if not plan.options.train:
             logger.info("the configuration is valid; add -t to train")
             return 0
@@ -103,13 +111,14 @@ def run(argv: Sequence[str], prog: str = "main.py") -> int:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Read and check the configuration; this builds and writes nothing."""
-    resume, name = options.resume, options.name
-    if options.project and not resume:
-        resume, name = (options.project, name) if Path(options.project).is_dir() else ("", options.project)
+    resume, name = _place_to_resume(options)
     known = [*command_line.trainer_options(), *OLD_TRAINER_KEYS]
+    saved = None
     if resume:
-        folder, state = run_folder.existing_run_folder(resume, options.logdir)
-        merged = config.load_run_config(options, [*folder.saved_configs(), *options.base])
+        folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
+        _check_names(options, folder)
+        saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
+        merged = config.load_run_config(options, options.base, saved)
     else:
         if not options.base:
             raise UsageError(
@@ -117,9 +126,23 @@ def make_plan(options: argparse.Namespace) -> Plan:
             )
         folder, state = None, None
         merged = config.load_run_config(options, options.base)
+    trainer_node = OmegaConf.select(merged, "lightning.trainer")
+    trainer_node = trainer_node if isinstance(trainer_node, DictConfig) else OmegaConf.create({})
+    # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
+    if (place := trainer_node.pop("resume_from_checkpoint", None)) and not resume:
+        given = {"resume": str(place), "resume_flag": "lightning.trainer.resume_from_checkpoint"}
+        return make_plan(argparse.Namespace(**vars(options) | given))
+    if trainer_node:
+        merged["lightning"]["trainer"] = translate_old_keys(trainer_node)
     config.check_run_config(merged, known)
     check_lengths(merged.get("lightning") or {})
     check_rate(merged)
+    if folder is not None and state is not None and saved is not None:
+        resuming.check_fixed(saved, merged, folder)
+        check_is_state(state, folder)
+        resuming.forget_first_vectors(merged)
+    else:
+        preflight.check_first_vectors(merged)
     merged["seed"] = merged.get("seed", SEED)
     config.seed_vectors(merged)
     merged["scale_lr"] = merged.get("scale_lr", True)
@@ -130,8 +153,36 @@ def make_plan(options: argparse.Namespace) -> Plan:
             data_root=merged.get("data_root") if options.datadir_in_name else None,
             postfix=options.postfix,
             several=processes(OmegaConf.select(merged, "lightning.trainer") or {}) > 1,
+            label=name,
         )
-    return Plan(options, merged, folder, state)
+    return Plan(options, merged, folder, state, saved)
+
+
+def _place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
+    """What to resume, "" for a new run, and the name of a new run."""
+    if options.resume or not options.project:
+        return options.resume, options.name
+    if Path(options.project).is_dir():
+        options.resume_flag = "--project"
+        return options.project, options.name
+    return "", options.project
+
+
+def _check_names(options: argparse.Namespace, folder: RunFolder) -> None:
+    """Say that a resumed run keeps its folder, if the command line names another one.
+
+    Raises:
+        UsageError: --project is a run too.
+    """
+    if options.project and Path(options.project).resolve() != folder.path.resolve():
+        if run_folder.is_run_folder(options.project):
+            raise UsageError(
+                f"--project '{options.project}' and {options.resume_flag} '{options.resume}' are two runs; leave one "
+                "of them out"
+            )
+        logger.info("--project '%s' is ignored: a resumed run keeps its folder", options.project)
+    if options.name:
+        logger.info("--name '%s' is ignored: a resumed run keeps its folder", options.name)
 
 
 def make_data(merged: DictConfig) -> pl.LightningDataModule:
@@ -142,12 +193,17 @@ def make_data(merged: DictConfig) -> pl.LightningDataModule:
     return data
 
 
-def make_model(merged: DictConfig) -> pl.LightningModule:
-    """The model, with the weights of `actual_resume` if that is given."""
+def make_model(merged: DictConfig, half: torch.dtype | None = None) -> pl.LightningModule:
+    """The model, with the weights of `actual_resume` if that is given.
+
+    With a personalization frozen layers are read in `half`, the type that training keeps them in.
+    """
     node = merged["model"]
     if path := merged.get("actual_resume"):
         logger.info("reading %s", path)
-        model = load_model_from_config(node, path)
+        personalised = OmegaConf.select(node, "params.personalization_config") is not None
+        half = half if personalised else None
+        model = load_model_from_config(node, path, vae=merged.get("vae"), half=half)
     else:
         model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
         if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):
@@ -163,6 +219,8 @@ def make_model(merged: DictConfig) -> pl.LightningModule:
 def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, requests: Requests) -> pl.Trainer:
     """Lightning's Trainer for this run."""
     personalization = is_personalization(model)
+    if is_gone_logger(node := OmegaConf.select(plan.config, "lightning.logger") or {}):
+        logger.info("lightning.logger %s no longer exists: TensorBoard takes its place", node["target"])
     lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
     if devices.accelerator == "cuda":
         lightning["callbacks"].setdefault("cuda_callback", OPTIONAL_CALLBACKS["cuda_callback"])
@@ -173,6 +231,7 @@ def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, reques
     for callback in callbacks:
         if isinstance(callback, EmbeddingSaver):
             callback.describe = Provenance(plan.config, model)
+            callback.stems = plan.run.word_stems
     try:
         return build_trainer(
             kwargs,
@@ -187,24 +246,75 @@ def make_trainer(plan: Plan, model: pl.LightningModule, devices: Devices, reques
         raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a run really uses: batch size per process, batches in an epoch, accumulation, and the rate in words.
+
+    `batches` is None for a stream of samples.
+    """
+
+    batch: int
+    batches: int | None
+    accumulation: int
+    rate: str
+
+
+def settle(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, data: Any) -> Figures:
+    """Set the learning rate for what the data delivers, and let the trainer keep these settings with its state."""
+    asked = OmegaConf.select(plan.config, "data.params.batch_size") or 1
+    delivered = None
+    if hasattr(data, "delivered"):
+        delivered = data.delivered(trainer.world_size, trainer.limit_train_batches)
+    batch, batches = delivered or (asked, None)
+    accumulation = min(trainer.accumulate_grad_batches, batches or trainer.accumulate_grad_batches)
+    rate = set_learning_rate(
+        plan.config,
+        model,
+        batch=batch,
+        accumulation=accumulation,
+        processes=trainer.world_size,
+        max_steps=trainer.max_steps,
+    )
+    used: dict[str, Any] = {
+        "learning rate": model.learning_rate,
+        "batch": batch,
+        "accumulation": accumulation,
+    }
+    if batches is not None:
+        used["batches"] = batches
+    settings = resuming.settings_of_run(plan.config, trainer, used)
+    # Before all others: its update of a state is for what they restore.
+    callbacks_of(trainer).insert(0, resuming.Resumption(settings, plan.saved))
+    return Figures(batch, batches, accumulation, rate)
+
+
 def log_plan(
-    plan: Plan, model: pl.LightningModule, datasets: Mapping[str, Any], trainer: pl.Trainer, rate: str
+    plan: Plan, model: pl.LightningModule, datasets: Mapping[str, Any], trainer: pl.Trainer, figures: Figures
 ) -> None:
     """Log what is trained, on what, and where."""
-    root = trainer.strategy.root_device
+    asked = OmegaConf.select(plan.config, "data.params.batch_size")
+    batch = f"batch {figures.batch}"
+    if asked and asked != figures.batch:
+        batch += f" ({asked} asked for, but an epoch has no more samples)"
     lines = preflight.summary(
         model=model,
         datasets=datasets,
-        device="the CPU"
-        if root.type == "cpu"
-        else f"{trainer.world_size} x {torch.cuda.get_device_name(root)}",
+        device=_device_name(trainer),
         steps=total_steps(trainer),
-        batch_size=OmegaConf.select(plan.config, "data.params.batch_size"),
-        rate=rate,
+        batch=batch,
+        rate=figures.rate,
         folder=plan.run.path,
     )
     for line in lines:
         logger.info("%s", line)
+
+
+def _device_name(trainer: pl.Trainer) -> str:
+    root = trainer.strategy.root_device
+    names = {"cpu": "the CPU", "mps": "the Apple GPU"}
+    name = torch.cuda.get_device_name(root) if root.type == "cuda" else names.get(root.type, str(root))
+    several = f"{trainer.world_size} x " if trainer.world_size > 1 or root.type == "cuda" else ""
+    return f"{several}{name} with precision {trainer.precision}"
 
 
 def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, finished: bool) -> None:
@@ -220,7 +330,10 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
         command = ["python", "scripts/txt2img.py", "--embedding_path", str(plan.run.embeddings)]
         if base and Path(base) != Path(EMBEDDED_MODEL):
             command += ["--ckpt_path", str(base), "--config", str(plan.run.saved_configs()[-1])]
+            command += ["--vae", str(plan.config["vae"])] if plan.config.get("vae") else []
         logger.info("generate:   %s", shlex.join([*command, "--prompt", f"a photo of {words[0]}"]))
+        for line in elsewhere(plan.run, model):
+            logger.info("%s", line)
     elif plan.run.last.is_file():
         logger.info("checkpoint: %s", plan.run.last)
     if not finished and plan.run.last.is_file():
@@ -230,3 +343,24 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
             verdict := callback.verdict(trainer, finished=finished)
         ):
             logger.info("%s", verdict)
+
+
+def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
+    """How other programs load the first word of a run; nothing for a text encoder that they do not have."""
+    manager = personalization_of(model)
+    words = [] if manager is None else [word for word in manager.export() if word not in PER_IMAGE_TOKENS]
+    if not words or getattr(model.cond_stage_model, "family", "") != "clip":
+        return []
+    stem = run.word_stems(words)[words[0]]
+    path = run.checkpoints / f"{stem}.safetensors"
+    if not path.is_file():
+        return []
+    # diffusers takes a word into its vocabulary, and refuses one that is there already, as "*" and every common word.
+    token = words[0] if words[0].startswith("<") and words[0].endswith(">") else f"<{stem}>"
+    reason = "" if token == words[0] else " (diffusers refuses words of its vocabulary, such as *)"
+    return [
+        f'diffusers:  pipe.load_textual_inversion("{path.as_posix()}", token="{token}"), then the prompt '
+        f'"a photo of {token}"{reason}',
+        f'AUTOMATIC1111: copy {path.name} to embeddings/, then the prompt "a photo of {stem}"',
+        f'ComfyUI:    copy {path.name} to models/embeddings/, then the prompt "a photo of embedding:{stem}"',
+    ]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from ldm import embeddings, pickles
 from ldm.util import UserError
-from ldm.words import folder_name
+from ldm.words import file_stem, folder_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +25,14 @@ _SHARED = "LDM_RUN_DIR"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run; `now` is the time of this start, in the names of its YAMLs and its CSV log."""
+    """The paths of one run; `now` is the time of this start, in the names of its YAMLs and its CSV log.
+
+    `label` names the run in file names, "" for that of its folder without the time.
+    """
 
     path: Path
     now: str
+    label: str = ""
 
     @property
     def checkpoints(self) -> Path:
@@ -50,13 +56,65 @@ class RunFolder:
         """The YAMLs of all starts of the run, oldest first."""
         return sorted(self.configs.glob("*.yaml"))
 
+    def word_files(self) -> list[Path]:
+        """The latest `.safetensors` of each word; `<name>_gs-N` and `<name>_best` beside them are not among these."""
+        found = sorted(self.checkpoints.glob("*.safetensors"))
+        return [path for path in found if not re.search(r"_(gs-\d+|best)$", path.stem)]
+
+    def word_stems(self, words: Sequence[str]) -> dict[str, str]:
+        """The name without suffix of the files of each word.
+
+        A word keeps the name that its file in the folder has, so that a resumed run replaces its own files, those of
+        earlier versions included.
+        """
+        held: dict[str, str] = {}
+        for path in self.word_files():
+            try:
+                held |= dict.fromkeys(embeddings.read(path).triggers, path.stem)
+            except UserError as error:
+                logger.debug("%s", error)
+        stems: dict[str, str] = {}
+        taken = {stem.casefold() for word, stem in held.items() if word in words}
+        for word in words:
+            stem = name = held.get(word) or word_stem(word, self.label or _label_of(self.path))
+            number = 2
+            while word not in held and name.casefold() in taken:
+                name, number = f"{stem}-{number}", number + 1
+            taken.add(name.casefold())
+            stems[word] = name
+        return stems
+
+
+def word_stem(word: str, run: str) -> str:
+    """The name without suffix of the files of a word: the word, or the run for one without letters, such as "*".
+
+    Programs use this name as the word in prompts.
+    """
+    return file_stem(word if any(map(str.isalnum, word)) else run)
+
+
+_TIME = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d"
+
+
+def _label_of(path: Path) -> str:
+    """What a run folder's name says of the run: the data folder's name, else the run's own."""
+    name = path.resolve().name
+    match = re.fullmatch(rf"(.*?){_TIME}(?:-\d+)?_?(.*)", name)
+    return (match[1] or match[2] or name) if match else name
+
 
 def new_run_folder(
-    logdir: str | Path, *, name: str, data_root: Any = None, postfix: str = "", several: bool = False
+    logdir: str | Path,
+    *,
+    name: str,
+    data_root: Any = None,
+    postfix: str = "",
+    several: bool = False,
+    label: str = "",
 ) -> RunFolder:
     """The folder `<logdir>/<data folder><time>_<name><postfix>` for a new run; nothing is written.
 
-    With `several`, all processes of one run use the same folder.
+    With `several`, all processes of one run use the same folder. `label` is that of the RunFolder.
     """
     now = _now()
     path = Path(logdir) / folder_name(f"{_data_name(data_root)}{now}{f'_{name}' if name else ''}{postfix}")
@@ -66,31 +124,85 @@ def new_run_folder(
         path = _unused_path(path)
         if several:
             os.environ[_SHARED] = str(path)
-    return RunFolder(path, now)
+    return RunFolder(path, now, label)
 
 
-def existing_run_folder(place: str | Path, logdir: str | Path = "logs") -> tuple[RunFolder, Path]:
-    """The run folder and the state file for `-r`, which is a folder, a file in its checkpoints, or "latest".
+def existing_run_folder(
+    place: str | Path, logdir: str | Path = "logs", flag: str = "--resume"
+) -> tuple[RunFolder, Path]:
+    """The run folder and the state file for `-r`.
+
+    `place` is a run folder, a folder or a file in it, the name of a run in `logdir`, or "latest". A `.ckpt` is the
+    state itself; any other place means the run's last.ckpt. `flag` is what messages call the option.
 
     Raises:
-        UserError: there is nothing to resume.
+        UserError: there is nothing to resume, or `place` holds vectors or a model.
     """
     if place == "latest":
         runs = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
         if not runs:
-            raise UserError(f"--resume latest: no run in '{logdir}' has a last.ckpt")
+            raise UserError(f"{flag} latest: no run in '{logdir}' has a last.ckpt")
         place = runs[-1].parent.parent
     place = Path(place)
+    if not place.exists() and is_run_folder(Path(logdir) / place):
+        place = Path(logdir) / place
     if not place.exists():
-        raise UserError(f"--resume '{place}' does not exist; name a run folder such as logs/<run>")
-    path = place.resolve().parent.parent if place.is_file() else place
-    run = RunFolder(path, _unused_time(path))
-    state = place if place.is_file() else run.last
-    if not run.saved_configs():
-        raise UserError(f"--resume '{place}': no YAML in '{run.configs}'; name a folder made by main.py")
+        raise UserError(f"{flag} '{place}' does not exist; name a run folder such as logs/<run>")
+    home = next((path for path in (place, *place.resolve().parents) if is_run_folder(path)), None)
+    if home is None:
+        raise UserError(f"{flag} '{place}': {_no_run(place)}")
+    if not place.is_absolute():
+        home = Path(os.path.relpath(home))
+    run = RunFolder(home, _unused_time(home))
+    is_state = place.is_file() and place.suffix == ".ckpt"
+    if place.is_file() and not is_state and place.parent.name != "configs":
+        vectors = f"; a new run begins from vectors with --base YAML --embedding_manager_ckpt {place}"
+        raise UserError(
+            f"{flag} '{place}' is not the state of a run: -r {home} goes on from its last.ckpt"
+            + vectors * _holds_vectors(place)
+        )
+    state = place if is_state else run.last
     if not state.is_file():
-        raise UserError(f"--resume '{place}': there is no '{run.last}'; the run ended before its first save")
+        remedy = "the run ended before its first save"
+        if run.embeddings.is_file():
+            remedy = (
+                f"begin a new run from its vectors: --base YAML --embedding_manager_ckpt {run.embeddings}"
+            )
+        raise UserError(f"{flag} '{place}': there is no '{run.last}'; {remedy}")
     return run, state
+
+
+def _no_run(place: Path) -> str:
+    """Why a place is not in a run folder, and what its user may mean."""
+    if place.is_dir():
+        return f"no YAML in '{place / 'configs'}'; name a folder made by main.py"
+    if _holds_vectors(place):
+        return (
+            f"it holds vectors; a new run begins from them with --base YAML --embedding_manager_ckpt {place}"
+        )
+    try:
+        content = pickles.load(place, mmap=True)
+    except UserError:
+        content = None
+    if isinstance(content, dict) and "loops" in content:
+        return "it is the state of a run outside its folder; put it back into logs/<run>/checkpoints beside configs"
+    return (
+        "it is not in a run folder, beside 'configs'; a frozen model is given as --actual_resume FILE, and -r names a "
+        "run folder such as logs/<run>"
+    )
+
+
+def _holds_vectors(path: Path) -> bool:
+    try:
+        embeddings.read(path)
+    except UserError:
+        return False
+    return True
+
+
+def is_run_folder(place: str | Path) -> bool:
+    """Whether a folder holds the YAMLs of a run."""
+    return bool(RunFolder(Path(place), "").saved_configs())
 
 
 def _data_name(data_root: Any) -> str:

@@ -110,18 +110,34 @@ def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
     return Devices("cuda", sorted(set(requested)))
 
 
-# Options of Lightning 1.x -> their current names; None if there is no such option any more.
+# Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
 OLD_TRAINER_KEYS: dict[str, str | None] = {
     "gpus": "gpus",
     "num_processes": "devices",
+    "nb_gpu_nodes": "num_nodes",
     "distributed_backend": "strategy",
-    "progress_bar_refresh_rate": None,
     "replace_sampler_ddp": "use_distributed_sampler",
     "checkpoint_callback": "enable_checkpointing",
-    "weights_summary": None,
+    "weights_summary": "enable_model_summary",
+    "progress_bar_refresh_rate": "enable_progress_bar",
+    "show_progress_bar": "enable_progress_bar",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
+    "row_log_interval": "log_every_n_steps",
+    "add_row_log_interval": "log_every_n_steps",
+    "max_nb_epochs": "max_epochs",
+    "min_nb_epochs": "min_epochs",
+    "nb_sanity_val_steps": "num_sanity_val_steps",
+    "train_percent_check": "limit_train_batches",
+    "val_percent_check": "limit_val_batches",
+    "test_percent_check": "limit_test_batches",
+    "overfit_pct": "overfit_batches",
+    "gradient_clip": "gradient_clip_val",
+    "use_amp": "precision",
     "resume_from_checkpoint": None,
     "terminate_on_nan": None,
+    "print_nan_grads": None,
     "flush_logs_every_n_steps": None,
+    "log_save_interval": None,
     "auto_select_gpus": None,
     "auto_scale_batch_size": None,
     "auto_lr_find": None,
@@ -133,29 +149,86 @@ OLD_TRAINER_KEYS: dict[str, str | None] = {
     "log_gpu_memory": None,
     "stochastic_weight_avg": None,
     "process_position": None,
-    "reload_dataloaders_every_epoch": None,
     "truncated_bptt_steps": None,
     "multiple_trainloader_mode": None,
+    "automatic_optimization": None,
+    "enable_pl_optimizer": None,
+    "early_stop_callback": None,
+    "progress_bar_callback": None,
+    "training_tqdm_dict": None,
+    "weights_save_path": None,
+    "default_save_path": None,
+    "tpu_cores": None,
+    "num_tpu_cores": None,
+    "ipus": None,
+    "hpus": None,
 }
-# Old values of `accelerator` that are now values of `strategy`.
-_STRATEGIES = ("ddp", "ddp_spawn", "ddp2", "dp", "horovod")
+# What to do in place of an option that is ignored, where there is something to do.
+_INSTEAD = {
+    "terminate_on_nan": "the callback training_guard takes such losses back",
+    "print_nan_grads": "the callback training_guard takes such losses back",
+    "auto_select_gpus": "name GPUs with --gpus 0,1",
+    "auto_scale_batch_size": "set data.params.batch_size",
+    "auto_lr_find": "set model.base_learning_rate",
+    "amp_backend": "set precision",
+    "amp_level": "set precision",
+    "log_gpu_memory": "the callback cuda_callback logs it",
+    "early_stop_callback": "the callback deterministic_loss has the option stop",
+    "weights_save_path": "use --logdir",
+    "default_save_path": "use --logdir",
+    "tpu_cores": "this trains on CUDA GPUs and CPUs",
+    "num_tpu_cores": "this trains on CUDA GPUs and CPUs",
+    "ipus": "this trains on CUDA GPUs and CPUs",
+    "hpus": "this trains on CUDA GPUs and CPUs",
+    "default_root_dir": "use --logdir",
+    "callbacks": "use lightning.callbacks",
+    "logger": "use lightning.logger",
+    "plugins": "use precision and strategy",
+}
+# Options of the present Trainer that the run sets itself.
+_SET_BY_THE_RUN = ("default_root_dir", "callbacks", "logger", "plugins")
+# Values of `accelerator` and `strategy` of Lightning 1.x -> those of `strategy`.
+_STRATEGIES = {"ddp_spawn": "ddp_spawn"} | dict.fromkeys(
+    ("ddp", "ddp2", "dp", "horovod", "ddp_cpu", "ddp_sharded"), "ddp"
+)
 
 
 def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     """Trainer options with current names; an option that no longer exists is dropped and logged. `gpus` stays."""
     found: dict[str, Any] = {}
     for key, value in options.items():
-        if key not in OLD_TRAINER_KEYS:
+        if key in _SET_BY_THE_RUN or (key in OLD_TRAINER_KEYS and OLD_TRAINER_KEYS[key] is None):
+            if value is not None and value is not False:
+                why = "is set by the run" if key in _SET_BY_THE_RUN else "belongs to Lightning 1.x"
+                instead = f"; {_INSTEAD[key]}" if key in _INSTEAD else ""
+                logger.info("lightning.trainer.%s %s and is ignored%s", key, why, instead)
+            continue
+        name = OLD_TRAINER_KEYS.get(key) or key
+        if name == key:
             found[key] = value
-        elif new := OLD_TRAINER_KEYS[key]:
-            found.setdefault(new, value)
         else:
-            logger.info("lightning.trainer.%s belongs to Lightning 1.x and is ignored", key)
-    accelerator = found.get("accelerator")
-    if accelerator in _STRATEGIES:
-        del found["accelerator"]
-        found.setdefault("strategy", "ddp" if accelerator in ("ddp2", "dp", "horovod") else accelerator)
+            found.setdefault(name, _translated(key, value))
+    for key in ("accelerator", "strategy"):
+        if (strategy := _STRATEGIES.get(str(found.get(key)))) is not None:
+            del found[key]
+            found.setdefault("strategy", strategy)
     return found
+
+
+def _translated(key: str, value: Any) -> Any:
+    """The value of an old option under its current name; None for the default."""
+    if key == "use_amp":
+        return "16-mixed" if value else None
+    if key == "weights_summary":
+        return value is not None  # "top" and "full" are depths of the summary
+    if key == "progress_bar_refresh_rate":
+        # Every other number of steps is that of RunProgress.
+        return False if value == 0 else None
+    if key == "checkpoint_callback":
+        return bool(value) if value is not None else None
+    if key == "reload_dataloaders_every_epoch":
+        return int(bool(value))
+    return value
 
 
 # The callbacks of every run. A YAML sets their parameters under these names, and adds others as nodes with a target.
@@ -240,12 +313,17 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
     if "logger" in node:
-        if str(node["logger"].get("target", "")).rpartition(".")[2] in _GONE_LOGGERS:
+        if is_gone_logger(node["logger"]):
             del node["logger"]
         else:
             default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
             node["logger"] = OmegaConf.merge(default, node["logger"])
     return node
+
+
+def is_gone_logger(node: Mapping[str, Any]) -> bool:
+    """Whether a `lightning.logger` node names a logger that Lightning no longer has."""
+    return str(node.get("target", "")).rpartition(".")[2] in _GONE_LOGGERS
 
 
 def trainer_kwargs(
@@ -258,6 +336,9 @@ def trainer_kwargs(
     options = {
         key: value for key, value in options.items() if value is not None or key == "check_val_every_n_epoch"
     }
+    if options.get("enable_checkpointing") is False:
+        logger.info("lightning.trainer.enable_checkpointing: false is ignored: a run always saves its state")
+        del options["enable_checkpointing"]
     if personalization and not {"max_steps", "max_epochs", "max_time"} & options.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
         options["max_steps"] = 6100
@@ -335,7 +416,13 @@ def make_callbacks(
             callback.requests = requests
     last = LastCheckpoint(run.last, every_n_train_steps=every)
     further = {key: value for key, value in checkpoint.items() if key not in _LAST_CHECKPOINT_KEYS}
-    if further and not is_personalization(model):
+    if further and is_personalization(model):
+        logger.info(
+            "lightning.modelcheckpoint: %s is ignored: a run saves last.ckpt, and embeddings_gs-N.pt every %d steps",
+            ", ".join(further),
+            every,
+        )
+    elif further:
         built.append(_model_checkpoint(checkpoint, run))
     savers = [callback.save_now for callback in built if isinstance(callback, EmbeddingSaver)]
     early = [one for one in built if isinstance(one, RunCallback) and one.runs_before_saving]

@@ -260,12 +260,12 @@ def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path,
     monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: None)
     run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "a.pt")])
     output = capsys.readouterr().out
-    assert "'cat' needs a tokenizer (--tokenizer FOLDER)" in output and "does nothing there" in output
+    assert "'cat': no token id without --tokenizer FOLDER" in output and "the word does nothing" in output
     run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "b.pt"), "--trigger", "*"])
     run(["convert", str(cat), "--to", "a1111", "-o", str(tmp_path / "c.pt")])
     assert "does nothing" not in capsys.readouterr().out
     merge_originals(tmp_path, "--manager_ckpts", cat)
-    assert "'cat' needs a tokenizer" in capsys.readouterr().out
+    assert "'cat': no token id" in capsys.readouterr().out
 
 
 def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
@@ -278,7 +278,7 @@ def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     assert read(tmp_path / "cat.pt").concepts[0].token == 2368
     files = [str(tmp_path / name) for name in ("cat.bin", "my-cat.bin")]
     run(["merge", *files, "-o", str(tmp_path / "both.pt"), *tokenizer])
-    assert "'<my-cat>' is no single token of the vocabulary" in capsys.readouterr().out
+    assert "'<my-cat>': no single token of the vocabulary" in capsys.readouterr().out
     assert [concept.token for concept in read(tmp_path / "both.pt").concepts] == [2368, None]
     # One that was downloaded before is at hand without being named.
     monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: tmp_path)
@@ -403,3 +403,17 @@ def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
     ):
         assert words in line and line.count("\n") == 1 and len(line) < 308
     assert not (tmp_path / "o.pt").exists()
+
+
+def test_the_word_that_other_tools_take_is_said(tmp_path, capsys):
+    word = write(learned("<my cat>", width=768), tmp_path / "x.safetensors")
+    for format in ("safetensors", "a1111"):
+        run(["convert", str(word), "--to", format, "-o", str(tmp_path / "out"), "--overwrite"])
+        stem = capsys.readouterr().out.strip().rsplit(" ", 1)[1]
+        assert stem == "out"
+        run(["convert", str(word), "--to", format])
+        assert capsys.readouterr().out.strip().endswith("take the file's name as the word: my_cat")
+    run(["convert", str(word), "--to", "safetensors", "--trigger", "my-cat"])
+    assert "the file's name" not in capsys.readouterr().out
+    run(["convert", str(word), "--to", "diffusers", "--trigger", "*"])
+    assert "diffusers refuses '*'" in capsys.readouterr().out

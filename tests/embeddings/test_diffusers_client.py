@@ -80,6 +80,18 @@ def test_diffusers_loads_our_files(format, count, pipeline, tmp_path):
     assert torch.equal(embedded(pipeline, "<my-cat>", count), expected)
 
 
+def test_the_call_that_a_run_ends_with(pipeline, tmp_path):
+    """main.py prints it for a file of "*", a word of the vocabulary, which diffusers refuses."""
+    path = write(
+        LearnedEmbeddings((Concept("*", vectors(2, 32)),)), tmp_path / "bobo.safetensors", "safetensors"
+    )
+    pipeline.tokenizer.add_tokens("*")
+    with pytest.raises(ValueError, match="already in tokenizer vocabulary"):
+        pipeline.load_textual_inversion(path.as_posix(), token="*")
+    pipeline.load_textual_inversion(path.as_posix(), token="<bobo>")
+    assert torch.equal(embedded(pipeline, "<bobo>", 2), vectors(2, 32))
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_diffusers_prompt_embeddings_equal_ours(count, pipeline, encoder_folder, tmp_path):
     embeddings = LearnedEmbeddings((Concept("<my-cat>", vectors(count, 32, seed=count)),))

@@ -128,6 +128,13 @@ def test_token_tables_of_diffusers_folders(name, tmp_path):
     assert list(token_tables(tmp_path / "text_encoder_2")) == ["clip_g"]
 
 
+def test_a_table_that_repeats_a_number_is_refused(tmp_path):
+    state = {"text_model.embeddings.token_embedding.weight": torch.zeros(1).expand(2**20, 16384)}
+    torch.save(state, tmp_path / "bomb.ckpt")
+    with pytest.raises(EmbeddingError, match="bomb.ckpt' is damaged: 'text_model.*' repeats its numbers"):
+        token_tables(tmp_path / "bomb.ckpt")
+
+
 def test_models_without_a_text_encoder_are_refused(tmp_path):
     save_file({"model.diffusion_model.out.2.weight": torch.zeros(4, 4)}, tmp_path / "unet.safetensors")
     (tmp_path / "empty").mkdir()

@@ -51,6 +51,8 @@ def test_several_names_go_to_several_files():
     parts = [part(f"{i}.pt", "*", seed=i) for i in range(3)]
     assert merge(parts, {"*": ["a", "b"]}).triggers == ["*", "a", "b"]
     assert merge(parts, {"*": ["a", "b", "c"]}).triggers == ["a", "b", "c"]
+    with pytest.raises(EmbeddingError, match=r"there is no trigger '<cat>'; there is '\*'"):
+        merge(parts, {"<cat>": "a"})
     with pytest.raises(EmbeddingError, match="given 4 times; the trigger is in 3 files"):
         merge(parts, {"*": ["a", "b", "c", "d"]})
     with pytest.raises(EmbeddingError, match="'0.pt' and '2.pt' both have the trigger 'a'"):

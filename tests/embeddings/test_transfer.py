@@ -81,15 +81,14 @@ def related(*kinds: str, rows: int = 200) -> dict[str, torch.Tensor]:
     ("source", "target"),
     [
         (["clip_l"], ["clip_h"]),
-        (["clip_h"], ["clip_l"]),
         (["clip_l"], ["clip_l", "clip_g"]),
         (["clip_h"], ["clip_l", "clip_g"]),
         (["clip_l", "clip_g"], ["clip_l"]),
-        (["clip_l", "clip_g"], ["clip_h"]),
         (["bert"], ["bert"]),
     ],
 )
-def test_a_word_moves_between_all_families(source, target, tmp_path):
+def test_a_word_moves_between_all_families(source, target, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.embeddings.transfer.PENALTIES", (1e-3,))
     tables = related(*source)
     concepts = tuple(Concept("<cat>", tables[kind][7:9], kind, token=1234) for kind in source)
     learned = LearnedEmbeddings(concepts, Metadata(base_model="a", steps=100, initializer="cat"))
@@ -110,13 +109,14 @@ def test_negative_vectors_stay_negative():
     assert found.concepts[0].part == "negative"
 
 
-def test_impossible_transfers_are_refused():
+def test_impossible_transfers_are_refused(monkeypatch):
     source, target = tables(noise=0.1)
     with pytest.raises(EmbeddingError, match="vocabulary of 15 tokens is too small"):
         fit_transfer(source[:15], target[:15])
     for one, other in (("clip_l", "bert"), ("bert", "clip_g")):
         with pytest.raises(EmbeddingError, match="BERT's vocabulary differs from CLIP's.*train it anew"):
             fit_models(related(one), related(other))
+    monkeypatch.setattr("ldm.embeddings.transfer.PENALTIES", (1e-3,))
     to_sd2 = fit_models(related("clip_l"), related("clip_h"))
     with pytest.raises(EmbeddingError, match="'<cat>' is for Stable Diffusion 2.x.*of width 768.*--from"):
         transferred(word("clip_h", width=1024), to_sd2, "a", "b")

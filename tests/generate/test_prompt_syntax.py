@@ -251,3 +251,37 @@ def test_chunks_are_encoded_one_by_one_and_prompts_filled_up(clip):
     assert encoded.shape == (2, 2 * 77, 32)
     assert torch.equal(encoded[0], torch.cat([*clip.encode(["a dog"]), *clip.encode(["a photo"])]))
     assert torch.equal(encoded[1], torch.cat([*clip.encode(["a dog"]), *clip.encode([""])]))
+
+
+def published(plain: torch.Tensor, empty: torch.Tensor, weights: torch.Tensor, syntax: str) -> torch.Tensor:
+    """What the tools do to the output [L, d] of one chunk, number by number."""
+    rows = []
+    for row, nothing, weight in zip(plain.tolist(), empty.tolist(), weights.tolist(), strict=True):
+        if syntax == "a1111":
+            rows.append([value * weight for value in row])
+        else:
+            rows.append([base + (value - base) * weight for value, base in zip(row, nothing, strict=True)])
+    if syntax == "a1111":
+        before = sum(map(sum, plain.tolist()))
+        after = sum(map(sum, rows))
+        rows = [[value * before / after for value in row] for row in rows]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfyui"])
+def test_chunks_with_weights_and_placeholders_are_those_of_the_tools(clip, syntax):
+    manager = manager_of(clip, "<my-cat>", num_vectors_per_token=2)
+    prompt = "a (photo:1.4) of (<my-cat>, (red:0.5):1.2) BREAK a photo of (dog)"
+    inner = 0.6 if syntax == "a1111" else 0.5
+    positions = [  # start, the words, and for the placeholder one position for each vector
+        [1, 1, 1.4, 1, 1.2, 1.2, 1.2, inner],
+        [1, 1, 1, 1, 1.1],
+    ]
+    texts = ["a photo of <my-cat>, red", "a photo of dog"]
+    expected = []
+    for text, weights in zip(texts, positions, strict=True):
+        padded = torch.tensor(weights + [1.0] * (77 - len(weights)))
+        plain, empty = clip.encode([text], manager)[0], clip.encode([""], manager)[0]
+        expected.append(published(plain, empty, padded, syntax))
+    encoded = encode(clip, manager, [chunks(prompt, ["<my-cat>"], syntax)], syntax)[0]
+    torch.testing.assert_close(encoded, torch.cat(expected), rtol=1e-4, atol=1e-5)

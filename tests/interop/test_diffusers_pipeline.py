@@ -174,8 +174,8 @@ def test_what_diffusers_cannot_represent_is_refused(encoder) -> None:
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     with pytest.raises(UserError, match="its first stage is off by"):
         diffusers_pipeline.compare_with_model(model, pipeline)
-    config.params.unet_config.params.use_scale_shift_norm = True
-    with pytest.raises(UserError, match="cannot represent the denoiser of this model") as error:
+    config.params.unet_config.params.resblock_updown = True
+    with pytest.raises(UserError, match="which the layout of diffusers has no place for") as error:
         diffusers_pipeline.to_pipeline(build(config), config)
     assert "\n" not in str(error.value)
 
@@ -183,7 +183,8 @@ def test_what_diffusers_cannot_represent_is_refused(encoder) -> None:
 def test_other_kinds_of_models_are_refused() -> None:
     bert = Golden("bert_one_vector")
     with pytest.raises(
-        UserError, match="cond_stage_model is BERTEmbedder; only FrozenCLIPEmbedder is exported"
+        UserError,
+        match="cond_stage_model is BERTEmbedder; only FrozenCLIPEmbedder and FrozenOpenCLIPEmbedder are",
     ):
         diffusers_pipeline.to_pipeline(bert.model(load_embeddings=False), bert.config())
     with pytest.raises(UserError, match="Linear is not a LatentDiffusion"):

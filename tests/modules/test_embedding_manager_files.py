@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
+from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
 from tests.modules.conftest import manager_of
@@ -57,12 +60,51 @@ def test_vectors_of_another_width_are_refused(bert):
     assert torch.equal(manager.export()["*"], before["*"])
 
 
-def test_a_file_to_begin_from_must_hold_the_placeholders(clip):
+def test_a_file_to_begin_from_brings_its_number_of_vectors(clip, caplog):
     path = Golden("clip_three_vectors").embeddings
     assert manager_of(clip, "*", embedding_manager_ckpt=path).placeholders == {"*": 3}
-    with pytest.raises(UserError, match="holds no '<cat>', only '\\*'"):
-        manager_of(clip, "<cat>", embedding_manager_ckpt=str(path))
+    assert manager_of(clip, "*", embedding_manager_ckpt=path, num_vectors_per_token=4).placeholders == {
+        "*": 3
+    }
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'*' has the 3 vectors of" in warning and "which is 4, is not used" in warning
     assert manager_of(clip, "<cat>", embedding_manager_ckpt="").placeholders == {"<cat>": 1}
+
+
+def file_of(path, format="original", **words):
+    concepts = (Concept(word, torch.full((2, 32), value)) for word, value in words.items())
+    return write(LearnedEmbeddings(tuple(concepts)), path, format)
+
+
+@pytest.mark.parametrize(
+    "format", ["original", "safetensors", "diffusers", "a1111", "a1111-png", "onetrainer"]
+)
+def test_a_single_word_continues_as_the_placeholder(clip, tmp_path, format):
+    path = file_of(tmp_path / "file", format, sculpture=0.5)
+    manager = manager_of(clip, "<my cat>", embedding_manager_ckpt=path)
+    assert manager.placeholders == {"<my cat>": 2} and manager.loaded
+    assert torch.equal(manager.export()["<my cat>"], torch.full((2, 32), 0.5))
+
+
+def test_of_several_words_the_placeholders_are_taken_by_name(clip, tmp_path, caplog):
+    path = file_of(tmp_path / "e.pt", dog=1.0, cat=2.0, house=3.0)
+    with caplog.at_level(logging.INFO):
+        manager = manager_of(clip, "cat", "dog", embedding_manager_ckpt=path)
+    assert list(manager.placeholders) == ["cat", "dog"]
+    assert [float(v[0, 0]) for v in manager.export().values()] == [2.0, 1.0]
+    assert "'house' of" in caplog.text and "left out" in caplog.text
+    with pytest.raises(UserError, match="holds no 'bird', only 'dog', 'cat', 'house'; set") as caught:
+        manager_of(clip, "bird", embedding_manager_ckpt=path)
+    assert len(str(caught.value)) < 300
+
+
+def test_words_of_single_images_that_a_file_lacks_begin_anew(clip, tmp_path):
+    path = file_of(tmp_path / "e.pt", sculpture=0.5)
+    manager = manager_of(clip, "*", embedding_manager_ckpt=path, per_image_tokens=True)
+    assert manager.placeholders["*"] == 2 and len(manager.placeholders) == 23
+    manager.save(tmp_path / "all.pt")
+    again = manager_of(clip, "*", embedding_manager_ckpt=tmp_path / "all.pt", per_image_tokens=True, seed=5)
+    assert all(torch.equal(v, manager.export()[s]) for s, v in again.export().items())
 
 
 @pytest.mark.parametrize(

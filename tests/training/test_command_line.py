@@ -108,7 +108,6 @@ def test_unsupported_flags_name_an_alternative(flag):
         ("--num_vectors 0", "not a positive whole number"),
         ("-t stray", "neither true nor false"),
         ("--gpus 0, stray", "neither a flag nor an override"),
-        ("-n a -r b", "exclude each other"),
         ("--seed abc", "--seed"),
     ],
 )

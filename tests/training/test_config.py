@@ -176,7 +176,7 @@ def test_unknown_keys(tmp_path, base, override, message):
 
 def test_all_problems_in_one_error(tmp_path, base):
     with pytest.raises(ConfigError) as caught:
-        check(load(tmp_path, "model.params.a=1 data.params.b=1 lightning.trainer.c=1", base, {"d": 1}))
+        check(load(tmp_path, "model.params.a=1 data.b=1 lightning.trainer.c=1", base, {"d": 1}))
     for key in "abcd":
         assert f"'{key}'" in str(caught.value)
 

@@ -150,3 +150,23 @@ def test_wrap():
 def test_invalid_numbers(params):
     with pytest.raises(UserError, match="whole number of at least"):
         DataModuleFromConfig(**params)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "replicas", "limit", "expected"),
+    [
+        (2, 1, 1.0, (2, 3)),
+        (4, 1, 1.0, (4, 2)),
+        (64, 1, 1.0, (6, 1)),
+        (64, 4, 1.0, (2, 1)),
+        (1, 2, 0.5, (1, 1)),
+        (1, 1, 4, (1, 4)),
+        (1, 1, None, (1, 6)),
+    ],
+)
+def test_batches_that_are_delivered(numbers, batch_size, replicas, limit, expected):
+    data = DataModuleFromConfig(batch_size)
+    data.datasets = {"train": numbers(6)}
+    assert data.delivered(replicas, limit) == expected
+    data.datasets = {}
+    assert data.delivered(replicas, limit) is None

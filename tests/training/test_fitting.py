@@ -153,7 +153,7 @@ def saved(step: int) -> Path:
     """The run folder, after checking that it holds the state and vectors of a step and no partial file."""
     (run,) = Path("logs").iterdir()
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
-    for name in ("embeddings.pt", f"embeddings_gs-{step}.pt", "embedding.safetensors"):
+    for name in ("embeddings.pt", f"embeddings_gs-{step}.pt", "data.safetensors"):
         (concept,) = embeddings.read(run / "checkpoints" / name).concepts
         assert concept.vectors.isfinite().all()
     assert not list(run.rglob("*.part"))

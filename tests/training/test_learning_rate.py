@@ -42,11 +42,12 @@ COSINE = (
 )
 
 
-def test_schedule_of_the_runs_length(tiny_yaml):
+def test_schedule_of_the_runs_length(tiny_yaml, capsys):
     for steps in (4, 6):
         assert start("--base", tiny_yaml, "-t", "-l", f"of{steps}", *COSINE, "--max_steps", steps) == 0
         scheduler = state_of(f"of{steps}")["lr_schedulers"][0]
         assert (scheduler["last_epoch"], scheduler["_last_lr"][0]) == (steps, pytest.approx(0, abs=1e-12))
+    assert "; times the factor of LambdaWarmUpCosineScheduler\n" in capsys.readouterr().out
     half = state_of("of6")
     assert start("--base", tiny_yaml, "-t", "-l", "half", *COSINE, "--max_steps", 3) == 0
     (run,) = Path("half").iterdir()

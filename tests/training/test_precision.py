@@ -84,7 +84,9 @@ class RecordTypes(pl.Callback):
 def test_run_in_bf16_true_trains_in_float32(tiny_yaml, monkeypatch) -> None:
     monkeypatch.setattr(RecordTypes, "seen", [])
     models, make = [], run_module.make_model
-    monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
+    monkeypatch.setattr(
+        run_module, "make_model", lambda *given, **by: models.append(make(*given, **by)) or models[0]
+    )
     words = [
         "lightning.trainer.precision=bf16-true",
         f"lightning.callbacks.look.target={__name__}.RecordTypes",

@@ -34,19 +34,21 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def test_files_of_a_run(tiny_yaml, capsys):
+def test_files_of_a_run(tiny_yaml, image_folder, capsys):
     images = "lightning.callbacks.image_logger.params"
     kwargs = f"{images}.log_images_kwargs.ddim_steps=1"
     assert start("--base", tiny_yaml, "-t", "--gpus", "0,", f"{images}.batch_frequency=3", kwargs) == 0
     run = only_run()
     assert run.name.startswith("toy") and run.name.endswith("_tiny")
+    word = image_folder.name  # "*" is no name for a file
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     for name in (
         "embeddings.pt",
         "embeddings_gs-4.pt",
         "embeddings_gs-6.pt",
         "last.ckpt",
-        "embedding.safetensors",
+        f"{word}.safetensors",
+        f"{word}_gs-6.safetensors",
     ):
         assert f"checkpoints/{name}" in files
     for name in ("inputs", "reconstruction", "conditioning", "samples", "samples_scaled"):
@@ -65,13 +67,24 @@ def test_files_of_a_run(tiny_yaml, capsys):
     assert "learning rate 1.00e-02 = 5.00e-03 x 2 (batch)" in shown.out
     assert f"embeddings: {run}/checkpoints/embeddings.pt" in shown.out
     assert "--prompt 'a photo of *'" in shown.out
+    path = (run / "checkpoints" / word).as_posix()
+    assert f'pipe.load_textual_inversion("{path}.safetensors", token="<{word}>")' in shown.out
+    assert "diffusers refuses words of its vocabulary, such as *" in shown.out
+    assert f'copy {word}.safetensors to embeddings/, then the prompt "a photo of {word}"' in shown.out
+    assert (
+        f'copy {word}.safetensors to models/embeddings/, then the prompt "a photo of embedding:{word}"'
+        in shown.out
+    )
+    assert "on the CPU with precision 32-true" in shown.out or torch.cuda.is_available()
     assert "Traceback" not in shown.err and "error" not in shown.err
 
 
-def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatch):
+def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, image_folder, monkeypatch):
     models = []
     make = run_module.make_model
-    monkeypatch.setattr(run_module, "make_model", lambda config: models.append(make(config)) or models[0])
+    monkeypatch.setattr(
+        run_module, "make_model", lambda *given, **by: models.append(make(*given, **by)) or models[0]
+    )
     assert start("--base", tiny_yaml, "-t") == 0
     before = load_file(tiny_model)
     after = dict(models[0].named_parameters())
@@ -87,7 +100,7 @@ def test_only_the_vectors_change_and_are_saved(tiny_yaml, tiny_model, monkeypatc
     assert (word - learned.vectors).abs().amax(dim=1).min() < 0.2, (
         "but its initial value is a word of the checkpoint"
     )
-    canonical = embeddings.read(run / "checkpoints" / "embedding.safetensors")
+    canonical = embeddings.read(run / "checkpoints" / f"{image_folder.name}.safetensors")
     assert torch.equal(canonical.concepts[0].vectors, learned.vectors)
     assert (canonical.metadata.steps, canonical.metadata.seed) == (6, 23)
 
@@ -163,6 +176,15 @@ def test_resumed_run_equals_the_uninterrupted_run(tiny_yaml, copy_states, steps,
             "global_step",
         ):
             assert equal(resumed[part], uninterrupted[part]), (step, part)
+
+
+def test_a_run_with_the_old_file_name_keeps_it(tiny_yaml):
+    assert start("--base", tiny_yaml, "-t", "--max_steps", 2) == 0
+    folder = only_run() / "checkpoints"
+    (latest,) = (path for path in folder.glob("*.safetensors") if "_gs-" not in path.name)
+    latest.rename(folder / "embedding.safetensors")
+    assert start("-r", only_run(), "-t", "--max_steps", 3) == 0
+    assert embeddings.read(folder / "embedding.safetensors").metadata.steps == 3 and not latest.exists()
 
 
 def test_resume_for_more_steps(tiny_yaml):

@@ -48,8 +48,8 @@ def test_mistakes(tiny_yaml, capsys, words, code, message):
 
 def test_resume_with_another_placeholder(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", "--max_steps", 1) == 0
-    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 1
-    assert "does not fit the configuration" in capsys.readouterr().err
+    assert start("-r", only_run(), "-t", "--max_steps", 2, "--placeholder_string", "@") == 2
+    assert "keeps its placeholder, '*'; '@' is asked for" in capsys.readouterr().err
 
 
 def test_missing_base(capsys, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
     [
         ("--actual_resume gone.ckpt", 1, "checkpoint 'gone.ckpt' does not exist"),
         ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt' is damaged"),
-        ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is damaged"),
+        ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is truncated"),
         ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
         ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a web page"),
         ("--actual_resume stranger.safetensors", 1, "use the config that belongs to it"),

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
+from ldm import embeddings
 from ldm.training import run_folder
 from ldm.training.run_folder import locked
 from ldm.util import UserError
@@ -89,18 +91,131 @@ def test_two_starts_in_one_folder_in_one_second(tmp_path, monkeypatch):
     assert [path.read_text()[-1] for path in run.saved_configs()] == ["0", "2", "}"]
 
 
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        run_folder.existing_run_folder(tmp_path / "no")
-    with pytest.raises(UserError, match="no run in .* has a last.ckpt"):
-        run_folder.existing_run_folder("latest", logdir=tmp_path)
+def vectors(path, word="*", value=1.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    concept = embeddings.Concept(word, torch.full((1, 32), value))
+    return embeddings.write(embeddings.LearnedEmbeddings((concept,)), path)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "one/",
+        "one/checkpoints",
+        "one/configs",
+        "one/configs/t-project.yaml",
+        "one/checkpoints/last.ckpt",
+        "NAME",
+    ],
+)
+def test_every_place_in_a_run_leads_to_it(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "one")
+    run, state = run_folder.existing_run_folder("one" if place == "NAME" else place, logdir=tmp_path)
+    assert (run.path, state) == (Path("one"), Path("one/checkpoints/last.ckpt"))
+
+
+def test_another_state_of_a_run(tmp_path):
     folder = make_run(tmp_path / "one")
-    (folder / "checkpoints" / "last.ckpt").unlink()
-    with pytest.raises(UserError, match="ended before its first save"):
-        run_folder.existing_run_folder(folder)
-    (folder / "configs" / "t-project.yaml").unlink()
-    with pytest.raises(UserError, match="no YAML"):
-        run_folder.existing_run_folder(folder)
+    state = folder / "checkpoints" / "trainstep_checkpoints" / "epoch=1.ckpt"
+    state.parent.mkdir()
+    state.write_bytes(b"x")
+    run, found = run_folder.existing_run_folder(state)
+    assert (run.path, found) == (folder, state)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("absent", "--flag 'absent' does not exist; name a run folder"),
+        ("latest", "--flag latest: no run in 'logs' has a last.ckpt"),
+        ("empty", "--flag 'empty': no YAML in"),
+        ("unsaved", "there is no 'unsaved/checkpoints/last.ckpt'; the run ended before its first save"),
+        (
+            "old",
+            "there is no .* begin a new run from its vectors: .* --embedding_manager_ckpt old/checkpoints/emb",
+        ),
+        (
+            "one/checkpoints/embeddings_gs-4.pt",
+            "is not the state of a run: -r one goes on .* begins from vectors with",
+        ),
+        ("one/checkpoints/my-cat.safetensors", "--embedding_manager_ckpt one/checkpoints/my-cat.safetensors"),
+        ("one/images/one.jpg", "is not the state of a run: -r one goes on from its last.ckpt$"),
+        ("stray.safetensors", "it holds vectors; a new run begins from them with .* stray.safetensors"),
+        (
+            "moved.ckpt",
+            "it is the state of a run outside its folder; put it back into logs/<run>/checkpoints",
+        ),
+        ("model.ckpt", "a frozen model is given as --actual_resume FILE"),
+        ("page.ckpt", "a frozen model is given as --actual_resume FILE"),
+    ],
+)
+def test_nothing_to_resume(tmp_path, monkeypatch, place, message):
+    monkeypatch.chdir(tmp_path)
+    one = make_run(Path("one"))
+    vectors(one / "checkpoints" / "embeddings_gs-4.pt")
+    vectors(one / "checkpoints" / "my-cat.safetensors")
+    (one / "images").mkdir()
+    (one / "images" / "one.jpg").write_bytes(b"image")
+    for name in ("unsaved", "old"):
+        (make_run(Path(name)) / "checkpoints" / "last.ckpt").unlink()
+    vectors(Path("old/checkpoints/embeddings.pt"))
+    Path("empty").mkdir()
+    vectors(Path("stray.safetensors"))
+    torch.save({"state_dict": {}, "loops": {}}, "moved.ckpt")
+    torch.save({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, "model.ckpt")
+    Path("page.ckpt").write_text("<html>")
+    with pytest.raises(UserError, match=message) as caught:
+        run_folder.existing_run_folder(place, flag="--flag")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("word", "run", "stem"),
+    [
+        ("*", "bobo", "bobo"),
+        ("<my-cat>", "bobo", "my-cat"),
+        ("<my big cat>", "bobo", "my_big_cat"),
+        ("* *", "my run", "my_run"),
+        ("кот", "bobo", "кот"),
+        ("🐈", "bobo", "bobo"),
+        ("*", "***", "embedding"),
+        ("a/b", "bobo", "a_b"),
+        ("con", "bobo", "con_"),
+    ],
+)
+def test_file_names_can_be_typed(word, run, stem):
+    assert run_folder.word_stem(word, run) == stem
+
+
+@pytest.mark.parametrize(
+    ("folder", "label", "stem"),
+    [
+        ("toy2024-01-02T12-00-00_tiny", "", "toy"),
+        ("toy2024-01-02T12-00-00_tiny", "gandalf", "gandalf"),
+        ("2024-01-02T12-00-00_tiny-2", "", "tiny-2"),
+        ("2024-01-02T12-00-00-2", "", "2024-01-02T12-00-00-2"),
+        ("renamed by hand", "", "renamed_by_hand"),
+    ],
+)
+def test_the_run_is_the_name_of_a_word_without_letters(tmp_path, folder, label, stem):
+    assert run_folder.RunFolder(tmp_path / folder, "", label).word_stems(["*"]) == {"*": stem}
+
+
+def test_words_keep_their_files(tmp_path):
+    """Those of earlier versions, and those of a folder that was renamed."""
+    run = run_folder.RunFolder(tmp_path / "cat", "")
+    vectors(run.checkpoints / "embedding.safetensors", "*")
+    vectors(run.checkpoints / "embedding_gs-4.safetensors", "*")
+    vectors(run.checkpoints / "embedding_best.safetensors", "<other>")
+    (run.checkpoints / "broken.safetensors").write_bytes(b"x")
+    assert run.word_stems(["*", "<cat>", "@", "cat"]) == {
+        "*": "embedding",
+        "<cat>": "cat",
+        "@": "cat-2",
+        "cat": "cat-3",
+    }
+    assert [path.name for path in run.word_files()] == ["broken.safetensors", "embedding.safetensors"]
 
 
 HOLD = """

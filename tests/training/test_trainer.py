@@ -13,9 +13,11 @@ from ldm.training import trainer as trainer_module
 from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.interruption import Requests
+from ldm.training.command_line import trainer_options
 from ldm.training.run_folder import RunFolder
-from ldm.training.trainer import Devices, choose_devices, parse_gpus, processes
+from ldm.training.trainer import OLD_TRAINER_KEYS, Devices, choose_devices, parse_gpus, processes
 from ldm.util import ConfigError, UsageError, UserError
+from tests.training.runs import start
 
 
 @pytest.fixture
@@ -135,6 +137,8 @@ def test_old_option_names(caplog):
         gpus="0,",
         accelerator="ddp",
         weights_summary="top",
+        amp_level="O2",
+        process_position=None,
         replace_sampler_ddp=True,
         benchmark=True,
         max_steps=9,
@@ -143,8 +147,103 @@ def test_old_option_names(caplog):
     assert options["accelerator"] == "cpu"
     assert options["use_distributed_sampler"] is True
     assert options["benchmark"] is True
-    assert not {"gpus", "weights_summary"} & options.keys()
-    assert caplog.messages == ["lightning.trainer.weights_summary belongs to Lightning 1.x and is ignored"]
+    assert options["enable_model_summary"] is True
+    assert not {"gpus", "weights_summary", "amp_level", "process_position"} & options.keys()
+    assert caplog.messages == [
+        "lightning.trainer.amp_level belongs to Lightning 1.x and is ignored; set precision"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"progress_bar_refresh_rate": 0}, {"enable_progress_bar": False}),
+        ({"progress_bar_refresh_rate": 20}, {"enable_progress_bar": None}),
+        ({"weights_summary": None}, {"enable_model_summary": False}),
+        ({"checkpoint_callback": True}, {"enable_checkpointing": True}),
+        ({"reload_dataloaders_every_epoch": True}, {"reload_dataloaders_every_n_epochs": 1}),
+        ({"row_log_interval": 5}, {"log_every_n_steps": 5}),
+        ({"max_nb_epochs": 3}, {"max_epochs": 3}),
+        ({"train_percent_check": 0.5}, {"limit_train_batches": 0.5}),
+        ({"gradient_clip": 1.0}, {"gradient_clip_val": 1.0}),
+        ({"use_amp": True}, {"precision": "16-mixed"}),
+        ({"num_processes": 2}, {"devices": 2}),
+        ({"distributed_backend": "dp"}, {"strategy": "ddp"}),
+        ({"accelerator": "ddp_spawn"}, {"strategy": "ddp_spawn"}),
+        ({"accelerator": "ddp2", "strategy": "auto"}, {"strategy": "auto"}),
+        ({"accelerator": "cpu"}, {"accelerator": "cpu"}),
+        ({"max_steps": 7, "max_nb_epochs": 2}, {"max_steps": 7, "max_epochs": 2}),
+    ],
+)
+def test_old_options_that_have_a_successor(old, new, caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    assert trainer_module.translate_old_keys(old) == new
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "key", sorted(k for k, new in trainer_module.OLD_TRAINER_KEYS.items() if new is None)
+)
+def test_old_options_that_mean_nothing_any_more(key, caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    assert trainer_module.translate_old_keys({key: 1, "max_steps": 3}) == {"max_steps": 3}
+    (message,) = caplog.messages
+    assert message.startswith(f"lightning.trainer.{key} belongs to Lightning 1.x and is ignored")
+    assert trainer_module.translate_old_keys({key: None}) == {} and len(caplog.messages) == 1
+
+
+def test_all_old_options_are_old():
+    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(trainer_options())
+
+
+def test_options_that_the_run_sets(caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    assert trainer_module.translate_old_keys({"default_root_dir": "x", "logger": True, "plugins": None}) == {}
+    assert caplog.messages == [
+        "lightning.trainer.default_root_dir is set by the run and is ignored; use --logdir",
+        "lightning.trainer.logger is set by the run and is ignored; use lightning.logger",
+    ]
+
+
+def test_old_options_in_a_run(tiny_yaml, capsys):
+    """In a YAML and as flags; what is in use is saved under its current name."""
+    words = [
+        "--row_log_interval",
+        "3",
+        "--weights_summary",
+        "top",
+        "--terminate_on_nan",
+        "true",
+        "--tpu_cores",
+        "8",
+    ]
+    words += ["lightning.trainer.distributed_backend=ddp_cpu", "lightning.trainer.max_nb_epochs=1"]
+    words += ["lightning.trainer.default_root_dir=elsewhere", "lightning.modelcheckpoint.params.save_top_k=3"]
+    words += ["lightning.trainer.num_processes=1", "lightning.trainer.checkpoint_callback=false"]
+    words += ["lightning.logger.target=pytorch_lightning.loggers.TestTubeLogger"]
+    assert start("--base", tiny_yaml, *words) == 0
+    out = capsys.readouterr().out
+    assert out.count("lightning.trainer.terminate_on_nan belongs to Lightning 1.x and is ignored") == 1
+    assert out.count("lightning.trainer.tpu_cores belongs to Lightning 1.x and is ignored") == 1
+    assert "lightning.modelcheckpoint: save_top_k is ignored" in out
+    assert "TestTubeLogger no longer exists: TensorBoard takes its place" in out
+    assert "enable_checkpointing: false is ignored: a run always saves its state" in out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lightning.trainer.max_step=3", "unknown key 'max_step' (did you mean 'max_steps'?)"),
+        (
+            "lightning.trainer.row_log_intervall=3",
+            "unknown key 'row_log_intervall' (did you mean 'row_log_interval'?)",
+        ),
+        ("lightning.trainer.nonsense=3", "unknown key 'nonsense'"),
+    ],
+)
+def test_options_that_never_existed(tiny_yaml, capsys, word, message):
+    assert start("--base", tiny_yaml, word) == 1
+    assert f"lightning.trainer: {message}" in capsys.readouterr().err
 
 
 def test_default_number_of_steps():

@@ -209,6 +209,7 @@ class FrozenCLIPEmbedder(PromptEncoder):
     Args:
         version: a folder or a hub name.
         max_length: number of tokens of an encoded prompt.
+        tokenizer: folder or hub name of the tokenizer (default: `version`).
         image_tower: folder or hub name of the image tower of the same CLIP (default: `version`), for callers that
             compare images with prompts; it is not read here.
     Raises:
@@ -225,6 +226,7 @@ class FrozenCLIPEmbedder(PromptEncoder):
         device: Any = None,
         max_length: int = 77,
         image_tower: str | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         ignore_device(type(self).__name__, device)
@@ -232,7 +234,7 @@ class FrozenCLIPEmbedder(PromptEncoder):
         if image_tower is not None:
             require_files(f"image_tower '{image_tower}'", image_tower)
         self.image_tower = image_tower or version
-        config, self.tokenizer, model = _read_clip(version)
+        config, self.tokenizer, model = _read_clip(version, tokenizer or version)
         if max_length > config.max_position_embeddings:
             raise UserError(
                 f"text encoder '{version}' has {config.max_position_embeddings} positions, fewer than "
@@ -261,12 +263,13 @@ class FrozenCLIPEmbedder(PromptEncoder):
         return super().train(False)
 
 
-def _read_clip(version: str) -> tuple[CLIPTextConfig, Any, CLIPTextModel]:
+def _read_clip(version: str, tokenizer_source: str) -> tuple[CLIPTextConfig, Any, CLIPTextModel]:
     """Configuration, tokenizer and text model of a folder or hub name; random weights in `skip_pretrained()`."""
     what = f"text encoder '{version}'"
     tokenizer_files, wanted = ("tokenizer.json", "vocab.json"), pretrained_wanted()
-    require_files(what, version, ("config.json",), tokenizer_files, *([WEIGHTS] if wanted else []))
-    tokenizer = read_tokenizer(CLIPTokenizerFast, what, version)
+    require_files(what, version, ("config.json",), *([WEIGHTS] if wanted else []))
+    require_files(what, tokenizer_source, tokenizer_files)
+    tokenizer = read_tokenizer(CLIPTokenizerFast, what, tokenizer_source)
     with reading(what, version):
         config = CLIPTextConfig.from_pretrained(version)
         if not wanted:

@@ -17,6 +17,7 @@ from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
 from ldm.util import UserError
+from ldm.words import file_stem
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,20 @@ class Provenance:
             "steps": step,
             "seed": self.config["seed"],
             "initializer": ", ".join(words) or None,
-            "learning_rate": getattr(self.model, "learning_rate", None),
+            "learning_rate": self._rate,
             "images": len(images) or None,
             "images_fingerprint": self._fingerprint,
             "resolution": OmegaConf.select(self.config, "data.params.train.params.size"),
             "tool": "textual_inversion",
         }
+
+    @property
+    def _rate(self) -> float | None:
+        """The rate of the optimizer before its schedule, which after a resume or a rollback is not the YAML's."""
+        groups = [group for optimizer in self.model.trainer.optimizers for group in optimizer.param_groups]
+        if not groups:
+            return getattr(self.model, "learning_rate", None)
+        return float(groups[0].get("initial_lr", groups[0]["lr"]))
 
     @property
     def _checkpoint(self) -> Path | None:
@@ -56,7 +65,8 @@ class Provenance:
 
     @cached_property
     def _base_model_hash(self) -> str | None:
-        return None if self._checkpoint is None else _hash_or_none(file_hash, self._checkpoint)
+        path = self._checkpoint
+        return _hash_or_none(file_hash, path) if path is not None and path.is_file() else None
 
     @cached_property
     def _images(self) -> list[Path]:
@@ -81,8 +91,8 @@ class EmbeddingSaver(RunCallback):
 
     The personalization's own files are `embeddings.pt` and `embeddings_gs-<step>.pt`. The vectors that it exports
     are also saved per word, as `my-cat.safetensors` and `my-cat_gs-500.safetensors`, and in further `formats` (see
-    ldm.embeddings.FORMATS), each in a folder of that name. `describe` makes the metadata for a step. Models without
-    a personalization are ignored.
+    ldm.embeddings.FORMATS), each in a folder of that name. `describe` makes the metadata for a step, and `stems` the
+    file name of each word. Models without a personalization are ignored.
     """
 
     def __init__(self, every_n_train_steps: int = 500, formats: Sequence[str] = ()) -> None:
@@ -94,7 +104,11 @@ class EmbeddingSaver(RunCallback):
         self.every_n_train_steps = every_n_train_steps
         self.formats = list(dict.fromkeys([embeddings.DEFAULT_FORMAT, *formats]))
         self.describe: Callable[[int], dict[str, Any]] = lambda step: {"steps": step}
+        self.stems: Callable[[Sequence[str]], dict[str, str]] = lambda words: {
+            word: file_stem(word) for word in words
+        }
         self._saved_step = 0
+        self._stems: dict[str, str] = {}
 
     def save_now(self, trainer: pl.Trainer) -> None:
         """Save, unless this step is already saved."""
@@ -141,8 +155,10 @@ class EmbeddingSaver(RunCallback):
         metadata = embeddings.Metadata.from_values(self.describe(step))
         # The word of a single training image is of no use outside this run.
         exported = {word: rows for word, rows in manager.export().items() if word not in PER_IMAGE_TOKENS}
+        # Asked once: it reads the files that are there.
+        stems = self._stems = self._stems or self.stems(list(exported))
         for name in self.formats:
-            paths = embeddings.paths_for(list(exported), folder, name)
+            paths = embeddings.paths_for([stems[word] for word in exported], folder, name)
             for (word, rows), path in zip(exported.items(), paths, strict=True):
                 concept = embeddings.Concept(
                     word,

@@ -123,8 +123,9 @@ class DeterministicLoss(RunCallback):
     Each measurement uses `samples` samples (None: one batch, but at least 4). The best step has the lowest mean of
     the last `smooth` measurements; its vectors are saved as `embeddings_best.pt`, and in the formats of the
     embedding saver, whenever the run's state is saved. With `stop`, the parameters of `Plateau`, the run ends as soon
-    as the curve is flat. Measuring does not change the random numbers of the training. Models without a
-    personalization are ignored.
+    as the curve is flat. Measuring does not change the random numbers of the training. A resumed run measures the
+    samples that it began with, whatever its batch size is then; with another `samples` the curve begins anew. Models
+    without a personalization are ignored.
     """
 
     runs_before_saving = True
@@ -156,6 +157,8 @@ class DeterministicLoss(RunCallback):
         self._saved_best_step: int | None = None
         self._fixed: FixedNoiseLoss | None = None
         self._measured_step = -1
+        # Of the measurements so far: the number of samples, and how many at a time; 0 if there are none.
+        self._measured_samples, self._measured_chunk = 0, 0
 
     @property
     def flat(self) -> bool:
@@ -168,8 +171,12 @@ class DeterministicLoss(RunCallback):
             return
         if not hasattr(dataset, "__len__"):
             return
-        chunk = getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
-        samples = self.samples or max(LEAST_SAMPLES, chunk)
+        chunk = self._measured_chunk or getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
+        samples = self.samples or self._measured_samples or max(LEAST_SAMPLES, chunk)
+        if self._measured_samples not in (0, samples):
+            logger.info("deterministic_loss: its curve begins anew with %d samples", samples)
+            self.steps, self.losses, self._best_loss = [], [], math.inf
+        self._measured_samples, self._measured_chunk = samples, chunk
         with evaluating(pl_module):
             self._fixed = FixedNoiseLoss(pl_module, dataset, samples, chunk)
         if self.flat:
@@ -244,12 +251,16 @@ class DeterministicLoss(RunCallback):
             "best_step": self.best_step,
             "best_loss": self._best_loss,
             "best": dict(self._best_state),
+            "samples": self._measured_samples,
+            "chunk": self._measured_chunk,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.losses = list(state_dict["steps"]), list(state_dict["losses"])
         self.best_step, self._best_loss = state_dict["best_step"], state_dict["best_loss"]
         self._best_state = dict(state_dict["best"])
+        self._measured_samples = state_dict.get("samples", 0)
+        self._measured_chunk = state_dict.get("chunk", 0)
         self._measured_step = self.steps[-1] if self.steps else -1
 
     def _measure(self, trainer: pl.Trainer, model: LatentDiffusion, fixed: FixedNoiseLoss) -> None:

@@ -90,7 +90,6 @@ class LatentCache(Callback):
             check_integer(batch_size, "latent_cache: batch_size")
         self.batch_size = batch_size
         self.memory_bytes = memory_mib << 20
-        self._file: Any = None
         self._validation = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

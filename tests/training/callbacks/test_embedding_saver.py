@@ -27,8 +27,8 @@ def checkpoints(*words: object) -> Path:
 
 def test_metadata(tiny_yaml, tiny_model, image_folder) -> None:
     folder = checkpoints(tiny_yaml, "--init_word", "photo", "--scale_lr", "false")
-    for name in ("embedding.safetensors", "embedding_gs-2.safetensors"):
-        metadata = embeddings.read(folder / name).metadata
+    for suffix in ("", "_gs-2"):
+        metadata = embeddings.read(folder / f"{image_folder.name}{suffix}.safetensors").metadata
         assert (metadata.base_model, metadata.steps, metadata.seed) == ("model.safetensors", 2, 23)
         assert metadata.base_model_hash == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
         assert (metadata.images, metadata.resolution, metadata.initializer) == (3, 32, "photo")
@@ -81,7 +81,7 @@ def test_metadata_without_unreadable_files(tiny_yaml, tiny_model, image_folder, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EmbeddingSaver, "on_train_start", lambda self, *rest: gone())
         folder = checkpoints(tiny_yaml)
-    metadata = embeddings.read(folder / "embedding.safetensors").metadata
+    metadata = embeddings.read(folder / "mine.safetensors").metadata
     assert (metadata.base_model, metadata.steps, metadata.images) == ("mine.safetensors", 2, 3)
     assert metadata.base_model_hash is None and metadata.images_fingerprint is None
 

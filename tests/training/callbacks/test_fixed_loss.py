@@ -160,7 +160,8 @@ def test_training_is_unchanged_and_the_best_step_is_saved(tiny_yaml, capsys):
     assert torch.equal(best, kept)
     of_step = embeddings.read(folder / f"embeddings_gs-{found['best_step']}.pt")
     assert torch.equal(best, of_step.concepts[0].vectors)
-    assert embeddings.read(folder / "embedding_best.safetensors").metadata.steps == found["best_step"]
+    (file,) = folder.glob("*_best.safetensors")
+    assert embeddings.read(file).metadata.steps == found["best_step"]
     assert f"; step {found['best_step']} is best" in lines[-1] and "it reached its limit" in lines[-1]
     assert any("fixed loss" in line for line in lines if line.startswith("step "))
     (csv,) = only_run("with").glob("csv/*/metrics.csv")
