@@ -66,8 +66,8 @@ def build(node: DictConfig, clip_vit_l: Path) -> torch.nn.Module:
     elif kind == "FrozenCLIPEmbedder":
         home = ROOT / "models" / "ldm" / "creatures" / "text_encoder"
         OmegaConf.update(node, "params.cond_stage_config.params.version", str(home))
-    elif kind == "BERTEmbedder":
-        tokenizer = str(GOLDEN / "bert_tiny_tokenizer")
+    elif kind in ("BERTEmbedder", "FrozenOpenCLIPEmbedder"):
+        tokenizer = str(GOLDEN / ("bert_tiny_tokenizer" if kind == "BERTEmbedder" else "clip_tiny"))
         OmegaConf.update(node, "params.cond_stage_config.params.tokenizer", tokenizer, force_add=True)
     with skip_pretrained(), torch.device("meta"):
         return instantiate_from_config({"target": node.target, "params": node.params})

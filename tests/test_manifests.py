@@ -47,6 +47,23 @@ def test_keys_and_shapes(manifest: str, config: str, encoder: dict[str, str], cl
     }
 
 
+@pytest.mark.parametrize("config", ["v2-finetune", "v2-finetune_v", "v2-inference", "v2-inference-v"])
+def test_keys_and_shapes_of_stable_diffusion_2(config: str) -> None:
+    node = OmegaConf.load(CONFIGS / f"stable-diffusion/{config}.yaml").model
+    node.params.cond_stage_config.params.tokenizer = str(GOLDEN / "clip_tiny")
+    with skip_pretrained(), torch.device("meta"):
+        model = instantiate_from_config({"target": node.target, "params": node.params})
+    recorded = json.loads((GOLDEN / "sd_v2.state_dict.json").read_text())
+    # The record is without the buffers of the schedule, which have no dot in their names.
+    assert {
+        name: list(value.shape)
+        for name, value in model.state_dict().items()
+        if "." in name and not name.startswith("embedding_manager.")
+    } == recorded
+    assert model.parameterization == ("v" if config.endswith("v") else "eps")
+    assert model.embedding_manager.width == 1024
+
+
 # The `model:` nodes of the YAMLs beside the models that CompVis/latent-diffusion published.
 ORIGINAL_MODELS = sorted((Path(__file__).parent / "old_yamls" / "models").glob("*.yaml"))
 DENOISER_SIZES = {  # in millions of parameters

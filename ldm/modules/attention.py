@@ -114,7 +114,11 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map [B, C, H, W], with context [B, M, context_dim]."""
+    """Transformer blocks over the positions of a feature map [B, C, H, W], with context [B, M, context_dim].
+
+    With `use_linear` the projections in and out are linear layers, as in Stable Diffusion 2 and XL, not convolutions
+    of size 1; the results are the same, the shapes of the weights are not.
+    """
 
     def __init__(
         self,
@@ -125,19 +129,29 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
         context_dim: int | None = None,
         use_checkpoint: bool = False,
+        use_linear: bool = False,
     ) -> None:
         super().__init__()
         inner = n_heads * d_head
+        self.use_linear = use_linear
         self.norm = GroupNorm32(32, in_channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(in_channels, inner, 1)
+        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim, use_checkpoint)
             for _ in range(depth)
         )
-        self.proj_out = zero_module(nn.Conv2d(inner, in_channels, 1))
+        self.proj_out = zero_module(
+            nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        h = self.norm(x)
+        if self.use_linear:
+            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
+        else:
+            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)
+        if self.use_linear:
+            return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))

@@ -22,7 +22,7 @@ def test_training_and_resuming(tiny_yaml, capsys) -> None:
     target = f"{Offset.__module__}.{Offset.__qualname__}"
     own = {"model": {"params": {"personalization_config": {"target": target, "params": {"word": "*"}}}}}
     OmegaConf.save(OmegaConf.create(own), "own.yaml")
-    words = ["--base", tiny_yaml, "own.yaml", "-t", *OFTEN]
+    words = ["--base", tiny_yaml, "own.yaml", "-t", "--seed", 1, *OFTEN]
     images = "lightning.callbacks.image_logger.params"
     words += [f"{images}.batch_frequency=3", f"{images}.log_images_kwargs.ddim_steps=1"]
     assert start(*words, "-l", "uninterrupted") == 0

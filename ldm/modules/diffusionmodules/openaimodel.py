@@ -174,17 +174,24 @@ class UNetModel(nn.Module):
         attention_resolutions: downsampling factors at which attention follows every residual block: a
             `SpatialTransformer` with `use_spatial_transformer`, else self-attention alone.
         conv_resample: convolve when the resolution changes; with `resblock_updown` inside residual blocks.
-        num_classes: size of a class embedding.
+        num_classes: size of a class embedding; or "sequential" for a vector [B, adm_in_channels] as condition.
         use_checkpoint: recompute activations in the backward pass, which takes less memory and more time.
         num_heads, num_head_channels: set one; `num_head_channels` takes precedence.
         num_heads_upsample: number of heads of self-attention in the second half.
         use_scale_shift_norm: see `ResBlock`.
         use_new_attention_order: see `AttentionBlock`.
-        transformer_depth: blocks per `SpatialTransformer`.
+        transformer_depth: blocks per `SpatialTransformer`: one number, or one per level; a level with 0 has none.
+        transformer_depth_middle: blocks in the middle; default: as in the last level.
         context_dim: width of the context.
         legacy: with `num_head_channels`, round the size of a spatial transformer's heads up to use all channels.
+        use_linear_in_transformer: see `use_linear` of `SpatialTransformer`.
+        adm_in_channels: width of the condition with `num_classes: sequential`.
+        use_fp16, spatial_transformer_attn_type, disable_middle_self_attn: of YAMLs for Stable Diffusion 2 and XL. The
+            dtype is that of the weights, and attention is chosen by `attend`, so the first two change nothing;
+            the third must be false.
     Raises:
-        ConfigError: heads are not set, or a spatial transformer and a context width do not come together.
+        ConfigError: heads are not set, a spatial transformer and a context width do not come together, or another
+            value is not possible.
     """
 
     def __init__(
@@ -198,7 +205,7 @@ class UNetModel(nn.Module):
         dropout: float = 0.0,
         channel_mult: Sequence[int] = (1, 2, 4, 8),
         conv_resample: bool = True,
-        num_classes: int | None = None,
+        num_classes: int | str | None = None,
         use_checkpoint: bool = False,
         num_heads: int = -1,
         num_head_channels: int = -1,
@@ -207,9 +214,15 @@ class UNetModel(nn.Module):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
+        transformer_depth: int | Sequence[int] = 1,
         context_dim: int | None = None,
         legacy: bool = True,
+        use_linear_in_transformer: bool = False,
+        transformer_depth_middle: int | None = None,
+        adm_in_channels: int | None = None,
+        use_fp16: bool = False,
+        spatial_transformer_attn_type: str = "softmax",
+        disable_middle_self_attn: bool = False,
     ) -> None:
         super().__init__()
         if use_spatial_transformer != (context_dim is not None):
@@ -221,6 +234,15 @@ class UNetModel(nn.Module):
             raise ConfigError(
                 "UNetModel: num_heads and num_head_channels are both unset (-1); set one of them"
             )
+        if isinstance(num_classes, str) and (num_classes != "sequential" or adm_in_channels is None):
+            raise ConfigError(
+                f"UNetModel: num_classes '{num_classes}' with adm_in_channels {adm_in_channels} is not possible; give "
+                "a number, or sequential and the width of the vector as adm_in_channels"
+            )
+        if disable_middle_self_attn:
+            raise ConfigError("UNetModel: disable_middle_self_attn is not supported; leave it out")
+        depths = _depths(transformer_depth, len(channel_mult))
+        middle_depth = depths[-1] if transformer_depth_middle is None else transformer_depth_middle
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -233,14 +255,20 @@ class UNetModel(nn.Module):
                 channels, emb_channels, dropout, out, use_scale_shift_norm, use_checkpoint, **resample
             )
 
-        def attention(channels: int, heads: int) -> nn.Module:
+        def attention(channels: int, heads: int, depth: int) -> nn.Module:
             if num_head_channels != -1:
                 heads = channels // num_head_channels
             if not use_spatial_transformer:
                 return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order)
             dim_head = channels // heads if legacy or num_head_channels == -1 else num_head_channels
             return SpatialTransformer(
-                channels, heads, dim_head, transformer_depth, 0.0, context_dim, use_checkpoint
+                channels,
+                heads,
+                dim_head,
+                depth,
+                context_dim=context_dim,
+                use_checkpoint=use_checkpoint,
+                use_linear=use_linear_in_transformer,
             )
 
         def downsample(channels: int) -> nn.Module:
@@ -256,8 +284,12 @@ class UNetModel(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
+        if isinstance(num_classes, int):
+            self.label_emb: nn.Module = nn.Embedding(num_classes, emb_channels)
+        elif adm_in_channels is not None and num_classes is not None:
+            layers: list[nn.Module] = [nn.Linear(adm_in_channels, emb_channels), nn.SiLU()]
+            # A sequence within a sequence, as the names in checkpoints have it.
+            self.label_emb = nn.Sequential(nn.Sequential(*layers, nn.Linear(emb_channels, emb_channels)))
 
         first = TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))
         self.input_blocks = nn.ModuleList([first])
@@ -266,10 +298,10 @@ class UNetModel(nn.Module):
         last_level = len(channel_mult) - 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [residual(channels, mult * model_channels)]
+                layers = [residual(channels, mult * model_channels)]
                 channels = mult * model_channels
-                if factor in attention_resolutions:
-                    layers.append(attention(channels, num_heads))
+                if factor in attention_resolutions and depths[level]:
+                    layers.append(attention(channels, num_heads, depths[level]))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skips.append(channels)
             if level < last_level:
@@ -278,7 +310,9 @@ class UNetModel(nn.Module):
                 factor *= 2
 
         self.middle_block = TimestepEmbedSequential(
-            residual(channels, channels), attention(channels, num_heads), residual(channels, channels)
+            residual(channels, channels),
+            attention(channels, num_heads, middle_depth),
+            residual(channels, channels),
         )
 
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -287,9 +321,10 @@ class UNetModel(nn.Module):
             for index in range(num_res_blocks + 1):
                 layers = [residual(channels + skips.pop(), mult * model_channels)]
                 channels = mult * model_channels
-                if factor in attention_resolutions:
+                if factor in attention_resolutions and depths[level]:
                     # As in the original, `num_heads_upsample` applies to self-attention only.
-                    layers.append(attention(channels, num_heads if use_spatial_transformer else heads_up))
+                    heads = num_heads if use_spatial_transformer else heads_up
+                    layers.append(attention(channels, heads, depths[level]))
                 if level and index == num_res_blocks:
                     layers.append(upsample(channels))
                     factor //= 2
@@ -304,14 +339,17 @@ class UNetModel(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
-        """x: [B, in, H, W]; timesteps: [B]; context: [B, M, context_dim]; y: class ids [B]; returns [B, out, H, W]."""
+        """x: [B, in, H, W]; timesteps: [B]; context: [B, M, context_dim]; returns [B, out, H, W].
+
+        y: class ids [B], or a vector [B, adm_in_channels].
+        """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError(
                 f"class labels {'given' if y is not None else 'missing'}: num_classes={self.num_classes}"
             )
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self.label_emb(y if isinstance(self.num_classes, int) else y.to(x.dtype))
         h, skips = x, []
         for block in self.input_blocks:
             h = block(h, emb, context)
@@ -320,3 +358,13 @@ class UNetModel(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
+
+
+def _depths(depth: int | Sequence[int], levels: int) -> list[int]:
+    """The number of transformer blocks of each level."""
+    depths = [depth] * levels if isinstance(depth, int) else list(depth)
+    if len(depths) != levels or any(not isinstance(number, int) or number < 0 for number in depths):
+        raise ConfigError(
+            f"UNetModel: transformer_depth is {depth} for {levels} levels of channel_mult; give a number for each level"
+        )
+    return depths

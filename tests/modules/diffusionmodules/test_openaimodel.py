@@ -5,6 +5,7 @@ import torch
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import ConfigError
+from tests.golden_record import Golden, fill
 
 SMALL = {
     "image_size": 8,
@@ -106,3 +107,30 @@ def test_settings_that_do_not_fit_together_are_errors() -> None:
         unet(use_spatial_transformer=True)
     with pytest.raises(ConfigError, match="num_heads and num_head_channels"):
         unet(num_heads=-1)
+
+
+@pytest.mark.parametrize(
+    ("case", "context", "vector"), [("sd2_tiny", "penultimate", None), ("sdxl_tiny", "context", "vector")]
+)
+def test_numbers_of_stable_diffusion_2_and_xl(case: str, context: str, vector: str | None) -> None:
+    golden = Golden(case)
+    params = golden.meta["unet_params"] | {"image_size": 8, "use_spatial_transformer": True}
+    model = fill(UNetModel(**params), "model.diffusion_model.")
+    io = golden.io
+    out = model(io["unet_x"], io["unet_t"], io[context], y=io[vector] if vector else None)
+    assert (out - io["unet_out"]).abs().max() <= 2e-4 * io["unet_out"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": "sequential"}, "adm_in_channels"),
+        ({"num_classes": "several", "adm_in_channels": 4}, "several"),
+        ({"transformer_depth": [1, 2, 3]}, "2 levels"),
+        ({"transformer_depth": [1, -1]}, "2 levels"),
+        ({"disable_middle_self_attn": True}, "disable_middle_self_attn"),
+    ],
+)
+def test_values_that_are_not_possible(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        UNetModel(**(SMALL | SPATIAL | options))

@@ -139,7 +139,7 @@ def measured(state: dict) -> dict:
 
 def test_training_is_unchanged_and_the_best_step_is_saved(tiny_yaml, capsys):
     vectors = "model.params.personalization_config.params.num_vectors_per_token=4"
-    long = ["--max_steps", 30, vectors]
+    long = ["--max_steps", 30, "--seed", 1, vectors]
     assert start("--base", tiny_yaml, "-t", "-l", "with", *OFTEN, *long) == 0
     lines = capsys.readouterr().out.splitlines()
     assert start("--base", tiny_yaml, "-t", "-l", "without", f"{NODE}=null", *long) == 0
