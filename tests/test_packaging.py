@@ -95,10 +95,11 @@ def pins_on(package: str, python: str) -> list[str]:
 
 
 def test_the_library_imports_only_what_setup_installs():
-    interop = set((ROOT / "ldm" / "interop").rglob("*.py"))
+    interop, studio = (set((ROOT / "ldm" / room).rglob("*.py")) for room in ("interop", "studio"))
     # The package pytorch-lightning installs both modules.
     installed = imported_as([*NEEDED, *NO_DEPS]) | {"lightning_fabric"}
-    assert third_party(set((ROOT / "ldm").rglob("*.py")) - interop) <= installed
+    assert third_party(set((ROOT / "ldm").rglob("*.py")) - interop - studio) <= installed
+    assert third_party(studio) - installed <= imported_as(EXTRAS["ui"])
     # diffusers is optional; the error without it is one line
     assert third_party(interop) - installed == {"diffusers"}
 

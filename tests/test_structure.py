@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -143,9 +144,11 @@ def addresses(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in cited:
-            if re.search(r"https?://", node.value):
+            # "http://" alone begins the address of this machine that the page prints.
+            if re.search(r"https?://.", node.value):
                 yield node.lineno, f"a web address in code: {node.value!r}"
-            if re.match(r"/(?!proc/)\w+/\w", node.value):  # Linux describes the processor in /proc
+            # Linux describes the processor in /proc; the page serves what is under /view.
+            if re.match(r"/(?!proc/|view/)\w+/\w", node.value):
                 yield node.lineno, f"an absolute path in code: {node.value!r}"
 
 
@@ -273,6 +276,12 @@ def import_all(root: Path, modules: list[str]) -> dict[str, str]:
 
 def test_every_module_imports_by_itself_without_torchvision():
     modules = [module_name(path, ROOT) for path in sources(ROOT) if path.is_relative_to(ROOT / "ldm")]
+    if importlib.util.find_spec("gradio") is None:  # an extra
+        modules = [
+            name
+            for name in modules
+            if name not in ("ldm.studio.page", "ldm.studio.tabs", "ldm.studio.server")
+        ]
     assert import_all(ROOT, modules) == {}
 
 

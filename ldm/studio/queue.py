@@ -183,7 +183,9 @@ class Queue:
                         jobs[place] = updated
             busy = {job.device for job in jobs if job.state == "running"}
             if any(job.state == "waiting" and job.device not in busy for job in jobs):
-                busy |= {run.device or "cpu" for run in runs_in(self.logdir) if run.live}
+                ours = {job.folder for job in jobs if job.state == "running"}
+                others = (run for run in runs_in(self.logdir) if run.live and run.folder.name not in ours)
+                busy |= {run.device or "cpu" for run in others}
             for place, job in enumerate(jobs):
                 if job.state == "waiting" and job.device not in busy:
                     busy.add(job.device)

@@ -21,7 +21,7 @@ from PIL import Image
 from ldm import files
 from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
-from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, table_of, words_of
+from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
 from ldm.generate.images import SAMPLERS, ImageFolder, OutputError, Settings
 from ldm.generate.session import WEIGHTS, Session, checkpoint_of
 from ldm.images import enlarged, image_grid, labelled, open_image
@@ -469,18 +469,16 @@ class Service:
 
     def inspect(self, file: str, model: str = "") -> list[ConceptReport]:
         """Norms and nearest vocabulary words of the words in a file, by a model of the same width."""
-        from ldm.checkpoint import read_state_dict
-
         learned = read(self._word_file(file))
         ckpt = checkpoint_of(self.workspace.root / self._model(model))
-        table, words = None, None
+        tables, words = None, None
         try:
-            table = table_of(read_state_dict(ckpt), ckpt, learned.concepts[0].width)
+            tables = token_tables(ckpt)
             folder = known_folder(str(Path(ckpt).parent / "text_encoder"))
             words = words_of(folder) if folder else None
         except UserError as error:
             logger.info("no vocabulary: %s", error)
-        return inspect_concepts(learned, table, words)
+        return inspect_concepts(learned, tables, words)
 
     def metadata(self, file: str) -> dict[str, Any]:
         """What a file says about how its words were learned."""

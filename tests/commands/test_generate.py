@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ldm.checkpoint import config_of
 from ldm.commands import generate
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.generate import session
 from ldm.images import open_image
 from tests.golden_record import Golden
 
@@ -368,5 +369,5 @@ def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(run, tmp_path) ->
 def test_an_embedding_is_named_by_its_file_in_any_language(tmp_path, name: str, text: str) -> None:
     path = write(LearnedEmbeddings((Concept("<x>", torch.ones(1, 8)),)), tmp_path / f"{name}.pt", "original")
     paths: list[str] = []
-    found = generate._find_embeddings(text.format(f"embedding:{name}"), str(tmp_path), paths)
+    found = session._find_embeddings(text.format(f"embedding:{name}"), str(tmp_path), paths)
     assert found == text.format("<x>") and paths == [str(path)]

@@ -68,7 +68,7 @@ def make(tmp_path, monkeypatch) -> Iterator[Callable[[], Queue]]:
 def until(condition: Callable[[], object], queue: Queue | None = None) -> None:
     end = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < end, "it took too long"
+        assert time.monotonic() < end, f"it took too long: {queue and states(queue)}"
         time.sleep(0.02)
         if queue is not None:
             queue.tick()
