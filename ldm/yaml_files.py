@@ -26,7 +26,7 @@ def read_yaml(path: str | Path) -> DictConfig:
         raise ConfigError(f"'{path}'{line} is not a valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"'{path}' must hold a mapping (model:, data:, lightning:), not a list")
-    return _found_in_checkout(node)
+    return _found(node, path.parent)
 
 
 # The repository's root, where this library runs from a checkout, and its folders that YAMLs name.
@@ -44,15 +44,22 @@ def in_checkout(path: str) -> str:
     return str(there) if known and not Path(path).exists() and there.exists() else path
 
 
-def _found_in_checkout(node: DictConfig) -> DictConfig:
-    """The same configuration with every such path as an absolute one."""
+def _found(node: DictConfig, folder: Path) -> DictConfig:
+    """The same configuration with every such path as an absolute one.
+
+    What lies in `folder`, that of the YAML, comes first: the folder of a model can be copied elsewhere.
+    """
 
     def visit(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: visit(item) for key, item in value.items()}
         if isinstance(value, list):
             return [visit(item) for item in value]
-        return in_checkout(value) if isinstance(value, str) else value
+        if not isinstance(value, str) or (found := in_checkout(value)) == value:
+            return value
+        parts = Path(value).parts
+        beside = (folder.resolve().joinpath(*parts[start:]) for start in range(1, len(parts)))
+        return next((str(place) for place in beside if place.exists()), found)
 
     plain = OmegaConf.to_container(node, resolve=False)
     moved = visit(plain)
