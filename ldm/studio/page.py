@@ -288,7 +288,7 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
                     elem_id="until",
                 )
             curves = gr.HTML(padding=False, elem_id="curves")
-            pictures = gr.HTML(padding=False, elem_id="previews")
+            previews = gr.HTML(padding=False, elem_id="previews")
             place = gr.Slider(
                 0, 1, 0, step=1, label="Preview", info="step through the previews", elem_id="preview"
             )
@@ -301,7 +301,7 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
                 log = gr.Textbox(lines=10, max_lines=10, show_label=False, interactive=False, elem_id="log")
 
     outputs = [table, queue, job, compare]
-    details = [head, curves, pictures, place, log]
+    details = [head, curves, previews, place, log]
 
     def refresh() -> Any:
         runs = service.runs()

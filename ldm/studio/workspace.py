@@ -122,12 +122,10 @@ class Workspace:
         captions = {
             Path(source).stem: Path(source) for source in sources if Path(source).suffix.lower() == ".txt"
         }
-        pictures = [Path(source) for source in sources if Path(source).suffix.lower() != ".txt"]
-        if len(pictures) > MOST_IMAGES:
-            refused.append(
-                f"only the first {MOST_IMAGES} of {len(pictures)} images were taken; five are usual"
-            )
-        for source in pictures[:MOST_IMAGES]:
+        images = [Path(source) for source in sources if Path(source).suffix.lower() != ".txt"]
+        if len(images) > MOST_IMAGES:
+            refused.append(f"only the first {MOST_IMAGES} of {len(images)} images were taken; five are usual")
+        for source in images[:MOST_IMAGES]:
             try:
                 copies.append((source, check_upload(source)))
             except UserError as error:

@@ -274,11 +274,6 @@ class RunRecord:
         return self.state in ("starting", "training")
 
     @property
-    def can_continue(self) -> bool:
-        """Whether `-r` would go on from a saved state."""
-        return not self.live and (self.folder / "checkpoints" / "last.ckpt").is_file()
-
-    @property
     def seconds_left(self) -> float | None:
         """The time until the last step at the present pace."""
         if not self.live or not self.rate or not self.total:

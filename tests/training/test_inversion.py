@@ -54,7 +54,7 @@ def test_a_concept_is_learned_saved_and_generated_with(learned, tiny_model, tmp_
     assert again.tobytes() == first.tobytes()
 
 
-def test_images_may_be_files_and_pictures(image_folder, tiny_yaml, tiny_model):
+def test_images_may_be_files_or_loaded(image_folder, tiny_yaml, tiny_model):
     given = [image_folder / "0.png", Image.open(image_folder / "1.png")]
     for _ in range(2):
         concept = ldm.invert(given, model=tiny_model, base=tiny_yaml, steps=1, logdir="runs")

@@ -31,7 +31,7 @@ def test_a_run_records_its_progress_its_log_and_its_verdict(tiny_yaml):
     record = RunRecord.read(only_run())
     assert (record.state, record.step, record.total, record.images) == ("finished", 6, 6, 3)
     assert list(record.words) == ["*"] and record.message.startswith("ended at step 6")
-    assert not record.live and record.can_continue and record.seconds_left is None
+    assert not record.live and record.seconds_left is None
     assert "learning '*'" in record.log() and record.message in record.log()
     curves = record.curves()
     assert [step for step, _ in curves["fixed loss"]] == [0] and record.concepts().keys() >= {4, 6, "last"}
