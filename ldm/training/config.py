@@ -5,18 +5,28 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pytorch_lightning as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm import values
 from ldm.training.command_line import RUN_KEYS, alias_overrides
 from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
-from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+from ldm.util import (
+    ConfigError,
+    Problem,
+    UsageError,
+    config_problems,
+    get_obj_from_str,
+    raise_problems,
+    shown_value,
+)
 from ldm.words import check_word
-from ldm.yaml_files import read_yaml, yaml_value
+from ldm.yaml_files import check_interpolations, place_in, read_yaml, yaml_value
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
@@ -48,6 +58,7 @@ def load_run_config(
     config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
+        _check_shape(overlay, lambda key, path=path: place_in([path], key))  # type: ignore[misc]
         if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs
             for dataset in _datasets(config):
                 _params(dataset).pop("data_root", None)
@@ -57,8 +68,11 @@ def load_run_config(
             key, _, value = override.partition("=")
             if "[" in key:  # one entry of a list; merge would treat it as a mapping
                 OmegaConf.update(config, key, yaml_value(value))
+                _check_shape(config)
             else:
-                config = merge(config, _nested(key, yaml_value(value)))
+                overlay = _nested(key, yaml_value(value))
+                _check_shape(overlay)
+                config = merge(config, overlay)
         for key, value in alias_overrides(options).items():
             # A flag about images must not create a validation set.
             if not key.startswith("data.params.validation") or OmegaConf.select(
@@ -68,8 +82,93 @@ def load_run_config(
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
+    place = places(options, base)
+    check_interpolations(config, place)
+    raise_problems(list(_run_key_problems(config)), place)
     fill_run_keys(config, replace_data_root=options.data_root is not None)
     return config
+
+
+def places(
+    options: argparse.Namespace, yamls: Sequence[str | Path], saved: Sequence[str | Path] = ()
+) -> Callable[[str], str]:
+    """A function that says where a key of the configuration of a run was set: a flag, or a YAML and its line.
+
+    Overrides have no place, because they are typed with their key.
+    """
+
+    def place(key: str) -> str:
+        if key in alias_overrides(options):
+            return " (--, a flag)"
+        if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
+            return f" (--{key})"
+        for override in options.overrides:
+            name = override.partition("=")[0]
+            if key == name or key.startswith((f"{name}.", f"{name}[")):
+                return ""
+        name = key.rpartition(".")[2]
+        if name in options.trainer and key == f"lightning.trainer.{name}":
+            return f" (--{name})"
+        return place_in([*saved, *yamls], key)
+
+    return place
+
+
+# The types of the top-level keys of a run.
+_RUN_TYPES: dict[str, Any] = {
+    "actual_resume": str | None,
+    "vae": str | None,
+    "data_root": str | Mapping[str, str] | None,
+    "embedding_manager_ckpt": str | None,
+    "placeholder_string": str | None,
+    "init_word": str | None,
+    "seed": int,
+    "scale_lr": bool,
+}
+
+
+def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
+    for key, hint in _RUN_TYPES.items():
+        if key in config and not OmegaConf.is_missing(config, key):
+            yield from _misfits(key, config[key], hint)
+    model = config.get("model") or {}
+    rate = model.get("base_learning_rate")
+    if rate is not None:
+        yield from _misfits("model.base_learning_rate", rate, float | str)
+
+
+def _misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
+    *above, name = key.split(".")
+    for found, misfit, requirement in values.misfits(name, value, hint):
+        where = ".".join([*above, found])
+        yield Problem(where, f"{where} is {shown_value(misfit)}", f"; it must be {requirement}")
+
+
+# Keys whose value is a mapping, beside those that end in _config, and those of the datasets.
+_MAPPINGS = ("model", "data", "lightning", "params", "trainer", "callbacks", "modelcheckpoint", "logger")
+_DATASETS = ("train", "validation", "test", "predict")
+_SPLITS = tuple(f"data.params.{name}" for name in _DATASETS)
+
+
+def _check_shape(config: DictConfig, place: Callable[[str], str] = lambda key: "") -> None:
+    """Raise ConfigError for a list or a single value where the YAML of a run has a mapping."""
+
+    def visit(node: dict[Any, Any], where: str) -> Iterator[Problem]:
+        for key, value in node.items():
+            path = f"{where}.{key}" if where else str(key)
+            if isinstance(value, dict):
+                yield from visit(value, path)
+                continue
+            # The condition of an unconditional model is a text; a callback is switched off by null.
+            wanted = str(key).endswith("_config") and key != "cond_stage_config"
+            if key in _MAPPINGS or path in _SPLITS or wanted or where == "lightning.callbacks":
+                later = value is None or (isinstance(value, str) and value.startswith(("???", "${")))
+                if not later:
+                    kind = "a list" if isinstance(value, list) else shown_value(value)
+                    yield Problem(path, f"{path} is {kind}", " where a mapping is needed; write key: value")
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    raise_problems(list(visit(cast(dict[Any, Any], plain), "")), place)
 
 
 def seed_vectors(config: DictConfig) -> None:
@@ -104,11 +203,10 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
     if path := config.get("embedding_manager_ckpt"):
         params["embedding_manager_ckpt"] = path
     if word := config.get("placeholder_string"):
-        params["placeholder_strings"] = [str(word)]
+        params["placeholder_strings"] = [word]
     if word := config.get("init_word"):
-        others = list(params.get("initializer_words") or [])[1:]
-        params["initializer_words"] = [str(word), *others]
-    placeholders = params.get("placeholder_strings") or []
+        params["initializer_words"] = [word, *_texts(params.get("initializer_words"))[1:]]
+    placeholders = _texts(params.get("placeholder_strings"))
     if placeholders:
         # Only the top-level key replaces a dataset's own value.
         forced = bool(config.get("placeholder_string"))
@@ -118,43 +216,58 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
                 _params(dataset)["placeholder_token"] = placeholders[0]
 
 
-def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None:
-    """Check keys, targets and missing values without building anything.
+def check_run_config(
+    config: DictConfig, trainer_options: Sequence[str], place: Callable[[str], str] = lambda key: ""
+) -> None:
+    """Check keys, targets, values and their ranges without building anything.
 
-    `trainer_options` are the keys that are allowed in lightning.trainer.
+    `trainer_options` are the keys that are allowed in lightning.trainer; `place` is that of `places`.
 
     Raises:
         ConfigError: one error that lists all problems.
     """
-    problems = []
+    problems: list[Problem] = []
     if not config.get("model"):
-        problems.append("there is no model; give a YAML with --base")
+        problems.append(Problem("", "there is no model; give a YAML with --base"))
     elif not config.get("data"):
-        problems.append("there is no data node; add a YAML that has one with --base")
+        problems.append(Problem("", "there is no data node; add a YAML that has one with --base"))
     lightning = config.get("lightning") or {}
+    trainer = lightning.get("trainer") or {}
     for where, node, known in (
-        ("the YAML", config, ("model", "data", "lightning", *RUN_KEYS)),
+        ("", config, ("model", "data", "lightning", *RUN_KEYS)),
         ("model", config.get("model") or {}, _MODEL_KEYS),
         ("data", config.get("data") or {}, ("target", "params")),
         ("lightning", lightning, _LIGHTNING_KEYS),
-        ("lightning.trainer", lightning.get("trainer") or {}, trainer_options),
+        ("lightning.trainer", trainer, trainer_options),
     ):
-        unknown = [str(key) for key in node if key not in known]
-        if unknown:
-            names = ", ".join(f"'{key}'{_nearest(key, known)}" for key in unknown)
-            problems.append(f"{where}: unknown key {names}" + _known(known))
+        for key in node:
+            if key not in known:
+                path = f"{where}.{key}" if where else str(key)
+                what = f"{where or 'the YAML'}: unknown key '{key}'"
+                problems.append(Problem(path, what, _nearest(str(key), known) + _known(known)))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
-        problems.append("there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        problems.append(
+            Problem("", "there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        )
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
         if node and not node.get("target") and name not in KNOWN_CALLBACKS:
             problems.append(
-                f"lightning.callbacks: '{name}' has no target; known are {', '.join(KNOWN_CALLBACKS)}"
+                Problem(
+                    f"lightning.callbacks.{name}",
+                    f"lightning.callbacks: '{name}' has no target",
+                    f"{_nearest(str(name), tuple(KNOWN_CALLBACKS))}; known are {', '.join(KNOWN_CALLBACKS)}",
+                )
             )
     if missing:
-        problems.append(f"there is no value for {', '.join(missing)}")
+        problems.append(Problem(missing[0], f"there is no value for {', '.join(missing)}"))
     if not missing and not rootless:
+        for key, value in trainer.items():
+            # `gpus` has a reader of its own; null is the default.
+            if value is not None and key in trainer_options:
+                hint = values.hint(pl.Trainer, key)
+                problems += _misfits(f"lightning.trainer.{key}", value, hint)
         # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
             "model": _constructor(config.get("model") or {}),
@@ -165,14 +278,14 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
             ),
         }
         for where, node in nodes.items():
-            try:
-                check_config(node, where)
-            except ConfigError as error:
-                problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
+            if where != "lightning" and node and not node.get("target"):
+                problems.append(
+                    Problem(where, where, " has no target; name a class: target: package.module.Name")
+                )
+            problems += config_problems(node, where)
+    raise_problems(problems, place)
     words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
-    for word in words if isinstance(words, ListConfig) else []:
+    for word in _texts(words):
         check_word(word)
 
 
@@ -217,7 +330,7 @@ def _params(node: DictConfig) -> DictConfig:
 
 def _datasets(config: DictConfig) -> list[DictConfig]:
     parts = OmegaConf.select(config, "data.params") or {}
-    nodes = (parts.get(name) for name in ("train", "validation", "test", "predict"))
+    nodes = (parts.get(name) for name in _DATASETS)
     return [node for node in nodes if isinstance(node, DictConfig) and node.get("target")]
 
 
@@ -228,6 +341,11 @@ def _accepts(node: Mapping[str, Any], name: str) -> bool:
     except (ConfigError, TypeError, ValueError):
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _texts(value: Any) -> list[Any]:
+    """The entries of a list, or a single text as one; of anything else, which is reported later, none."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, ListConfig) else []
 
 
 def _needs_root(node: Mapping[str, Any]) -> bool:

@@ -35,7 +35,6 @@ from ldm.training.trainer import (
     OPTIONAL_CALLBACKS,
     Devices,
     build_trainer,
-    check_lengths,
     choose_devices,
     complete_lightning,
     is_gone_logger,
@@ -125,6 +124,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         _check_names(options, folder)
         saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
         merged = config.load_run_config(options, options.base, saved)
+        where = config.places(options, options.base, folder.saved_configs())
     else:
         if not options.base:
             raise UsageError(
@@ -132,6 +132,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             )
         folder, state = None, None
         merged = config.load_run_config(options, options.base)
+        where = config.places(options, options.base)
     trainer_node = OmegaConf.select(merged, "lightning.trainer")
     trainer_node = trainer_node if isinstance(trainer_node, DictConfig) else OmegaConf.create({})
     # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
@@ -140,8 +141,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         return make_plan(argparse.Namespace(**vars(options) | given))
     if trainer_node:
         merged["lightning"]["trainer"] = translate_old_keys(trainer_node)
-    config.check_run_config(merged, known)
-    check_lengths(merged.get("lightning") or {})
+    config.check_run_config(merged, known, where)
     check_rate(merged)
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)

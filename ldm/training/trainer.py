@@ -21,7 +21,7 @@ from ldm.training.callbacks.interruption import Interruption, Requests, StepGuar
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.training.precision import plugin_for
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, UsageError, UserError, check_integer, instantiate_from_config
+from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -310,6 +310,9 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
     node["callbacks"] = OmegaConf.merge(
         defaults | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
     )
+    for name in ("modelcheckpoint", "logger"):
+        if name in node and node[name] is None:
+            del node[name]
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
     if "logger" in node:
@@ -355,14 +358,6 @@ def trainer_kwargs(
     if "max_steps" not in options and "max_epochs" not in options:
         defaults["max_epochs"] = -1
     return defaults | options
-
-
-def check_lengths(lightning: Mapping[str, Any]) -> None:
-    """Raise UsageError unless max_steps and max_epochs are whole numbers from 1, or -1 for no limit."""
-    for key in ("max_steps", "max_epochs"):
-        number = (lightning.get("trainer") or {}).get(key)
-        if number not in (None, -1):
-            check_integer(number, key, error=UsageError)
 
 
 def make_loggers(lightning: Mapping[str, Any], run: RunFolder) -> list[Logger]:
