@@ -104,6 +104,11 @@ def _syntax_error(name: str, line: int, column: int, why: str) -> ConfigError:
     return ConfigError(f"{name}, line {line + 1}, column {column + 1} is not a valid YAML: {why}")
 
 
+# A value that begins with a quote and does not end in its line.
+_OPEN_QUOTE = re.compile(r"""(\s*(?:- +)?[\w.]+:\s+|\s*- +)(["'])(?:(?!\2).)*$""")
+_NO_COLON = re.compile(r"\s*\w[^:#]*(#.*)?$")
+
+
 def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, int, str]:
     """The line and column, from 0, of a mistake, and what to write instead."""
     problem, context = error.problem or "", error.context or ""
@@ -113,6 +118,9 @@ def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, int,
     line = lines[mark.line] if mark.line < len(lines) else ""
     here = mark.line, mark.column
     rest = line[mark.column :]
+    opened = ((n, _OPEN_QUOTE.match(text)) for n, text in enumerate(lines[: mark.line]))
+    if quote := next(((n, found.start(2)) for n, found in opened if found), None):
+        return (*quote, "this quote is not closed")
     if indent := re.match(r" *\t", line):
         return mark.line, indent.end() - 1, "a tab indents the line; use spaces"
     if rest.startswith("\t"):
@@ -155,8 +163,15 @@ def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, int,
             return number, found.end() - 1, "write key: value, with a colon"
     if "could not find expected ':'" in problem:
         return start.line, start.column, "a colon is missing; write key: value"
-    if "mapping values" in problem and re.search(r":\s.*:\s", line):
+    if "mapping values" in problem and re.search(r":\s.*:(\s|$)", line.split(" #")[0]):
         return (*here, "a value that holds ': ' needs quotes")
+    above = mark.line - 1
+    while above > 0 and not lines[above].split("#")[0].strip():
+        above -= 1
+    if above >= 0 and _NO_COLON.match(lines[above]):
+        return above, len(lines[above]) - len(lines[above].lstrip()), "a colon is missing; write key: value"
+    if above >= 0 and "mapping values" in problem and re.match(r"\s*[\w.]+:\s+[^\s#]", lines[above]):
+        return (*here, "the line above has a value, so that nothing may be indented below it")
     return (
         *here,
         "the indentation does not fit the lines above; keys of one mapping begin in the same column",
@@ -220,7 +235,7 @@ def _unresolved(error: Exception) -> str:
 
 
 def line_of(text: str, key: str) -> int | None:
-    """The line, from 1, of a dotted key such as model.params.betas[0] in the text of a YAML; None if it is not there."""
+    """The line, from 1, of a dotted key such as model.betas[0] in the text of a YAML; None if it is not there."""
     try:
         node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError):

@@ -59,7 +59,9 @@ def load_run_config(
     for path in base:
         overlay = read_yaml(path)
         _check_shape(overlay, lambda key, path=path: place_in([path], key))  # type: ignore[misc]
-        if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs
+        if dict(overlay.items_ex(resolve=False)).get(
+            "data_root"
+        ):  # it replaces the data_root in datasets of earlier YAMLs
             for dataset in _datasets(config):
                 _params(dataset).pop("data_root", None)
         config = merge(config, overlay)
