@@ -115,6 +115,12 @@ def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError
     return value
 
 
+def check_value(label: str, value: Any, name: str, kind: Any) -> None:
+    """Raise UserError unless a value has a type, and is in the range of `name` in `ldm.values`."""
+    for _, misfit, requirement in values.misfits(name, value, kind):
+        raise UserError(f"{label} is {shown_value(misfit)}; it must be {requirement}")
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode for this block; afterwards each submodule returns to its own mode."""

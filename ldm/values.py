@@ -202,6 +202,18 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "window": Range(2),
     "threshold": Range(0, 1, above=True, below=True),
     "steps": _count(10_000),
+    # Sampling.
+    "ddim_steps": _count(10_000),
+    "ddim_eta": _SHARE,
+    "eta": _SHARE,
+    "scale": Range(-1000, 1000),
+    "guidance_scale": Range(-1000, 1000),
+    "image_seed": Range(0, 2**63 - 1),
+    "height": _count(16384),
+    "width": _count(16384),
+    "n_samples": _count(1024),
+    "n_iter": _count(10_000),
+    "n_rows": _count(10_000),
     "rate": _POSITIVE,
     "captions": _count(10**6),
 }
@@ -356,7 +368,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is types.NoneType:
         return value is None
     if kind is bool:
-        return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
+        return isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is float:
