@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +121,38 @@ def check_value(label: str, value: Any, name: str, kind: Any) -> None:
     """Raise UserError unless a value has a type, and is in the range of `name` in `ldm.values`."""
     for _, misfit, requirement in values.misfits(name, value, kind):
         raise UserError(f"{label} is {shown_value(misfit)}; it must be {requirement}")
+
+
+def best_device() -> str:
+    """The device to compute on: a CUDA GPU, an Apple GPU, or the CPU. Every default device in this library is this."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu" if why_no_mps() else "mps"
+
+
+def why_no_mps() -> str | None:
+    """Why there is no Apple GPU to compute on; None if there is one."""
+    import torch
+
+    if os.environ.get("DISABLE_MPS") == "1":  # Lightning's switch
+        return "the variable DISABLE_MPS is 1"
+    if not torch.backends.mps.is_built():
+        return "this build of torch has no support for Apple GPUs (Metal)"
+    if not torch.backends.mps.is_available():
+        return "torch finds no Apple GPU here; it needs macOS 12.3"
+    if platform.machine() not in ("arm64", "arm"):
+        return "Lightning supports the GPUs of Apple's own processors alone"
+    return None
+
+
+def free_memory() -> None:
+    """Give the memory that torch keeps on GPUs back."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif best_device() == "mps":
+        torch.mps.empty_cache()
 
 
 @contextmanager

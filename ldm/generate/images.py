@@ -188,14 +188,19 @@ def check_fits(config: Mapping[str, Any], steps: int, height: int | None, width:
 
     What a model of other classes can have is found when it generates.
     """
+    check_steps(steps, (config["model"].get("params") or {}).get("timesteps") or 1000)
+    if multiple := size_multiple(config):
+        _check_multiple(multiple, height, width)
+
+
+def size_multiple(config: Mapping[str, Any]) -> int | None:
+    """What the sides of images are multiples of, in pixels, by the YAML of a model; None if it does not say so."""
     params = config["model"].get("params") or {}
-    check_steps(steps, params.get("timesteps") or 1000)
     first, denoiser = (
         (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
     )
     levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
-    if all(levels):
-        _check_multiple(2 ** sum(len(level) - 1 for level in levels), height, width)
+    return 2 ** sum(len(level) - 1 for level in levels) if all(levels) else None
 
 
 def _check_multiple(multiple: int, height: int | None, width: int | None) -> None:

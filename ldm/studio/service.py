@@ -30,7 +30,7 @@ from ldm.studio.workspace import Finding, Workspace, check_upload, check_yaml, f
 from ldm.training.inversion import Inversion
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import existing_run_folder
-from ldm.util import UserError
+from ldm.util import UserError, best_device, free_memory
 from ldm.words import check_word, file_stem
 from ldm.yaml_files import in_checkout, parse_yaml, read_yaml
 
@@ -321,11 +321,8 @@ class Service:
         self._session, self._named = None, ()
         import gc
 
-        import torch
-
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def generate(
         self,
@@ -509,9 +506,8 @@ class Service:
 
 def device() -> str:
     """The device that a run of the page takes."""
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    best = best_device()
+    return "cuda:0" if best == "cuda" else best
 
 
 def _sampling(form: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
+from ldm.generate.images import size_multiple
 from ldm.training.command_line import RUN_KEYS, alias_overrides
 from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
 from ldm.util import (
@@ -285,10 +286,30 @@ def check_run_config(
                     Problem(where, where, " has no target; name a class: target: package.module.Name")
                 )
             problems += config_problems(node, where)
+        if not problems:
+            problems += _data_problems(config)
     raise_problems(problems, place)
     words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
     for word in _texts(words):
         check_word(word)
+
+
+def _data_problems(config: DictConfig) -> Iterator[Problem]:
+    """Problems of the data node that only the model's shows; both are valid by themselves."""
+    node = config["data"]
+    if _accepts(node, "train") and not OmegaConf.select(config, "data.params.train"):
+        yield Problem(
+            "data.params.train", "there is no data.params.train", "; name the training images' dataset"
+        )
+    multiple = size_multiple(config)
+    for split in _DATASETS:
+        key = f"data.params.{split}.params.size"
+        size = OmegaConf.select(config, key)
+        if multiple and isinstance(size, int) and size % multiple:
+            nearest = max(round(size / multiple), 1) * multiple
+            yield Problem(
+                key, f"{key} is {size}", f"; this model needs a multiple of {multiple}; try {nearest}"
+            )
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
