@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
 from ldm.generate.images import size_multiple
+from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training.command_line import RUN_KEYS, alias_overrides
 from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
 from ldm.util import (
@@ -101,8 +102,10 @@ def places(
     """
 
     def place(key: str) -> str:
-        if key in alias_overrides(options):
-            return " (--, a flag)"
+        for name, value in vars(options).items():
+            alone = argparse.Namespace(**dict.fromkeys(vars(options)) | {name: value})
+            if value is not None and key in alias_overrides(alone):
+                return f" (--{name})"
         if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
             return f" (--{key})"
         for override in options.overrides:
@@ -136,8 +139,14 @@ def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
             yield from _misfits(key, config[key], hint)
     model = config.get("model") or {}
     rate = model.get("base_learning_rate")
-    if rate is not None:
-        yield from _misfits("model.base_learning_rate", rate, float | str)
+    key = "model.base_learning_rate"
+    if isinstance(rate, str):
+        try:
+            LambdaStepScheduler(rate)
+        except ConfigError as error:
+            yield Problem(key, key, f": {error}")
+    elif rate is not None:
+        yield from _misfits(key, rate, float)
 
 
 def _misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
@@ -382,8 +391,9 @@ def _needs_root(node: Mapping[str, Any]) -> bool:
 
 def _without_unaccepted(base: DictConfig, overlay: DictConfig) -> DictConfig:
     result = {}
+    overlaid = dict(overlay.items_ex(resolve=False))
     for key, value in base.items_ex(resolve=False):
-        over = overlay.get(key) if key in overlay and not OmegaConf.is_missing(overlay, key) else None
+        over = overlaid.get(key)
         if isinstance(value, DictConfig) and isinstance(over, DictConfig):
             value = _without_unaccepted(value, over)
             other = over.get("target")

@@ -44,16 +44,13 @@ def set_learning_rate(
 
 
 def check_rate(merged: DictConfig) -> None:
-    """Check the base learning rate, the optimizer and the schedule, which are built for a parameter of no model.
+    """Check that there is a base rate, and that the optimizer and the schedule can be built, for a parameter of no model.
 
     Raises:
         ConfigError: one of them is missing or does not fit; or a schedule needs the steps of a run without a limit.
     """
-    base = merged["model"].get("base_learning_rate")
-    if base is None:
+    if merged["model"].get("base_learning_rate") is None:
         raise ConfigError("model.base_learning_rate is missing; give a number above 0")
-    if isinstance(base, str):
-        LambdaStepScheduler(base)
     limits = OmegaConf.select(merged, "lightning.trainer") or {}
     other_limit = any(limits.get(key) is not None for key in ("max_epochs", "max_time"))
     unlimited = limits.get("max_steps") == -1 or (other_limit and limits.get("max_steps") is None)

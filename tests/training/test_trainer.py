@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 
 import pytest
@@ -92,6 +93,59 @@ def test_accelerator_cpu(two_gpus, caplog):
         assert choose_devices(gpus, "cpu") == Devices("cpu", 1)
     assert choose_devices("0,", "gpu") == choose_devices("0,", "ddp") == Devices("cuda", [0])
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "chosen"),
+    [
+        (None, None, "mps"),
+        ("0,", None, "mps"),
+        ("-1", "auto", "mps"),
+        (None, "gpu", "mps"),
+        (None, "MPS", "mps"),
+        ("0", None, "cpu"),
+        (None, "cpu", "cpu"),
+    ],
+)
+def test_apple_gpu(apple_gpu, gpus, accelerator, chosen):
+    assert choose_devices(gpus, accelerator) == Devices(chosen, 1)
+    options = trainer_module.trainer_kwargs({}, choose_devices(gpus, accelerator), personalization=True)
+    assert (options["accelerator"], options["devices"], options["strategy"]) == (chosen, 1, "auto")
+
+
+def test_several_apple_gpus(apple_gpu):
+    with pytest.raises(UserError, match="this machine has one Apple GPU"):
+        choose_devices("0,1")
+    with pytest.raises(UserError, match="accelerator is cuda, but torch finds no GPU"):
+        choose_devices(None, "cuda")
+
+
+def test_why_there_is_no_apple_gpu(apple_gpu, monkeypatch):
+    def refused(words):
+        with pytest.raises(UserError, match=f"accelerator is mps, but .*{words}.*; leave it out"):
+            choose_devices(None, "mps")
+        assert choose_devices(None) == Devices("cpu", 1)
+
+    with monkeypatch.context() as intel:
+        intel.setattr(platform, "machine", lambda: "x86_64")
+        refused("Apple's own processors")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    refused("macOS 12.3")
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    refused("this build of torch")
+    monkeypatch.setenv("DISABLE_MPS", "1")
+    refused("DISABLE_MPS")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cude", 7])
+def test_unknown_accelerator(name):
+    with pytest.raises(UsageError, match="choose one of auto, cpu, cuda, gpu, mps"):
+        choose_devices(None, name)
+
+
+def test_accelerator_that_is_not_here(no_gpu):
+    with pytest.raises(UserError, match="accelerator is gpu, but torch finds no GPU here; leave it out"):
+        choose_devices(None, "gpu")
 
 
 @pytest.mark.parametrize(
