@@ -90,6 +90,9 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "num_sanity_val_steps": _count(None, 0, -1),
     "log_every_n_steps": _count(None, 0),
     "num_nodes": _count(4096),
+    "devices": _count(1024, 1, -1),
+    "fast_dev_run": Range(0),
+    "profiler": ("simple", "advanced", "pytorch"),
     "reload_dataloaders_every_n_epochs": _count(None, 0),
     # Data.
     "batch_size": _count(10**6),
@@ -193,6 +196,8 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "batch_frequency": _count(None, 0),
     "max_images": _count(1024, 0),
     "images_per_prompt": _count(1024),
+    "N": _count(1024),
+    "n_row": _count(1024),
     "memory_mib": _count(2**24, 0),
     "rollbacks": _count(None, 0),
     "samples": _count(10**6),

@@ -44,7 +44,7 @@ def set_learning_rate(
 
 
 def check_rate(merged: DictConfig) -> None:
-    """Check that there is a base rate, and that the optimizer and the schedule can be built, for a parameter of no model.
+    """Check that there is a base rate, and that optimizer and schedule can be built, for a parameter of no model.
 
     Raises:
         ConfigError: one of them is missing or does not fit; or a schedule needs the steps of a run without a limit.

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
@@ -35,16 +34,18 @@ from ldm.training.trainer import (
     OPTIONAL_CALLBACKS,
     Devices,
     build_trainer,
+    check_options,
     choose_devices,
     complete_lightning,
     is_gone_logger,
     make_callbacks,
     make_loggers,
     processes,
+    refusals,
     trainer_kwargs,
     translate_old_keys,
 )
-from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
+from ldm.util import ConfigError, UsageError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
-    model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
+    half = half_for(trainer_node.get("precision"), devices.accelerator)
+    check_options(
+        trainer_kwargs(plan.config.get("lightning") or {}, devices, personalization=False), plan.run.path
+    )
+    model = make_model(plan.config, half=half)
     datasets = getattr(data, "datasets", {})
     preflight.check_captions(model, datasets.get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
@@ -244,7 +249,7 @@ def make_trainer(
         if isinstance(callback, EmbeddingSaver):
             callback.describe = Provenance(plan.config, model)
             callback.stems = plan.run.word_stems
-    try:
+    with refusals():
         return build_trainer(
             kwargs,
             plan.run,
@@ -252,10 +257,6 @@ def make_trainer(
             make_loggers(lightning, plan.run),
             personalization=personalization,
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
