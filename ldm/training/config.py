@@ -310,7 +310,9 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem(
             "data.params.train", "there is no data.params.train", "; name the training images' dataset"
         )
-    multiple = size_multiple(config)
+    # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
+    source = config.get("actual_resume")
+    multiple = size_multiple(config) if source is None or Path(source).is_file() else None
     for split in _DATASETS:
         key = f"data.params.{split}.params.size"
         size = OmegaConf.select(config, key)

@@ -83,6 +83,7 @@ def run(argv: Sequence[str], prog: str = "main.py", callbacks: Sequence[pl.Callb
 def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> int:
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
+    preflight.check_keys(plan.config, getattr(data, "datasets", {}).get("train"))
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
     half = half_for(trainer_node.get("precision"), devices.accelerator)
