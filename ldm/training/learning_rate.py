@@ -61,7 +61,7 @@ def check_rate(merged: DictConfig) -> None:
             "scheduler_config.params.max_decay_steps is null, which means the steps of the run, but the run has no "
             "max_steps; give one of the two"
         )
-    if _needs_steps(scheduler):
+    if scheduler is not None and _needs_steps(scheduler):
         scheduler = _with_steps(scheduler, 1)
     try:
         build_optimizer(
