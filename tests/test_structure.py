@@ -120,9 +120,9 @@ def doubles(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
     """Find conversions to float64, which Apple GPUs lack, of tensors that may be on a device."""
     if room(module_name(path, root)) in {"models", "modules", "training", "generate"}:
         for node in calls(tree):
-            if isinstance(node.func, ast.Attribute) and node.func.attr == "double":
-                if not ast.unparse(node.func.value).endswith(".cpu()"):
-                    yield node.lineno, ".double(): an Apple GPU has no float64; write .cpu().double()"
+            call = ast.unparse(node.func)
+            if call.endswith(".double") and not call.endswith(".cpu().double"):
+                yield node.lineno, ".double(): an Apple GPU has no float64; write .cpu().double()"
 
 
 def unwanted_packages(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
