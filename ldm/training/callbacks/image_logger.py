@@ -16,15 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files, random_state
-from ldm.images import ImageError, enlarged, image_grid, labelled, to_pil
+from ldm.images import ImageError, grid, image_grid, to_pil
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
 from ldm.training.callbacks.latent_cache import CachedLatents
 from ldm.util import UserError, check_integer, evaluating
 
 logger = logging.getLogger(__name__)
-
-# Narrower images are enlarged to this width in pixels, so that the text below them is readable.
-SMALLEST = 128
 
 
 @runtime_checkable
@@ -50,15 +47,14 @@ def prompt_sheet(
     """A sheet with one row per prompt: one of the inputs, then the prompt's images (equally many per prompt)."""
     each = len(images) // len(prompts)
     cells: list[Image.Image] = []
+    labels: list[str] = []
     for row, prompt in enumerate(prompts):
         if inputs:
-            cells.append(labelled(_large(inputs[row % len(inputs)]), "input"))
-        cells += [labelled(_large(image), prompt) for image in images[row * each : (row + 1) * each]]
-    return image_grid(cells, columns=len(cells) // len(prompts), padding=4)
-
-
-def _large(image: Image.Image) -> Image.Image:
-    return enlarged(image, max(1, -(-SMALLEST // image.width)))
+            cells.append(inputs[row % len(inputs)])
+            labels.append("input")
+        cells += images[row * each : (row + 1) * each]
+        labels += [prompt] * each
+    return grid(cells, len(cells) // len(prompts), labels)
 
 
 PREVIEW_SEED = 42
