@@ -266,13 +266,14 @@ def grid(
     columns: int | None = None,
     labels: Sequence[str] = (),
     *,
-    width: int = 128,
+    smallest: int = 128,
+    largest: int | None = 512,
     padding: int = 4,
 ) -> Image.Image:
     """Arrange images, or image files, in rows of `columns` (default: one row), with their labels below them.
 
-    Images narrower than `width` pixels are enlarged by a whole factor, so that small ones can be seen; sides longer
-    than four times that are reduced.
+    Images narrower than `smallest` pixels are enlarged by a whole factor, so that small ones can be seen; those with a
+    side above `largest` pixels are reduced to it.
 
     Raises:
         ImageError: there is no image, or a file cannot be read, or there are not as many labels as images.
@@ -284,8 +285,9 @@ def grid(
     cells = []
     for given in images:
         image = given.copy() if isinstance(given, Image.Image) else open_image(given)
-        image.thumbnail((4 * width, 4 * width))
-        cells.append(enlarged(image, max(1, -(-width // image.width))))
+        if largest is not None:
+            image.thumbnail((largest, largest))
+        cells.append(enlarged(image, max(1, -(-smallest // image.width))))
     if labels:
         cells = [labelled(cell, text) for cell, text in zip(cells, labels, strict=True)]
     return image_grid(cells, max(1, columns or len(cells)), padding)

@@ -44,17 +44,14 @@ def filled_prompts(prompts: Sequence[str], model: object) -> list[str]:
 def prompt_sheet(
     inputs: Sequence[Image.Image], prompts: Sequence[str], images: Sequence[Image.Image]
 ) -> Image.Image:
-    """A sheet with one row per prompt: one of the inputs, then the prompt's images (equally many per prompt)."""
+    """A sheet with one column per prompt: the inputs above, the prompt's images (equally many per prompt) below."""
     each = len(images) // len(prompts)
-    cells: list[Image.Image] = []
-    labels: list[str] = []
-    for row, prompt in enumerate(prompts):
-        if inputs:
-            cells.append(inputs[row % len(inputs)])
-            labels.append("input")
-        cells += images[row * each : (row + 1) * each]
-        labels += [prompt] * each
-    return grid(cells, len(cells) // len(prompts), labels)
+    cells = [inputs[column % len(inputs)] for column in range(len(prompts))] if inputs else []
+    labels = ["input"] * len(cells)
+    for row in range(each):
+        cells += [images[column * each + row] for column in range(len(prompts))]
+        labels += prompts
+    return grid(cells, len(prompts), labels, largest=None)
 
 
 PREVIEW_SEED = 42
