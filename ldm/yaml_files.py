@@ -29,8 +29,9 @@ def read_yaml(path: str | Path) -> DictConfig:
     return _found(node, path.parent)
 
 
-# The repository's root, where this library runs from a checkout, and its folders that YAMLs name.
-CHECKOUT = Path(__file__).resolve().parents[1]
+# The repository's root, or in an installation what takes its place, and its folders that YAMLs name.
+_PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 _FOLDERS = ("models", "configs", "data")
 
 
