@@ -4,19 +4,69 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from pytorch_lightning import Trainer
-
 from ldm.console import Parser, boolean, positive
-from ldm.training.trainer import OLD_TRAINER_KEYS
 from ldm.util import UsageError
 from ldm.yaml_files import is_number, yaml_value
 
 PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
+
+# Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
+OLD_TRAINER_KEYS: dict[str, str | None] = {
+    "gpus": "gpus",
+    "num_processes": "devices",
+    "nb_gpu_nodes": "num_nodes",
+    "distributed_backend": "strategy",
+    "replace_sampler_ddp": "use_distributed_sampler",
+    "checkpoint_callback": "enable_checkpointing",
+    "weights_summary": "enable_model_summary",
+    "progress_bar_refresh_rate": "enable_progress_bar",
+    "show_progress_bar": "enable_progress_bar",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
+    "row_log_interval": "log_every_n_steps",
+    "add_row_log_interval": "log_every_n_steps",
+    "max_nb_epochs": "max_epochs",
+    "min_nb_epochs": "min_epochs",
+    "nb_sanity_val_steps": "num_sanity_val_steps",
+    "train_percent_check": "limit_train_batches",
+    "val_percent_check": "limit_val_batches",
+    "test_percent_check": "limit_test_batches",
+    "overfit_pct": "overfit_batches",
+    "gradient_clip": "gradient_clip_val",
+    "use_amp": "precision",
+    "resume_from_checkpoint": None,
+    "terminate_on_nan": None,
+    "print_nan_grads": None,
+    "flush_logs_every_n_steps": None,
+    "log_save_interval": None,
+    "auto_select_gpus": None,
+    "auto_scale_batch_size": None,
+    "auto_lr_find": None,
+    "amp_backend": None,
+    "amp_level": None,
+    "prepare_data_per_node": None,
+    "track_grad_norm": None,
+    "move_metrics_to_cpu": None,
+    "log_gpu_memory": None,
+    "stochastic_weight_avg": None,
+    "process_position": None,
+    "truncated_bptt_steps": None,
+    "multiple_trainloader_mode": None,
+    "automatic_optimization": None,
+    "enable_pl_optimizer": None,
+    "early_stop_callback": None,
+    "progress_bar_callback": None,
+    "training_tqdm_dict": None,
+    "weights_save_path": None,
+    "default_save_path": None,
+    "tpu_cores": None,
+    "num_tpu_cores": None,
+    "ipus": None,
+    "hpus": None,
+}
 
 # Flags of other tools that are not accepted -> what to do instead.
 ELSEWHERE = {
@@ -142,9 +192,16 @@ RUN_KEYS = (
 OVERRIDE = re.compile(rf"(--)?((model|data|lightning)\.[\w.\[\]-]+|{'|'.join(RUN_KEYS)})=")
 
 
-def trainer_options() -> list[str]:
-    """The argument names of Lightning's Trainer."""
-    return list(inspect.signature(Trainer).parameters)
+# The arguments of Lightning's Trainer; the class itself takes seconds to import.
+_TRAINER = """
+    accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs max_steps
+    min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches overfit_batches
+    val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing
+    enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm
+    deterministic benchmark inference_mode use_distributed_sampler profiler detect_anomaly barebones plugins
+    sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir enable_autolog_hparams model_registry
+"""
+TRAINER_OPTIONS = tuple(_TRAINER.split())
 
 
 def make_parser(prog: str = "main.py") -> Parser:
@@ -223,7 +280,7 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
 
 
 def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
-    known = {*trainer_options(), *OLD_TRAINER_KEYS}
+    known = {*TRAINER_OPTIONS, *OLD_TRAINER_KEYS}
     found: dict[str, Any] = {}
     queue = list(words)
     while queue:

@@ -1,4 +1,7 @@
-"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built."""
+"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built.
+
+`check_command_line` finds what is wrong with it as far as that needs no torch, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,79 @@ import argparse
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.files import NO_TENSORS, is_hub_id
+from ldm.images import check_image_folder
+from ldm.training import run_folder
 from ldm.training.command_line import RUN_KEYS, alias_overrides
-from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
-from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+from ldm.training.learning_rate import check_rate
+from ldm.util import ConfigError, UsageError, UserError, check_config, check_integer, get_obj_from_str
 from ldm.words import check_word
 from ldm.yaml_files import read_yaml, yaml_value
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
+
+
+# The callbacks of every run. A YAML sets their parameters under these names, and adds others as nodes with a target.
+DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
+    "image_logger": {
+        "target": "ldm.training.callbacks.image_logger.ImageLogger",
+        "params": {"batch_frequency": 750, "max_images": 4},
+    },
+    "embedding_saver": {"target": "ldm.training.callbacks.embedding_saver.EmbeddingSaver", "params": {}},
+    "progress": {"target": "ldm.training.callbacks.progress.RunProgress", "params": {}},
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+}
+# Further callbacks of a run that trains a personalization.
+PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
+    "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
+    "training_guard": {"target": "ldm.training.callbacks.guard.TrainingGuard", "params": {}},
+    "deterministic_loss": {
+        "target": "ldm.training.callbacks.fixed_loss.DeterministicLoss",
+        "params": {},
+    },
+    "vector_stats": {"target": "ldm.training.callbacks.guard.VectorStats", "params": {}},
+    "summary_images": {
+        "target": "ldm.training.callbacks.summary_images.SummaryImages",
+        "params": {},
+    },
+}
+# Callbacks that are added if a YAML names them; cuda_callback also on a GPU.
+OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
+    "cuda_callback": {"target": "ldm.training.callbacks.performance.CUDACallback", "params": {}},
+    "warm_start": {"target": "ldm.training.callbacks.warm_start.WarmStart", "params": {}},
+    "compiled": {"target": "ldm.training.callbacks.performance.CompiledDenoiser", "params": {}},
+    "channels_last": {"target": "ldm.training.callbacks.performance.ChannelsLast", "params": {}},
+    "metrics_over_trainsteps_checkpoint": {
+        "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+        "params": {
+            "filename": "{epoch:06}-{step:09}",
+            "save_top_k": -1,
+            "every_n_train_steps": 10000,
+            "save_weights_only": True,
+        },
+    },
+}
+KNOWN_CALLBACKS = DEFAULT_CALLBACKS | PERSONALIZATION_CALLBACKS | OPTIONAL_CALLBACKS
+# Old names of callbacks in YAMLs -> current names.
+OLD_CALLBACK_NAMES = {
+    "tripwires": "training_guard",
+    "health": "vector_stats",
+    "summary_pictures": "summary_images",
+}
+# Loggers that Lightning no longer has.
+_GONE_LOGGERS = ("TestTubeLogger",)
+_MODEL_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
 
 
 def merge(base: DictConfig, overlay: DictConfig) -> DictConfig:
@@ -45,6 +107,58 @@ def load_run_config(
 
     `saved` is the configuration of a run that is resumed, under all of these.
     """
+    config = _merged(options, base, saved)
+    fill_run_keys(config, replace_data_root=options.data_root is not None)
+    return config
+
+
+def check_command_line(options: argparse.Namespace) -> None:
+    """Check what needs no torch: that YAMLs, images and files are there, and the length and the rate of the run.
+
+    Raises:
+        UserError: as the run itself would, but at once.
+    """
+    resume, _ = place_to_resume(options)
+    base: list[str | Path] = list(options.base)
+    if resume:
+        folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
+        base = [*folder.saved_configs(), *base]
+    elif not base:
+        raise UsageError("give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml")
+    config = _merged(options, base, None)
+    with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
+        lightning = config.get("lightning")
+        check_lengths(lightning if isinstance(lightning, DictConfig) else {})
+        if isinstance(config.get("model"), DictConfig):
+            check_rate(config)
+        _check_places(config)
+
+
+def _check_places(config: DictConfig) -> None:
+    model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
+    for source, shown in ((model, f"checkpoint '{model}'"), (vae, f"checkpoint '{vae}'")):
+        if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
+            raise UserError(f"{shown} {NO_TENSORS['missing']}")
+    if vectors and not Path(vectors).exists():
+        raise UserError(f"'{vectors}': it {NO_TENSORS['missing']}")
+    for dataset in _datasets(config):
+        if str(dataset["target"]).startswith("ldm.data.personalized"):
+            roots = config.get("data_root") or (dataset.get("params") or {}).get("data_root")
+            for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
+                check_image_folder(root)
+
+
+def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
+    """What to resume, "" for a new run, and the name of a new run."""
+    if options.resume or not options.project:
+        return options.resume, options.name
+    if Path(options.project).is_dir():
+        options.resume_flag = "--project"
+        return options.project, options.name
+    return "", options.project
+
+
+def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
     config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
@@ -68,7 +182,6 @@ def load_run_config(
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    fill_run_keys(config, replace_data_root=options.data_root is not None)
     return config
 
 
@@ -174,6 +287,52 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
     words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
     for word in words if isinstance(words, ListConfig) else []:
         check_word(word)
+
+
+def rename_callbacks(config: DictConfig) -> DictConfig:
+    """A configuration in which old names of callbacks are replaced by the current ones."""
+    callbacks = OmegaConf.select(config, "lightning.callbacks", throw_on_missing=False)
+    if not isinstance(callbacks, DictConfig) or not callbacks.keys() & OLD_CALLBACK_NAMES.keys():
+        return config
+    config = config.copy()
+    renamed = OmegaConf.create({})
+    for name, node in callbacks.items_ex(resolve=False):
+        name = OLD_CALLBACK_NAMES.get(str(name), name)
+        renamed[name] = OmegaConf.merge(renamed[name], node) if renamed.get(name) and node else node
+    config["lightning"]["callbacks"] = renamed
+    return config
+
+
+def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: bool = False) -> DictConfig:
+    """The `lightning` node with the default callbacks and all targets, so that it can be checked and built."""
+    node = OmegaConf.create(dict(lightning or {}))
+    named = node.get("callbacks") or {}
+    defaults = DEFAULT_CALLBACKS | (PERSONALIZATION_CALLBACKS if personalization else {})
+    node["callbacks"] = OmegaConf.merge(
+        defaults | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
+    )
+    if "modelcheckpoint" in node:
+        node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
+    if "logger" in node:
+        if is_gone_logger(node["logger"]):
+            del node["logger"]
+        else:
+            default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
+            node["logger"] = OmegaConf.merge(default, node["logger"])
+    return node
+
+
+def is_gone_logger(node: Mapping[str, Any]) -> bool:
+    """Whether a `lightning.logger` node names a logger that Lightning no longer has."""
+    return str(node.get("target", "")).rpartition(".")[2] in _GONE_LOGGERS
+
+
+def check_lengths(lightning: Mapping[str, Any]) -> None:
+    """Raise UsageError unless max_steps and max_epochs are whole numbers from 1, or -1 for no limit."""
+    for key in ("max_steps", "max_epochs"):
+        number = (lightning.get("trainer") or {}).get(key)
+        if number not in (None, -1):
+            check_integer(number, key, error=UsageError)
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:

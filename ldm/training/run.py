@@ -31,14 +31,9 @@ from ldm.training.precision import half_for
 from ldm.training.record import Recorder
 from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
-    OLD_TRAINER_KEYS,
-    OPTIONAL_CALLBACKS,
     Devices,
     build_trainer,
-    check_lengths,
     choose_devices,
-    complete_lightning,
-    is_gone_logger,
     make_callbacks,
     make_loggers,
     processes,
@@ -117,8 +112,8 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Read and check the configuration; this builds and writes nothing."""
-    resume, name = _place_to_resume(options)
-    known = [*command_line.trainer_options(), *OLD_TRAINER_KEYS]
+    resume, name = config.place_to_resume(options)
+    known = [*command_line.TRAINER_OPTIONS, *command_line.OLD_TRAINER_KEYS]
     saved = None
     if resume:
         folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
@@ -141,7 +136,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if trainer_node:
         merged["lightning"]["trainer"] = translate_old_keys(trainer_node)
     config.check_run_config(merged, known)
-    check_lengths(merged.get("lightning") or {})
+    config.check_lengths(merged.get("lightning") or {})
     check_rate(merged)
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)
@@ -162,16 +157,6 @@ def make_plan(options: argparse.Namespace) -> Plan:
             label=name,
         )
     return Plan(options, merged, folder, state, saved)
-
-
-def _place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
-    """What to resume, "" for a new run, and the name of a new run."""
-    if options.resume or not options.project:
-        return options.resume, options.name
-    if Path(options.project).is_dir():
-        options.resume_flag = "--project"
-        return options.project, options.name
-    return "", options.project
 
 
 def _check_names(options: argparse.Namespace, folder: RunFolder) -> None:
@@ -231,11 +216,11 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer for this run; `further` are callbacks beside those of the configuration."""
     personalization = is_personalization(model)
-    if is_gone_logger(node := OmegaConf.select(plan.config, "lightning.logger") or {}):
+    if config.is_gone_logger(node := OmegaConf.select(plan.config, "lightning.logger") or {}):
         logger.info("lightning.logger %s no longer exists: TensorBoard takes its place", node["target"])
-    lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
+    lightning = config.complete_lightning(plan.config.get("lightning"), personalization=personalization)
     if devices.accelerator == "cuda":
-        lightning["callbacks"].setdefault("cuda_callback", OPTIONAL_CALLBACKS["cuda_callback"])
+        lightning["callbacks"].setdefault("cuda_callback", config.OPTIONAL_CALLBACKS["cuda_callback"])
     kwargs = trainer_kwargs(lightning, devices, personalization=personalization)
     callbacks = make_callbacks(
         lightning, plan.config, plan.run, model, requests, resume=str(plan.state or "")

@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ldm import embeddings, pickles
 from ldm.util import UserError
 from ldm.words import file_stem, folder_name
 
@@ -68,6 +67,8 @@ class RunFolder:
         A word keeps the name that its file in the folder has, so that a resumed run replaces its own files, those of
         earlier versions included.
         """
+        from ldm import embeddings
+
         held: dict[str, str] = {}
         for path in self.word_files():
             try:
@@ -181,6 +182,8 @@ def _no_run(place: Path) -> str:
         return (
             f"it holds vectors; a new run begins from them with --base YAML --embedding_manager_ckpt {place}"
         )
+    from ldm import pickles
+
     try:
         content = pickles.load(place, mmap=True)
     except UserError:
@@ -194,6 +197,8 @@ def _no_run(place: Path) -> str:
 
 
 def _holds_vectors(path: Path) -> bool:
+    from ldm import embeddings
+
     try:
         embeddings.read(path)
     except UserError:

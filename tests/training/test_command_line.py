@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from shlex import split
 
 import pytest
+from pytorch_lightning import Trainer
 
-from ldm.training.command_line import ELSEWHERE, alias_overrides, make_parser, parse
+from ldm.training.command_line import ELSEWHERE, TRAINER_OPTIONS, alias_overrides, make_parser, parse
 from ldm.util import UsageError
 
 
@@ -57,6 +59,10 @@ def test_flag_with_equals_sign_is_not_an_override():
     options = parse(["--data_root=pics", "actual_resume=m.ckpt"])
     assert options.data_root == "pics"
     assert options.overrides == ["actual_resume=m.ckpt"]
+
+
+def test_the_list_of_trainer_options_is_that_of_lightning():
+    assert set(TRAINER_OPTIONS) == set(inspect.signature(Trainer).parameters)
 
 
 def test_types_of_trainer_flags():

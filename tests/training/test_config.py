@@ -6,8 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.training import config
-from ldm.training.command_line import parse, trainer_options
-from ldm.training.trainer import OLD_CALLBACK_NAMES, complete_lightning
+from ldm.training.command_line import TRAINER_OPTIONS, parse
 from ldm.util import ConfigError, UsageError, UserError
 from ldm.yaml_files import read_yaml
 
@@ -29,7 +28,7 @@ def load(tmp_path, words="", *yamls):
 
 
 def check(merged):
-    config.check_run_config(merged, trainer_options())
+    config.check_run_config(merged, TRAINER_OPTIONS)
 
 
 @pytest.fixture
@@ -118,8 +117,8 @@ def test_old_names_of_callbacks(tmp_path, base):
     words += "lightning.callbacks.training_guard.params.every_n_train_steps=3"
     merged = load(tmp_path, words, base, old)
     check(merged)
-    callbacks = complete_lightning(merged.lightning, personalization=True)["callbacks"]
-    assert not callbacks.keys() & OLD_CALLBACK_NAMES.keys()
+    callbacks = config.complete_lightning(merged.lightning, personalization=True)["callbacks"]
+    assert not callbacks.keys() & config.OLD_CALLBACK_NAMES.keys()
     assert callbacks.training_guard.params == {"rollbacks": 1, "every_n_train_steps": 3}
     assert callbacks.training_guard.target.endswith("guard.TrainingGuard")
     assert callbacks.vector_stats.params == {"every_n_train_steps": 2}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.training import config
 from ldm.training import trainer as trainer_module
 from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.interruption import Requests
-from ldm.training.command_line import trainer_options
+from ldm.training.command_line import OLD_TRAINER_KEYS, TRAINER_OPTIONS
 from ldm.training.run_folder import RunFolder
-from ldm.training.trainer import OLD_TRAINER_KEYS, Devices, choose_devices, parse_gpus, processes
+from ldm.training.trainer import Devices, choose_devices, parse_gpus, processes
 from ldm.util import ConfigError, UsageError, UserError
 from tests.training.runs import start
 
@@ -125,7 +126,7 @@ def kwargs(personalization=True, **trainer):
 
 def build_callbacks(tmp_path, lightning, model=None):
     run = RunFolder(tmp_path, "now")
-    node = trainer_module.complete_lightning(lightning)
+    node = config.complete_lightning(lightning)
     return trainer_module.make_callbacks(
         node, OmegaConf.create({"lightning": lightning}), run, model, Requests(), ""
     )
@@ -181,9 +182,7 @@ def test_old_options_that_have_a_successor(old, new, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(
-    "key", sorted(k for k, new in trainer_module.OLD_TRAINER_KEYS.items() if new is None)
-)
+@pytest.mark.parametrize("key", sorted(k for k, new in OLD_TRAINER_KEYS.items() if new is None))
 def test_old_options_that_mean_nothing_any_more(key, caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     assert trainer_module.translate_old_keys({key: 1, "max_steps": 3}) == {"max_steps": 3}
@@ -193,7 +192,7 @@ def test_old_options_that_mean_nothing_any_more(key, caplog):
 
 
 def test_all_old_options_are_old():
-    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(trainer_options())
+    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(TRAINER_OPTIONS)
 
 
 def test_options_that_the_run_sets(caplog):
@@ -270,7 +269,7 @@ def test_several_machines_use_ddp():
 @pytest.mark.parametrize("steps", [0, -5, 2.5, "many"])
 def test_invalid_max_steps(steps):
     with pytest.raises(UsageError, match="max_steps is"):
-        trainer_module.check_lengths({"trainer": {"max_steps": steps}})
+        config.check_lengths({"trainer": {"max_steps": steps}})
 
 
 def test_null_that_is_a_value():
@@ -314,9 +313,7 @@ def test_loggers(tmp_path):
     def names(node):
         return [
             type(log).__name__
-            for log in trainer_module.make_loggers(
-                trainer_module.complete_lightning(node), RunFolder(tmp_path, "n")
-            )
+            for log in trainer_module.make_loggers(config.complete_lightning(node), RunFolder(tmp_path, "n"))
         ]
 
     assert names({}) == ["CSVLogger", "TensorBoardLogger"]
@@ -327,21 +324,21 @@ def test_loggers(tmp_path):
 def test_logger_with_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
-    node = trainer_module.complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
+    node = config.complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
     with pytest.raises(ConfigError, match="WandbLogger needs a package that is not installed"):
         trainer_module.make_loggers(node, RunFolder(tmp_path, "n"))
 
 
 def test_callbacks_of_a_personalization():
-    assert "latent_cache" not in trainer_module.complete_lightning({})["callbacks"]
-    assert trainer_module.complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
+    assert "latent_cache" not in config.complete_lightning({})["callbacks"]
+    assert config.complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
     assert (
-        trainer_module.complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)[
-            "callbacks"
-        ]["latent_cache"]
+        config.complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)["callbacks"][
+            "latent_cache"
+        ]
         is None
     )
-    named = trainer_module.complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})[
+    named = config.complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})[
         "callbacks"
     ]
     assert named["latent_cache"]["target"].endswith("LatentCache")
