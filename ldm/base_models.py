@@ -104,7 +104,7 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
 
 
 def recognise_for(source: str | Path, wanted: Family | None, channels: int | None) -> BaseModel | None:
-    """Recognise what is to be loaded with a config; None for a file that the config alone describes.
+    """Recognise a file that is to be loaded with a config; None for one that the config alone describes.
 
     Args:
         wanted: the family of the config; None if it describes a model of another kind or of other sizes.
@@ -114,8 +114,6 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
         CheckpointError: as `recognise`, unless the config may describe the file.
     """
     path = Path(source)
-    if path.is_dir() or (not path.exists() and is_hub_id(str(source))):
-        return recognise(source)
     header = checked_header(path)
     found = _of_header(header, path.name)
     if not isinstance(found, Kind):

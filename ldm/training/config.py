@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.files import NO_TENSORS, is_hub_id
 from ldm.images import check_image_folder
-from ldm.training import run_folder
-from ldm.training.command_line import RUN_KEYS, alias_overrides
+from ldm.training import flags, run_folder
+from ldm.training.command_line import RUN_KEYS
 from ldm.training.learning_rate import check_rate
 from ldm.util import ConfigError, UsageError, UserError, check_config, check_integer, get_obj_from_str
 from ldm.words import check_word
 from ldm.yaml_files import read_yaml, yaml_value
+
+logger = logging.getLogger(__name__)
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
@@ -123,33 +126,83 @@ def check_command_line(options: argparse.Namespace) -> None:
     if resume:
         folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         base = [*folder.saved_configs(), *base]
-    elif not base:
-        raise UsageError("give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml")
     config = _merged(options, base, None)
+    _check_base(base, config)
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
         lightning = config.get("lightning")
         check_lengths(lightning if isinstance(lightning, DictConfig) else {})
-        if isinstance(config.get("model"), DictConfig):
+        if OmegaConf.select(config, "model.target"):
             check_rate(config)
-        _check_places(config)
+        if not resume:  # what a run was begun from may be gone, and may not be another
+            _check_files(config)
+        for dataset in _datasets(config):
+            if str(dataset["target"]).startswith("ldm.data.personalized"):
+                own = (dataset.get("params") or {}).get("data_root")
+                roots = options.data_root or own or config.get("data_root")
+                for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
+                    check_image_folder(root)
 
 
-def _check_places(config: DictConfig) -> None:
+def complete_base(options: argparse.Namespace) -> list[str | Path]:
+    """The YAMLs of --base; if they describe no model, after the one that learns words on the model that is named.
+
+    Raises:
+        UserError: no model is named, or it is none that can be read.
+    """
+    config = _merged(options, options.base, None)
+    _check_base(options.base, config)
+    source = config.get("actual_resume")
+    if OmegaConf.select(config, "model.target") or not source:
+        return list(options.base)
+    path = training_yaml(source, config.get("variant"), config.get("revision"))
+    logger.info("the settings are those of %s, for '%s'", path, source)
+    return [path, *options.base]
+
+
+def _check_base(base: Sequence[str | Path], config: DictConfig) -> None:
+    if not base and not config.get("actual_resume"):
+        raise UsageError(
+            "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml, or a model with "
+            "--pretrained_model_name_or_path (--actual_resume), whose YAML is then used"
+        )
+
+
+def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+    """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
+
+    Raises:
+        UserError: the model is missing, none that can be read, or its YAML is not installed.
+    """
+    from ldm.base_models import ask_for_prediction, recognise
+
+    base = recognise(model, variant, revision)
+    if not base.finetune_config.is_file():
+        raise ConfigError(
+            f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
+            "install -e, or name a YAML with --base"
+        )
+    ask_for_prediction(base)
+    return base.finetune_config
+
+
+def _check_files(config: DictConfig) -> None:
     model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
     for source, shown in ((model, f"checkpoint '{model}'"), (vae, f"checkpoint '{vae}'")):
         if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
     if vectors and not Path(vectors).exists():
         raise UserError(f"'{vectors}': it {NO_TENSORS['missing']}")
-    for dataset in _datasets(config):
-        if str(dataset["target"]).startswith("ldm.data.personalized"):
-            roots = config.get("data_root") or (dataset.get("params") or {}).get("data_root")
-            for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
-                check_image_folder(root)
 
 
 def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
     """What to resume, "" for a new run, and the name of a new run."""
+    # diffusers' script begins anew where there is nothing to resume: a job can be started again by the same command.
+    begins = options.resume == "latest" and options.resume_flag == "--resume_from_checkpoint"
+    if begins and run_folder.latest_run(options.logdir) is None:
+        logger.info(
+            "--resume_from_checkpoint latest: no run in '%s' to resume; a new one begins", options.logdir
+        )
+        return "", options.name
     if options.resume or not options.project:
         return options.resume, options.name
     if Path(options.project).is_dir():
@@ -173,12 +226,12 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
                 OmegaConf.update(config, key, yaml_value(value))
             else:
                 config = merge(config, _nested(key, yaml_value(value)))
-        for key, value in alias_overrides(options).items():
-            # A flag about images must not create a validation set.
-            if not key.startswith("data.params.validation") or OmegaConf.select(
-                config, "data.params.validation"
-            ):
-                config = merge(config, _nested(key, value))
+        for key, value in flags.settings(options, config).items():
+            config = merge(config, _nested(key, value))
+        if (scheduler := flags.schedule(options, config)) is not None:
+            OmegaConf.update(
+                config, "model.params.scheduler_config", scheduler or None, merge=False, force_add=True
+            )
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)

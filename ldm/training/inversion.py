@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files
-from ldm.base_models import recognise
 from ldm.console import Interrupted
 from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, read, write
 from ldm.embeddings import Concept as ConceptVectors
@@ -26,6 +25,7 @@ from ldm.generate.session import WEIGHTS, checkpoint_of
 from ldm.images import open_image
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
+from ldm.training.config import training_yaml
 from ldm.training.record import RunRecord
 from ldm.util import ConfigError, UserError
 from ldm.words import file_stem
@@ -100,20 +100,6 @@ class Inversion:
         words += [f"{train}.use_captions=true"] if self.use_captions else []
         words += [] if self.flip else [f"{train}.flip_p=0"]
         return [*words, *self.settings]
-
-
-def training_yaml(model: str | Path) -> Path:
-    """The YAML that trains words for a model that this repository knows: a file, a folder or a hub id.
-
-    Raises:
-        UserError: it is missing or none of them.
-    """
-    path = recognise(model).finetune_config
-    if not path.is_file():
-        raise ConfigError(
-            f"'{path}' is not here; install a checkout with pip install -e, or name a YAML as `base`"
-        )
-    return path
 
 
 def recipe_yaml(name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.lr_scheduler import LambdaStepScheduler
+from ldm.lr_scheduler import LambdaNamedScheduler, LambdaStepScheduler
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def set_learning_rate(
     if isinstance(given, str):
         base, steps = _schedule_by_steps(given, model), f"; by steps: {given}"
     elif scheduler := getattr(model, "scheduler_config", None):
-        steps = f"; times the factor of {str(scheduler['target']).rpartition('.')[2]}"
+        steps = f"; times the factor of {_described(scheduler, max_steps)}"
     if not merged["scale_lr"]:
         model.learning_rate = float(base)
         return f"learning rate {base:.2e}{steps}"
@@ -38,6 +38,22 @@ def set_learning_rate(
         f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {processes} (processes) "
         f"x {accumulation} (accumulation); --scale_lr false uses the base alone{steps}"
     )
+
+
+def _described(scheduler: Mapping[str, Any], steps: int) -> str:
+    """A schedule in words; a warm-up that the run does not complete is a warning."""
+    name = str(scheduler["target"]).rpartition(".")[2]
+    params = scheduler.get("params") or {}
+    warm_up = params.get("warm_up_steps")
+    if isinstance(warm_up, int) and 0 < steps <= warm_up:
+        logger.warning(
+            "the warm-up of %d steps is not shorter than the run of %d: the rate never reaches its value",
+            warm_up,
+            steps,
+        )
+    if name != LambdaNamedScheduler.__name__:
+        return name
+    return f"{params['name']} ({warm_up} steps of warm-up)"
 
 
 def check_rate(merged: DictConfig) -> None:

@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.training import command_line, config, preflight, resuming, run_folder
+from ldm.training import command_line, config, flags, preflight, resuming, run_folder
 from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
@@ -53,7 +53,8 @@ EMBEDDED_MODEL = "models/ldm/creatures/model.safetensors"
 class Plan:
     """A checked command line: the configuration, the run folder, and what it resumes.
 
-    `state` is the state file, `saved` the configuration of the run before; both are None for a new run.
+    `state` is the state file, `saved` the configuration of the run before; both are None for a new run. Without
+    `train` the configuration is only checked.
     """
 
     options: argparse.Namespace
@@ -61,6 +62,7 @@ class Plan:
     run: RunFolder
     state: Path | None
     saved: DictConfig | None = None
+    train: bool = True
 
 
 def run(argv: Sequence[str], prog: str = "main.py", callbacks: Sequence[pl.Callback] = ()) -> int:
@@ -80,6 +82,10 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
+    if plan.config.get("allow_tf32"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if devices.accelerator != "cuda":
+            logger.info("--allow_tf32 changes nothing: TF32 is for NVIDIA GPUs")
     model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
     datasets = getattr(data, "datasets", {})
     preflight.check_captions(model, datasets.get("train"))
@@ -90,7 +96,7 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
         figures = settle(plan, model, trainer, data)
         if trainer.is_global_zero:
             log_plan(plan, model, datasets, trainer, figures)
-        if not plan.options.train:
+        if not plan.train:
             logger.info("the configuration is valid; add -t to train")
             return 0
         try:
@@ -114,19 +120,16 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """Read and check the configuration; this builds and writes nothing."""
     resume, name = config.place_to_resume(options)
     known = [*command_line.TRAINER_OPTIONS, *command_line.OLD_TRAINER_KEYS]
-    saved = None
+    base, saved = list(options.base), None
     if resume:
         folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         _check_names(options, folder)
         saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
         merged = config.load_run_config(options, options.base, saved)
     else:
-        if not options.base:
-            raise UsageError(
-                "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml"
-            )
         folder, state = None, None
-        merged = config.load_run_config(options, options.base)
+        base = config.complete_base(options)
+        merged = config.load_run_config(options, base)
     trainer_node = OmegaConf.select(merged, "lightning.trainer")
     trainer_node = trainer_node if isinstance(trainer_node, DictConfig) else OmegaConf.create({})
     # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
@@ -150,13 +153,15 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if folder is None:
         folder = run_folder.new_run_folder(
             options.logdir,
-            name=name or Path(options.base[0]).stem,
+            name=name or Path(base[0]).stem,
             data_root=merged.get("data_root") if options.datadir_in_name else None,
             postfix=options.postfix,
             several=processes(OmegaConf.select(merged, "lightning.trainer") or {}) > 1,
             label=name,
         )
-    return Plan(options, merged, folder, state, saved)
+    # Without --base the command line is one of diffusers' script, which always trains.
+    train = not (options.base or resume) if options.train is None else options.train
+    return Plan(options, merged, folder, state, saved, train)
 
 
 def _check_names(options: argparse.Namespace, folder: RunFolder) -> None:
@@ -194,7 +199,14 @@ def make_model(merged: DictConfig, half: torch.dtype | None = None) -> pl.Lightn
         logger.info("reading %s", path)
         personalised = OmegaConf.select(node, "params.personalization_config") is not None
         half = half if personalised else None
-        model = load_model_from_config(node, path, vae=merged.get("vae"), half=half)
+        model = load_model_from_config(
+            node,
+            path,
+            vae=merged.get("vae"),
+            half=half,
+            variant=merged.get("variant"),
+            revision=merged.get("revision"),
+        )
     else:
         model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
         if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):
@@ -302,7 +314,9 @@ def log_plan(
         rate=figures.rate,
         folder=plan.run.path,
     )
-    for line in lines:
+    if note := flags.rate_note(plan.options, getattr(model, "scheduler_config", None)):
+        lines.append(note)
+    for line in [*lines, *flags.notes(plan.options, plan.config)]:
         logger.info("%s", line)
 
 

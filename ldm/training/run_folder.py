@@ -129,6 +129,12 @@ def new_run_folder(
     return RunFolder(path, now, label)
 
 
+def latest_run(logdir: str | Path) -> Path | None:
+    """The run in a folder whose state was saved last; None if there is none."""
+    states = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    return states[-1].parent.parent if states else None
+
+
 def existing_run_folder(
     place: str | Path, logdir: str | Path = "logs", flag: str = "--resume"
 ) -> tuple[RunFolder, Path]:
@@ -141,10 +147,9 @@ def existing_run_folder(
         UserError: there is nothing to resume, or `place` holds vectors or a model.
     """
     if place == "latest":
-        runs = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-        if not runs:
+        place = latest_run(logdir) or place
+        if place == "latest":
             raise UserError(f"{flag} latest: no run in '{logdir}' has a last.ckpt")
-        place = runs[-1].parent.parent
     place = Path(place)
     if not place.exists() and is_run_folder(Path(logdir) / place):
         place = Path(logdir) / place

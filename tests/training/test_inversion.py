@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.training.inversion import Inversion, recipe_yaml, training_yaml
+from ldm.training.config import training_yaml
+from ldm.training.inversion import Inversion, recipe_yaml
 from ldm.yaml_files import CHECKOUT
 from tests.golden_record import Golden
 from tests.training.runs import only_run
