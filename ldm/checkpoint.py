@@ -124,6 +124,7 @@ def complete_config(
     check_config(node, "model")
     find_paths(node, places)
     path = Path(ckpt)
+    base: BaseModel | None
     if path.is_dir() or (not path.exists() and is_hub_id(str(ckpt))):
         base = recognise(ckpt, variant, revision)
     else:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.files import NO_TENSORS, is_hub_id
 from ldm.images import check_image_folder
-from ldm.training import flags, run_folder
+from ldm.training import flags, hub, run_folder
 from ldm.training.command_line import RUN_KEYS
 from ldm.training.learning_rate import check_rate
 from ldm.util import ConfigError, UsageError, UserError, check_config, check_integer, get_obj_from_str
@@ -141,6 +141,7 @@ def check_command_line(options: argparse.Namespace) -> None:
                 roots = options.data_root or own or config.get("data_root")
                 for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
                     check_image_folder(root)
+    hub.check(options)
 
 
 def complete_base(options: argparse.Namespace) -> list[str | Path]:

@@ -14,12 +14,13 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.training import command_line, config, flags, preflight, resuming, run_folder
+from ldm.training import command_line, config, flags, hub, preflight, resuming, run_folder
 from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
@@ -88,11 +89,12 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
             logger.info("--allow_tf32 changes nothing: TF32 is for NVIDIA GPUs")
     model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
     datasets = getattr(data, "datasets", {})
+    hub.check_model(plan.options, plan.config, plan.run, model)
     preflight.check_captions(model, datasets.get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
     requests = Requests()
     with handle_signals(requests):
-        trainer = make_trainer(plan, model, devices, requests, [recorder, *callbacks])
+        trainer = make_trainer(plan, model, devices, requests, [recorder, *callbacks, *samplers(plan)])
         figures = settle(plan, model, trainer, data)
         if trainer.is_global_zero:
             log_plan(plan, model, datasets, trainer, figures)
@@ -103,17 +105,23 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
             fit(plan.run, plan.state, trainer, model, data)
         except Interrupted as stop:
             logger.info("stopped by %s at step %d", stop, trainer.global_step)
+            if plan.options.push_to_hub:
+                logger.info(
+                    "nothing is uploaded, because the run is not finished; resume it with --push_to_hub"
+                )
             recorder.end("stopped", log_results(plan, model, trainer, finished=False))
             # The exit code is that of the first process; with another code, Lightning would kill the first one.
             return stop.exit_code if trainer.is_global_zero else 0
-    recorder.end("finished", log_results(plan, model, trainer, finished=True))
+    verdict = log_results(plan, model, trainer, finished=True)
+    shared = share(plan, model) if trainer.is_global_zero else True
+    recorder.end("finished", verdict)
     if (
         not plan.options.no_test
         and is_overridden("test_step", model, pl.LightningModule)
         and datasets.get("test")
     ):
         trainer.test(model, datamodule=data)
-    return 0
+    return 0 if shared else 1
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -358,6 +366,33 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
     return None
 
 
+def samplers(plan: Plan) -> list[pl.Callback]:
+    """The callback that samples images for the model card at the end, while the model is on its device."""
+    if not plan.options.push_to_hub:
+        return []
+    params = OmegaConf.select(plan.config, "lightning.callbacks.image_logger.params") or {}
+    prompts, each = list(params.get("prompts") or hub.PROMPTS), params.get("images_per_prompt") or 1
+
+    def sample(trainer: pl.Trainer, model: Any) -> None:
+        hub.save_samples(trainer, model, prompts, each)
+
+    return [LambdaCallback(on_train_end=sample)]
+
+
+def share(plan: Plan, model: pl.LightningModule) -> bool:
+    """Write the pipeline and upload the word, if that is asked for; returns whether all of it was done."""
+    options, done = plan.options, True
+    if options.save_as_full_pipeline:
+        try:
+            logger.info("pipeline:   %s", hub.write_pipeline(plan.config, plan.run))
+        except UserError as error:
+            logger.warning("no pipeline is written: %s", error)
+            done = False
+    if options.push_to_hub:
+        done = hub.upload(options, plan.config, plan.run, model) and done
+    return done
+
+
 def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
     """How other programs load the first word of a run; nothing for a text encoder that they do not have."""
     manager = personalization_of(model)
@@ -368,8 +403,7 @@ def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
     path = run.checkpoints / f"{stem}.safetensors"
     if not path.is_file():
         return []
-    # diffusers takes a word into its vocabulary, and refuses one that is there already, as "*" and every common word.
-    token = words[0] if words[0].startswith("<") and words[0].endswith(">") else f"<{stem}>"
+    token = hub.diffusers_token(words[0], stem)
     reason = "" if token == words[0] else " (diffusers refuses words of its vocabulary, such as *)"
     return [
         f'diffusers:  pipe.load_textual_inversion("{path.as_posix()}", token="{token}"), then the prompt '

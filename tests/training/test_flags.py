@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from shlex import split
 from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
 
 from ldm.training import config, flags
 from ldm.training.command_line import make_parser, parse
-from ldm.util import UsageError
+from ldm.util import UsageError, UserError
+from tests.training.runs import only_run, start, state_of
 
 BASE = "configs/latent-diffusion/txt2img-finetune.yaml"
 PREVIEWS = "lightning.callbacks.image_logger.params"
@@ -208,3 +212,84 @@ def test_a_given_rate_says_that_the_schedule_stays(words, said):
     assert (line is not None) is said
     if said:
         assert "LambdaWarmUpCosineScheduler; --lr_scheduler constant makes it constant" in str(line)
+
+
+def test_a_run_with_flags_of_diffusers(tiny_yaml, capsys):
+    words = (
+        "--learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 2 --adam_beta1 0.8 --adam_epsilon 1e-6"
+    )
+    assert start("--base", tiny_yaml, "-t", *split(words)) == 0
+    assert (
+        "learning rate 1.00e-03; times the factor of linear (2 steps of warm-up)" in capsys.readouterr().out
+    )
+    (group,) = state_of()["optimizer_states"][0]["param_groups"]
+    assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.999), 1e-6, pytest.approx(0, abs=1e-12))
+    run = only_run()
+    assert start("-r", run, "-t", "--max_steps", 8, *split(words)) == 0
+    assert not capsys.readouterr().err
+    (group,) = state_of(run)["optimizer_states"][0]["param_groups"]
+    assert group["betas"] == (0.8, 0.999)
+
+
+def test_a_run_that_is_all_warm_up_is_a_warning(tiny_yaml, capsys):
+    assert start("--base", tiny_yaml, "-t", "--lr_warmup_steps", 500, "--max_steps", 1) == 0
+    assert "the warm-up of 500 steps is not shorter than the run of 1" in capsys.readouterr().err
+
+
+def test_latest_begins_a_run_where_there_is_none(tiny_yaml, capsys):
+    words = ["--base", tiny_yaml, "-t", "--resume_from_checkpoint", "latest"]
+    assert start(*words, "--max_steps", 1) == 0
+    assert "no run in 'logs' to resume; a new one begins" in capsys.readouterr().out
+    assert start(*words, "--max_steps", 2) == 0
+    assert state_of(only_run())["global_step"] == 2
+    assert start("-r", "latest", "-t", "-l", "nowhere") == 1
+
+
+def test_weights_and_biases(tiny_yaml, monkeypatch):
+    """The logger is built with the run's folder; the package itself is played."""
+    built: list[dict[str, Any]] = []
+
+    class Wandb(CSVLogger):
+        def __init__(self, save_dir: str = ".", project: str = "") -> None:
+            built.append({"save_dir": save_dir, "project": project})
+            super().__init__(save_dir, name="wandb")
+
+    monkeypatch.setattr("pytorch_lightning.loggers.WandbLogger", Wandb)
+    assert start("--base", tiny_yaml, "-t", "--report_to", "wandb", "--max_steps", 1) == 0
+    run = only_run()
+    assert built == [{"save_dir": str(run), "project": "textual_inversion"}]
+    assert not (run / "tensorboard").exists() and list(run.glob("csv/*/metrics.csv"))
+
+
+@pytest.mark.parametrize("flag", ["--revision", "--variant"])
+def test_revision_and_variant_reach_the_model(tiny_yaml, monkeypatch, flag):
+    asked = []
+
+    def fetch(repository: str, variant: str | None = None, revision: str | None = None) -> Any:
+        asked.append((repository, {"--variant": variant, "--revision": revision}[flag]))
+        raise UserError("no hub here")
+
+    monkeypatch.setattr("ldm.base_models.fetch", fetch)
+    model = [
+        "--pretrained_model_name_or_path",
+        "me/model",
+        flag,
+        "this",
+        "--train_data_dir",
+        tiny_yaml.parent,
+    ]
+    assert start("--base", tiny_yaml, *model[:-2]) == 1
+    assert asked == [("me/model", "this")]
+    Image.new("RGB", (32, 32)).save("photo.png")
+    assert start(*model) == 1, "without --base the YAML follows from the same files"
+    assert asked == [("me/model", "this")] * 2
+
+
+def test_an_overlay_alone_follows_the_model(tiny_yaml, tmp_path, capsys):
+    """--base may name what goes over the model's own YAML; without -t nothing is trained."""
+    checkout = Path(__file__).resolve().parents[2]
+    overlay = checkout / "configs/personalization/three_vectors.yaml"
+    model = checkout / "models/ldm/creatures/model.safetensors"
+    assert start("--base", overlay, "--actual_resume", model) == 0
+    shown = capsys.readouterr().out
+    assert "txt2img-finetune.yaml, for" in shown and "(3 vectors)" in shown and "add -t to train" in shown
