@@ -197,6 +197,32 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
     return options
 
 
+def parse_gpus(gpus: Any) -> int | list[int] | None:
+    """Read `--gpus` as Lightning 1.x does: "0," and "0,1" and lists are indices, "2" is a count, -1 is all.
+
+    Returns None if it is not given, and 0 for no GPU.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if gpus is None or gpus == "":
+        return None
+    try:
+        if isinstance(gpus, str):
+            text = gpus.strip()
+            if "," not in text and not text.startswith("["):
+                return int(text)
+            text = text.removeprefix("[").removesuffix("]")
+            return [int(part) for part in text.split(",") if part.strip()]
+        if isinstance(gpus, bool):
+            return int(gpus)
+        return gpus if isinstance(gpus, int) else [int(part) for part in gpus]
+    except (TypeError, ValueError):
+        raise UsageError(
+            f'--gpus \'{gpus}\' is not understood; write "0," for GPU 0, "0,1" for two, "-1" for all'
+        ) from None
+
+
 def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
     known = {*TRAINER_OPTIONS, *OLD_TRAINER_KEYS}
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.files import NO_TENSORS, is_hub_id
 from ldm.images import check_image_folder
 from ldm.training import flags, hub, run_folder
-from ldm.training.command_line import RUN_KEYS
+from ldm.training.command_line import RUN_KEYS, parse_gpus
 from ldm.training.learning_rate import check_rate
 from ldm.util import ConfigError, UsageError, UserError, check_config, check_integer, get_obj_from_str
 from ldm.words import check_word
@@ -131,6 +131,7 @@ def check_command_line(options: argparse.Namespace) -> None:
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
         lightning = config.get("lightning")
         check_lengths(lightning if isinstance(lightning, DictConfig) else {})
+        parse_gpus(OmegaConf.select(config, "lightning.trainer.gpus"))
         if OmegaConf.select(config, "model.target"):
             check_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another

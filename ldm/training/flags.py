@@ -250,6 +250,13 @@ FLAGS: tuple[Flag, ...] = (
         positive,
         SAVING,
     ),
+    _sets(
+        "--checkpoints_total_limit",
+        "lightning.callbacks.embedding_saver.params.keep",
+        "how many embeddings_gs-N.pt are kept (all); last.ckpt is always one",
+        positive,
+        SAVING,
+    ),
     Flag(
         ("--save_as_full_pipeline",),
         "when the run ends, write a pipeline of diffusers too",
@@ -268,9 +275,6 @@ FLAGS: tuple[Flag, ...] = (
     # What changes nothing here, and why.
     _ignored("--use_8bit_adam", "the optimizer holds the vectors only, a few KB"),
     _ignored("--enable_xformers_memory_efficient_attention", "attention uses torch's fused kernels already"),
-    _ignored(
-        "--checkpoints_total_limit", "one state is kept, last.ckpt, which is replaced each time", positive
-    ),
     _ignored("--no_safe_serialization", "each word is written as .pt and as .safetensors"),
     _ignored("--only_save_embeds", "the frozen model is not saved"),
     _ignored("--logging_dir", "logs are in the run folder, which --logdir moves", str, metavar="FOLDER"),

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from ldm.base_models import recognise
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
@@ -347,6 +348,9 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
         words = list(manager.string_to_token_dict)
         base = plan.config.get("actual_resume")
         command = ["python", "scripts/txt2img.py", "--embedding_path", str(plan.run.embeddings)]
+        which = {key: plan.config.get(key) for key in ("variant", "revision")}
+        if base and any(which.values()):
+            base = recognise(base, **which).path  # the folder of that revision, already fetched
         if base and Path(base) != Path(EMBEDDED_MODEL):
             command += ["--ckpt_path", str(base), "--config", str(plan.run.saved_configs()[-1])]
             command += ["--vae", str(plan.config["vae"])] if plan.config.get("vae") else []

@@ -19,10 +19,10 @@ from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
-from ldm.training.command_line import OLD_TRAINER_KEYS
+from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
 from ldm.training.precision import plugin_for
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config
+from ldm.util import ConfigError, UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -37,32 +37,6 @@ class Devices:
     @property
     def count(self) -> int:
         return self.devices if isinstance(self.devices, int) else len(self.devices)
-
-
-def parse_gpus(gpus: Any) -> int | list[int] | None:
-    """Read `--gpus` as Lightning 1.x does: "0," and "0,1" and lists are indices, "2" is a count, -1 is all.
-
-    Returns None if it is not given, and 0 for no GPU.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if gpus is None or gpus == "":
-        return None
-    try:
-        if isinstance(gpus, str):
-            text = gpus.strip()
-            if "," not in text and not text.startswith("["):
-                return int(text)
-            text = text.removeprefix("[").removesuffix("]")
-            return [int(part) for part in text.split(",") if part.strip()]
-        if isinstance(gpus, bool):
-            return int(gpus)
-        return gpus if isinstance(gpus, int) else [int(part) for part in gpus]
-    except (TypeError, ValueError):
-        raise UsageError(
-            f'--gpus \'{gpus}\' is not understood; write "0," for GPU 0, "0,1" for two, "-1" for all'
-        ) from None
 
 
 def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int:

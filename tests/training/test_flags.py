@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 
+from ldm.base_models import BaseModel
 from ldm.training import config, flags
 from ldm.training.command_line import make_parser, parse
-from ldm.util import UsageError, UserError
+from ldm.training.learning_rate import set_learning_rate
+from ldm.util import UsageError
 from tests.training.runs import only_run, start, state_of
 
 BASE = "configs/latent-diffusion/txt2img-finetune.yaml"
@@ -62,6 +65,7 @@ SETS: dict[str, tuple[str, Any]] = {
     "--num_validation_images 2": (f"{PREVIEWS}.images_per_prompt", 2),
     "--validation_steps 10": (f"{PREVIEWS}.batch_frequency", 10),
     "--checkpointing_steps 20": ("lightning.modelcheckpoint.params.every_n_train_steps", 20),
+    "--checkpoints_total_limit 3": ("lightning.callbacks.embedding_saver.params.keep", 3),
     "--save_steps 250": ("lightning.callbacks.embedding_saver.params.every_n_train_steps", 250),
     "--report_to wandb": ("lightning.logger.target", "pytorch_lightning.loggers.WandbLogger"),
     "--tokenizer_name other": ("model.params.cond_stage_config.params.tokenizer", "other"),
@@ -80,7 +84,6 @@ SAYS = {
     "--use_8bit_adam": "--use_8bit_adam changes nothing",
     "--logging_dir logs": "--logging_dir changes nothing",
     "--local_rank -1": "--local_rank changes nothing",
-    "--checkpoints_total_limit 3": "--checkpoints_total_limit changes nothing: one state is kept",
     "--enable_xformers_memory_efficient_attention": "fused kernels",
     "--no_safe_serialization": "--no_safe_serialization changes nothing",
     "--only_save_embeds": "--only_save_embeds changes nothing",
@@ -231,18 +234,21 @@ def test_a_run_with_flags_of_diffusers(tiny_yaml, capsys):
     assert group["betas"] == (0.8, 0.999)
 
 
-def test_a_run_that_is_all_warm_up_is_a_warning(tiny_yaml, capsys):
-    assert start("--base", tiny_yaml, "-t", "--lr_warmup_steps", 500, "--max_steps", 1) == 0
-    assert "the warm-up of 500 steps is not shorter than the run of 1" in capsys.readouterr().err
+def test_a_run_that_is_all_warm_up_is_a_warning(caplog):
+    _, after = merged("--learning_rate 1e-3 --lr_warmup_steps 500")
+    model = SimpleNamespace(scheduler_config=after.model.params.scheduler_config)
+    rate = {"batch": 1, "accumulation": 1, "processes": 1, "max_steps": 9}
+    assert "times the factor of LambdaWarmUpCosineScheduler" in set_learning_rate(after, model, **rate)
+    assert "the warm-up of 500 steps is not shorter than the run of 9" in caplog.text
 
 
-def test_latest_begins_a_run_where_there_is_none(tiny_yaml, capsys):
-    words = ["--base", tiny_yaml, "-t", "--resume_from_checkpoint", "latest"]
-    assert start(*words, "--max_steps", 1) == 0
-    assert "no run in 'logs' to resume; a new one begins" in capsys.readouterr().out
-    assert start(*words, "--max_steps", 2) == 0
-    assert state_of(only_run())["global_step"] == 2
-    assert start("-r", "latest", "-t", "-l", "nowhere") == 1
+def test_latest_begins_a_run_where_there_is_none(tmp_path):
+    words = f"--resume_from_checkpoint latest -n cat -l {tmp_path}"
+    assert config.place_to_resume(parse(split(words))) == ("", "cat")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    assert config.place_to_resume(parse(split(words))) == ("latest", "cat")
+    assert config.place_to_resume(parse(["-r", "latest", "-l", "nowhere"])) == ("latest", "")
 
 
 def test_weights_and_biases(tiny_yaml, monkeypatch):
@@ -261,28 +267,52 @@ def test_weights_and_biases(tiny_yaml, monkeypatch):
     assert not (run / "tensorboard").exists() and list(run.glob("csv/*/metrics.csv"))
 
 
-@pytest.mark.parametrize("flag", ["--revision", "--variant"])
-def test_revision_and_variant_reach_the_model(tiny_yaml, monkeypatch, flag):
-    asked = []
+README = """
+    --pretrained_model_name_or_path=me/model --use_auth_token --train_data_dir=photos --learnable_property=object
+    --placeholder_token=<cat-toy> --initializer_token=toy --resolution=16 --train_batch_size=1
+    --gradient_accumulation_steps=4 --max_train_steps=2 --learning_rate=5.0e-04 --scale_lr --lr_scheduler=constant
+    --lr_warmup_steps=0 --output_dir=textual_inversion_cat
+"""
 
-    def fetch(repository: str, variant: str | None = None, revision: str | None = None) -> Any:
-        asked.append((repository, {"--variant": variant, "--revision": revision}[flag]))
-        raise UserError("no hub here")
+
+def test_the_readmes_command_with_a_model_of_the_hub(tmp_path, monkeypatch, capsys):
+    """Without --base the YAML follows from the files of the hub id, those of --variant and --revision."""
+    pytest.importorskip("diffusers")
+    from tests.pipelines import make_pipeline
+
+    folder = tmp_path / "snapshots" / "abc"
+    make_pipeline("sd1", tmp_path / "tokenizers").save_pretrained(folder, variant="fp16")
+    asked = set()
+
+    def fetch(repository: str, variant: str | None = None, revision: str | None = None) -> Path:
+        asked.add((repository, variant, revision))
+        return folder
 
     monkeypatch.setattr("ldm.base_models.fetch", fetch)
-    model = [
-        "--pretrained_model_name_or_path",
-        "me/model",
-        flag,
-        "this",
-        "--train_data_dir",
-        tiny_yaml.parent,
-    ]
-    assert start("--base", tiny_yaml, *model[:-2]) == 1
-    assert asked == [("me/model", "this")]
-    Image.new("RGB", (32, 32)).save("photo.png")
-    assert start(*model) == 1, "without --base the YAML follows from the same files"
-    assert asked == [("me/model", "this")] * 2
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.new("RGB", (32, 32), "red").save("photos/one.png")
+    words = ["--variant=fp16", "--revision=abc", "--mixed_precision=no", "data.params.num_workers=0"]
+    assert start(*split(README), *words) == 0
+    shown = capsys.readouterr().out
+    assert asked == {("me/model", "fp16", "abc")}
+    assert "the settings are those of " in shown and "v1-finetune.yaml, for 'me/model'" in shown
+    assert "learning '<cat-toy>' (1 vector) from 1 image" in shown
+    assert "--use_auth_token changes nothing: the token of 'hf auth login' or HF_TOKEN is used" in shown
+    assert f"--ckpt_path {folder} " in shown, "txt2img.py would take other weights of the hub id"
+    saved = OmegaConf.load(next(only_run("textual_inversion_cat").glob("configs/*-project.yaml")))
+    assert (saved.actual_resume, saved.variant, saved.revision) == ("me/model", "fp16", "abc")
+    assert start("-r", only_run("textual_inversion_cat"), "-t", "--revision", "other") == 2
+    assert "a resumed run keeps its revision of the base model, 'abc'" in capsys.readouterr().err
+
+
+def test_what_weights_do_not_tell_is_asked_in_one_line(tmp_path, monkeypatch, caplog):
+    guessed = BaseModel("v2.ckpt", tmp_path, "sd2", "v", "guess")
+    monkeypatch.setattr("ldm.base_models.recognise", lambda *named: guessed)
+    caplog.set_level("WARNING", logger="ldm")
+    assert config.training_yaml("v2.ckpt").name == "v2-finetune_v.yaml"
+    (line,) = caplog.messages
+    assert "v is assumed" in line and "v2-finetune.yaml to train" in line
 
 
 def test_an_overlay_alone_follows_the_model(tiny_yaml, tmp_path, capsys):
