@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_layout import PREDICTIONS, Prediction
 from ldm.files import NO_TENSORS, file_kind, is_hub_id
-from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, read_header
+from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, fetch, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -511,6 +511,7 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
     other = next((name for start, name in _PIPELINES.items() if pipeline.startswith(start)), None)
     if other is not None:
         raise CheckpointError(f"'{source}' is {other}; {_OTHER_MODEL}")
+    check_variant(source, folder.names, folder.variant)
     if not folder.weights("unet"):
         kind = _folder_kind(source, folder)
         raise CheckpointError(f"'{source}' {kind[0]}; {kind[1]}")

@@ -230,10 +230,8 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
                 config = merge(config, _nested(key, yaml_value(value)))
         for key, value in flags.settings(options, config).items():
             config = merge(config, _nested(key, value))
-        if (scheduler := flags.schedule(options, config)) is not None:
-            OmegaConf.update(
-                config, "model.params.scheduler_config", scheduler or None, merge=False, force_add=True
-            )
+        for key, node in flags.replaced(options, config).items():
+            OmegaConf.update(config, key, node, merge=False, force_add=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
@@ -368,12 +366,11 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
     )
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
-    if "logger" in node:
-        if is_gone_logger(node["logger"]):
-            del node["logger"]
-        else:
-            default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
-            node["logger"] = OmegaConf.merge(default, node["logger"])
+    if node.get("logger") is None or is_gone_logger(node["logger"]):
+        node.pop("logger", None)
+    else:
+        default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
+        node["logger"] = OmegaConf.merge(default, node["logger"])
     return node
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -371,11 +372,6 @@ def settings(options: argparse.Namespace, config: DictConfig) -> dict[str, Any]:
                 f"{_OPTIMIZER}.target={_ADAMW} too"
             )
         found = {f"{_OPTIMIZER}.target": target} | found
-    if options.report_to in LOGGERS:
-        found |= {
-            "lightning.logger.target": LOGGERS[options.report_to],
-            "lightning.logger.params.project": "textual_inversion",
-        }
     return found | _tokenizer(options, config)
 
 
@@ -402,7 +398,24 @@ def _tokenizer(options: argparse.Namespace, config: DictConfig) -> dict[str, Any
     return {_TOKENIZER: name}
 
 
-def schedule(options: argparse.Namespace, config: DictConfig) -> dict[str, Any] | None:
+def replaced(options: argparse.Namespace, config: DictConfig) -> dict[str, dict[str, Any] | None]:
+    """The nodes of the configuration that the given flags replace as a whole, by their dotted keys.
+
+    Raises:
+        UsageError: a flag does not fit the configuration.
+    """
+    found: dict[str, dict[str, Any] | None] = {}
+    if (node := _schedule(options, config)) is not None:
+        found[_SCHEDULER] = node or None
+    if options.report_to:
+        target, before = LOGGERS.get(options.report_to), OmegaConf.select(config, "lightning.logger.target")
+        if before != target:
+            node = {"target": target, "params": {"project": "textual_inversion"}} if target else None
+            found["lightning.logger"] = node
+    return found
+
+
+def _schedule(options: argparse.Namespace, config: DictConfig) -> dict[str, Any] | None:
     """The `scheduler_config` that --lr_scheduler and --lr_warmup_steps ask for, given that of `config`.
 
     Returns:
@@ -458,7 +471,7 @@ def notes(options: argparse.Namespace, config: DictConfig) -> list[str]:
             lines.append(f"{flag.names[0]} changes nothing: {flag.ignored}")
     if options.report_to in ("tensorboard", "none"):
         lines.append(
-            f"--report_to {options.report_to} changes nothing: CSV and TensorBoard logs are in the run folder"
+            f"--report_to {options.report_to} needs no setting: CSV and TensorBoard logs are in the run folder"
         )
     if options.lr_scheduler == "constant" and options.lr_warmup_steps:
         lines.append(
@@ -471,10 +484,13 @@ def notes(options: argparse.Namespace, config: DictConfig) -> list[str]:
         and not OmegaConf.select(config, _SCHEDULER)
     ):
         lines.append("--lr_warmup_steps 0 changes nothing: the rate has no schedule")
-    model = config.get("actual_resume")
-    for name in ("revision", "variant"):
-        if getattr(options, name) and model and str(model).endswith((".ckpt", ".safetensors", ".pt", ".bin")):
-            lines.append(f"--{name} changes nothing: '{model}' is a single file")
+    model = str(config.get("actual_resume"))
+    if options.tokenizer_name == model:
+        lines.append("--tokenizer_name changes nothing: it is the model's own")
+    if options.revision and not is_hub_id(model):
+        lines.append(f"--revision changes nothing: '{model}' is no hub id")
+    if options.variant and not is_hub_id(model) and not Path(model).is_dir():
+        lines.append(f"--variant changes nothing: '{model}' is a single file")
     if options.num_train_epochs and options.max_train_steps:
         lines.append(
             f"--num_train_epochs {options.num_train_epochs} changes nothing: --max_train_steps is given"

@@ -85,8 +85,9 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
     if plan.config.get("allow_tf32"):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if devices.accelerator != "cuda":
+        if devices.accelerator == "cuda":
+            torch.set_float32_matmul_precision("high")
+        else:
             logger.info("--allow_tf32 changes nothing: TF32 is for NVIDIA GPUs")
     model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
     datasets = getattr(data, "datasets", {})

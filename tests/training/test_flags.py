@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
@@ -80,7 +81,7 @@ OPTIONS = {
     "--hub_model_id me/cat": ("hub_model_id", "me/cat"),
 }
 SAYS = {
-    "--allow_tf32 --report_to tensorboard": "--report_to tensorboard changes nothing",
+    "--report_to tensorboard": "--report_to tensorboard needs no setting",
     "--use_8bit_adam": "--use_8bit_adam changes nothing",
     "--logging_dir logs": "--logging_dir changes nothing",
     "--local_rank -1": "--local_rank changes nothing",
@@ -90,7 +91,9 @@ SAYS = {
     "--use_auth_token": "--use_auth_token changes nothing",
     "--lr_scheduler constant --lr_warmup_steps 500": "--lr_scheduler constant_with_warmup has one",
     "--lr_warmup_steps 0 model.params.scheduler_config=null": "the rate has no schedule",
-    "--revision main --actual_resume a.ckpt": "--revision changes nothing: 'a.ckpt' is a single file",
+    "--revision main --actual_resume a.ckpt": "--revision changes nothing: 'a.ckpt' is no hub id",
+    "--variant fp16 --actual_resume a.ckpt": "--variant changes nothing: 'a.ckpt' is a single file",
+    "--tokenizer_name me/model --actual_resume me/model": "--tokenizer_name changes nothing",
     "--num_train_epochs 5 --max_train_steps 9": "--num_train_epochs 5 changes nothing",
     "--num_train_epochs 5": "after 5 epochs, or after the YAML's 400 steps",
     "--hub_model_id me/cat": "--hub_model_id changes nothing without --push_to_hub",
@@ -193,6 +196,16 @@ def test_a_validation_set_is_not_created_by_a_flag_about_images():
     assert OmegaConf.select(merged("--resolution 64 --center_crop")[1], "data.params.validation") is None
 
 
+def test_tensorboard_replaces_another_logger_of_the_yaml():
+    other = "lightning.logger={target: pytorch_lightning.loggers.CSVLogger, params: {flush_logs_every_n_steps: 1}}"
+    options, after = merged(f"--report_to tensorboard '{other}'")
+    assert after.lightning.logger is None and "logger" not in config.complete_lightning(after.lightning)
+    (line,) = flags.notes(options, after)
+    assert line == "--report_to tensorboard needs no setting: CSV and TensorBoard logs are in the run folder"
+    project = merged(f"--report_to wandb '{other}'")[1].lightning.logger.params
+    assert project == {"project": "textual_inversion"}
+
+
 def test_epochs_do_not_end_a_run_whose_steps_are_given():
     _, after = merged("--num_train_epochs 5 --max_train_steps 9")
     assert after.lightning.trainer.max_steps == 9 and "max_epochs" not in after.lightning.trainer
@@ -218,13 +231,12 @@ def test_a_given_rate_says_that_the_schedule_stays(words, said):
 
 
 def test_a_run_with_flags_of_diffusers(tiny_yaml, capsys):
-    words = (
-        "--learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 2 --adam_beta1 0.8 --adam_epsilon 1e-6"
-    )
+    words = "--allow_tf32 --learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 2 "
+    words += "--adam_beta1 0.8 --adam_epsilon 1e-6"
     assert start("--base", tiny_yaml, "-t", *split(words)) == 0
-    assert (
-        "learning rate 1.00e-03; times the factor of linear (2 steps of warm-up)" in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "learning rate 1.00e-03; times the factor of linear (2 steps of warm-up)" in shown
+    assert "--allow_tf32 changes nothing" in shown or torch.cuda.is_available()
     (group,) = state_of()["optimizer_states"][0]["param_groups"]
     assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.999), 1e-6, pytest.approx(0, abs=1e-12))
     run = only_run()
