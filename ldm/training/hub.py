@@ -262,14 +262,17 @@ def prepare(run: RunFolder, learned: Learned) -> Path:
     return folder
 
 
-def card(repository: str, learned: Learned, samples: Mapping[str, str]) -> str:
+def card(
+    repository: str, learned: Learned, samples: Mapping[str, str], license: Mapping[str, str] | None = None
+) -> str:
     """The model card: README.md with a YAML front matter, the samples, how to load the word, and the settings.
 
     Args:
         samples: the prompt of each sample image, by its file name.
+        license: what the card of the repository says of its license, which stays.
     """
     base = learned.base if learned.base and is_hub_id(learned.base) else None
-    front: dict[str, Any] = {"base_model": base} if base else {}
+    front: dict[str, Any] = {**(license or {}), **({"base_model": base} if base else {})}
     front["tags"] = ["textual_inversion", "text-to-image", *(["diffusers"] if learned.clip else [])]
     words = list(learned.stems)
     shown = learned.settings.get("base model") or "a latent diffusion model"
@@ -284,11 +287,9 @@ def card(repository: str, learned: Learned, samples: Mapping[str, str]) -> str:
         lines += [f"![{file}]({file})", "", _code(prompt), ""]
     lines += ["## Use", "", *_loading(repository, learned, base), "## Training", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_code(_figure(value))} |" for name, value in learned.settings.items()]
-    lines += [
-        "",
-        "The card names no license: add `license:` above, as the license of the base model allows.",
-        "",
-    ]
+    if not license:
+        lines += ["", "The card names no license: add `license:` at its top, as the base model's allows."]
+    lines += [""]
     return "\n".join(lines)
 
 
@@ -334,6 +335,13 @@ def _code(text: str) -> str:
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
+def _license(api: Any, repository: str) -> dict[str, str]:
+    """What the card of a repository says of its license, which its owner may have added."""
+    data = api.model_info(repository).card_data
+    known = {} if data is None else data.to_dict()
+    return {key: str(known[key]) for key in ("license", "license_name", "license_link") if known.get(key)}
+
+
 def upload(
     options: argparse.Namespace, config: DictConfig, run: RunFolder, model: pl.LightningModule
 ) -> bool:
@@ -356,7 +364,7 @@ def upload(
 
         api = hub.HfApi(token=options.hub_token)
         full = api.create_repo(name, exist_ok=True).repo_id
-        write_text(folder / "README.md", card(full, learned, samples))
+        write_text(folder / "README.md", card(full, learned, samples, _license(api, full)))
         api.upload_folder(repo_id=full, folder_path=folder, commit_message="Textual inversion")
         if options.save_as_full_pipeline and (pipeline := newest_pipeline(run)) is not None:
             api.upload_folder(repo_id=full, folder_path=pipeline, commit_message="The pipeline with the word")

@@ -32,6 +32,7 @@ class Hub:
         self.calls: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.role = "write"
+        self.license = ""
 
     def __call__(self, token: str | None = None) -> Hub:
         self.token = token
@@ -50,6 +51,11 @@ class Hub:
         self._called("create_repo")
         assert exist_ok
         return type("Url", (), {"repo_id": name if "/" in name else f"me/{name}"})
+
+    def model_info(self, name: str) -> Any:
+        self._called("model_info")
+        data = huggingface_hub.ModelCardData(license=self.license) if self.license else None
+        return type("Info", (), {"card_data": data})
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
         self._called("upload_folder")
@@ -134,6 +140,12 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(played, tiny
         p.read_text(errors="replace") for p in run.rglob("*") if p.suffix in (".yaml", ".log", ".json")
     )
     assert "hf_mine" not in written, "a token is for nobody else"
+    played.fails, played.license = {}, "mit"
+    assert start("-r", run, "-t", *words) == 0
+    assert "uploaded to the Hugging Face hub: me/cat" in capsys.readouterr().out
+    assert front_of(played.uploaded["me/cat/README.md"].decode())["license"] == "mit", (
+        "what its owner chose stays"
+    )
 
 
 def test_a_stopped_check_uploads_nothing(played, tiny_yaml):
