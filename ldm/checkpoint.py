@@ -7,6 +7,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ldm.diffusers_layout import UNET, VAE, folder_params, read_folder, read_vae
 from ldm.files import is_hub_id
 from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
-from ldm.yaml_files import read_yaml
+from ldm.yaml_files import check_interpolations, place_in, read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
@@ -113,15 +114,18 @@ def complete_config(
     those of the YAML. Raises as `load_model_from_config`.
     """
     places = [Path(ckpt).parent]
+    whole: Any = config
+    files = [config] if isinstance(config, (str, Path)) else []
+    place = partial(place_in, files)
     if isinstance(config, (str, Path)):
-        if not Path(config).is_file():
-            raise ConfigError(f"config '{config}' does not exist; check the path")
+        whole = read_yaml(config)
+        check_interpolations(whole, place)
         places.insert(0, Path(config).parent)
-        whole: Any = OmegaConf.load(config)
-    else:
-        whole = config
     node = copy.deepcopy(whole.get("model", whole))
-    check_config(node, "model")
+    if not isinstance(node, Mapping) or "target" not in node:
+        name = f"'{config}'" if files else "the config"
+        raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
+    check_config(node, "model", place)
     find_paths(node, places)
     path = Path(ckpt)
     base: BaseModel | None
@@ -132,7 +136,7 @@ def complete_config(
     if base is not None:
         _check_family(base, node)
         _adapt(node, base)
-        check_config(node, "model")
+        check_config(node, "model", place)
     return node, base
 
 
@@ -141,10 +145,7 @@ def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
 
     Raises UserError if there is no YAML, it is damaged, or it does not fit the model.
     """
-    path = Path(config or config_of(ckpt))
-    content = read_yaml(path)
-    find_paths(content, [path.parent])
-    return OmegaConf.create({"model": complete_config(content, ckpt)[0]})
+    return OmegaConf.create({"model": complete_config(config or config_of(ckpt), ckpt)[0]})
 
 
 def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:

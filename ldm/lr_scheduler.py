@@ -96,9 +96,13 @@ class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
         lr_min: float,
         lr_max: float,
         lr_start: float,
-        max_decay_steps: int,
+        max_decay_steps: int | None,
         verbosity_interval: int = 0,
     ) -> None:
+        if max_decay_steps is None:
+            raise ConfigError(
+                f"{type(self).__name__}: max_decay_steps is null outside the YAML of a run; give steps"
+            )
         super().__init__(
             [warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval
         )
@@ -163,7 +167,7 @@ class LambdaStepScheduler:
         ConfigError: the text does not have this form, or the steps do not increase.
     """
 
-    def __init__(self, rates: str) -> None:
+    def __init__(self, rates: str | float) -> None:
         self.rates: list[float] = []
         self.until: list[int] = []
         for part in str(rates).strip().rstrip(",").split(","):
@@ -178,7 +182,7 @@ class LambdaStepScheduler:
         ends = self.until[:-1]
         if any(end < 1 for end in ends) or sorted(set(ends)) != ends:
             raise ConfigError(f"learning rate '{rates}': the steps must increase, as in 0.005:100, 1e-3:1000")
-        if self.rates[0] <= 0 or min(self.rates) < 0:
+        if not all(0 <= rate < math.inf for rate in self.rates) or self.rates[0] == 0:
             raise ConfigError(f"learning rate '{rates}': rates must be above 0")
 
     @property

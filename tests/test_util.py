@@ -84,7 +84,7 @@ def test_all_problems_are_listed_at_once_with_their_place(child: str) -> None:
         check_config(config, "model")
     text = str(error.value)
     assert "\n" not in text
-    for part in ("model.a:", "unknown key 'x'", "model.b[0]:", "Nope", "model.c.width:", "nowhere"):
+    for part in ("model.a:", "unknown key 'x'", "model.b[0]:", "Nope", "model.c.params.width:", "nowhere"):
         assert part in text
 
 

@@ -28,7 +28,7 @@ from ldm.generate.embeddings import (
 from ldm.generate.images import OutputError, generate
 from ldm.generate.prompt_syntax import check_token_limit, parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError, best_device, free_memory, get_obj_from_str
 from ldm.words import pattern
 from ldm.yaml_files import in_checkout
 
@@ -162,7 +162,7 @@ def load_latent_diffusion(
     Raises:
         UserError: the checkpoint does not fit, or it is not a LatentDiffusion.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     half = torch.float16 if precision == "autocast" and device != "cpu" else None
     model = load_model_from_config(config, ckpt, device, vae=vae, half=half)
     if not isinstance(model, LatentDiffusion):
@@ -322,5 +322,4 @@ def text_to_image(
 def release() -> None:
     """Free the model that `text_to_image` keeps."""
     _loaded.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +17,24 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm import values
 from ldm.files import NO_TENSORS, is_hub_id
 from ldm.images import check_image_folder
 from ldm.training import flags, hub, run_folder
 from ldm.training.command_line import RUN_KEYS, parse_gpus
-from ldm.training.learning_rate import check_rate
-from ldm.util import ConfigError, UsageError, UserError, check_config, check_integer, get_obj_from_str
+from ldm.training.learning_rate import check_base_rate
+from ldm.util import (
+    ConfigError,
+    Problem,
+    UsageError,
+    UserError,
+    config_problems,
+    get_obj_from_str,
+    raise_problems,
+    shown_value,
+)
 from ldm.words import check_word
-from ldm.yaml_files import read_yaml, yaml_value
+from ldm.yaml_files import check_interpolations, place_in, read_yaml, yaml_value
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +131,7 @@ def check_command_line(options: argparse.Namespace) -> None:
     Raises:
         UserError: as the run itself would, but at once.
     """
-    resume, _ = place_to_resume(options)
+    resume, _ = run_folder.place_to_resume(options)
     base: list[str | Path] = list(options.base)
     if resume:
         folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
@@ -129,11 +139,13 @@ def check_command_line(options: argparse.Namespace) -> None:
     config = _merged(options, base, None)
     _check_base(base, config)
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
-        lightning = config.get("lightning")
-        check_lengths(lightning if isinstance(lightning, DictConfig) else {})
-        parse_gpus(OmegaConf.select(config, "lightning.trainer.gpus"))
+        trainer = OmegaConf.select(config, "lightning.trainer") or {}
+        lengths = {f"lightning.trainer.{key}": trainer.get(key) for key in ("max_steps", "max_epochs")}
+        problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
+        raise_problems([one for found in problems for one in found], places(options, base))
+        parse_gpus(trainer.get("gpus"))
         if OmegaConf.select(config, "model.target"):
-            check_rate(config)
+            check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
         for dataset in _datasets(config):
@@ -196,28 +208,14 @@ def _check_files(config: DictConfig) -> None:
         raise UserError(f"'{vectors}': it {NO_TENSORS['missing']}")
 
 
-def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
-    """What to resume, "" for a new run, and the name of a new run."""
-    # diffusers' script begins anew where there is nothing to resume: a job can be started again by the same command.
-    begins = options.resume == "latest" and options.resume_flag == "--resume_from_checkpoint"
-    if begins and run_folder.latest_run(options.logdir) is None:
-        logger.info(
-            "--resume_from_checkpoint latest: no run in '%s' to resume; a new one begins", options.logdir
-        )
-        return "", options.name
-    if options.resume or not options.project:
-        return options.resume, options.name
-    if Path(options.project).is_dir():
-        options.resume_flag = "--project"
-        return options.project, options.name
-    return "", options.project
-
-
 def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
     config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
-        if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs
+        _check_shape(overlay, lambda key, path=path: place_in([path], key))  # type: ignore[misc]
+        if dict(overlay.items_ex(resolve=False)).get(
+            "data_root"
+        ):  # it replaces the data_root in datasets of earlier YAMLs
             for dataset in _datasets(config):
                 _params(dataset).pop("data_root", None)
         config = merge(config, overlay)
@@ -226,8 +224,11 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
             key, _, value = override.partition("=")
             if "[" in key:  # one entry of a list; merge would treat it as a mapping
                 OmegaConf.update(config, key, yaml_value(value))
+                _check_shape(config)
             else:
-                config = merge(config, _nested(key, yaml_value(value)))
+                overlay = _nested(key, yaml_value(value))
+                _check_shape(overlay)
+                config = merge(config, overlay)
         for key, value in flags.settings(options, config).items():
             config = merge(config, _nested(key, value))
         for key, node in flags.replaced(options, config).items():
@@ -235,7 +236,97 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
+    place = places(options, base)
+    check_interpolations(config, place)
+    raise_problems(list(_run_key_problems(config)), place)
     return config
+
+
+def places(
+    options: argparse.Namespace, yamls: Sequence[str | Path], saved: Sequence[str | Path] = ()
+) -> Callable[[str], str]:
+    """A function that says where a key of the configuration of a run was set: a flag, or a YAML and its line.
+
+    Overrides have no place, because they are typed with their key.
+    """
+
+    set_by = flags.keys_of(options)
+
+    def place(key: str) -> str:
+        if key in set_by:
+            return f" ({set_by[key]})"
+        if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
+            return f" (--{key})"
+        for override in options.overrides:
+            name = override.partition("=")[0]
+            if key == name or key.startswith((f"{name}.", f"{name}[")):
+                return ""
+        name = key.rpartition(".")[2]
+        if name in options.trainer and key == f"lightning.trainer.{name}":
+            return f" (--{name})"
+        return place_in([*saved, *yamls], key)
+
+    return place
+
+
+# The types of the top-level keys of a run.
+_RUN_TYPES: dict[str, Any] = {
+    "actual_resume": str | None,
+    "vae": str | None,
+    "data_root": str | Mapping[str, str] | None,
+    "embedding_manager_ckpt": str | None,
+    "placeholder_string": str | None,
+    "init_word": str | None,
+    "seed": int,
+    "scale_lr": bool,
+    "revision": str | None,
+    "variant": str | None,
+    "allow_tf32": bool | None,
+}
+
+
+def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
+    for key, hint in _RUN_TYPES.items():
+        if key in config and not OmegaConf.is_missing(config, key):
+            yield from _misfits(key, config[key], hint)
+    model = config.get("model") or {}
+    rate = model.get("base_learning_rate")
+    if rate is not None:
+        yield from _misfits("model.base_learning_rate", rate, float | str)
+
+
+def _misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
+    *above, name = key.split(".")
+    for found, misfit, requirement in values.misfits(name, value, hint):
+        where = ".".join([*above, found])
+        yield Problem(where, f"{where} is {shown_value(misfit)}", f"; it must be {requirement}")
+
+
+# Keys whose value is a mapping, beside those that end in _config, and those of the datasets.
+_MAPPINGS = ("model", "data", "lightning", "params", "trainer", "callbacks", "modelcheckpoint", "logger")
+_DATASETS = ("train", "validation", "test", "predict")
+_SPLITS = tuple(f"data.params.{name}" for name in _DATASETS)
+
+
+def _check_shape(config: DictConfig, place: Callable[[str], str] = lambda key: "") -> None:
+    """Raise ConfigError for a list or a single value where the YAML of a run has a mapping."""
+
+    def visit(node: dict[Any, Any], where: str) -> Iterator[Problem]:
+        for key, value in node.items():
+            path = f"{where}.{key}" if where else str(key)
+            if isinstance(value, dict):
+                yield from visit(value, path)
+                continue
+            # The condition of an unconditional model is a text; a callback is switched off by null.
+            wanted = str(key).endswith("_config") and key != "cond_stage_config"
+            if key in _MAPPINGS or path in _SPLITS or wanted or where == "lightning.callbacks":
+                later = value is None or (isinstance(value, str) and value.startswith(("???", "${")))
+                if not later:
+                    kind = "a list" if isinstance(value, list) else shown_value(value)
+                    yield Problem(path, f"{path} is {kind}", " where a mapping is needed; write key: value")
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    raise_problems(list(visit(cast(dict[Any, Any], plain), "")), place)
 
 
 def seed_vectors(config: DictConfig) -> None:
@@ -270,11 +361,10 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
     if path := config.get("embedding_manager_ckpt"):
         params["embedding_manager_ckpt"] = path
     if word := config.get("placeholder_string"):
-        params["placeholder_strings"] = [str(word)]
+        params["placeholder_strings"] = [word]
     if word := config.get("init_word"):
-        others = list(params.get("initializer_words") or [])[1:]
-        params["initializer_words"] = [str(word), *others]
-    placeholders = params.get("placeholder_strings") or []
+        params["initializer_words"] = [word, *_texts(params.get("initializer_words"))[1:]]
+    placeholders = _texts(params.get("placeholder_strings"))
     if placeholders:
         # Only the top-level key replaces a dataset's own value.
         forced = bool(config.get("placeholder_string"))
@@ -284,43 +374,60 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
                 _params(dataset)["placeholder_token"] = placeholders[0]
 
 
-def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None:
-    """Check keys, targets and missing values without building anything.
+def check_run_config(
+    config: DictConfig, trainer_options: Sequence[str], place: Callable[[str], str] = lambda key: ""
+) -> None:
+    """Check keys, targets, values and their ranges without building anything.
 
-    `trainer_options` are the keys that are allowed in lightning.trainer.
+    `trainer_options` are the keys that are allowed in lightning.trainer; `place` is that of `places`.
 
     Raises:
         ConfigError: one error that lists all problems.
     """
-    problems = []
+    from pytorch_lightning import Trainer
+
+    problems: list[Problem] = []
     if not config.get("model"):
-        problems.append("there is no model; give a YAML with --base")
+        problems.append(Problem("", "there is no model; give a YAML with --base"))
     elif not config.get("data"):
-        problems.append("there is no data node; add a YAML that has one with --base")
+        problems.append(Problem("", "there is no data node; add a YAML that has one with --base"))
     lightning = config.get("lightning") or {}
+    trainer = lightning.get("trainer") or {}
     for where, node, known in (
-        ("the YAML", config, ("model", "data", "lightning", *RUN_KEYS)),
+        ("", config, ("model", "data", "lightning", *RUN_KEYS)),
         ("model", config.get("model") or {}, _MODEL_KEYS),
         ("data", config.get("data") or {}, ("target", "params")),
         ("lightning", lightning, _LIGHTNING_KEYS),
-        ("lightning.trainer", lightning.get("trainer") or {}, trainer_options),
+        ("lightning.trainer", trainer, trainer_options),
     ):
-        unknown = [str(key) for key in node if key not in known]
-        if unknown:
-            names = ", ".join(f"'{key}'{_nearest(key, known)}" for key in unknown)
-            problems.append(f"{where}: unknown key {names}" + _known(known))
+        for key in node:
+            if key not in known:
+                path = f"{where}.{key}" if where else str(key)
+                what = f"{where or 'the YAML'}: unknown key '{key}'"
+                problems.append(Problem(path, what, _nearest(str(key), known) + _known(known)))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
-        problems.append("there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        problems.append(
+            Problem("", "there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        )
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
         if node and not node.get("target") and name not in KNOWN_CALLBACKS:
             problems.append(
-                f"lightning.callbacks: '{name}' has no target; known are {', '.join(KNOWN_CALLBACKS)}"
+                Problem(
+                    f"lightning.callbacks.{name}",
+                    f"lightning.callbacks: '{name}' has no target",
+                    f"{_nearest(str(name), tuple(KNOWN_CALLBACKS))}; known are {', '.join(KNOWN_CALLBACKS)}",
+                )
             )
     if missing:
-        problems.append(f"there is no value for {', '.join(missing)}")
+        problems.append(Problem(missing[0], f"there is no value for {', '.join(missing)}"))
     if not missing and not rootless:
+        for key, value in trainer.items():
+            # `gpus` has a reader of its own; null is the default.
+            if value is not None and key in trainer_options:
+                hint = values.hint(Trainer, key)
+                problems += _misfits(f"lightning.trainer.{key}", value, hint)
         # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
             "model": _constructor(config.get("model") or {}),
@@ -331,15 +438,39 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
             ),
         }
         for where, node in nodes.items():
-            try:
-                check_config(node, where)
-            except ConfigError as error:
-                problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
+            if where != "lightning" and node and not node.get("target"):
+                problems.append(
+                    Problem(where, where, " has no target; name a class: target: package.module.Name")
+                )
+            problems += config_problems(node, where)
+        if not problems:
+            problems += _data_problems(config)
+    raise_problems(problems, place)
     words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
-    for word in words if isinstance(words, ListConfig) else []:
+    for word in _texts(words):
         check_word(word)
+
+
+def _data_problems(config: DictConfig) -> Iterator[Problem]:
+    """Problems of the data node that only the model's shows; both are valid by themselves."""
+    from ldm.generate.images import size_multiple
+
+    node = config["data"]
+    if _accepts(node, "train") and not OmegaConf.select(config, "data.params.train"):
+        yield Problem(
+            "data.params.train", "there is no data.params.train", "; name the training images' dataset"
+        )
+    source = str(config.get("actual_resume"))
+    # The sizes of a folder of diffusers replace those of the YAML.
+    multiple = None if Path(source).is_dir() or is_hub_id(source) else size_multiple(config)
+    for split in _DATASETS:
+        key = f"data.params.{split}.params.size"
+        size = OmegaConf.select(config, key)
+        if multiple and isinstance(size, int) and size % multiple:
+            nearest = max(round(size / multiple), 1) * multiple
+            yield Problem(
+                key, f"{key} is {size}", f"; this model needs a multiple of {multiple}; try {nearest}"
+            )
 
 
 def rename_callbacks(config: DictConfig) -> DictConfig:
@@ -364,11 +495,14 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
     node["callbacks"] = OmegaConf.merge(
         defaults | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
     )
+    for name in ("modelcheckpoint", "logger"):
+        if name in node and node[name] is None:
+            del node[name]
     if "modelcheckpoint" in node:
         node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
-    if node.get("logger") is None or is_gone_logger(node["logger"]):
-        node.pop("logger", None)
-    else:
+    if "logger" in node and is_gone_logger(node["logger"]):
+        del node["logger"]
+    if "logger" in node:
         default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
         node["logger"] = OmegaConf.merge(default, node["logger"])
     return node
@@ -377,14 +511,6 @@ def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: 
 def is_gone_logger(node: Mapping[str, Any]) -> bool:
     """Whether a `lightning.logger` node names a logger that Lightning no longer has."""
     return str(node.get("target", "")).rpartition(".")[2] in _GONE_LOGGERS
-
-
-def check_lengths(lightning: Mapping[str, Any]) -> None:
-    """Raise UsageError unless max_steps and max_epochs are whole numbers from 1, or -1 for no limit."""
-    for key in ("max_steps", "max_epochs"):
-        number = (lightning.get("trainer") or {}).get(key)
-        if number not in (None, -1):
-            check_integer(number, key, error=UsageError)
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
@@ -428,7 +554,7 @@ def _params(node: DictConfig) -> DictConfig:
 
 def _datasets(config: DictConfig) -> list[DictConfig]:
     parts = OmegaConf.select(config, "data.params") or {}
-    nodes = (parts.get(name) for name in ("train", "validation", "test", "predict"))
+    nodes = (parts.get(name) for name in _DATASETS)
     return [node for node in nodes if isinstance(node, DictConfig) and node.get("target")]
 
 
@@ -439,6 +565,11 @@ def _accepts(node: Mapping[str, Any], name: str) -> bool:
     except (ConfigError, TypeError, ValueError):
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _texts(value: Any) -> list[Any]:
+    """The entries of a list, or a single text as one; of anything else, which is reported later, none."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, ListConfig) else []
 
 
 def _needs_root(node: Mapping[str, Any]) -> bool:

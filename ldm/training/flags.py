@@ -375,6 +375,16 @@ def settings(options: argparse.Namespace, config: DictConfig) -> dict[str, Any]:
     return found | _tokenizer(options, config)
 
 
+def keys_of(options: argparse.Namespace) -> dict[str, str]:
+    """The YAML keys that the given flags set, with the flags, for messages."""
+    given = [flag for flag in FLAGS if getattr(options, flag.dest, None) is not None]
+    found = {key: flag.names[0] for flag in given for key in flag.keys}
+    betas = (("adam_beta1", "betas[0]"), ("adam_beta2", "betas[1]"))
+    return found | {
+        f"{_OPTIMIZER}.params.{key}": f"--{name}" for name, key in betas if getattr(options, name)
+    }
+
+
 def _betas(options: argparse.Namespace, config: DictConfig) -> dict[str, Any]:
     given = (options.adam_beta1, options.adam_beta2)
     if given == (None, None):

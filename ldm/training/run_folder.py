@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -127,6 +128,23 @@ def new_run_folder(
         if several:
             os.environ[_SHARED] = str(path)
     return RunFolder(path, now, label)
+
+
+def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
+    """What to resume, "" for a new run, and the name of a new run."""
+    # diffusers' script begins anew where there is nothing to resume: a job can be started again by the same command.
+    begins = options.resume == "latest" and options.resume_flag == "--resume_from_checkpoint"
+    if begins and latest_run(options.logdir) is None:
+        logger.info(
+            "--resume_from_checkpoint latest: no run in '%s' to resume; a new one begins", options.logdir
+        )
+        return "", options.name
+    if options.resume or not options.project:
+        return options.resume, options.name
+    if Path(options.project).is_dir():
+        options.resume_flag = "--project"
+        return options.project, options.name
+    return "", options.project
 
 
 def latest_run(logdir: str | Path) -> Path | None:

@@ -20,16 +20,16 @@ from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
-from ldm.training.precision import plugin_for
+from ldm.training.precision import plugin_for, possible_precision
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, UserError, instantiate_from_config
+from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config, why_no_mps
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run: the accelerator, "cuda" or "cpu", and a number of devices or their indices."""
+    """The devices of a run: the accelerator, "cuda", "mps" or "cpu", and a number of devices or their indices."""
 
     accelerator: str
     devices: int | list[int]
@@ -55,34 +55,51 @@ def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int
     return count * nodes
 
 
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+
+
 def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
-    """The devices for a run; without CUDA the CPU, which is logged unless `accelerator` is "cpu".
+    """The devices for a run: CUDA GPUs, the Apple GPU, or the CPU, if `gpus` is not 0 and `accelerator` allows them.
+
+    `gpus` on a machine without a GPU is logged, and the CPU is taken.
 
     Raises:
         UserError: this machine does not have the GPU.
     """
     requested = parse_gpus(gpus)
-    if str(accelerator).lower() == "cpu":
+    kind = str(accelerator or "auto").lower()
+    if kind not in ACCELERATORS and kind not in _STRATEGIES:
+        raise UsageError(f"accelerator is '{accelerator}'; choose one of {', '.join(ACCELERATORS)}")
+    if kind == "cpu" or (requested in (0, []) and kind not in ("cuda", "gpu", "mps")):
         return Devices("cpu", 1)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    why_not = why_no_mps()
+    if kind == "mps" and why_not:
+        raise UserError(f"accelerator is mps, but {why_not}; leave it out")
+    if kind == "mps" or (available == 0 and kind != "cuda" and not why_not):
+        if requested not in (None, 0, -1, 1, [], [0]):
+            raise UserError(f"--gpus {gpus} asks for several GPUs; this machine has one Apple GPU")
+        return Devices("mps", 1)
     if available == 0:
-        if requested not in (None, 0):
-            logger.info("no CUDA device here: training on the CPU")
+        if kind in ("cuda", "gpu"):
+            raise UserError(
+                f"accelerator is {kind}, but torch finds no GPU here; leave it out to train on the CPU"
+            )
+        if requested is not None:
+            logger.info("no GPU here: training on the CPU")
         return Devices("cpu", 1)
-    if requested is None:
+    if requested in (None, 0, []):
         return Devices("cuda", [0])
     if requested == -1:
         return Devices("cuda", available)
-    if requested in (0, []):
-        return Devices("cpu", 1)
     if isinstance(requested, int):
         if not 0 < requested <= available:
             raise UserError(f"--gpus {requested} asks for {requested} GPUs; this machine has {available}")
         return Devices("cuda", requested)
-    absent = [number for number in requested if not 0 <= number < available]
+    absent = [number for number in requested or [] if not 0 <= number < available]
     if absent:
         raise UserError(f"--gpus asks for GPU {absent[0]}; this machine has {available}, numbered from 0")
-    return Devices("cuda", sorted(set(requested)))
+    return Devices("cuda", sorted(set(requested or [])))
 
 
 # What to do in place of an option that is ignored, where there is something to do.
@@ -98,10 +115,10 @@ _INSTEAD = {
     "early_stop_callback": "the callback deterministic_loss has the option stop",
     "weights_save_path": "use --logdir",
     "default_save_path": "use --logdir",
-    "tpu_cores": "this trains on CUDA GPUs and CPUs",
-    "num_tpu_cores": "this trains on CUDA GPUs and CPUs",
-    "ipus": "this trains on CUDA GPUs and CPUs",
-    "hpus": "this trains on CUDA GPUs and CPUs",
+    "tpu_cores": "this trains on CUDA GPUs, Apple GPUs and CPUs",
+    "num_tpu_cores": "this trains on CUDA GPUs, Apple GPUs and CPUs",
+    "ipus": "this trains on CUDA GPUs, Apple GPUs and CPUs",
+    "hpus": "this trains on CUDA GPUs, Apple GPUs and CPUs",
     "default_root_dir": "use --logdir",
     "callbacks": "use lightning.callbacks",
     "logger": "use lightning.logger",
@@ -173,8 +190,10 @@ def trainer_kwargs(
     if personalization and not {"max_steps", "max_epochs", "max_time"} & options.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
         options["max_steps"] = 6100
+    options["accelerator"] = "gpu" if devices.accelerator == "cuda" else devices.accelerator
+    if "precision" in options:
+        options["precision"] = possible_precision(options["precision"], devices.accelerator)
     defaults = {
-        "accelerator": "gpu" if devices.accelerator == "cuda" else "cpu",
         "devices": devices.devices,
         "strategy": "ddp" if processes(options, devices) > 1 else "auto",
         "num_sanity_val_steps": 0,

@@ -210,7 +210,8 @@ def test_init_word_without_personalization(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", r"line \d is not a valid YAML"), ("- a\n- b\n", "must hold a mapping")]
+    ("text", "message"),
+    [("a: [", r"line 1, column 4 is not a valid YAML"), ("- a\n- b\n", "must hold a mapping")],
 )
 def test_invalid_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):

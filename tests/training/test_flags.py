@@ -18,6 +18,7 @@ from ldm.base_models import BaseModel
 from ldm.training import config, flags
 from ldm.training.command_line import make_parser, parse
 from ldm.training.learning_rate import set_learning_rate
+from ldm.training.run_folder import place_to_resume
 from ldm.util import UsageError
 from tests.training.runs import only_run, start, state_of
 
@@ -256,11 +257,11 @@ def test_a_run_that_is_all_warm_up_is_a_warning(caplog):
 
 def test_latest_begins_a_run_where_there_is_none(tmp_path):
     words = f"--resume_from_checkpoint latest -n cat -l {tmp_path}"
-    assert config.place_to_resume(parse(split(words))) == ("", "cat")
+    assert place_to_resume(parse(split(words))) == ("", "cat")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
-    assert config.place_to_resume(parse(split(words))) == ("latest", "cat")
-    assert config.place_to_resume(parse(["-r", "latest", "-l", "nowhere"])) == ("latest", "")
+    assert place_to_resume(parse(split(words))) == ("latest", "cat")
+    assert place_to_resume(parse(["-r", "latest", "-l", "nowhere"])) == ("latest", "")
 
 
 def test_weights_and_biases(tiny_yaml, monkeypatch):
