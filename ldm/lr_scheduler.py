@@ -179,7 +179,7 @@ class LambdaStepScheduler:
                 raise ConfigError(
                     f"learning rate '{rates}': '{part.strip()}' is not RATE:STEPS; write 0.005:100, 1e-3:1000"
                 ) from error
-        ends = self.until[:-1]
+        ends = self.until if colon else self.until[:-1]
         if any(end < 1 for end in ends) or sorted(set(ends)) != ends:
             raise ConfigError(f"learning rate '{rates}': the steps must increase, as in 0.005:100, 1e-3:1000")
         if not all(0 <= rate < math.inf for rate in self.rates) or self.rates[0] == 0:

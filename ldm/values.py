@@ -407,6 +407,9 @@ _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 def _requirement(kinds: Sequence[Any], allowed: Range | tuple[str, ...] | None) -> str:
     texts: list[str] = []
+    choices = dict.fromkeys(
+        str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)
+    )
     for kind in kinds:
         if kind in (int, float) and isinstance(allowed, Range):
             if allowed.share and {int, float} <= {*kinds}:
@@ -415,15 +418,13 @@ def _requirement(kinds: Sequence[Any], allowed: Range | tuple[str, ...] | None) 
         elif kind is str and isinstance(allowed, tuple):
             texts.append(f"one of {', '.join(allowed)}")
         elif get_origin(kind) is Literal:
-            texts.append(f"one of {', '.join(dict.fromkeys(str(choice) for choice in get_args(kind)))}")
+            texts.append(f"one of {', '.join(choices)}")
         elif kind is types.NoneType:
             texts.append("null")
-        elif _origin(kind) is Mapping:
-            texts.append("a mapping")
-        elif _origin(kind) is Sequence:
-            texts.append("a list")
-        else:
+        elif kind in _NOUNS:
             texts.append(_NOUNS[kind])
+        else:
+            texts.append("a mapping" if _origin(kind) is Mapping else "a list")
     found = list(dict.fromkeys(texts))
     return " or ".join(found)
 

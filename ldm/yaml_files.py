@@ -126,8 +126,9 @@ def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, int,
     if rest.startswith("\t"):
         return (*here, "a tab separates key and value; use a space")
     if "scanning an alias" in context or "undefined alias" in problem:
-        word = re.match(r"\*[^\s,\]}]*", rest)
-        return (*here, f'{word[0] if word else "*"} needs quotes: "{word[0] if word else "*"}"')
+        word = re.match(r"\*[^\s,\]}]*", lines[start.line][start.column :])
+        name = word[0] if word else "*"
+        return start.line, start.column, f'{name} needs quotes: "{name}"'
     if "cannot start any token" in problem:
         return (*here, f'a text that begins with {rest[:1]} needs quotes: "{rest[:1]}..."')
     if "quoted scalar" in context and "end of stream" not in problem:

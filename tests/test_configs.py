@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.training import config as training_config
 from ldm.training import trainer
+from ldm.training.callbacks import complete_lightning
 from ldm.training.command_line import OLD_TRAINER_KEYS, TRAINER_OPTIONS, parse
 from ldm.training.trainer import Devices
 from ldm.util import check_config, instantiate_from_config, skip_pretrained
@@ -89,7 +90,7 @@ def test_targets_accept_their_params(path: Path, at_home: None) -> None:
 @pytest.mark.parametrize("path", TRAINABLE, ids=name)
 def test_training_yamls_are_valid(path: Path, at_home: None) -> None:
     merged = command(path)
-    lightning = training_config.complete_lightning(merged.get("lightning"))
+    lightning = complete_lightning(merged.get("lightning"))
     assert trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
     assert merged.model.base_learning_rate > 0
 
@@ -142,7 +143,7 @@ def test_models_are_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_old_yamls(path: Path, clip_vit_l: Path, at_home: None) -> None:
     merged = command(path)
-    lightning = training_config.complete_lightning(merged.lightning)
+    lightning = complete_lightning(merged.lightning)
     options = trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
     assert options["max_steps"] == merged.lightning.trainer.get("max_steps", 6100)
     assert set(options) <= set(TRAINER_OPTIONS)

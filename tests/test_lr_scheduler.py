@@ -82,6 +82,8 @@ def test_rates_by_steps():
         ("1e-3:x", "'1e-3:x' is no"),
         ("1e-3:100, 1e-4:50, 1e-5", "must increase"),
         ("1e-3, 1e-4:50", "must increase"),
+        ("1e-3:100, 1e-4:50", "must increase"),
+        ("1e-3:-1", "must increase"),
         ("0:10, 1e-3", "above 0"),
     ],
 )

@@ -62,11 +62,8 @@ def check_base_rate(merged: DictConfig) -> None:
     Raises:
         ConfigError: one of the two is missing, or the rate is not a number or rates by steps.
     """
-    base = merged["model"].get("base_learning_rate")
-    if base is None:
+    if merged["model"].get("base_learning_rate") is None:
         raise ConfigError("model.base_learning_rate is missing; give a number above 0")
-    if isinstance(base, str):
-        LambdaStepScheduler(base)
     limits = OmegaConf.select(merged, "lightning.trainer") or {}
     other_limit = any(limits.get(key) is not None for key in ("max_epochs", "max_time"))
     unlimited = limits.get("max_steps") == -1 or (other_limit and limits.get("max_steps") is None)

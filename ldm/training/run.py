@@ -22,6 +22,7 @@ from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training import command_line, config, flags, hub, preflight, resuming, run_folder
+from ldm.training.callbacks import OPTIONAL_CALLBACKS, complete_lightning, is_gone_logger
 from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
@@ -239,11 +240,11 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer for this run; `further` are callbacks beside those of the configuration."""
     personalization = is_personalization(model)
-    if config.is_gone_logger(node := OmegaConf.select(plan.config, "lightning.logger") or {}):
+    if is_gone_logger(node := OmegaConf.select(plan.config, "lightning.logger") or {}):
         logger.info("lightning.logger %s no longer exists: TensorBoard takes its place", node["target"])
-    lightning = config.complete_lightning(plan.config.get("lightning"), personalization=personalization)
+    lightning = complete_lightning(plan.config.get("lightning"), personalization=personalization)
     if devices.accelerator == "cuda":
-        lightning["callbacks"].setdefault("cuda_callback", config.OPTIONAL_CALLBACKS["cuda_callback"])
+        lightning["callbacks"].setdefault("cuda_callback", OPTIONAL_CALLBACKS["cuda_callback"])
     kwargs = trainer_kwargs(lightning, devices, personalization=personalization)
     callbacks = make_callbacks(
         lightning, plan.config, plan.run, model, requests, resume=str(plan.state or "")

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from ldm.base_models import BaseModel
 from ldm.training import config, flags
+from ldm.training.callbacks import complete_lightning
 from ldm.training.command_line import make_parser, parse
 from ldm.training.learning_rate import set_learning_rate
 from ldm.training.run_folder import place_to_resume
@@ -200,7 +201,7 @@ def test_a_validation_set_is_not_created_by_a_flag_about_images():
 def test_tensorboard_replaces_another_logger_of_the_yaml():
     other = "lightning.logger={target: pytorch_lightning.loggers.CSVLogger, params: {flush_logs_every_n_steps: 1}}"
     options, after = merged(f"--report_to tensorboard '{other}'")
-    assert after.lightning.logger is None and "logger" not in config.complete_lightning(after.lightning)
+    assert after.lightning.logger is None and "logger" not in complete_lightning(after.lightning)
     (line,) = flags.notes(options, after)
     assert line == "--report_to tensorboard needs no setting: CSV and TensorBoard logs are in the run folder"
     project = merged(f"--report_to wandb '{other}'")[1].lightning.logger.params
