@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,38 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.console import boolean, positive
 from ldm.files import is_hub_id
 from ldm.util import UsageError
-
-
-def _number(check: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    """An argument type: a number that fulfils `check`, called `what` in the error."""
-
-    def convert(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and check(number)):
-            raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
-        return number
-
-    return convert
-
-
-_rate = _number(lambda number: number > 0, "a number above 0")
-_share = _number(lambda number: 0 <= number < 1, "a number from 0 to below 1")
-_decay = _number(lambda number: number >= 0, "a number of at least 0")
-
-
-def _count(text: str) -> int:
-    """Argument type: a whole number of at least 0."""
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
-    return int(text)
-
+from ldm.values import argument
 
 # Arguments of a flag that may stand alone.
 SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-_METAVARS: dict[Callable[[str], Any], str] = {str: "NAME", positive: "N", _count: "N"}
 
 PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
 TEMPLATES = {
@@ -159,7 +130,12 @@ FLAGS: tuple[Flag, ...] = (
     ),
     _sets("--repeats", f"{_TRAIN}.params.repeats", "how often an epoch has each image", positive),
     _sets("--train_batch_size", "data.params.batch_size", "images per step and GPU", positive),
-    _sets("--dataloader_num_workers", "data.params.num_workers", "processes that read images", _count),
+    _sets(
+        "--dataloader_num_workers",
+        "data.params.num_workers",
+        "processes that read images",
+        argument("num_workers", int),
+    ),
     _sets("--max_train_steps", "lightning.trainer.max_steps", "steps of the run, as --max_steps", positive),
     _sets(
         "--num_train_epochs",
@@ -195,7 +171,7 @@ FLAGS: tuple[Flag, ...] = (
         "--learning_rate --lr",
         "model.base_learning_rate",
         "base rate; not multiplied unless --scale_lr is given too",
-        _rate,
+        argument("base_learning_rate", float),
         RATE,
     ),
     Flag(
@@ -204,15 +180,19 @@ FLAGS: tuple[Flag, ...] = (
         RATE,
         choices=SCHEDULES,
     ),
-    Flag(("--lr_warmup_steps",), "steps of its warm-up (0)", RATE, _count),
-    Flag(("--lr_num_cycles",), "cycles of cosine_with_restarts (1)", RATE, positive),
-    Flag(("--lr_power",), "exponent of polynomial (1)", RATE, _rate),
-    Flag(("--adam_beta1",), "AdamW's first beta (0.9)", RATE, _share),
-    Flag(("--adam_beta2",), "AdamW's second beta (0.999)", RATE, _share),
+    Flag(("--lr_warmup_steps",), "steps of its warm-up (0)", RATE, argument("warm_up_steps", int)),
+    Flag(("--lr_num_cycles",), "cycles of cosine_with_restarts (1)", RATE, argument("num_cycles", int)),
+    Flag(("--lr_power",), "exponent of polynomial (1)", RATE, argument("power", float)),
+    Flag(("--adam_beta1",), "AdamW's first beta (0.9)", RATE, argument("betas", float)),
+    Flag(("--adam_beta2",), "AdamW's second beta (0.999)", RATE, argument("betas", float)),
     _sets(
-        "--adam_weight_decay", f"{_OPTIMIZER}.params.weight_decay", "its weight decay (0.01)", _decay, RATE
+        "--adam_weight_decay",
+        f"{_OPTIMIZER}.params.weight_decay",
+        "its weight decay (0.01)",
+        argument("weight_decay", float),
+        RATE,
     ),
-    _sets("--adam_epsilon", f"{_OPTIMIZER}.params.eps", "its epsilon (1e-8)", _rate, RATE),
+    _sets("--adam_epsilon", f"{_OPTIMIZER}.params.eps", "its epsilon (1e-8)", argument("eps", float), RATE),
     # Previews.
     _sets(
         "--validation_prompt",
@@ -307,7 +287,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if flag.choices:
             typed = {"choices": flag.choices}
         elif flag.kind is not None:
-            typed = {"type": flag.kind, "metavar": flag.metavar or _METAVARS.get(flag.kind, "X")}
+            typed = {"type": flag.kind, "metavar": flag.metavar or ("NAME" if flag.kind is str else "N")}
         groups[name].add_argument(
             *flag.names,
             dest=flag.dest,

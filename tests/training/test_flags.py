@@ -107,7 +107,7 @@ REFUSES = {
     "--lr_scheduler step": "invalid choice: 'step'",
     "--lr_num_cycles 2": "--lr_num_cycles is for --lr_scheduler cosine_with_restarts",
     "--lr_scheduler cosine model.base_learning_rate=1e-3:5,1e-4": "is a schedule already; give --learning_rate too",
-    "--adam_beta1 1": "'1' is not a number from 0 to below 1",
+    "--adam_beta1 1": "'1' is not a number from 0",
     "--adam_epsilon 0": "'0' is not a number above 0",
     "--adam_weight_decay -1": "'-1' is not a number of at least 0",
     "--learning_rate nan": "'nan' is not a number above 0",
