@@ -9,14 +9,16 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from ldm.files import NO_TENSORS, content_kind
 from ldm.util import UserError, brief, cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,19 @@ def list_images(folder: str | Path) -> list[Path]:
     Raises:
         ImageError: the folder does not exist or contains no image.
     """
-    folder = Path(folder)
+    images, skipped, level = _listed(Path(folder))
+    if skipped:
+        logger.log(level, "%s", brief(f"{folder}: skipped entries that are not images: {skipped}"))
+    return images
+
+
+def check_image_folder(folder: str | Path) -> None:
+    """Raise ImageError as `list_images` does; nothing is logged."""
+    _listed(Path(folder))
+
+
+def _listed(folder: Path) -> tuple[list[Path], str, int]:
+    """The images in a folder; what else is there, with a remedy if it may be images; and the level to log that at."""
     if not folder.exists():
         raise ImageError(f"image folder not found: {folder}")
     if not folder.is_dir():
@@ -81,10 +95,7 @@ def list_images(folder: str | Path) -> list[Path]:
     if not images:
         reason = f"it holds {shown}, and subfolders are not searched" if others else "it is empty"
         raise ImageError(f"no images in {folder}: {reason}{remedy}")
-    if others:
-        level = logging.WARNING if remedy else logging.INFO
-        logger.log(level, "%s", brief(f"{folder}: skipped entries that are not images: {shown}{remedy}"))
-    return images
+    return images, shown + remedy, logging.WARNING if remedy else logging.INFO
 
 
 def _may_lie_beside(entry: Path, stems: set[str]) -> bool:
@@ -229,13 +240,15 @@ def _white(grey: np.ndarray) -> int:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an image to float32 [3, H, W] in [-1, 1]."""
+    import torch  # takes seconds, and folders are listed without it
+
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
     """Convert [3, H, W] in [-1, 1], of any floating type and device, to an image; other values are clamped."""
-    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
 
 

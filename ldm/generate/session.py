@@ -29,7 +29,7 @@ from ldm.generate.embeddings import (
 from ldm.generate.images import OutputError, generate
 from ldm.generate.prompt_syntax import check_token_limit, parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, check_integer, get_obj_from_str
+from ldm.util import UserError, best_device, check_integer, free_memory, get_obj_from_str
 from ldm.words import pattern
 from ldm.yaml_files import in_checkout
 
@@ -163,7 +163,7 @@ def load_latent_diffusion(
     Raises:
         UserError: the checkpoint does not fit, or it is not a LatentDiffusion.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -350,5 +350,4 @@ def _file_or_vectors(word: Any) -> Words:
 def release() -> None:
     """Free the model that `text_to_image` keeps."""
     _loaded.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()

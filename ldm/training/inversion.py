@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files
-from ldm.base_models import recognise
 from ldm.console import ConsoleHandler, Interrupted
 from ldm.data.captions import CaptionFiles
 from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, merge, read, write
@@ -29,6 +28,7 @@ from ldm.generate.session import WEIGHTS, checkpoint_of
 from ldm.images import open_image
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
+from ldm.training.config import training_yaml
 from ldm.training.record import RunRecord, is_run
 from ldm.training.run_folder import existing_run_folder
 from ldm.util import ConfigError, UserError, cut, shown
@@ -117,20 +117,6 @@ class Inversion:
         previews = "lightning.callbacks.image_logger.params.batch_frequency"
         words += [] if self.preview_every is None else [f"{previews}={self.preview_every}"]
         return [*words, *self.settings]
-
-
-def training_yaml(model: str | Path) -> Path:
-    """The YAML that trains words for a model that this repository knows: a file, a folder or a hub id.
-
-    Raises:
-        UserError: it is missing or none of them.
-    """
-    path = recognise(model).finetune_config
-    if not path.is_file():
-        raise ConfigError(
-            f"'{path}' is not here; install a checkout with pip install -e, or name a YAML as `base`"
-        )
-    return path
 
 
 def recipe_yaml(name: str) -> Path:
