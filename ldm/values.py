@@ -184,6 +184,8 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "warm_up_steps": _count(None, 0),
     "cycle_lengths": _count(),
     "max_decay_steps": _count(),
+    "num_cycles": _count(10**6),
+    "power": _POSITIVE,
     "verbosity_interval": _count(None, 0),
     # Personalizations.
     "num_vectors_per_token": _count(1000),
@@ -200,6 +202,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "images_per_prompt": _count(1024),
     "N": _count(1024),
     "n_row": _count(1024),
+    "keep": _count(),
     "memory_mib": _count(2**24, 0),
     "rollbacks": _count(None, 0),
     "samples": _count(10**6),

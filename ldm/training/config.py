@@ -1,27 +1,35 @@
-"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built."""
+"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built.
+
+`check_command_line` finds what is wrong with it as far as that needs no torch, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-import pytorch_lightning as pl
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
-from ldm.generate.images import size_multiple
+from ldm.files import NO_TENSORS, is_hub_id
+from ldm.images import check_image_folder
 from ldm.lr_scheduler import LambdaStepScheduler
-from ldm.training.command_line import RUN_KEYS, alias_overrides
-from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
+from ldm.training import flags, hub, run_folder
+from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
+from ldm.training.command_line import RUN_KEYS, parse_gpus
+from ldm.training.learning_rate import check_base_rate
 from ldm.util import (
     ConfigError,
     Problem,
     UsageError,
+    UserError,
     config_problems,
     get_obj_from_str,
     raise_problems,
@@ -29,6 +37,8 @@ from ldm.util import (
 )
 from ldm.words import check_word
 from ldm.yaml_files import check_interpolations, place_in, read_yaml, yaml_value
+
+logger = logging.getLogger(__name__)
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
@@ -57,6 +67,95 @@ def load_run_config(
 
     `saved` is the configuration of a run that is resumed, under all of these.
     """
+    config = _merged(options, base, saved)
+    fill_run_keys(config, replace_data_root=options.data_root is not None)
+    return config
+
+
+def check_command_line(options: argparse.Namespace) -> None:
+    """Check what needs no torch: that YAMLs, images and files are there, and the length and the rate of the run.
+
+    Raises:
+        UserError: as the run itself would, but at once.
+    """
+    resume, _ = run_folder.place_to_resume(options)
+    base: list[str | Path] = list(options.base)
+    if resume:
+        folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
+        base = [*folder.saved_configs(), *base]
+    config = _merged(options, base, None)
+    _check_base(base, config)
+    with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
+        trainer = OmegaConf.select(config, "lightning.trainer") or {}
+        lengths = {f"lightning.trainer.{key}": trainer.get(key) for key in ("max_steps", "max_epochs")}
+        problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
+        raise_problems([one for found in problems for one in found], places(options, base))
+        parse_gpus(trainer.get("gpus"))
+        if OmegaConf.select(config, "model.target"):
+            check_base_rate(config)
+        if not resume:  # what a run was begun from may be gone, and may not be another
+            _check_files(config)
+        for dataset in _datasets(config):
+            if str(dataset["target"]).startswith("ldm.data.personalized"):
+                own = (dataset.get("params") or {}).get("data_root")
+                roots = options.data_root or own or config.get("data_root")
+                for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
+                    check_image_folder(root)
+    hub.check(options)
+
+
+def complete_base(options: argparse.Namespace) -> list[str | Path]:
+    """The YAMLs of --base; if they describe no model, after the one that learns words on the model that is named.
+
+    Raises:
+        UserError: no model is named, or it is none that can be read.
+    """
+    config = _merged(options, options.base, None)
+    _check_base(options.base, config)
+    source = config.get("actual_resume")
+    if OmegaConf.select(config, "model.target") or not source:
+        return list(options.base)
+    path = training_yaml(source, config.get("variant"), config.get("revision"))
+    logger.info("the settings are those of %s, for '%s'", path, source)
+    return [path, *options.base]
+
+
+def _check_base(base: Sequence[str | Path], config: DictConfig) -> None:
+    if not base and not config.get("actual_resume"):
+        raise UsageError(
+            "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml, or a model with "
+            "--pretrained_model_name_or_path (--actual_resume), whose YAML is then used"
+        )
+
+
+def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+    """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
+
+    Raises:
+        UserError: the model is missing, none that can be read, or its YAML is not installed.
+    """
+    from ldm.base_models import ask_for_prediction, recognise
+
+    base = recognise(model, variant, revision)
+    if not base.finetune_config.is_file():
+        raise ConfigError(
+            f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
+            "install -e, or name a YAML with --base"
+        )
+    ask_for_prediction(base)
+    return base.finetune_config
+
+
+def _check_files(config: DictConfig) -> None:
+    model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
+    for source, shown in ((model, f"checkpoint '{model}'"), (vae, f"checkpoint '{vae}'")):
+        if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
+            raise UserError(f"{shown} {NO_TENSORS['missing']}")
+    if vectors and not Path(vectors).exists():
+        raise UserError(f"'{vectors}': it {NO_TENSORS['missing']}")
+
+
+def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
     config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
@@ -77,19 +176,16 @@ def load_run_config(
                 overlay = _nested(key, yaml_value(value))
                 _check_shape(overlay)
                 config = merge(config, overlay)
-        for key, value in alias_overrides(options).items():
-            # A flag about images must not create a validation set.
-            if not key.startswith("data.params.validation") or OmegaConf.select(
-                config, "data.params.validation"
-            ):
-                config = merge(config, _nested(key, value))
+        for key, value in flags.settings(options, config).items():
+            config = merge(config, _nested(key, value))
+        for key, node in flags.replaced(options, config).items():
+            OmegaConf.update(config, key, node, merge=False, force_add=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
     place = places(options, base)
     check_interpolations(config, place)
     raise_problems(list(_run_key_problems(config)), place)
-    fill_run_keys(config, replace_data_root=options.data_root is not None)
     return config
 
 
@@ -101,11 +197,11 @@ def places(
     Overrides have no place, because they are typed with their key.
     """
 
+    set_by = flags.keys_of(options)
+
     def place(key: str) -> str:
-        for name, value in vars(options).items():
-            alone = argparse.Namespace(**dict.fromkeys(vars(options)) | {name: value})
-            if value is not None and key in alias_overrides(alone):
-                return f" (--{name})"
+        if key in set_by:
+            return f" ({set_by[key]})"
         if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
             return f" (--{key})"
         for override in options.overrides:
@@ -130,6 +226,9 @@ _RUN_TYPES: dict[str, Any] = {
     "init_word": str | None,
     "seed": int,
     "scale_lr": bool,
+    "revision": str | None,
+    "variant": str | None,
+    "allow_tf32": bool | None,
 }
 
 
@@ -238,6 +337,8 @@ def check_run_config(
     Raises:
         ConfigError: one error that lists all problems.
     """
+    from pytorch_lightning import Trainer
+
     problems: list[Problem] = []
     if not config.get("model"):
         problems.append(Problem("", "there is no model; give a YAML with --base"))
@@ -278,7 +379,7 @@ def check_run_config(
         for key, value in trainer.items():
             # `gpus` has a reader of its own; null is the default.
             if value is not None and key in trainer_options:
-                hint = values.hint(pl.Trainer, key)
+                hint = values.hint(Trainer, key)
                 problems += _misfits(f"lightning.trainer.{key}", value, hint)
         # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
@@ -305,14 +406,16 @@ def check_run_config(
 
 def _data_problems(config: DictConfig) -> Iterator[Problem]:
     """Problems of the data node that only the model's shows; both are valid by themselves."""
+    from ldm.generate.images import size_multiple
+
     node = config["data"]
     if _accepts(node, "train") and not OmegaConf.select(config, "data.params.train"):
         yield Problem(
             "data.params.train", "there is no data.params.train", "; name the training images' dataset"
         )
-    # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
-    source = config.get("actual_resume")
-    multiple = size_multiple(config) if source is None or Path(source).is_file() else None
+    source = str(config.get("actual_resume"))
+    # The sizes of a folder of diffusers replace those of the YAML.
+    multiple = None if Path(source).is_dir() or is_hub_id(source) else size_multiple(config)
     for split in _DATASETS:
         key = f"data.params.{split}.params.size"
         size = OmegaConf.select(config, key)

@@ -6,12 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from ldm.lr_scheduler import LambdaStepScheduler
-from ldm.models.optimizers import build_optimizer
+from ldm.lr_scheduler import LambdaNamedScheduler, LambdaStepScheduler
 from ldm.util import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +29,7 @@ def set_learning_rate(
     if isinstance(given, str):
         base, steps = _schedule_by_steps(given, model), f"; by steps: {given}"
     elif scheduler := getattr(model, "scheduler_config", None):
-        steps = f"; times the factor of {str(scheduler['target']).rpartition('.')[2]}"
+        steps = f"; times the factor of {_described(scheduler, max_steps)}"
     if not merged["scale_lr"]:
         model.learning_rate = float(base)
         return f"learning rate {base:.2e}{steps}"
@@ -43,29 +40,61 @@ def set_learning_rate(
     )
 
 
-def check_rate(merged: DictConfig) -> None:
-    """Check that there is a base rate, and that optimizer and schedule can be built, for a parameter of no model.
+def _described(scheduler: Mapping[str, Any], steps: int) -> str:
+    """A schedule in words; a warm-up that the run does not complete is a warning."""
+    name = str(scheduler["target"]).rpartition(".")[2]
+    params = scheduler.get("params") or {}
+    warm_up = params.get("warm_up_steps")
+    if isinstance(warm_up, int) and 0 < steps <= warm_up:
+        logger.warning(
+            "the warm-up of %d steps is not shorter than the run of %d: the rate never reaches its value",
+            warm_up,
+            steps,
+        )
+    if name != LambdaNamedScheduler.__name__:
+        return name
+    return f"{params['name']} ({warm_up} steps of warm-up)"
+
+
+def check_base_rate(merged: DictConfig) -> None:
+    """Check the base learning rate, and that a run whose schedule needs its number of steps has one.
 
     Raises:
-        ConfigError: one of them is missing or does not fit; or a schedule needs the steps of a run without a limit.
+        ConfigError: one of the two is missing, or the rate is not a number or rates by steps.
     """
     if merged["model"].get("base_learning_rate") is None:
         raise ConfigError("model.base_learning_rate is missing; give a number above 0")
     limits = OmegaConf.select(merged, "lightning.trainer") or {}
     other_limit = any(limits.get(key) is not None for key in ("max_epochs", "max_time"))
     unlimited = limits.get("max_steps") == -1 or (other_limit and limits.get("max_steps") is None)
-    params = merged["model"].get("params") or {}
-    scheduler = params.get("scheduler_config")
-    if unlimited and _needs_steps(scheduler):
+    if unlimited and _needs_steps(OmegaConf.select(merged, "model.params.scheduler_config")):
         raise ConfigError(
             "scheduler_config.params.max_decay_steps is null, which means the steps of the run, but the run has no "
             "max_steps; give one of the two"
         )
+
+
+def check_rate(merged: DictConfig) -> None:
+    """Check the base learning rate, the optimizer and the schedule, which are built for a parameter of no model.
+
+    Raises:
+        ConfigError: one of them is missing or does not fit; or a schedule needs the steps of a run without a limit.
+    """
+    import torch
+
+    from ldm.models.optimizers import build_optimizer
+
+    check_base_rate(merged)
+    params = merged["model"].get("params") or {}
+    scheduler = params.get("scheduler_config")
     if scheduler is not None and _needs_steps(scheduler):
         scheduler = _with_steps(scheduler, 1)
     try:
         build_optimizer(
-            [{"params": [nn.Parameter(torch.ones(2, 2))]}], 1.0, params.get("optimizer_config"), scheduler
+            [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}],
+            1.0,
+            params.get("optimizer_config"),
+            scheduler,
         )
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, UserError):

@@ -22,6 +22,7 @@ from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
+from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
 from ldm.training.precision import plugin_for, possible_precision
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config, why_no_mps
@@ -39,32 +40,6 @@ class Devices:
     @property
     def count(self) -> int:
         return self.devices if isinstance(self.devices, int) else len(self.devices)
-
-
-def parse_gpus(gpus: Any) -> int | list[int] | None:
-    """Read `--gpus` as Lightning 1.x does: "0," and "0,1" and lists are indices, "2" is a count, -1 is all.
-
-    Returns None if it is not given, and 0 for no GPU.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if gpus is None or gpus == "":
-        return None
-    try:
-        if isinstance(gpus, str):
-            text = gpus.strip()
-            if "," not in text and not text.startswith("["):
-                return int(text)
-            text = text.removeprefix("[").removesuffix("]")
-            return [int(part) for part in text.split(",") if part.strip()]
-        if isinstance(gpus, bool):
-            return int(gpus)
-        return gpus if isinstance(gpus, int) else [int(part) for part in gpus]
-    except (TypeError, ValueError):
-        raise UsageError(
-            f'--gpus \'{gpus}\' is not understood; write "0," for GPU 0, "0,1" for two, "-1" for all'
-        ) from None
 
 
 def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int:
@@ -130,59 +105,6 @@ def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
     return Devices("cuda", sorted(set(requested or [])))
 
 
-# Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
-OLD_TRAINER_KEYS: dict[str, str | None] = {
-    "gpus": "gpus",
-    "num_processes": "devices",
-    "nb_gpu_nodes": "num_nodes",
-    "distributed_backend": "strategy",
-    "replace_sampler_ddp": "use_distributed_sampler",
-    "checkpoint_callback": "enable_checkpointing",
-    "weights_summary": "enable_model_summary",
-    "progress_bar_refresh_rate": "enable_progress_bar",
-    "show_progress_bar": "enable_progress_bar",
-    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
-    "row_log_interval": "log_every_n_steps",
-    "add_row_log_interval": "log_every_n_steps",
-    "max_nb_epochs": "max_epochs",
-    "min_nb_epochs": "min_epochs",
-    "nb_sanity_val_steps": "num_sanity_val_steps",
-    "train_percent_check": "limit_train_batches",
-    "val_percent_check": "limit_val_batches",
-    "test_percent_check": "limit_test_batches",
-    "overfit_pct": "overfit_batches",
-    "gradient_clip": "gradient_clip_val",
-    "use_amp": "precision",
-    "resume_from_checkpoint": None,
-    "terminate_on_nan": None,
-    "print_nan_grads": None,
-    "flush_logs_every_n_steps": None,
-    "log_save_interval": None,
-    "auto_select_gpus": None,
-    "auto_scale_batch_size": None,
-    "auto_lr_find": None,
-    "amp_backend": None,
-    "amp_level": None,
-    "prepare_data_per_node": None,
-    "track_grad_norm": None,
-    "move_metrics_to_cpu": None,
-    "log_gpu_memory": None,
-    "stochastic_weight_avg": None,
-    "process_position": None,
-    "truncated_bptt_steps": None,
-    "multiple_trainloader_mode": None,
-    "automatic_optimization": None,
-    "enable_pl_optimizer": None,
-    "early_stop_callback": None,
-    "progress_bar_callback": None,
-    "training_tqdm_dict": None,
-    "weights_save_path": None,
-    "default_save_path": None,
-    "tpu_cores": None,
-    "num_tpu_cores": None,
-    "ipus": None,
-    "hpus": None,
-}
 # What to do in place of an option that is ignored, where there is something to do.
 _INSTEAD = {
     "terminate_on_nan": "the callback training_guard takes such losses back",
@@ -254,102 +176,8 @@ def _translated(key: str, value: Any) -> Any:
     return value
 
 
-# The callbacks of every run. A YAML sets their parameters under these names, and adds others as nodes with a target.
-DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
-    "image_logger": {
-        "target": "ldm.training.callbacks.image_logger.ImageLogger",
-        "params": {"batch_frequency": 750, "max_images": 4},
-    },
-    "embedding_saver": {"target": "ldm.training.callbacks.embedding_saver.EmbeddingSaver", "params": {}},
-    "progress": {"target": "ldm.training.callbacks.progress.RunProgress", "params": {}},
-    "learning_rate_logger": {
-        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
-        "params": {"logging_interval": "step"},
-    },
-}
-# Further callbacks of a run that trains a personalization.
-PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
-    "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
-    "training_guard": {"target": "ldm.training.callbacks.guard.TrainingGuard", "params": {}},
-    "deterministic_loss": {
-        "target": "ldm.training.callbacks.fixed_loss.DeterministicLoss",
-        "params": {},
-    },
-    "vector_stats": {"target": "ldm.training.callbacks.guard.VectorStats", "params": {}},
-    "summary_images": {
-        "target": "ldm.training.callbacks.summary_images.SummaryImages",
-        "params": {},
-    },
-}
-# Callbacks that are added if a YAML names them; cuda_callback also on a GPU.
-OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
-    "cuda_callback": {"target": "ldm.training.callbacks.performance.CUDACallback", "params": {}},
-    "warm_start": {"target": "ldm.training.callbacks.warm_start.WarmStart", "params": {}},
-    "compiled": {"target": "ldm.training.callbacks.performance.CompiledDenoiser", "params": {}},
-    "channels_last": {"target": "ldm.training.callbacks.performance.ChannelsLast", "params": {}},
-    "metrics_over_trainsteps_checkpoint": {
-        "target": "pytorch_lightning.callbacks.ModelCheckpoint",
-        "params": {
-            "filename": "{epoch:06}-{step:09}",
-            "save_top_k": -1,
-            "every_n_train_steps": 10000,
-            "save_weights_only": True,
-        },
-    },
-}
-KNOWN_CALLBACKS = DEFAULT_CALLBACKS | PERSONALIZATION_CALLBACKS | OPTIONAL_CALLBACKS
-# Old names of callbacks in YAMLs -> current names.
-OLD_CALLBACK_NAMES = {
-    "tripwires": "training_guard",
-    "health": "vector_stats",
-    "summary_pictures": "summary_images",
-}
-# Loggers that Lightning no longer has.
-_GONE_LOGGERS = ("TestTubeLogger",)
 # Params of `modelcheckpoint` for last.ckpt; any other param adds Lightning's ModelCheckpoint.
 _LAST_CHECKPOINT_KEYS = ("every_n_train_steps", "save_last", "verbose", "dirpath", "filename")
-_MODEL_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
-
-
-def rename_callbacks(config: DictConfig) -> DictConfig:
-    """A configuration in which old names of callbacks are replaced by the current ones."""
-    callbacks = OmegaConf.select(config, "lightning.callbacks", throw_on_missing=False)
-    if not isinstance(callbacks, DictConfig) or not callbacks.keys() & OLD_CALLBACK_NAMES.keys():
-        return config
-    config = config.copy()
-    renamed = OmegaConf.create({})
-    for name, node in callbacks.items_ex(resolve=False):
-        name = OLD_CALLBACK_NAMES.get(str(name), name)
-        renamed[name] = OmegaConf.merge(renamed[name], node) if renamed.get(name) and node else node
-    config["lightning"]["callbacks"] = renamed
-    return config
-
-
-def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: bool = False) -> DictConfig:
-    """The `lightning` node with the default callbacks and all targets, so that it can be checked and built."""
-    node = OmegaConf.create(dict(lightning or {}))
-    named = node.get("callbacks") or {}
-    defaults = DEFAULT_CALLBACKS | (PERSONALIZATION_CALLBACKS if personalization else {})
-    node["callbacks"] = OmegaConf.merge(
-        defaults | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
-    )
-    for name in ("modelcheckpoint", "logger"):
-        if name in node and node[name] is None:
-            del node[name]
-    if "modelcheckpoint" in node:
-        node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
-    if "logger" in node:
-        if is_gone_logger(node["logger"]):
-            del node["logger"]
-        else:
-            default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
-            node["logger"] = OmegaConf.merge(default, node["logger"])
-    return node
-
-
-def is_gone_logger(node: Mapping[str, Any]) -> bool:
-    """Whether a `lightning.logger` node names a logger that Lightning no longer has."""
-    return str(node.get("target", "")).rpartition(".")[2] in _GONE_LOGGERS
 
 
 def trainer_kwargs(

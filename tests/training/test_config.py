@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.training import config
-from ldm.training.command_line import parse, trainer_options
-from ldm.training.trainer import OLD_CALLBACK_NAMES, complete_lightning
+from ldm.training.callbacks import OLD_CALLBACK_NAMES, complete_lightning
+from ldm.training.command_line import TRAINER_OPTIONS, parse
 from ldm.util import ConfigError, UsageError, UserError
 from ldm.yaml_files import read_yaml
 
@@ -31,7 +31,7 @@ def load(tmp_path, words="", *yamls):
 
 
 def check(merged):
-    config.check_run_config(merged, trainer_options())
+    config.check_run_config(merged, TRAINER_OPTIONS)
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def refused(tmp_path, words, *yamls, kind=ConfigError):
         merged = load(tmp_path, words, *yamls)
         paths = [tmp_path / f"{number}.yaml" for number in range(len(yamls))]
         options = parse(words.split())
-        config.check_run_config(merged, trainer_options(), config.places(options, paths))
+        config.check_run_config(merged, TRAINER_OPTIONS, config.places(options, paths))
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
     return str(caught.value).replace(f"{tmp_path}/", "")
 

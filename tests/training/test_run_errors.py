@@ -63,7 +63,8 @@ def test_resume_with_another_placeholder(tiny_yaml, capsys):
 def test_missing_base(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert start("-t") == 2
-    assert "give a YAML with --base" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "give a YAML with --base" in message and "--pretrained_model_name_or_path" in message
 
 
 def test_debug_shows_the_traceback(tiny_yaml, capsys):

@@ -11,12 +11,13 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.training import trainer as trainer_module
+from ldm.training.callbacks import complete_lightning
 from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.interruption import Requests
-from ldm.training.command_line import trainer_options
+from ldm.training.command_line import OLD_TRAINER_KEYS, TRAINER_OPTIONS
 from ldm.training.run_folder import RunFolder
-from ldm.training.trainer import OLD_TRAINER_KEYS, Devices, choose_devices, parse_gpus, processes
+from ldm.training.trainer import Devices, choose_devices, parse_gpus, processes
 from ldm.util import ConfigError, UsageError, UserError
 from tests.training.runs import start
 
@@ -179,7 +180,7 @@ def kwargs(personalization=True, **trainer):
 
 def build_callbacks(tmp_path, lightning, model=None):
     run = RunFolder(tmp_path, "now")
-    node = trainer_module.complete_lightning(lightning)
+    node = complete_lightning(lightning)
     return trainer_module.make_callbacks(
         node, OmegaConf.create({"lightning": lightning}), run, model, Requests(), ""
     )
@@ -235,9 +236,7 @@ def test_old_options_that_have_a_successor(old, new, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(
-    "key", sorted(k for k, new in trainer_module.OLD_TRAINER_KEYS.items() if new is None)
-)
+@pytest.mark.parametrize("key", sorted(k for k, new in OLD_TRAINER_KEYS.items() if new is None))
 def test_old_options_that_mean_nothing_any_more(key, caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     assert trainer_module.translate_old_keys({key: 1, "max_steps": 3}) == {"max_steps": 3}
@@ -247,7 +246,7 @@ def test_old_options_that_mean_nothing_any_more(key, caplog):
 
 
 def test_all_old_options_are_old():
-    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(trainer_options())
+    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(TRAINER_OPTIONS)
 
 
 def test_options_that_the_run_sets(caplog):
@@ -362,9 +361,7 @@ def test_loggers(tmp_path):
     def names(node):
         return [
             type(log).__name__
-            for log in trainer_module.make_loggers(
-                trainer_module.complete_lightning(node), RunFolder(tmp_path, "n")
-            )
+            for log in trainer_module.make_loggers(complete_lightning(node), RunFolder(tmp_path, "n"))
         ]
 
     assert names({}) == ["CSVLogger", "TensorBoardLogger"]
@@ -375,23 +372,21 @@ def test_loggers(tmp_path):
 def test_logger_with_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
-    node = trainer_module.complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
+    node = complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
     with pytest.raises(ConfigError, match="WandbLogger needs a package that is not installed"):
         trainer_module.make_loggers(node, RunFolder(tmp_path, "n"))
 
 
 def test_callbacks_of_a_personalization():
-    assert "latent_cache" not in trainer_module.complete_lightning({})["callbacks"]
-    assert trainer_module.complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
+    assert "latent_cache" not in complete_lightning({})["callbacks"]
+    assert complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
     assert (
-        trainer_module.complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)[
-            "callbacks"
-        ]["latent_cache"]
+        complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)["callbacks"][
+            "latent_cache"
+        ]
         is None
     )
-    named = trainer_module.complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})[
-        "callbacks"
-    ]
+    named = complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})["callbacks"]
     assert named["latent_cache"]["target"].endswith("LatentCache")
 
 
