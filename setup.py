@@ -41,5 +41,7 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm", "diffusers>=0.31"],
         "ui": ["gradio>=6.0", "fastapi>=0.115", "uvicorn>=0.30"],
+        "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
+        "browser": ["playwright>=1.45"],  # drives the system's Chromium in the tests of the page
     },
 )

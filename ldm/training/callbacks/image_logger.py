@@ -47,14 +47,13 @@ def filled_prompts(prompts: Sequence[str], model: object) -> list[str]:
 def prompt_sheet(
     inputs: Sequence[Image.Image], prompts: Sequence[str], images: Sequence[Image.Image]
 ) -> Image.Image:
-    """A sheet with one row per prompt: one of the inputs, then the prompt's images (equally many per prompt)."""
+    """A sheet with one column per prompt: the inputs above, the prompt's images (equally many per prompt) below."""
     each = len(images) // len(prompts)
-    cells: list[Image.Image] = []
-    for row, prompt in enumerate(prompts):
-        if inputs:
-            cells.append(labelled(_large(inputs[row % len(inputs)]), "input"))
-        cells += [labelled(_large(image), prompt) for image in images[row * each : (row + 1) * each]]
-    return image_grid(cells, columns=len(cells) // len(prompts), padding=4)
+    top = [inputs[column % len(inputs)] for column in range(len(prompts))] if inputs else []
+    cells = [labelled(_large(image), "input") for image in top]
+    for row in range(each):
+        cells += [labelled(_large(images[n * each + row]), prompt) for n, prompt in enumerate(prompts)]
+    return image_grid(cells, columns=len(prompts), padding=4)
 
 
 def _large(image: Image.Image) -> Image.Image:
