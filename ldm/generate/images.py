@@ -87,6 +87,8 @@ def generate(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision)
+    if not isinstance(scale, (int, float)):
+        raise UserError(f"scale is {scale!r}; give a number such as 5.0")
     shape = latent_shape(model, height, width)
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
@@ -175,8 +177,8 @@ def check_settings(
     if precision not in PRECISIONS:
         raise UserError(f'unknown precision "{precision}"; choose one of {", ".join(PRECISIONS)}')
     for name, value in (("height", height), ("width", width), ("batch size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"the {name} is {value}; it must be at least 1")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"the {name} is {value!r}; it must be a whole number of at least 1")
 
 
 def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -259,12 +261,18 @@ class ImageFolder:
         return save_image(image, path)
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
+def save_image(image: Image.Image, path: str | Path) -> Path:
     """Write an image atomically, in the format of the path's suffix; JPEG at high quality.
 
     The settings of a generated image are written into the file, where AUTOMATIC1111 writes them: a text of a PNG, the
     EXIF comment of a JPEG.
+
+    Raises:
+        UserError: the suffix is neither .png nor .jpg, or the file cannot be written.
     """
+    path = Path(path)
+    if path.suffix[1:] not in FORMATS:
+        raise UserError(f"'{path}' does not end in .png or .jpg; images are written in these formats")
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
     text = image.info.get(PARAMETERS)
     if text and path.suffix == ".jpg":
