@@ -15,7 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_namespace_packages(include=["ldm", "ldm.*"]), *(f"ldm.shipped.{name}" for name in SHIPPED)],
+    packages=[
+        *find_namespace_packages(include=["ldm", "ldm.*"]),
+        *(f"ldm.shipped.{name}" for name in SHIPPED),
+    ],
     package_dir={f"ldm.shipped.{name}": name for name in SHIPPED},
     package_data={
         "ldm.studio": ["*.css", "*.js"],
