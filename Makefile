@@ -17,7 +17,7 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.tx
 .PHONY: help install demo studio test test-slow test-gpu test-browser test-notebooks bench bench-gpu lint format clean packages
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s%s\n", $$1, $$2}' Makefile
 
 ifdef READY
 install: $(READY)  ## set up .venv, or with PY=python the active environment

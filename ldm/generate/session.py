@@ -265,8 +265,9 @@ class Session:
             raise UserError(f"generate has no setting '{unknown[0]}'; it has {names}")
         check_integer(count, "count")
         given = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        one = isinstance(words, (str, Path)) or not isinstance(words, Iterable)
-        several = [] if words is None else [words] if one else list(words)
+        several: list[Any] = [words]
+        if not isinstance(words, (str, Path)) and (words is None or isinstance(words, Iterable)):
+            several = list(words or ())
         held = [_file_or_vectors(word) for word in several]
         resolved = resolve(self.config, given, negative_prompt, held, syntax=prompt_syntax)
         self.use(resolved.words)
