@@ -21,6 +21,7 @@ from ldm.generate.images import (
     name_of,
     noise_source,
     save_grid,
+    save_image,
 )
 from ldm.images import open_image
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -205,6 +206,9 @@ def test_a_model_of_images_that_are_not_square_keeps_its_size(model, monkeypatch
         ({"sampler": "euler"}, 'unknown sampler "euler"; choose one of ddim, plms, dpm_solver'),
         ({"precision": "half"}, 'unknown precision "half"; choose one of full, autocast'),
         ({"batch_size": 0}, "batch size is 0"),
+        ({"steps": "9"}, "sampling steps is .9.; it must"),
+        ({"scale": "high"}, "guidance scale is .high.; it must be a number"),
+        ({"width": 32.0}, "width is 32.0; it must be a whole number"),
         ({"height": -8}, "height is -8"),
         ({"width": 36}, "width 36 is not a multiple of 8, which this model needs; try 32"),
         ({"height": 1}, "height 1 is not a multiple of 8, which this model needs; try 8"),
@@ -283,3 +287,8 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot create the folder '.*file/samples' \(Not a directory\)"):
         ImageFolder(tmp_path / "file" / "samples")
+
+
+def test_an_image_file_has_a_known_suffix(tmp_path) -> None:
+    with pytest.raises(UserError, match="does not end in .png or .jpg"):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "a.webp")
