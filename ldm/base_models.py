@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 from ldm.diffusers_layout import PREDICTIONS, Prediction
 from ldm.files import NO_TENSORS, file_kind, is_hub_id
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, fetch, read_header
+from ldm.yaml_files import CHECKOUT
 
 logger = logging.getLogger(__name__)
 
 Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
 Known = Literal["notes", "family", "guess"]
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = CHECKOUT / "configs"
 FAMILIES: dict[Family, str] = {
     "sd1": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",

@@ -274,6 +274,38 @@ def image_grid(images: Sequence[Image.Image], columns: int, padding: int = 2, sc
     return sheet
 
 
+def grid(
+    images: Sequence[Image.Image | str | Path],
+    columns: int | None = None,
+    labels: Sequence[str] = (),
+    *,
+    smallest: int = 128,
+    largest: int | None = 512,
+    padding: int = 4,
+) -> Image.Image:
+    """Arrange images, or image files, in rows of `columns` (default: one row), with their labels below them.
+
+    Images narrower than `smallest` pixels are enlarged by a whole factor, so that small ones can be seen; those with a
+    side above `largest` pixels are reduced to it.
+
+    Raises:
+        ImageError: there is no image, or a file cannot be read, or there are not as many labels as images.
+    """
+    if labels and len(labels) != len(images):
+        raise ImageError(
+            f"there are {len(images)} images and {len(labels)} labels; give one label for each image"
+        )
+    cells = []
+    for given in images:
+        image = given.copy() if isinstance(given, Image.Image) else open_image(given)
+        if largest is not None:
+            image.thumbnail((largest, largest))
+        cells.append(enlarged(image, max(1, -(-smallest // image.width))))
+    if labels:
+        cells = [labelled(cell, text) for cell, text in zip(cells, labels, strict=True)]
+    return image_grid(cells, max(1, columns or len(cells)), padding)
+
+
 def labelled(image: Image.Image, text: str, font_size: int = 12) -> Image.Image:
     """Add a caption below an image, broken into lines at the width of the image."""
     lines = _wrap(text, image.width, ImageFont.load_default(size=font_size))

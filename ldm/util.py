@@ -42,6 +42,10 @@ class UserError(ValueError):
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         super().__init__(brief(text))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show in place of a traceback."""
+        return [f"error: {self}"]
+
 
 class ConfigError(UserError):
     """A YAML names something that does not exist or does not fit."""

@@ -374,7 +374,7 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     except Exception as error:  # of many kinds: no connection, no such repository, no access, a full disk
         lacks = f"its {', '.join(missing)} is neither here" if missing else "it is no file or folder here"
         raise CheckpointError(
-            f"'{repository}': {lacks} nor readable from the Hugging Face hub ({_reason(error)}); check the name, go "
+            f"'{repository}': {lacks} nor readable from the Hugging Face hub ({hub_reason(error)}); check the name, go "
             f"online once, or run 'hf download {repository}' where there is a network and name the folder"
         ) from error
     files = [name for name in names if name.endswith((".safetensors", ".ckpt"))]
@@ -384,9 +384,10 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     )
 
 
-def _reason(error: Exception) -> str:
+def hub_reason(error: Exception) -> str:
+    """Why the hub gave nothing, in a few words."""
     names = {
-        "RepositoryNotFoundError": "there is no such model, or it is private",
+        "RepositoryNotFoundError": "there is no such repository, or it is private",
         "GatedRepoError": "its licence must be accepted on its page, then run 'hf auth login'",
         "RevisionNotFoundError": "there is no such revision",
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",

@@ -266,8 +266,9 @@ def place_in(paths: Sequence[str | Path], key: str) -> str:
     return ""
 
 
-# The repository's root, where this library runs from a checkout, and its folders that YAMLs name.
-CHECKOUT = Path(__file__).resolve().parents[1]
+# The repository's root, or in an installation what takes its place, and its folders that YAMLs name.
+_PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 _FOLDERS = ("models", "configs", "data")
 
 

@@ -287,12 +287,18 @@ class ImageFolder:
         return save_image(image, path)
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
+def save_image(image: Image.Image, path: str | Path) -> Path:
     """Write an image atomically, in the format of the path's suffix; JPEG at high quality.
 
     The settings of a generated image are written into the file, where AUTOMATIC1111 writes them: a text of a PNG, the
     EXIF comment of a JPEG.
+
+    Raises:
+        UserError: the suffix is neither .png nor .jpg, or the file cannot be written.
     """
+    path = Path(path)
+    if path.suffix[1:] not in FORMATS:
+        raise UserError(f"'{path}' does not end in .png or .jpg; images are written in these formats")
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
     text = image.info.get(PARAMETERS)
     if text and path.suffix == ".jpg":

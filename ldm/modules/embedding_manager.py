@@ -213,10 +213,11 @@ class EmbeddingManager(nn.Module, Personalization):
             raise UserError(f"initializer word '{word}' has no tokens; choose another word")
         if len(tokens) > count:
             logger.warning(
-                "initializer '%s' is %d tokens for %d vectors: not all of them are used",
+                "initializer '%s' is %d tokens for %d vector%s: not all of them are used",
                 word,
                 len(tokens),
                 count,
+                "s" * (count > 1),
             )
         return tokens
 
