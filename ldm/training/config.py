@@ -413,9 +413,9 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem(
             "data.params.train", "there is no data.params.train", "; name the training images' dataset"
         )
-    source = str(config.get("actual_resume"))
-    # The sizes of a folder of diffusers replace those of the YAML.
-    multiple = None if Path(source).is_dir() or is_hub_id(source) else size_multiple(config)
+    # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
+    source = config.get("actual_resume")
+    multiple = size_multiple(config) if source is None or Path(source).is_file() else None
     for split in _DATASETS:
         key = f"data.params.{split}.params.size"
         size = OmegaConf.select(config, key)
