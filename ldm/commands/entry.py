@@ -64,12 +64,15 @@ def train(argv: Sequence[str] | None = None, prog: str = "main.py") -> int:
 
 def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
     from ldm import console
-    from ldm.training import command_line, config
+    from ldm.training import command_line
 
     for argument in argv:  # the run's YAML could not hold it
         check_text(argument, "the argument")
+    options = command_line.parse(argv, prog)
+    from ldm.training import config
+
+    config.check_command_line(options)
     # Torch and Lightning, which take seconds, are imported when nothing is wrong with the command line.
-    config.check_command_line(command_line.parse(argv, prog))
     from ldm.training.run import run
 
     console.set_up_logging(debug)

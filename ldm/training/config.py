@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
 from ldm.files import NO_TENSORS, is_hub_id
-from ldm.images import check_image_folder
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import flags, hub, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -78,6 +77,8 @@ def check_command_line(options: argparse.Namespace) -> None:
     Raises:
         UserError: as the run itself would, but at once.
     """
+    from ldm.images import check_image_folder
+
     resume, _ = run_folder.place_to_resume(options)
     base: list[str | Path] = list(options.base)
     if resume:
