@@ -69,6 +69,9 @@ def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
     for argument in argv:  # the run's YAML could not hold it
         check_text(argument, "the argument")
     options = command_line.parse(argv, prog)
+    # Classes that a YAML names as a target may lie in the folder where the command is typed.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     from ldm.training import config
 
     config.check_command_line(options)
@@ -76,7 +79,4 @@ def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
     from ldm.training.run import run
 
     console.set_up_logging(debug)
-    # Classes that a YAML names as a target may lie in the folder where the command is typed.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     return run(argv, prog)
