@@ -200,9 +200,9 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "batch_frequency": _count(None, 0),
     "max_images": _count(1024, 0),
     "images_per_prompt": _count(1024),
-    "keep": _count(),
     "N": _count(1024),
     "n_row": _count(1024),
+    "keep": _count(),
     "memory_mib": _count(2**24, 0),
     "rollbacks": _count(None, 0),
     "samples": _count(10**6),
@@ -260,7 +260,8 @@ _CHANNELS = (
 
 def contradictions(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each parameter of a node that contradicts others of it, and why: "is 1, but channels is 2"."""
-    start, end = params.get("linear_start"), params.get("linear_end")
+    start: Any = params.get("linear_start")
+    end: Any = params.get("linear_end")
     if _is_number(start) and _is_number(end) and start > end:
         yield "linear_start", f"is {start}, more than linear_end, which is {end}; exchange them"
     key = params.get("conditioning_key")
@@ -308,7 +309,9 @@ def _parameter(factory: Any, name: str) -> tuple[inspect.Parameter | None, dict[
     """The parameter of a function, or of a class's constructors from itself to its ancestors, and their names."""
     functions = [factory]
     if inspect.isclass(factory):
-        functions = [c.__init__ for c in factory.__mro__ if "__init__" in vars(c) and c is not object]
+        functions = [
+            vars(c)["__init__"] for c in factory.__mro__ if "__init__" in vars(c) and c is not object
+        ]
     for function in functions:
         function = inspect.unwrap(function)
         try:

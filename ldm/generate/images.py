@@ -200,7 +200,7 @@ def size_multiple(config: Mapping[str, Any]) -> int | None:
         (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
     )
     levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
-    return 2 ** sum(len(level) - 1 for level in levels) if all(levels) else None
+    return 2 ** sum(len(level or ()) - 1 for level in levels) if all(levels) else None
 
 
 def _check_multiple(multiple: int, height: int | None, width: int | None) -> None:

@@ -354,11 +354,11 @@ def check_run_config(
         ("lightning", lightning, _LIGHTNING_KEYS),
         ("lightning.trainer", trainer, trainer_options),
     ):
-        for key in node:
+        for key in map(str, node):
             if key not in known:
-                path = f"{where}.{key}" if where else str(key)
+                path = f"{where}.{key}" if where else key
                 what = f"{where or 'the YAML'}: unknown key '{key}'"
-                problems.append(Problem(path, what, _nearest(str(key), known) + _known(known)))
+                problems.append(Problem(path, what, _nearest(key, known) + _known(known)))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
         problems.append(

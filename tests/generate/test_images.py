@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.generate import generate
 from ldm.generate.images import (
@@ -96,6 +97,31 @@ def test_given_noise_is_used(model) -> None:
 def test_every_sampler_generates_another_image(model, sampler: str) -> None:
     ddim, other = (generate(model, "a dog", sampler=name, **FAST)[0] for name in ("ddim", sampler))
     assert difference(ddim, other) > 0
+
+
+class Float64(TorchDispatchMode):
+    """Collects the operations that give float64, which Apple GPUs lack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.operations.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_nothing_on_the_device_is_float64(model, sampler: str) -> None:
+    assert torch.float64 not in {tensor.dtype for tensor in [*model.parameters(), *model.buffers()]}
+    with Float64() as seen:
+        generate(model, "a photo of *", sampler=sampler, steps=3, seed=1)
+        latents = torch.zeros(1, model.channels, 8, 8)
+        model.p_losses(latents, model.get_learned_conditioning(["a *"]), model.random_timesteps(1))
+    # The schedule, which is copied to the CPU before.
+    assert seen.operations <= {"aten._to_copy.default", "aten.detach.default"}
 
 
 def test_progress_and_images_are_reported_immediately(model) -> None:
