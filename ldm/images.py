@@ -300,6 +300,16 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
+def fitted(
+    image: Image.Image, width: int, height: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Crop the largest central part of an image with the shape of `width` x `height`, and resize it to that."""
+    scale = min(image.width / width, image.height / height)
+    part = (min(image.width, round(scale * width)), min(image.height, round(scale * height)))
+    left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+    return image.crop((left, top, left + part[0], top + part[1])).resize((width, height), resample)
+
+
 def enlarged(image: Image.Image, scale: int) -> Image.Image:
     """Enlarge an image so that every pixel becomes a square of `scale` by `scale` pixels."""
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
