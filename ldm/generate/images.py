@@ -125,9 +125,9 @@ def generate(
                 unconditional_guidance_scale=scale,
                 unconditional_conditioning=unconditional,
                 generator=generators,
-                mask=begin and begin.keep,
-                x0=begin and begin.latent,
-                strength=init and init.strength,
+                mask=None if begin is None else begin.keep,
+                x0=None if begin is None else begin.latent,
+                strength=None if init is None else init.strength,
                 base_conditioning=base,
                 concept_strength=concept_strength,
             )
