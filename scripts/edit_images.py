@@ -76,8 +76,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         '--strength 0.9 --prompt "a photo of <bobo>"',
     ),
     "concept-strength": tuple(
-        f'--embedding_path {{words}}/bobo.safetensors --prompt "a photo of <bobo>" --concept_strength {strength:g}'
-        for strength in (0, 0.5, 1, 1.5)
+        f'--embedding_path {{words}}/bobo.safetensors --prompt "a photo of <bobo>" --concept_strength {strength:g} --class_word bear'
+        for strength in (0, 0.5, 1.5, 2.5)
     ),
 }
 SAMPLING = "--dpm_solver --ddim_steps 25 --scale 3"

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
 from ldm.images import ImageError, list_images, mask_files, open_alpha, open_image, open_mask
-from ldm.util import UserError, check_integer, counted, shown
+from ldm.util import UserError, check_integer, check_value, counted, shown
 from ldm.words import check_word
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         zooms: Sequence[float] = (1.0,),
         mask_weight: float | None = None,
     ) -> None:
-        check_mask_weight(mask_weight)
+        check_value("mask_weight", mask_weight, "mask_weight", float | None)
         for name, value in (("flip_p", flip_p), ("mixing_prob", mixing_prob)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} is {value}: choose a probability between 0 and 1")
@@ -238,15 +238,6 @@ def _phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholde
             )
         coarse = coarse.get(placeholder)
     return f"{coarse} {placeholder}" if coarse else placeholder
-
-
-def check_mask_weight(value: object) -> None:
-    """Raise UserError for a `mask_weight` that is no number from 0 to 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0 <= float(value) <= 1):  # type: ignore[arg-type]
-        raise UserError(
-            f"mask_weight is {value!r}: choose the weight of what masks leave out, from 0 to 1, such as 0.1"
-        )
 
 
 def _with_masks(paths: Sequence[Path]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,9 @@ from ldm.files import file_hash
 from ldm.images import fitted, open_image, open_mask, to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import UserError, shown
+from ldm.util import UserError, check_value, shown
 
 logger = logging.getLogger(__name__)
-
-MOST_STRENGTH = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,7 @@ class InitImage:
     names: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
-        if not number or not 0 <= self.strength <= 1:
-            raise UserError(
-                f"strength is {self.strength!r}: choose the share of the steps to take, from 0 (the image itself) to 1"
-            )
+        check_value("strength", self.strength, "strength", float)
         if self.mask is not None and self.mask.size != self.image.size:
             raise UserError(
                 f"the mask is {self.mask.width}x{self.mask.height} pixels, but the image is {self.image.width}x"
@@ -131,16 +124,6 @@ class Start:
     def pasted(self, image: Image.Image) -> Image.Image:
         """Return a generated image with the pixels of the original outside the mask."""
         return image if self.mask is None else Image.composite(image, self.image, self.mask)
-
-
-def check_concept_strength(value: float) -> None:
-    """Raise UserError for a strength that is no number from 0 to 10."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= MOST_STRENGTH or not math.isfinite(value):
-        raise UserError(
-            f"concept_strength is {value!r}: choose a number from 0 (the class word alone) to {MOST_STRENGTH:g}; "
-            "1 is the learned word as it is"
-        )
 
 
 # The class word of each placeholder, or one for all.

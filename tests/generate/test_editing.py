@@ -101,7 +101,7 @@ def test_files_are_read_upright_and_over_white(tmp_path) -> None:
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), True, "0.5"])
 def test_a_strength_is_a_share(strength) -> None:
-    with pytest.raises(UserError, match=r"strength is .*: choose the share of the steps"):
+    with pytest.raises(UserError, match=r"strength is .*; it must be"):
         InitImage(photo(), strength=strength)
 
 
