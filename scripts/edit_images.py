@@ -170,7 +170,7 @@ def make_mask(path: Path) -> None:
 
     size = Image.open(CONCEPTS / "momo" / "01.png").size
     mask = Image.new("L", size)
-    ImageDraw.Draw(mask).ellipse((size[0] * 0.12, size[1] * 0.1, size[0] * 0.88, size[1] * 0.95), fill=255)
+    ImageDraw.Draw(mask).ellipse((size[0] * 0.06, -size[1] * 0.2, size[0] * 0.94, size[1] * 1.2), fill=255)
     mask.save(path)
 
 
