@@ -73,10 +73,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "local-edit": (
         "--embedding_path {words}/bobo.safetensors --init_img data/concepts/momo/01.png --mask {words}/mask.png "
-        '--strength 0.9 --prompt "a photo of <bobo>"',
+        '--strength 0.7 --prompt "a photo of <bobo>"',
     ),
     "concept-strength": tuple(
-        f'--embedding_path {{words}}/bobo.safetensors --prompt "a photo of <bobo>" --concept_strength {strength:g} --class_word bear'
+        '--embedding_path {words}/bobo.safetensors --prompt "a photo of <bobo>" --class_word bear '
+        f"--concept_strength {strength:g}"
         for strength in (0, 0.5, 1.5, 2.5)
     ),
 }
