@@ -19,6 +19,7 @@ from PIL.Image import Image
 from ldm.checkpoint import load_model_from_config, read_config
 from ldm.embeddings import LearnedEmbeddings, read
 from ldm.files import file_hash
+from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
     check_mentions,
@@ -272,6 +273,8 @@ class Session:
         resolved = resolve(self.config, given, negative_prompt, held, syntax=prompt_syntax)
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
+        if settings.get("concept_strength", 1.0) != 1.0 and settings.get("class_words") is None:
+            settings["class_words"] = class_words(resolved.words)
         try:
             return generate(
                 self.model,
