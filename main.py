@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 
 from ldm.commands.entry import train as main
-from ldm.training.callbacks.image_logger import ImageLogger
-from ldm.training.callbacks.performance import CUDACallback
-from ldm.training.callbacks.setup import SetupCallback
-from ldm.training.data import DataModuleFromConfig, WrappedDataset
+
+if __name__ != "__main__":  # importing these takes seconds, which a run spends where Ctrl-C ends in one line
+    from ldm.training.callbacks.image_logger import ImageLogger
+    from ldm.training.callbacks.performance import CUDACallback
+    from ldm.training.callbacks.setup import SetupCallback
+    from ldm.training.data import DataModuleFromConfig, WrappedDataset
 
 __all__ = ["CUDACallback", "DataModuleFromConfig", "ImageLogger", "SetupCallback", "WrappedDataset", "main"]
 

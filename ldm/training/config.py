@@ -68,7 +68,8 @@ def load_run_config(
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    fill_run_keys(config, replace_data_root=options.data_root is not None)
+    typed = options.data_root is not None or any(word.startswith("data_root=") for word in options.overrides)
+    fill_run_keys(config, replace_data_root=typed)
     return config
 
 
