@@ -28,7 +28,7 @@ _KEYCAP = "\u20e3"
 _SKIN_TONES = "\U0001f3fb-\U0001f3ff"
 # Format characters that can be seen, because they enclose the numbers that follow (Arabic, Syriac, Kaithi).
 _VISIBLE_FORMATS = "\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
-# Letters, marks and symbols that nobody sees: joiners of graphemes, fillers of Hangul, vowels of Khmer, the empty Braille.
+# Letters, marks and symbols that nobody sees: joiners, fillers of Hangul, vowels of Khmer, the empty Braille.
 _BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
 # They stand for what a program could not read, or for no character at all.
 _DAMAGE = "\ufffc\ufffd\ufdd0-\ufdef\ufffe\uffff"

@@ -184,7 +184,8 @@ def _asks_for(pickle: Pickle) -> str:
     if all(name.startswith(known) for name in pickle.foreign):
         kind = next(kind for names, kind in _OTHER_NUMBERS.items() if pickle.foreign[0].startswith(names))
         return f"it holds {kind}; save dense torch tensors of float32, for example as .safetensors"
-    return f"it asks for '{next(name for name in pickle.foreign if not name.startswith(known))}', which no embedding needs; it may be malicious"
+    asked = next(name for name in pickle.foreign if not name.startswith(known))
+    return f"it asks for '{asked}', which no embedding needs; it may be malicious"
 
 
 @contextlib.contextmanager
