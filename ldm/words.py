@@ -28,9 +28,18 @@ _KEYCAP = "\u20e3"
 _SKIN_TONES = "\U0001f3fb-\U0001f3ff"
 # Format characters that can be seen, because they enclose the numbers that follow (Arabic, Syriac, Kaithi).
 _VISIBLE_FORMATS = "\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+# Letters, marks and symbols that nobody sees: joiners, fillers of Hangul, vowels of Khmer, the empty Braille.
+_BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+# They stand for what a program could not read, or for no character at all.
+_DAMAGE = "\ufffc\ufffd\ufdd0-\ufdef\ufffe\uffff"
+# Choose a form of the character before them, but for the two of emoji: Mongolian, mathematical, of ideographs.
+_FORMS = "\u180b-\u180d\u180f\ufe00-\ufe0d\U000e0100-\U000e01ef"
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _TAGS = "\U000e0020-\U000e007f"
 
+_IS_BLANK = re.compile(f"[{_BLANKS}]")
+_IS_DAMAGE = re.compile(f"[{_DAMAGE}]")
+_IS_FORM = re.compile(f"[{_FORMS}]")
 _IS_TAG = re.compile(f"[{_TAGS}]")
 _IS_DIRECTION = re.compile(f"[{_DIRECTIONS}]")
 _IS_VISIBLE_FORMAT = re.compile(f"[{_VISIBLE_FORMATS}]")
@@ -114,6 +123,12 @@ def _problem(word: str, place: int) -> str | None:
         return f"the control character {name}"
     if category == "Co":
         return f"the private character {name}, which has no meaning elsewhere"
+    if _IS_DAMAGE.match(character):
+        return f"the character {name}, which stands for damaged text"
+    if _IS_BLANK.match(character):
+        return f"the invisible character {name}"
+    if _IS_FORM.match(character) and word[place - 1 : place] <= _LAST_WITHOUT_JOINERS:
+        return f"the invisible variation selector {name} where it changes nothing"
     if category != "Cf":
         return None
     before, after = word[:place], word[place + 1 :]
@@ -209,7 +224,13 @@ def _marks() -> str:
 
 
 # Windows reserves these names for devices, with any suffix.
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(1, 10))}
+_RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{name}{i}" for name in ("com", "lpt") for i in "123456789\u00b9\u00b2\u00b3"),
+}
 _MOST_BYTES = 200  # file systems allow 255; a number and a suffix follow
 
 

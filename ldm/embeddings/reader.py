@@ -104,5 +104,11 @@ def _unknown(payload: Payload) -> str:
     keys = payload.names
     if keys == {"hash", "optimizer_state_dict"}:
         return "it is the optimizer state beside an AUTOMATIC1111 embedding; name the embedding itself"
-    holds = f"holds {quoted(sorted(keys))}" if keys else f"is a {type(payload.content).__name__}"
+    if not keys and not payload.content:
+        return "it holds no tensors; it was saved without the word's vectors, so name another file"
+    holds = (
+        f"holds {quoted(sorted(keys))}"
+        if keys
+        else f"is a {type(payload.content).__name__} without named tensors"
+    )
     return f"it is not a known embedding format: it {holds}; name a file of textual inversion"

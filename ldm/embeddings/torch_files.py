@@ -160,8 +160,32 @@ class TorchFile:
         return content
 
 
+# What pickles of other harmless numbers ask for, by the beginnings of the names.
+_OTHER_NUMBERS = {
+    ("numpy._core.multiarray.", "numpy.core.multiarray.", "numpy.dtype", "numpy.ndarray", "_codecs.encode"): (
+        "arrays of numpy"
+    ),
+    ("torch._utils._rebuild_tensor_v3", "torch.float8_", "torch.uint", "torch.storage.UntypedStorage"): (
+        "numbers of fewer bits"
+    ),
+    ("torch._utils._rebuild_sparse", "torch.sparse_", "torch.Size"): "sparse tensors",
+    ("torch._utils._rebuild_qtensor", "torch.Q", "torch.per_", "torch.q"): "quantised tensors",
+    (
+        "torch._utils._rebuild_meta",
+        "torch.float",
+        "torch.serialization._get_layout",
+    ): "tensors without values",
+    ("torch.Complex", "torch.complex"): "complex numbers",
+}
+
+
 def _asks_for(pickle: Pickle) -> str:
-    return f"it asks for '{pickle.foreign[0]}', which no embedding needs; it may be malicious"
+    known = tuple(name for names in _OTHER_NUMBERS for name in names)
+    if all(name.startswith(known) for name in pickle.foreign):
+        kind = next(kind for names, kind in _OTHER_NUMBERS.items() if pickle.foreign[0].startswith(names))
+        return f"it holds {kind}; save dense torch tensors of float32, for example as .safetensors"
+    asked = next(name for name in pickle.foreign if not name.startswith(known))
+    return f"it asks for '{asked}', which no embedding needs; it may be malicious"
 
 
 @contextlib.contextmanager

@@ -67,7 +67,8 @@ def load_run_config(
     `saved` is the configuration of a run that is resumed, under all of these.
     """
     config = _merged(options, base, saved)
-    fill_run_keys(config, replace_data_root=options.data_root is not None)
+    typed = options.data_root is not None or any(word.startswith("data_root=") for word in options.overrides)
+    fill_run_keys(config, replace_data_root=typed)
     return config
 
 

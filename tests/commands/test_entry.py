@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,15 @@ sys.exit("main was imported" if "main" in sys.modules else code)
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr == "error: image folder not found: nowhere\n"
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    ended = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--base", "x.yaml", "-t"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (130, "")

@@ -161,7 +161,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: as_bytes({"\u0301\u0323" * 400_000: torch.zeros(2, 3, 4)}),
         "has the shape",
     ),
-    "a large memo": (lambda: packed(b"\x80\x02}r\xff\xff\xff\x7f."), "is a dict"),
+    "a large memo": (lambda: packed(b"\x80\x02}r\xff\xff\xff\x7f."), "holds no tensors"),
     "a large bytearray": (lambda: packed(b"\x80\x05\x96" + b"\xff" * 7 + b"\x00."), "damaged"),
     "a large count of vectors": (
         lambda: tensors(

@@ -171,7 +171,7 @@ def test_the_size_of_an_image_is_checked_before_its_pixels_are_decoded(tmp_path,
     [
         ("[" * 100_000, "no embedding"),
         ("[1, 2]", "not an embedding"),
-        ("{}", "is a dict"),
+        ("{}", "holds no tensors"),
         ('{"string_to_param": {"*": {"TORCHTENSOR": [[NaN, 1]]}}, "name": "x"}', "NaN or infinity"),
         ('{"string_to_param": {"*": {"TORCHTENSOR": [[1e999, 1]]}}, "name": "x"}', "NaN or infinity"),
         ('{"string_to_param": {"*": {"TORCHTENSOR": [[1, 2], [1]]}}, "name": "x"}', "not lists of numbers"),

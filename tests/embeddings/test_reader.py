@@ -91,7 +91,7 @@ def test_a_strange_trigger_is_read_as_the_nearest_word_and_can_be_renamed(trigge
         ({"string_to_param": {"*": 3}}, "not a tensor"),
         ({"string_to_param": {}}, "no concept"),
         ({"string_to_param": {5: torch.zeros(3)}}, "map words"),
-        ({}, "is a dict"),
+        ({}, "holds no tensors"),
         ([torch.zeros(3)], "is a list"),
         (5, "is a int"),
         ({f"w{i}": torch.zeros(3) for i in range(100)}, "model or LoRA"),

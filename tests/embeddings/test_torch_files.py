@@ -110,7 +110,9 @@ def test_functions_that_only_allocate_memory_are_not_called(name, operation, tmp
     program = b"\x80\x04}\x8c\x05<cat>" + named + b"J\xff\xff\xff\x7f\x85Rs."
     path = saved(tmp_path / "cat.pt", rebuilt(as_bytes({}), {"data.pkl": program}))
     refused(
-        path, f"asks for '{name}', which no embedding needs|not a known embedding format: it holds '<cat>'"
+        path,
+        f"asks for '{name}', which no embedding needs|not a known embedding format: it holds '<cat>'|"
+        "holds sparse tensors",
     )
 
 
@@ -197,3 +199,36 @@ def test_nothing_that_a_pickle_names_is_imported(tmp_path, monkeypatch):
 def test_storages_that_are_declared_in_another_way_are_refused(claim):
     with pytest.raises(PickleError, match="unknown way"):
         interpret(b"\x80\x02" + claim + b"Q.")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch advises about quantised and sparse tensors
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda tensor: tensor.numpy(), "arrays of numpy"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "numbers of fewer bits"),
+        (lambda tensor: tensor.to_sparse(), "sparse tensors"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantised tensors"),
+        (lambda tensor: tensor.to("meta"), "tensors without values"),
+        (lambda tensor: tensor.to(torch.complex64), "complex numbers"),
+    ],
+)
+def test_harmless_numbers_of_other_kinds_are_named(change, kind, tmp_path):
+    path = tmp_path / "cat.bin"
+    torch.save({"<cat>": change(vectors())}, path)
+    refused(path, f"it holds {kind}; save dense torch tensors of float32")
+
+
+def test_a_harmless_kind_hides_no_command(tmp_path):
+    path, mark = tmp_path / "cat.bin", tmp_path / "ran"
+    torch.save({"<cat>": vectors().numpy(), "x": RunsACommand(mark)}, path)
+    refused(path, "asks for '(posix|nt).system'.*malicious")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [{}, None, []])
+def test_a_file_without_tensors_says_so(content, tmp_path):
+    torch.save(content, tmp_path / "cat.pt")
+    refused(tmp_path / "cat.pt", "it holds no tensors; .* name another file")
+    save_file({}, tmp_path / "cat.safetensors")
+    refused(tmp_path / "cat.safetensors", "it holds no tensors")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from ldm import embeddings
@@ -261,6 +262,30 @@ def test_measurements_of_the_fixed_loss_stay_comparable(copy_of, capsys) -> None
     samples = "lightning.callbacks.deterministic_loss.params.samples=3"
     assert "its curve begins anew with 3 samples" in resumed(run, "--max_steps", 6, samples, capsys=capsys)
     assert (measured(run)["samples"], measured(run)["steps"]) == (3, [5, 6])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data_root=others",
+        "model.params.loss_weighting=min_snr",
+        "data.params.train.params.use_captions=true",
+    ],
+)
+def test_the_fixed_loss_of_other_samples_begins_anew(copy_of, image_folder, capsys, word) -> None:
+    for name in ("own", "others"):
+        shutil.copytree(image_folder, name)
+        for image in Path(name).glob("*.png"):
+            image.with_suffix(".txt").write_text("* in the snow")
+            if name == "others":
+                Image.new("RGB", (32, 32), "red").save(image)
+    run = copy_of("lightning.callbacks.deterministic_loss={}")
+    same = "data_root=own"
+    assert "begins anew" not in resumed(run, "--max_steps", 5, same, capsys=capsys)
+    words = [word] if word.startswith("data_root") else [same, word]
+    told = "its curve begins anew with other images, captions or settings of the loss"
+    assert told in resumed(run, "--max_steps", 6, *words, capsys=capsys)
+    assert "begins anew" not in resumed(run, "--max_steps", 7, *words, capsys=capsys)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import default_collate
 
 from ldm import random_state
@@ -69,6 +70,26 @@ class FixedNoiseLoss:
             self.noise = [torch.randn(latents.shape).to(latents.device) for latents in self.latents]
             positions = (torch.randperm(samples) + torch.rand(samples)) / samples
         self.timesteps = (positions * model.num_timesteps).long().to(model.device).split(chunk)
+        # What the loss depends on besides the vectors: if it differs, two measurements cannot be compared.
+        self.loss_settings = repr(
+            [
+                getattr(model, name)
+                for name in ("loss_type", "l_simple_weight", "loss_weighting", "min_snr_gamma")
+            ]
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What is measured, as plain values: captions, mean latents and the settings of the loss."""
+        means = torch.cat([adaptive_avg_pool2d(latents.float(), 4).cpu() for latents in self.latents])
+        captions = [caption for chunk in self.captions for caption in chunk]
+        return {"captions": captions, "means": means, "loss": self.loss_settings}
+
+    def measures(self, description: Mapping[str, Any]) -> bool:
+        """Whether this measures what is described; latents may differ as they do between devices and precisions."""
+        own = self.description()
+        same = all(own[key] == description[key] for key in ("captions", "loss"))
+        means = description["means"]
+        return same and means.shape == own["means"].shape and torch.allclose(own["means"], means, atol=0.1)
 
     @torch.no_grad()
     def measure(self, model: LatentDiffusion) -> float:
@@ -126,8 +147,8 @@ class DeterministicLoss(RunCallback):
     the last `smooth` measurements; its vectors are saved as `embeddings_best.pt`, and in the formats of the
     embedding saver, whenever the run's state is saved. With `stop`, the parameters of `Plateau`, the run ends as soon
     as the curve is flat. Measuring does not change the random numbers of the training. A resumed run measures the
-    samples that it began with, whatever its batch size is then; with another `samples` the curve begins anew. Models
-    without a personalization are ignored.
+    samples that it began with, whatever its batch size is then; with another `samples`, other images, captions or
+    settings of the loss the curve begins anew. Models without a personalization are ignored.
     """
 
     runs_before_saving = True
@@ -161,6 +182,7 @@ class DeterministicLoss(RunCallback):
         self._measured_step = -1
         # Of the measurements so far: the number of samples, and how many at a time; 0 if there are none.
         self._measured_samples, self._measured_chunk = 0, 0
+        self._description: dict[str, Any] | None = None
 
     @property
     def flat(self) -> bool:
@@ -175,17 +197,23 @@ class DeterministicLoss(RunCallback):
             return
         chunk = self._measured_chunk or getattr(getattr(trainer, "datamodule", None), "batch_size", 1)
         samples = self.samples or self._measured_samples or max(LEAST_SAMPLES, chunk)
-        if self._measured_samples not in (0, samples):
-            logger.info("deterministic_loss: its curve begins anew with %d samples", samples)
-            self.steps, self.losses, self._best_loss = [], [], math.inf
-        self._measured_samples, self._measured_chunk = samples, chunk
         with evaluating(pl_module):
             self._fixed = FixedNoiseLoss(pl_module, dataset, samples, chunk)
+        if self._measured_samples not in (0, samples):
+            self._begin_anew(f"{samples} samples")
+        elif self._description is not None and not self._fixed.measures(self._description):
+            self._begin_anew("other images, captions or settings of the loss")
+        self._measured_samples, self._measured_chunk = samples, chunk
+        self._description = self._fixed.description()
         if self.flat:
             logger.info("the deterministic loss is already flat: the run ends here")
             trainer.should_stop = True
         if not self.losses:
             self._measure(trainer, pl_module, self._fixed)
+
+    def _begin_anew(self, reason: str) -> None:
+        logger.info("deterministic_loss: its curve begins anew with %s", reason)
+        self.steps, self.losses, self._best_loss = [], [], math.inf
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -255,6 +283,7 @@ class DeterministicLoss(RunCallback):
             "best": dict(self._best_state),
             "samples": self._measured_samples,
             "chunk": self._measured_chunk,
+            "measured": self._description,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,6 +292,7 @@ class DeterministicLoss(RunCallback):
         self._best_state = dict(state_dict["best"])
         self._measured_samples = state_dict.get("samples", 0)
         self._measured_chunk = state_dict.get("chunk", 0)
+        self._description = state_dict.get("measured")
         self._measured_step = self.steps[-1] if self.steps else -1
 
     def _measure(self, trainer: pl.Trainer, model: LatentDiffusion, fixed: FixedNoiseLoss) -> None:
