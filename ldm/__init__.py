@@ -21,6 +21,7 @@ They are imported on first use, so that `import ldm` stays light.
 """
 
 import importlib
+import warnings
 from typing import Any
 
 _WHERE = {
@@ -41,11 +42,14 @@ __all__ = ["generate", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "generate":  # the package, which can be called
-        return importlib.import_module("ldm.generate")
-    if name not in _WHERE:
+    if name != "generate" and name not in _WHERE:
         raise AttributeError(f"module 'ldm' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    with warnings.catch_warnings():
+        # tqdm's advice in notebooks without ipywidgets, for bars that are not shown here.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        if name == "generate":  # the package, which can be called
+            return importlib.import_module("ldm.generate")
+        return getattr(importlib.import_module(_WHERE[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -91,7 +91,7 @@ def test_a_notebook_runs(path: Path, tmp_path, monkeypatch) -> None:
     pytest.importorskip("ipykernel", reason=reason)
     nbformat = pytest.importorskip("nbformat", reason=reason)
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more only wait for each other where cores are busy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -111,5 +111,5 @@ def test_a_notebook_runs(path: Path, tmp_path, monkeypatch) -> None:
         assert concept.word == word and concept.vectors.isfinite().all() and concept.vectors.std() > 0
     for picture in [*pictures, *(Image.open(written / file) for file in images)]:
         colours = picture.convert("RGB").getcolors(picture.width * picture.height)
-        assert min(picture.size) > 100 and len(colours) > 100, "a picture is blank"
+        assert min(picture.size) >= 32 and len(colours) > 100, "a picture is blank"
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
