@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.embeddings import Concept, LearnedEmbeddings, Progress, encoder_kind, read, write
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.modules.prompt_tokenizer import check_placeholders
+from ldm.modules.prompt_tokenizer import PromptTokenizer, check_placeholders
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer
 from ldm.words import check_text, check_word
@@ -96,7 +96,7 @@ class EmbeddingManager(nn.Module, Personalization):
             )
         self._counts = vector_counts(strings, placeholders, num_vectors_per_token, self.max_vectors)
         self._initializers = {
-            string: self._initializer_tokens(word, self._counts[string])
+            string: initializer_tokens(self.tokenizer, word, self._counts[string])
             for string, word in zip(strings, words, strict=False)
             if word
         }
@@ -206,19 +206,6 @@ class EmbeddingManager(nn.Module, Personalization):
     def measure(self, embedder: TextEncoder) -> None:
         """Take the mean norm of the vocabulary from the present token embeddings of the encoder."""
         self._norms.measure(embedder.token_embedding.weight)
-
-    def _initializer_tokens(self, word: str, count: int) -> list[int]:
-        tokens = self.tokenizer.token_ids(check_text(word, "initializer word"))
-        if not tokens:
-            raise UserError(f"initializer word '{word}' has no tokens; choose another word")
-        if len(tokens) > count:
-            logger.warning(
-                "initializer '%s' is %d tokens for %d vectors: not all of them are used",
-                word,
-                len(tokens),
-                count,
-            )
-        return tokens
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -428,6 +415,22 @@ def _as_list(value: Sequence[Any] | str | None) -> list[Any]:
 # -- initial vectors and their norm --------------------------------------------------------------------------
 
 
+def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> list[int]:
+    """The tokens of an initializer for `count` vectors; a warning if they are more.
+
+    Raises:
+        UserError: it has no tokens.
+    """
+    tokens = tokenizer.token_ids(check_text(word, "initializer word"))
+    if not tokens:
+        raise UserError(f"initializer word '{word}' has no tokens; choose another word")
+    if len(tokens) > count:
+        logger.warning(
+            "initializer '%s' is %d tokens for %d vectors: not all of them are used", word, len(tokens), count
+        )
+    return tokens
+
+
 def initial_vectors(table: Tensor, tokens: Sequence[int], count: int, seed: int) -> Tensor:
     """Initial vectors [count, d] from an embedding table [V, d]: float32, on its device, equal for equal seeds.
 
@@ -514,7 +517,7 @@ class Layout:
 
 
 def insert_vectors(tokens: Tensor, embedded: Tensor, vectors: Tensor, layout: Layout) -> Tensor:
-    """Insert vectors [R, d] in place of the placeholders among tokens [B, L], embedded as [B, L, d].
+    """Insert vectors [R, d] or [B, R, d] in place of the placeholders among tokens [B, L], embedded as [B, L, d].
 
     A placeholder with several vectors moves the following tokens to the right; what passes position L is dropped.
     Returns a new [B, L, d]; no value is read back from the device.
@@ -529,7 +532,12 @@ def insert_vectors(tokens: Tensor, embedded: Tensor, vectors: Tensor, layout: La
     found = found.gather(1, source)
     rows = torch.where(found, layout.offsets[which].gather(1, source) + nth, 0)
     shifted = embedded.gather(1, source.unsqueeze(-1).expand_as(embedded))
-    return torch.where(found.unsqueeze(-1), vectors.to(embedded.dtype)[rows], shifted)
+    vectors = vectors.to(embedded.dtype)
+    if vectors.ndim == 2:
+        inserted = vectors[rows]
+    else:  # each prompt has its own
+        inserted = vectors.gather(1, rows.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+    return torch.where(found.unsqueeze(-1), inserted, shifted)
 
 
 def place_after_insertion(tokens: Tensor, places: Tensor, widths: Mapping[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.training.command_line import RUN_KEYS, alias_overrides
 from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
-from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+from ldm.util import ConfigError, UsageError, accepts, check_config, get_obj_from_str
 from ldm.words import check_word
 from ldm.yaml_files import read_yaml, yaml_value
 
@@ -224,10 +224,9 @@ def _datasets(config: DictConfig) -> list[DictConfig]:
 def _accepts(node: Mapping[str, Any], name: str) -> bool:
     """Whether the target of a node accepts a keyword; True for a wrong target, which check_config reports."""
     try:
-        parameters = inspect.signature(get_obj_from_str(node["target"])).parameters
-    except (ConfigError, TypeError, ValueError):
+        return accepts(get_obj_from_str(node["target"]), name)
+    except ConfigError:
         return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _needs_root(node: Mapping[str, Any]) -> bool:

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import initialised, load_state, read_state_dict
-from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper
+from ldm.models.diffusion.conditioning import (
+    Condition,
+    DiffusionWrapper,
+    TimedCondition,
+    TimedPrompts,
+    at_timesteps,
+)
 from ldm.models.diffusion.loss_weighting import check_loss_options, loss_weights, noise_bias, sample_timesteps
 from ldm.models.diffusion.previews import preview_images
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -25,8 +31,8 @@ from ldm.models.optimizers import build_optimizer
 from ldm.modules.diffusionmodules.util import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.modules.personalization import Personalization
-from ldm.util import ConfigError, instantiate_from_config, pretrained_wanted
+from ldm.modules.personalization import DenoiserShape, Personalization
+from ldm.util import ConfigError, accepts, get_obj_from_str, instantiate_from_config, pretrained_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +246,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Return the denoiser's prediction for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
-        return self.model(x_noisy, t, **self.model.keywords(cond))
+        return self.model(x_noisy, t, **self.model.keywords(at_timesteps(cond, t)))
 
     def get_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the squared or absolute error of each element, in float32."""
@@ -374,8 +380,11 @@ class LatentDiffusion(DDPM):
         self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
     def _personalization(self, config: Mapping[str, Any]) -> Personalization:
+        given: dict[str, Any] = {"embedder": self.cond_stage_model}
+        if accepts(get_obj_from_str(config["target"]), "denoiser"):
+            given["denoiser"] = self.denoiser_shape
         with initialised():  # a base checkpoint does not hold what is learned here
-            personalization = instantiate_from_config(config, embedder=self.cond_stage_model)
+            personalization = instantiate_from_config(config, **given)
         if not isinstance(personalization, Personalization):
             raise ConfigError(
                 f"personalization_config: {config['target']} is no Personalization; derive it from the class in "
@@ -408,6 +417,12 @@ class LatentDiffusion(DDPM):
             self.embedding_manager.measure(self.cond_stage_model)
         else:
             self.embedding_manager.reset(self.cond_stage_model)
+
+    @property
+    def denoiser_shape(self) -> DenoiserShape:
+        """What a personalization may know of the denoiser."""
+        layers = getattr(self.model.diffusion_model, "layer_names", ())
+        return DenoiserShape(tuple(layers), self.num_timesteps)
 
     @property
     def personalised(self) -> bool:
@@ -488,7 +503,10 @@ class LatentDiffusion(DDPM):
         return self.p_losses(x, encoded, t)
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """Return a condition encoded: prompts as [B, M, d], into which the personalization puts its vectors."""
+        """Return a condition encoded: prompts as a context, into which the personalization puts what it learned.
+
+        That is a tensor, or a `TimedCondition` where it depends on the timestep; see `ldm.modules.personalization`.
+        """
         encoder = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
@@ -497,15 +515,31 @@ class LatentDiffusion(DDPM):
         encoded = encoder.encode(c) if hasattr(encoder, "encode") else encoder(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
-    def _encode_captions(self, captions: Any) -> Tensor:
+    def _encode_captions(self, captions: Any) -> Any:
         """Encode equal captions of a batch once, and repeat their rows."""
+        personalization, shaped = self.embedding_manager, False
+        if personalization is not None and personalization.shapes_context:
+            shaped = bool(
+                self.cond_stage_model.prompt_tokenizer.found(captions, personalization.placeholders)
+            )
+            if shaped and personalization.timed:
+                return TimedCondition([TimedPrompts(captions, self._encode_shaped, personalization.stages)])
         unique = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
-        encoded = self.cond_stage_model.encode(unique, embedding_manager=self.embedding_manager)
+        if shaped:
+            encoded = self._encode_shaped(unique)
+        else:
+            encoded = self.cond_stage_model.encode(unique, embedding_manager=personalization)
         if len(unique) == len(captions):
             return encoded
         rows = torch.tensor([unique.index(caption) for caption in captions])
         # Do not wait for the device, which may still compute earlier steps.
         return encoded.index_select(0, rows.to(encoded.device, non_blocking=True))
+
+    def _encode_shaped(self, captions: Sequence[str], times: Tensor | None = None) -> Tensor:
+        """Encode captions as the personalization does, at timesteps [B]."""
+        assert self.embedding_manager is not None
+        ids = self.cond_stage_model.token_ids(captions, self.embedding_manager)
+        return self.embedding_manager.encode(self.cond_stage_model, ids, times)
 
     def p_losses(
         self, x_start: Tensor, cond: Condition | None, t: Tensor, noise: Tensor | None = None
