@@ -266,7 +266,7 @@ def _weighted_condition(
     fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in prompts]
     at = functools.partial(encode, encoder, manager, syntax=syntax)
     return TimedCondition(
-        [TimedPrompts(fixed, lambda chunks, times: at(chunks, times=times), manager.stages)]
+        [TimedPrompts(fixed, lambda chunks, times: at(chunks, times=times), manager.stage_of)]
     )
 
 

@@ -81,25 +81,14 @@ class EmbeddingManager(nn.Module, Personalization):
         self._norms = NormControl(norm_control, norm_ratio)
         self._set_vectors({}, {})
 
-        strings, words = _as_list(placeholder_strings), _as_list(initializer_words)
-        if len(words) > len(strings):
-            raise UserError(
-                f"{len(words)} initializer_words for {len(strings)} placeholder_strings; give one for each"
-            )
-        placeholders = check_placeholders(
-            [*strings, *(PER_IMAGE_TOKENS if per_image_tokens else ())], self.tokenizer
+        strings, self._counts, self._initializers = configured_words(
+            self.tokenizer,
+            placeholder_strings,
+            initializer_words,
+            num_vectors_per_token,
+            self.max_vectors,
+            PER_IMAGE_TOKENS if per_image_tokens else (),
         )
-        strings = placeholders[: len(strings)]
-        for string in filter(self.tokenizer.is_word, strings):
-            logger.warning(
-                "placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string
-            )
-        self._counts = vector_counts(strings, placeholders, num_vectors_per_token, self.max_vectors)
-        self._initializers = {
-            string: initializer_tokens(self.tokenizer, word, self._counts[string])
-            for string, word in zip(strings, words, strict=False)
-            if word
-        }
         self.reset(embedder)
         if embedding_manager_ckpt:
             self._begin_from(embedding_manager_ckpt, strings)
@@ -371,6 +360,39 @@ def parameter_key(placeholder: str) -> str:
     """The name of a placeholder in a state dict: the placeholder, but without dots and names of attributes."""
     key = placeholder.replace(".", _DOT)
     return _ESCAPE + key if key in _RESERVED_NAMES else key
+
+
+def configured_words(
+    tokenizer: PromptTokenizer,
+    placeholder_strings: Sequence[str] | str | None,
+    initializer_words: Sequence[str | None] | str | None,
+    num_vectors_per_token: int | Sequence[int] | Mapping[str, int],
+    limit: int,
+    further: Sequence[str] = (),
+) -> tuple[list[str], dict[str, int], dict[str, list[int]]]:
+    """The words that a YAML configures: those it names, all with their numbers of vectors, and initial tokens.
+
+    `further` placeholders have one vector and no initializer. A placeholder that is an ordinary word is a warning.
+
+    Raises:
+        UserError: a word is not allowed, the lists do not fit together, or an initializer has no tokens.
+    """
+    strings, words = _as_list(placeholder_strings), _as_list(initializer_words)
+    if len(words) > len(strings):
+        raise UserError(
+            f"{len(words)} initializer_words for {len(strings)} placeholder_strings; give one for each"
+        )
+    placeholders = check_placeholders([*strings, *further], tokenizer)
+    strings = placeholders[: len(strings)]
+    for string in filter(tokenizer.is_word, strings):
+        logger.warning("placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string)
+    counts = vector_counts(strings, placeholders, num_vectors_per_token, limit)
+    initializers = {
+        string: initializer_tokens(tokenizer, word, counts[string])
+        for string, word in zip(strings, words, strict=False)
+        if word
+    }
+    return strings, counts, initializers
 
 
 def vector_counts(

@@ -51,6 +51,9 @@ class DenoiserShape:
     timesteps: int = 1000
 
 
+NO_DENOISER = DenoiserShape()
+
+
 @runtime_checkable
 class TextEncoder(Protocol):
     """What a frozen text encoder offers to models, personalizations and training.
@@ -155,7 +158,7 @@ class Personalization(Protocol):
         """
         return embedder.embed_ids(ids, self)
 
-    def stages(self, times: Tensor) -> Tensor:
+    def stage_of(self, times: Tensor) -> Tensor:
         """A number for each of the timesteps [B], equal where `encode` gives the same; by default the timestep."""
         return times
 

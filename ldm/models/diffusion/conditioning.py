@@ -111,7 +111,7 @@ class TimedPrompts:
     Args:
         prompts: [B] of anything that `encode` understands.
         encode: (prompts [n], times [n]) -> their conditions [n, ...] at these timesteps.
-        stages: times [n] -> a number for each, equal where the encoding is; see `Personalization.stages`.
+        stages: times [n] -> a number for each, equal where the encoding is; see `Personalization.stage_of`.
     """
 
     def __init__(

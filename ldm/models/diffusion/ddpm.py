@@ -523,7 +523,7 @@ class LatentDiffusion(DDPM):
                 self.cond_stage_model.prompt_tokenizer.found(captions, personalization.placeholders)
             )
             if shaped and personalization.timed:
-                return TimedCondition([TimedPrompts(captions, self._encode_shaped, personalization.stages)])
+                return TimedCondition([TimedPrompts(captions, self._encode_shaped, personalization.stage_of)])
         unique = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
         if shaped:
             encoded = self._encode_shaped(unique)
@@ -586,7 +586,9 @@ class LatentDiffusion(DDPM):
         if self.embedding_manager is not None:
             groups = list(self.embedding_manager.parameter_groups())
             if self.denoiser_is_trained:
-                groups.append({"params": list(self.model.parameters()), "lr": self.model_lr})
+                groups.append(
+                    {"params": list(self.model.parameters()), "lr": self.model_lr, "name": "denoiser"}
+                )
             return groups
         groups = super().parameter_groups()
         if self.cond_stage_trainable and self.cond_stage_model is not None:

@@ -91,8 +91,9 @@ class EmbeddingSaver(RunCallback):
 
     The personalization's own files are `embeddings.pt` and `embeddings_gs-<step>.pt`. The vectors that it exports
     are also saved per word, as `my-cat.safetensors` and `my-cat_gs-500.safetensors`, and in further `formats` (see
-    ldm.embeddings.FORMATS), each in a folder of that name. `describe` makes the metadata for a step, and `stems` the
-    file name of each word. Models without a personalization are ignored.
+    ldm.embeddings.FORMATS), each in a folder of that name. A method whose words are more than vectors (see
+    `Personalization.method`) is also saved as one such file, named after its first word. `describe` makes the metadata
+    for a step, and `stems` the file name of each word. Models without a personalization are ignored.
     """
 
     def __init__(self, every_n_train_steps: int = 500, formats: Sequence[str] = ()) -> None:
@@ -130,6 +131,10 @@ class EmbeddingSaver(RunCallback):
             return
         folder = Path(trainer.default_root_dir) / "checkpoints"
         manager.save(folder / f"embeddings{suffix}.pt")
+        if manager.method:  # to share: the same under the word's name, whose suffix says what it is
+            words = list(manager.string_to_token_dict)
+            self._stems = self._stems or self.stems(words)
+            manager.save(folder / f"{self._stems[words[0]]}{suffix}.safetensors")
         encoder = cast(TextEncoder, trainer.lightning_module.cond_stage_model)
         self._export(manager, encoder.family, folder, suffix, step)
 
