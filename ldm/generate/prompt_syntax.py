@@ -240,7 +240,7 @@ def conditions(
     model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str | None, syntax: str
 ) -> tuple[Any, Any]:
     """The condition of a batch of prompts, and that of the negative prompt for each (None without guidance)."""
-    negatives = [] if negative_prompt is None else [negative_prompt] * len(prompts)
+    negatives = [] if negative_prompt is None else model.negative_prompts(prompts, negative_prompt)
     encoder, manager = model.cond_stage_model, model.embedding_manager
     if syntax != "plain" and isinstance(encoder, TextEncoder):
         names = [] if manager is None else list(manager.placeholders)

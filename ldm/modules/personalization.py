@@ -143,6 +143,10 @@ class Personalization(Protocol):
         """Each placeholder with the number of token positions that it takes up in a prompt at present."""
         return dict.fromkeys(self.string_to_token_dict, 1)
 
+    @classmethod
+    def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
+        """Raise UserError for a file that words of these names cannot begin from; called before a model is read."""
+
     def most_positions(self) -> dict[str, int]:
         """Each placeholder with the most positions that it will take up, for the check of the token limit."""
         return self.placeholders
@@ -162,9 +166,9 @@ class Personalization(Protocol):
         """A number for each of the timesteps [B], equal where `encode` gives the same; by default the timestep."""
         return times
 
-    def negative_prompt(self, prompt: str) -> str:
-        """What guidance steers away from where the user asks for `prompt`, which may be empty."""
-        return prompt
+    def negative_prompt(self, negative: str, prompt: str) -> str:
+        """What guidance steers away from under `prompt`, where the user wrote `negative`, which may be empty."""
+        return negative
 
     def context_loss(self, embedder: TextEncoder) -> Tensor | None:
         """A scalar, weight included, that a training step adds to its loss; None for nothing."""

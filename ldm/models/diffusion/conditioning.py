@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -175,6 +176,28 @@ class TimedCondition:
         parts = zip(self.parts, times.split([len(part) for part in self.parts]), strict=True)
         resolved = [part if isinstance(part, Tensor) else part.at(own) for part, own in parts]
         return reduce(concat_conditions, resolved)
+
+
+@dataclass(frozen=True)
+class GuidedCondition:
+    """A condition under which the denoiser is guided away from another one, in training as in sampling."""
+
+    cond: Condition
+    uncond: Condition
+    scale: float
+
+
+def guided(
+    apply: Callable[[Tensor, Tensor, Condition], Tensor], x: Tensor, times: Tensor, condition: GuidedCondition
+) -> Tensor:
+    """Return uncond + scale * (cond - uncond) of the outputs for x [B, ...], in one pass of the denoiser.
+
+    Args:
+        apply: the denoiser, for twice as many rows.
+    """
+    both = concat_conditions(condition.uncond, condition.cond)
+    without, with_cond = apply(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+    return without + condition.scale * (with_cond - without)
 
 
 def _timed_parts(cond: Condition | None, other: Condition | None) -> Sequence[TimedPrompts | Tensor]:

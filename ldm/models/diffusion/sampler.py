@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.models.diffusion.conditioning import Condition, concat_conditions, condition_rows
+from ldm.models.diffusion.conditioning import Condition, GuidedCondition, condition_rows, guided
 from ldm.models.diffusion.steps import Step, diffuse
 from ldm.util import UserError
 
@@ -71,11 +71,9 @@ class GuidedEps:
     def _output(self, x: Tensor, times: Tensor) -> Tensor:
         if self.uncond is None or self.scale == 1.0:
             return self.model.apply_model(x, times, self.cond)
-        both = self.model.apply_model(
-            torch.cat([x, x]), torch.cat([times, times]), concat_conditions(self.uncond, self.cond)
-        )
-        without, with_cond = both.chunk(2)
-        return without + self.scale * (with_cond - without)
+        assert self.cond is not None
+        condition = GuidedCondition(self.cond, self.uncond, self.scale)
+        return guided(self.model.apply_model, x, times, condition)
 
 
 # One generator for the batch, or one for each of its images.

@@ -11,16 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.embeddings import LearnedEmbeddings, encoder_kind
+from ldm.embeddings import LearnedEmbeddings, encoder_kind, read
 from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
-from ldm.modules.embedding_manager import (
-    Layout,
-    configured_words,
-    initial_vectors,
-    insert_vectors,
-    parameter_key,
-)
+from ldm.modules.embedding_manager import configured_words, initial_vectors, parameter_key
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, Personalization, TextEncoder
+from ldm.modules.prompt_tokenizer import Layout, insert_vectors
 from ldm.util import UserError, check_integer
 from ldm.words import check_text
 
@@ -234,13 +229,21 @@ class LearnedWords(ShapedWords):
         """
         self._adopt(self._read(path))
 
-    def _read(self, path: str | Path) -> MethodFile:
+    @classmethod
+    def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
+        """Raise UserError for a file of another method or with other words, unless both have one word."""
+        _renamed(cls._read(path), placeholders)
+
+    @classmethod
+    def _read(cls, path: str | Path) -> MethodFile:
         content = read_method_file(path)
-        if content is None or content.method != self.method:
-            kind = "is no file of a method" if content is None else f"is of the method '{content.method}'"
+        if content is None:
+            read(path)  # says what is wrong with a file that is none
+        if content is None or content.method != cls.method:
+            kind = "holds plain vectors" if content is None else f"is of the method '{content.method}'"
             raise UserError(
-                f"'{path}' {kind}, and {type(self).__name__} needs one of '{self.method}'; name such a file, or use "
-                "the personalization that wrote this one"
+                f"'{path}' {kind}, and {cls.__name__} needs a file of '{cls.method}'; name one, or use the "
+                "personalization that wrote this one"
             )
         return content
 

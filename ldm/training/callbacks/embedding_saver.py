@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings
 from ldm.files import file_hash, images_fingerprint
+from ldm.modules.embedding_manager import NEGATIVE
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
@@ -162,6 +163,9 @@ class EmbeddingSaver(RunCallback):
         exported = {word: rows for word, rows in manager.export().items() if word not in PER_IMAGE_TOKENS}
         # Asked once: it reads the files that are there.
         stems = self._stems = self._stems or self.stems(list(exported))
+        negatives = {word: word.removesuffix(NEGATIVE) for word in exported if word.endswith(NEGATIVE)}
+        # Tools find the negative of a file by its name.
+        stems |= {word: stems[of] + NEGATIVE for word, of in negatives.items() if of in exported}
         for name in self.formats:
             paths = embeddings.paths_for([stems[word] for word in exported], folder, name)
             for (word, rows), path in zip(exported.items(), paths, strict=True):
@@ -169,6 +173,7 @@ class EmbeddingSaver(RunCallback):
                     word,
                     rows,
                     encoder=embeddings.encoder_kind(family, rows.shape[1]),
+                    part="negative" if negatives.get(word) in exported else "",
                     token=int(manager.string_to_token_dict[word]),
                 )
                 learned = embeddings.LearnedEmbeddings((concept,), metadata)
