@@ -54,8 +54,10 @@ class MethodFile:
     def check_encoder(self, encoder: str, width: int) -> None:
         """Raise EmbeddingError if it is for another text encoder than this one."""
         if self.width != width or self.encoder not in (None, encoder):
-            theirs, ours = model_names(self.encoder, self.width), model_names(encoder, width)
-            raise EmbeddingError(f"'{self.source}' is for {theirs}, and the model is {ours}")
+            raise EmbeddingError(
+                f"'{self.source}' is for {model_names(self.encoder, self.width)}; this model's text encoder is "
+                f"{encoder} of width {width}, so use the model that it was learned on"
+            )
 
 
 def write_method_file(content: MethodFile, path: str | Path) -> Path:

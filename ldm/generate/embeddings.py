@@ -18,7 +18,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import words_of
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.util import UserError, shown
+from ldm.util import UsageError, UserError, shown
 from ldm.words import check_text, pattern
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,19 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
     if isinstance(personalization, nn.Module):
         personalization.to(model.alphas_cumprod.device)
     return list(personalization.placeholders)
+
+
+def set_dials(model: LatentDiffusion, settings: Sequence[str]) -> None:
+    """Set dials of the model's personalization from texts NAME=VALUE; UserError for one that there is not."""
+    for text in settings:
+        name, _, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise UsageError(
+                f"--dial '{shown(text)}': write it as NAME=NUMBER, such as truncation=32"
+            ) from None
+        personalization_of(model).set_dial(name.strip(), number)
 
 
 def takes_vectors(personalization: type[Personalization]) -> bool:
