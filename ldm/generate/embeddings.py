@@ -8,7 +8,6 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
@@ -53,9 +52,9 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
     if any(methods):
         pairs = zip(paths, methods, strict=True)
         files = [method or (p if isinstance(p, LearnedEmbeddings) else read(p)) for p, method in pairs]
-        model.embedding_manager = words_of(files, encoder, model.denoiser_shape)
-        cast(nn.Module, model.embedding_manager).to(model.alphas_cumprod.device)
-        return list(model.embedding_manager.placeholders)
+        words = words_of(files, encoder, model.denoiser_shape)
+        model.embedding_manager = words.to(model.alphas_cumprod.device).train(model.training)
+        return list(words.placeholders)
     if personalization.method:  # whose place the vectors take
         model.embedding_manager = personalization = EmbeddingManager(encoder)
     if not takes_vectors(type(personalization)):

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +92,31 @@ def add_words(pipeline: Any, words: Mapping[str, Tensor]) -> None:
 
     Raises UserError for a word that is in the vocabulary already, as `*` is.
     """
-    known, size = pipeline.tokenizer.get_vocab(), pipeline.text_encoder.get_input_embeddings().num_embeddings
-    if len(pipeline.tokenizer) != size:
+    _check_words(words, pipeline.tokenizer, pipeline.text_encoder.get_input_embeddings().num_embeddings)
+    for word, vectors in words.items():
+        with _translating(f"word '{word}'"):
+            pipeline.load_textual_inversion({word: vectors.detach().cpu().float()})
+
+
+def check_supported(model: nn.Module, words: Iterable[str]) -> None:
+    """Raise UserError for a model that `to_pipeline` cannot convert, or for words that `add_words` cannot add."""
+    _, encoder = _supported(model)
+    _check_words(words, encoder.tokenizer, encoder.token_embedding.num_embeddings)
+
+
+def _check_words(words: Iterable[str], tokenizer: Any, rows: int) -> None:
+    if len(tokenizer) != rows:
         raise UserError(
-            f"the tokenizer has {len(pipeline.tokenizer)} words and the text encoder {size}: diffusers cannot "
+            f"the tokenizer has {len(tokenizer)} words and the text encoder {rows}: diffusers cannot "
             "add words; export without --embedding_path"
         )
-    for word, vectors in words.items():
+    known = tokenizer.get_vocab()
+    for word in words:
         if word in known or f"{word}_1" in known:
             raise UserError(
                 f"'{word}' is a word of the tokenizer already, and diffusers cannot replace it; give it another "
                 f"name, for example with --rename '{word}=<my-cat>'"
             )
-        with _translating(f"word '{word}'"):
-            pipeline.load_textual_inversion({word: vectors.detach().cpu().float()})
 
 
 @torch.no_grad()

@@ -32,10 +32,16 @@ def build_optimizer(
         ConfigError: a class does not exist, or does not accept its parameters.
     """
     node: Mapping[str, Any] = optimizer_config or ADAMW
-    options, groups = dict(node.get("params") or {}), list(groups)
+    groups = list(groups)
     if len(groups) > 1:
         rates = (f"{group.get('name', 'others')} {group.get('lr', learning_rate):.2e}" for group in groups)
         logger.info("learning rates: %s", ", ".join(rates))
+    # Plain values: they are saved with the state of the optimizer.
+    # Tuples for a YAML's lists: settings are saved with the state of the optimizer, which is read without its classes.
+    options = {
+        key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for key, value in (node.get("params") or {}).items()
+    }
     try:
         optimizer = get_obj_from_str(node["target"])(groups, lr=learning_rate, **options)
     except TypeError as error:

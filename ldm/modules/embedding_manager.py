@@ -62,8 +62,8 @@ class EmbeddingManager(nn.Module, Personalization):
     def __init__(
         self,
         embedder: TextEncoder,
-        placeholder_strings: Sequence[str] | None = None,
-        initializer_words: Sequence[str | None] | None = None,
+        placeholder_strings: str | Sequence[str] | None = None,
+        initializer_words: str | Sequence[str | None] | None = None,
         per_image_tokens: bool = False,
         num_vectors_per_token: int | Sequence[int] | Mapping[str, int] = 1,
         progressive_words: bool = False,
@@ -465,7 +465,11 @@ def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> lis
         raise UserError(f"initializer word '{word}' has no tokens; choose another word")
     if len(tokens) > count:
         logger.warning(
-            "initializer '%s' is %d tokens for %d vectors: not all of them are used", word, len(tokens), count
+            "initializer '%s' is %d tokens for %d vector%s: not all of them are used",
+            word,
+            len(tokens),
+            count,
+            "s" * (count > 1),
         )
     return tokens
 
