@@ -33,10 +33,10 @@ def test_a_run_is_resumed_bit_for_bit(tiny_yaml, method, capsys) -> None:
     words = ["--base", tiny_yaml, "own.yaml", "-t", "--seed", 1, f"{images}.batch_frequency=2"]
     words += [f"{images}.log_images_kwargs.ddim_steps=1", f"{images}.max_images=1"]
     words += ["lightning.callbacks.deterministic_loss.params.every_n_train_steps=1"]
-    assert start(*words, "-l", "whole", "--max_steps", 2) == 0
+    assert start(*words, "-l", "whole", "--max_steps", 4) == 0
     assert "Traceback" not in capsys.readouterr().err
-    assert start(*words, "-l", "stopped", "--max_steps", 1) == 0
-    assert start("-r", only_run("stopped"), "-t", "--max_steps", 2) == 0
+    assert start(*words, "-l", "stopped", "--max_steps", 3) == 0
+    assert start("-r", only_run("stopped"), "-t", "--max_steps", 4) == 0
     first, second = (state_of(name)["state_dict"] for name in ("whole", "stopped"))
     assert first.keys() == second.keys() and all(key.startswith("embedding_manager.") for key in first)
     assert all(torch.equal(first[key], second[key]) for key in first)
