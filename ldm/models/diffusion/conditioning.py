@@ -58,6 +58,7 @@ class DiffusionWrapper(nn.Module):
             return {}
         if isinstance(condition, Mapping):
             return dict(condition)
+        assert not isinstance(condition, TimedCondition), "see at_timesteps"
         parts = [condition] if isinstance(condition, Tensor) else list(condition)
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
 
@@ -174,7 +175,9 @@ class TimedCondition:
     def at(self, times: Tensor) -> Condition:
         """Return the condition [B, ...] at timesteps [B]."""
         parts = zip(self.parts, times.split([len(part) for part in self.parts]), strict=True)
-        resolved = [part if isinstance(part, Tensor) else part.at(own) for part, own in parts]
+        resolved: list[Condition] = [
+            part if isinstance(part, Tensor) else part.at(own) for part, own in parts
+        ]
         return reduce(concat_conditions, resolved)
 
 

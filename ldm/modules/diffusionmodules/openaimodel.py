@@ -351,7 +351,10 @@ class UNetModel(nn.Module):
         places.append(("MID", self.middle_block))
         places += [(f"OUT{number:02}", block) for number, block in enumerate(self.output_blocks)]
         return {
-            name: layer for name, block in places for layer in block if isinstance(layer, SpatialTransformer)
+            name: layer
+            for name, block in places
+            for layer in block.children()
+            if isinstance(layer, SpatialTransformer)
         }
 
     def forward(
