@@ -146,6 +146,7 @@ class Personalization(Protocol):
     @classmethod
     def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
         """Raise UserError for a file that words of these names cannot begin from; called before a model is read."""
+        return None
 
     def most_positions(self) -> dict[str, int]:
         """Each placeholder with the most positions that it will take up, for the check of the token limit."""
@@ -193,12 +194,15 @@ class Personalization(Protocol):
 
     def on_optimizer_step(self, step: int) -> None:
         """Called after each optimizer step with the number of steps done."""
+        return None
 
     def reset(self, embedder: TextEncoder) -> None:
         """Called when the encoder's weights have been read and the vectors did not come with them."""
+        return None
 
     def measure(self, embedder: TextEncoder) -> None:
         """Called when the encoder's weights have been read and the vectors came with them."""
+        return None
 
     def export(self) -> dict[str, Tensor]:
         """Copies [N, d] of the vectors in use by placeholder, float32 on the CPU; empty if there are none to share."""

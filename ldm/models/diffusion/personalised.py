@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.checkpoint import initialised
-from ldm.models.diffusion.conditioning import GuidedCondition, TimedCondition, TimedPrompts
+from ldm.models.diffusion.conditioning import DiffusionWrapper, GuidedCondition, TimedCondition, TimedPrompts
 from ldm.modules.personalization import DenoiserShape, Personalization
 from ldm.util import ConfigError, accepts, get_obj_from_str, instantiate_from_config
 
@@ -31,7 +31,7 @@ class Personalised(_Base):
 
     embedding_manager: Personalization | None
     cond_stage_model: Any
-    model: nn.Module
+    model: DiffusionWrapper
     num_timesteps: int
     _captions_of_step: frozenset[str] = frozenset()
 

@@ -54,7 +54,7 @@ class ProSpect(LearnedWords):
 
     def stage_of(self, times: Tensor) -> Tensor:
         """The number of the part that each timestep [B] is in, [B], 0 for the least noise."""
-        share = times.double() / self.denoiser.timesteps
+        share = times.float() / self.denoiser.timesteps
         return (share * self.stages).long().clamp(0, self.stages - 1)
 
     def rows_of(self, word: nn.Module, times: Tensor | None) -> Rows:

@@ -68,6 +68,18 @@ class ShapedWords(nn.Module, Personalization):
         self.loaded = False
         self._layouts: dict[torch.device, Layout] = {}
 
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        return self.parameters()
+
+    def save(self, path: str | Path) -> None:
+        """Raise UserError: words of several files stay in their files."""
+        raise UserError("words of several files are not saved as one; keep the files")
+
+    def load(self, path: str | Path) -> None:
+        """Raise UserError: words of several files are loaded together."""
+        raise UserError("words of several files are not replaced by one; load the files again")
+
     def rows(self, times: Tensor | None) -> Rows:
         """The rows of all words in order, at timesteps [T]; None for those that stand for all timesteps."""
         raise NotImplementedError
@@ -283,7 +295,7 @@ class LearnedWords(ShapedWords):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         self.loaded |= any(key.startswith(f"{prefix}words.") for key in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _shape(size: torch.Size | None) -> str:
@@ -368,9 +380,6 @@ class Together(ShapedWords):
         own = torch.stack([part.stage_of(times) for part in self._parts if part.timed])
         return own.unique(dim=1, return_inverse=True)[1] if len(own) > 1 else own[0]
 
-    def embedding_parameters(self) -> Iterator[nn.Parameter]:
-        return self.members.parameters()
-
     def dials(self) -> dict[str, float | int]:
         return {name: value for part in self._parts for name, value in part.dials().items()}
 
@@ -379,9 +388,3 @@ class Together(ShapedWords):
         holders = [part for part in self._parts if name in part.dials()]
         for part in holders or self._parts[:1]:
             part.set_dial(name, value)
-
-    def save(self, path: str | Path) -> None:
-        raise UserError("words of several files are not saved as one; keep the files")
-
-    def load(self, path: str | Path) -> None:
-        raise UserError("words of several files are not replaced by one; load the files again")
