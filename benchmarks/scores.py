@@ -33,6 +33,9 @@ class Scorer:
     images: number of images for an identity.
     edit_images: number of images for each edit.
     steps: steps of DPM-Solver++.
+
+    Attributes:
+        dials: what is set after the words are loaded; see `Personalization.dials`.
     """
 
     def __init__(
@@ -40,11 +43,16 @@ class Scorer:
     ) -> None:
         self.model, self.judge, self.steps = model, judge, steps
         self.images, self.edit_images = images, edit_images
+        self.dials: dict[str, float] = {}
 
     def identity(self, vectors: Path, concept: ConceptFolder) -> float:
         """Return the calibrated identity: 0 is another creature, 1 the same one rendered again."""
+        return float(self.likeness(vectors, concept)["identity"])
+
+    def likeness(self, vectors: Path, concept: ConceptFolder) -> dict[str, Any]:
+        """Return all figures of the likeness; see `ldm.evaluation.measures.identity_figures`."""
         drawn = self._generate(vectors, [PLAIN] * self.images)
-        return float(identity_figures(drawn, self._reference(concept.creature, drawn[0].width))["identity"])
+        return identity_figures(drawn, self._reference(concept.creature, drawn[0].width))
 
     def editability(self, vectors: Path, concept: ConceptFolder) -> float:
         """Return the share of edited images that show what was asked for and still the creature."""
@@ -64,6 +72,8 @@ class Scorer:
 
     def _generate(self, vectors: Path, prompts: Sequence[str]) -> list[Any]:
         load_embeddings(self.model, [vectors])
+        for name, value in self.dials.items():
+            self.model.embedding_manager.set_dial(name, value)
         return generate(
             self.model, prompts, steps=self.steps, scale=3.0, sampler="dpm_solver", seed=SEED, batch_size=16
         )

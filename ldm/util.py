@@ -415,6 +415,14 @@ def _accepted(factory: Any) -> list[inspect.Parameter] | None:
     ]
 
 
+def accepts(factory: Any, name: str) -> bool:
+    """Return whether a callable accepts a keyword; also one whose signature is not known."""
+    accepted = _accepted(factory)
+    if accepted is None:
+        return True
+    return any(p.kind is p.VAR_KEYWORD or (p.name == name and p.kind in _BY_KEYWORD) for p in accepted)
+
+
 _read_pretrained: ContextVar[bool] = ContextVar("read_pretrained", default=True)
 
 

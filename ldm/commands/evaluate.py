@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> None:
     check_files(options.config)
 
     from ldm import console
-    from ldm.embeddings import read
+    from ldm.embeddings.method_files import triggers_of
     from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
 
     console.set_up_logging()
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     concepts = [read_concept(folder) for folder in find_concepts(options.concept)]
     place, several = options.embedding_path, len(concepts) > 1
     files = [find_embedding(place, concept.name, several) if place else None for concept in concepts]
-    triggers = [read(file).triggers if file else [] for file in files]
+    triggers = [triggers_of(file) if file else [] for file in files]
     check_prompts(options.prompt, triggers)
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]
     evaluate(options, sampling, evaluated, features_of(options), judge_of(options))

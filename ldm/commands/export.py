@@ -68,12 +68,10 @@ def export(options: argparse.Namespace) -> None:
     names = {word: renames.get(word, [word])[0] for word in placeholders}
     if len(set(names.values())) < len(names):
         raise UserError(f"--rename gives two words the same name ({', '.join(names.values())})")
+    for word in names.keys() - vectors.keys():
+        raise UserError(f"'{word}' has no vectors that diffusers can use; export without --embedding_path")
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     if names:
-        for word in names.keys() - vectors.keys():
-            raise UserError(
-                f"'{word}' has no vectors that diffusers can use; export without --embedding_path"
-            )
         diffusers_pipeline.add_words(pipeline, {new: vectors[old] for old, new in names.items()})
     diffusers_pipeline.compare_with_model(model, pipeline, names)
     write_line(f"wrote {diffusers_pipeline.save_pipeline(pipeline, options.out)}")

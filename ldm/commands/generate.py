@@ -155,6 +155,13 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         help="where embedding:NAME in a prompt looks for the file, besides the current folder (default: %(default)s)",
     )
     what.add_argument(
+        "--dial",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of words of a method: truncation=32 or bypass=0.1 of NeTI, strength=0.8 of an output residual",
+    )
+    what.add_argument(
         "--from-file", metavar="FILE", help="text file with one prompt per line: one image each per round"
     )
     what.add_argument(
@@ -334,7 +341,7 @@ def load(
     Everything about files and words is checked before the model is read, the token limit afterwards.
     """
     from ldm.generate.editing import class_words
-    from ldm.generate.embeddings import load_embeddings
+    from ldm.generate.embeddings import load_embeddings, set_dials
     from ldm.generate.images import check_fits
     from ldm.generate.session import resolve, warn_truncated
 
@@ -353,6 +360,7 @@ def load(
     model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
     if found.words:
         load_embeddings(model, found.words)
+    set_dials(model, options.dial)
     warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
     return model, found, classes
 

@@ -20,6 +20,8 @@ from ldm.embeddings.concept import (
 )
 
 RECORD_KEY = "textual_inversion"
+# The format, in the record, of a file of words that are more than vectors; see ldm.embeddings.method_files.
+METHOD = "method"
 _MAX_CHARACTERS = 2**18
 
 
@@ -48,6 +50,11 @@ class MetadataRecord:
 
     def __bool__(self) -> bool:
         return bool(self._values)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All values, not trusted."""
+        return self._values
 
     @property
     def format(self) -> str | None:

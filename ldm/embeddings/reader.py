@@ -8,9 +8,11 @@ from pathlib import Path
 
 from ldm.base_models import EMBEDDING, FAMILIES, what_holds
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
+from ldm.embeddings.file_metadata import METHOD
 from ldm.embeddings.payload import Payload, open_payload
 from ldm.embeddings.pickle_formats import parse_a1111, parse_original
 from ldm.embeddings.tensor_formats import (
+    is_xti,
     parse_by_encoder,
     parse_diffusers,
     parse_emb_params,
@@ -18,7 +20,7 @@ from ldm.embeddings.tensor_formats import (
     parse_onetrainer,
     parse_xti,
 )
-from ldm.util import UserError
+from ldm.util import UserError, shown
 
 # Tried in this order; the last accepts any key as a trigger.
 _PARSERS = (
@@ -58,6 +60,11 @@ def read(path: str | Path) -> LearnedEmbeddings:
 
 
 def _parse(payload: Payload) -> LearnedEmbeddings:
+    if payload.record.format == METHOD and not is_xti(payload.names):
+        raise EmbeddingError(
+            f"it holds words of the method '{shown(payload.record.values.get('method'))}', which are more than "
+            "vectors; generate and evaluate with them here, no other tool can use them"
+        )
     parsers = _OWN_PARSERS.get(payload.record.format or "")
     if parsers is None:
         if (found := parse_lora(payload)) is not None:

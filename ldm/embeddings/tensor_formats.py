@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, BinaryIO
 
 from torch import Tensor
@@ -215,10 +215,15 @@ def _replicate_words(payload: Payload, count: int) -> dict[str, list[int]]:
 _LAYER = re.compile(r"(IN|OUT)\d\d|MID")
 
 
+def is_xti(keys: Collection[str]) -> bool:
+    """Return whether the names in a file are those of layers."""
+    return len(keys) > 1 and all(_LAYER.fullmatch(key) for key in keys)
+
+
 def parse_xti(payload: Payload) -> LearnedEmbeddings | None:
     """Return the vectors of an XTI file, one concept for each layer; None for other files."""
     keys = payload.names
-    if len(keys) < 2 or not all(_LAYER.fullmatch(key) for key in keys):
+    if not is_xti(keys):
         return None
     trigger = trigger_of(payload)
     concepts = tuple(Concept(trigger, payload.content[key], part=key) for key in sorted(keys))

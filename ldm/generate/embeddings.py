@@ -12,10 +12,12 @@ from pathlib import Path
 from torch import nn
 
 from ldm.embeddings import LearnedEmbeddings, merge, read
+from ldm.embeddings.method_files import read_method_file
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.methods import words_of
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.util import UserError, shown
+from ldm.util import UsageError, UserError, shown
 from ldm.words import check_text, pattern
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,9 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
     """Replace what the model's personalization has learned by the contents of one or several files.
 
     A personalization that consists of vectors (see `takes_vectors`) gets the merged vectors of all files, which may be
-    those of any tool. Any other loads one file of its own. A model without personalization gets an `EmbeddingManager`.
+    those of any tool. If a file is of a method (see `ldm.modules.methods`), its class replaces the personalization, and
+    several files of methods or vectors are used together. Any other personalization loads one file of its own. A model
+    without personalization gets an `EmbeddingManager`.
 
     Returns:
         the placeholders, for use in prompts.
@@ -44,9 +48,18 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
     """
     paths = [paths] if isinstance(paths, (str, Path, LearnedEmbeddings)) else list(paths)
     encoder, personalization = text_encoder_of(model), personalization_of(model)
+    methods = [None if isinstance(path, LearnedEmbeddings) else read_method_file(path) for path in paths]
+    if any(methods):
+        pairs = zip(paths, methods, strict=True)
+        files = [method or (p if isinstance(p, LearnedEmbeddings) else read(p)) for p, method in pairs]
+        words = words_of(files, encoder, model.denoiser_shape)
+        model.embedding_manager = words.to(model.alphas_cumprod.device).train(model.training)
+        return list(words.placeholders)
+    if personalization.method:  # whose place the vectors take
+        model.embedding_manager = personalization = EmbeddingManager(encoder)
     if not takes_vectors(type(personalization)):
+        kind = type(personalization).__name__
         if len(paths) != 1:
-            kind = type(personalization).__name__
             raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
         if isinstance(paths[0], LearnedEmbeddings):
             raise UserError(f"{kind} has files of its own; name the file instead of vectors")
@@ -61,6 +74,19 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
     if isinstance(personalization, nn.Module):
         personalization.to(model.alphas_cumprod.device)
     return list(personalization.placeholders)
+
+
+def set_dials(model: LatentDiffusion, settings: Sequence[str]) -> None:
+    """Set dials of the model's personalization from texts NAME=VALUE; UserError for one that there is not."""
+    for text in settings:
+        name, _, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise UsageError(
+                f"--dial '{shown(text)}': write it as NAME=NUMBER, such as truncation=32"
+            ) from None
+        personalization_of(model).set_dial(name.strip(), number)
 
 
 def takes_vectors(personalization: type[Personalization]) -> bool:

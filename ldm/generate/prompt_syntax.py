@@ -6,6 +6,7 @@ here; a prompt without weights is encoded exactly as without this file.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm import words
+from ldm.models.diffusion.conditioning import TimedCondition, TimedPrompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError, shown
@@ -58,7 +60,7 @@ class Segment:
     weight: float = 1.0
 
 
-Chunks = list[list[Segment]]
+Chunks = Sequence[Sequence[Segment]]
 
 
 def parse(
@@ -85,7 +87,7 @@ def parse(
     text = "".join(piece if word is None else next(names) for piece, word in pieces)
     _refuse_foreign(text, hidden, syntax)
     parts = _a1111_parts(text) if syntax == "a1111" else _comfyui_parts(text)
-    chunks: Chunks = [[]]
+    chunks: list[list[Segment]] = [[]]
     for part, weight in parts:
         if part is None:
             chunks.append([])
@@ -238,19 +240,34 @@ def conditions(
     model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str | None, syntax: str
 ) -> tuple[Any, Any]:
     """The condition of a batch of prompts, and that of the negative prompt for each (None without guidance)."""
-    negatives = [] if negative_prompt is None else [negative_prompt] * len(prompts)
+    negatives = [] if negative_prompt is None else model.negative_prompts(prompts, negative_prompt)
     encoder, manager = model.cond_stage_model, model.embedding_manager
     if syntax != "plain" and isinstance(encoder, TextEncoder):
         names = [] if manager is None else list(manager.placeholders)
         ignores_case = encoder.prompt_tokenizer.ignores_case
         parsed = [parse(text, names, syntax, ignores_case) for text in [*prompts, *negatives]]
         if any(len(chunks) > 1 or any(part.weight != 1 for part in chunks[0]) for chunks in parsed):
-            encoded = encode(encoder, manager, parsed, syntax)
-            return encoded[: len(prompts)], encoded[len(prompts) :] if negatives else None
+            filled = [_filled(chunks, max(map(len, parsed))) for chunks in parsed]
+            wanted, unwanted = filled[: len(prompts)], filled[len(prompts) :]
+            condition = _weighted_condition(encoder, manager, wanted, syntax)
+            return condition, _weighted_condition(encoder, manager, unwanted, syntax) if negatives else None
         texts = ["".join(part.text for part in chunks[0]) for chunks in parsed]
         prompts, negatives = texts[: len(prompts)], texts[len(prompts) :]
     condition = model.get_learned_conditioning(list(prompts))
     return condition, model.get_learned_conditioning(negatives) if negatives else None
+
+
+def _weighted_condition(
+    encoder: TextEncoder, manager: Personalization | None, prompts: Sequence[Chunks], syntax: str
+) -> Tensor | TimedCondition:
+    """The weighted context of prompts with equal numbers of chunks, or one that depends on the timestep."""
+    if manager is None or not manager.timed:
+        return encode(encoder, manager, prompts, syntax)
+    fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in prompts]
+    at = functools.partial(encode, encoder, manager, syntax=syntax)
+    return TimedCondition(
+        [TimedPrompts(fixed, lambda chunks, times: at(chunks, times=times), manager.stage_of)]
+    )
 
 
 def check_token_limit(encoder: TextEncoder, manager: Personalization | None, prompt: str, syntax: str) -> str:
@@ -283,8 +300,11 @@ def encode(
     manager: Personalization | None,
     prompts: Sequence[Chunks],
     syntax: str = "a1111",
+    times: Tensor | None = None,
 ) -> Tensor:
     """The weighted context of prompts in chunks: [B, n * L, d], n the largest number of chunks.
+
+    It is layered as the personalization's own is; `times` [B] are the timesteps for one that depends on them.
 
     With E the encoder's output of a chunk and w its weights [L], `a1111` gives w E, rescaled to the mean of E (as
     AUTOMATIC1111's "Original" emphasis does, here for each chunk by itself); `comfyui` gives E0 + w (E - E0), with E0
@@ -293,8 +313,14 @@ def encode(
     """
     count = max(map(len, prompts))
     contexts = [
-        torch.cat([_encode_chunk(encoder, manager, chunk, syntax) for chunk in _filled(chunks, count)])
-        for chunks in prompts
+        torch.cat(
+            [
+                _encode_chunk(encoder, manager, chunk, syntax, None if times is None else times[row, None])
+                for chunk in _filled(chunks, count)
+            ],
+            dim=-2,
+        )
+        for row, chunks in enumerate(prompts)
     ]
     return torch.stack(contexts)
 
@@ -304,9 +330,13 @@ def _filled(chunks: Chunks, count: int) -> Chunks:
 
 
 def _encode_chunk(
-    encoder: TextEncoder, manager: Personalization | None, chunk: Sequence[Segment], syntax: str
+    encoder: TextEncoder,
+    manager: Personalization | None,
+    chunk: Sequence[Segment],
+    syntax: str,
+    times: Tensor | None,
 ) -> Tensor:
-    """The context [L, d] of one chunk."""
+    """The context [..., L, d] of one chunk at a timestep [1]."""
     ids: Mapping[str, int] = {}
     widths: Mapping[str, int] = {}
     if manager is not None:
@@ -315,7 +345,8 @@ def _encode_chunk(
     segments = [(segment.text, segment.weight) for segment in chunk]
     tokens, weights = encoder.prompt_tokenizer.encode_weighted(segments, ids, widths)
     device = encoder.token_embedding.weight.device
-    encoded = encoder.embed_ids(tokens[None].to(device), manager)[0]
+    row = tokens[None].to(device)
+    encoded = (encoder.embed_ids(row, None) if manager is None else manager.encode(encoder, row, times))[0]
     if bool((weights == 1).all()):
         return encoded
     weights = weights.to(encoded)[:, None]
@@ -323,4 +354,5 @@ def _encode_chunk(
         empty = encoder.encode([""], manager)[0]
         return empty + weights * (encoded - empty)
     weighted = weights * encoded
-    return weighted * (encoded.mean() / weighted.mean())
+    means = [states.mean(dim=(-2, -1), keepdim=True) for states in (encoded, weighted)]
+    return weighted * (means[0] / means[1])

@@ -18,6 +18,7 @@ from PIL.Image import Image
 
 from ldm.checkpoint import load_model_from_config, read_config
 from ldm.embeddings import LearnedEmbeddings, read
+from ldm.embeddings.method_files import triggers_of
 from ldm.files import file_hash
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
@@ -75,7 +76,8 @@ def resolve(
     learned = configured if params.get("embedding_manager_ckpt") else []
     given, words = [*prompts], list(words)
     # Another kind of personalization alone knows its files and its placeholders.
-    if "target" in node and not takes_vectors(get_obj_from_str(node["target"])):
+    kind = get_obj_from_str(node["target"]) if "target" in node else None
+    if kind is not None and not takes_vectors(kind) and not kind.method:
         return Prompts(given or [default], negative_prompt, words)
     if syntax != "plain":
         *given, negative_prompt = [
@@ -120,7 +122,7 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
                 f"the prompt names 'embedding:{name}', but there is no such file here or in '{folder}'; "
                 "name the folder with --embedding_dir, or the file with --embedding_path"
             )
-        triggers = read(found).triggers
+        triggers = triggers_of(found)
         if len(triggers) > 1:
             raise UserError(
                 f"'{found}' holds {len(triggers)} words; name it with --embedding_path and write the words"
@@ -138,7 +140,7 @@ def _name(word: Words) -> str:
 
 
 def _triggers(word: Words) -> list[str]:
-    return word.triggers if isinstance(word, LearnedEmbeddings) else read(word).triggers
+    return word.triggers if isinstance(word, LearnedEmbeddings) else triggers_of(word)
 
 
 def checkpoint_of(model: str | Path) -> str:
@@ -198,7 +200,7 @@ class Labels:
         self._words: dict[str, str] = {}
         for word in words:
             if not isinstance(word, LearnedEmbeddings) and (digest := _hash(Path(word))):
-                self._words.update(dict.fromkeys(read(word).triggers, digest[:12]))
+                self._words.update(dict.fromkeys(triggers_of(word), digest[:12]))
 
     def __call__(self, prompt: str) -> Mapping[str, str]:
         digest = self._hash.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 ADAMW = {"target": "torch.optim.AdamW"}
 
@@ -22,13 +25,17 @@ def build_optimizer(
     """Return what Lightning's `configure_optimizers` must return.
 
     Args:
-        groups: torch's parameter groups; a group may have an "lr" of its own.
+        groups: torch's parameter groups; a group may have an "lr" of its own, and a "name" for the log.
         optimizer_config: node of any torch optimizer; by default AdamW with torch's settings, as in the original.
         scheduler_config: node of a class with `schedule(step) -> factor`; the factor is applied at each step.
     Raises:
         ConfigError: a class does not exist, or does not accept its parameters.
     """
     node: Mapping[str, Any] = optimizer_config or ADAMW
+    groups = list(groups)
+    if len(groups) > 1:
+        rates = (f"{group.get('name', 'others')} {group.get('lr', learning_rate):.2e}" for group in groups)
+        logger.info("learning rates: %s", ", ".join(rates))
     # Plain values: they are saved with the state of the optimizer.
     # Tuples for a YAML's lists: settings are saved with the state of the optimizer, which is read without its classes.
     options = {
@@ -36,7 +43,7 @@ def build_optimizer(
         for key, value in (node.get("params") or {}).items()
     }
     try:
-        optimizer = get_obj_from_str(node["target"])(list(groups), lr=learning_rate, **options)
+        optimizer = get_obj_from_str(node["target"])(groups, lr=learning_rate, **options)
     except TypeError as error:
         raise ConfigError(f"optimizer_config {node['target']}: {error}") from error
     if scheduler_config is None:

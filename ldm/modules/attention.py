@@ -56,7 +56,10 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x [B, N, query_dim] to context [B, M, context_dim], or to x without a context."""
+    """Multi-head attention of x [B, N, query_dim] to context [B, M, context_dim], or to x without a context.
+
+    A context [B, 1 or 2, M, context_dim] gives what keys and values are made of: the same, or each its own.
+    """
 
     def __init__(
         self,
@@ -76,9 +79,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
+        keys, values = (context, context) if context.ndim == 3 else (context[:, 0], context[:, -1])
         q, k, v = (
             rearrange(states, "b n (h d) -> b h n d", h=self.heads)
-            for states in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for states in (self.to_q(x), self.to_k(keys), self.to_v(values))
         )
         return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
 
@@ -118,7 +122,15 @@ class SpatialTransformer(nn.Module):
 
     With `use_linear` the projections in and out are linear layers, as in Stable Diffusion 2 and XL, not convolutions
     of size 1; the results are the same, the shapes of the weights are not.
+
+    A layered context [B, layers, 1 or 2, M, context_dim] (see `ldm.modules.personalization`) has a row for each
+    transformer of the denoiser, of which this one takes the row `layer`, or one row for all.
+
+    Attributes:
+        layer: the place of this transformer among those of the denoiser, in forward order; the denoiser sets it.
     """
+
+    layer = 0
 
     def __init__(
         self,
@@ -145,6 +157,8 @@ class SpatialTransformer(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None and context.ndim == 5:
+            context = context[:, self.layer if context.shape[1] > 1 else 0]
         h = self.norm(x)
         if self.use_linear:
             h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from ldm.embeddings import Concept, LearnedEmbeddings, Progress, encoder_kind, read, write
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.modules.prompt_tokenizer import check_placeholders
+from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.util import UserError, check_integer
+from ldm.util import UserError, check_integer, pretrained_wanted
 from ldm.words import check_text, check_word
 
 logger = logging.getLogger(__name__)
 
 # Several vectors that begin at the same token would stay equal, because their gradients would be equal.
 REPEAT_NOISE = 0.1
+# The end of a word that is the negative of another one, as in the files of DreamArtist.
+NEGATIVE = "-neg"
 NORM_CONTROLS = (None, "fixed", "limited")
 # Private characters, which no prompt contains.
 _DOT, _ESCAPE = "\ue02e", "\ue000"
@@ -52,6 +54,7 @@ class EmbeddingManager(nn.Module, Personalization):
             beyond that, None does neither. See `NormControl`.
         norm_ratio: multiplies that mean norm.
         seed: of the random initial vectors; the global generators are not used.
+        cross_init: begin at what the text encoder makes of the initializer, see `encoded_tokens`.
     Raises:
         UserError: the arguments do not fit together or do not fit the encoder.
     """
@@ -69,6 +72,7 @@ class EmbeddingManager(nn.Module, Personalization):
         norm_control: str | None = None,
         norm_ratio: float = 1.0,
         seed: int = 0,
+        cross_init: bool = False,
     ) -> None:
         super().__init__()
         check_integer(progressive_scale, "progressive_scale")
@@ -76,30 +80,19 @@ class EmbeddingManager(nn.Module, Personalization):
         self.width, self.max_vectors = embedder.width, embedder.max_length - 2
         self.progressive_step: int | None = 0 if progressive_words else None
         self.progressive_scale = progressive_scale
-        self.seed = seed
+        self.seed, self.cross_init = seed, cross_init
         self.loaded = False
         self._norms = NormControl(norm_control, norm_ratio)
         self._set_vectors({}, {})
 
-        strings, words = _as_list(placeholder_strings), _as_list(initializer_words)
-        if len(words) > len(strings):
-            raise UserError(
-                f"{len(words)} initializer_words for {len(strings)} placeholder_strings; give one for each"
-            )
-        placeholders = check_placeholders(
-            [*strings, *(PER_IMAGE_TOKENS if per_image_tokens else ())], self.tokenizer
+        strings, self._counts, self._initializers = configured_words(
+            self.tokenizer,
+            placeholder_strings,
+            initializer_words,
+            num_vectors_per_token,
+            self.max_vectors,
+            PER_IMAGE_TOKENS if per_image_tokens else (),
         )
-        strings = placeholders[: len(strings)]
-        for string in filter(self.tokenizer.is_word, strings):
-            logger.warning(
-                "placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string
-            )
-        self._counts = vector_counts(strings, placeholders, num_vectors_per_token, self.max_vectors)
-        self._initializers = {
-            string: self._initializer_tokens(word, self._counts[string])
-            for string, word in zip(strings, words, strict=False)
-            if word
-        }
         self.reset(embedder)
         if embedding_manager_ckpt:
             self._begin_from(embedding_manager_ckpt, strings)
@@ -139,6 +132,12 @@ class EmbeddingManager(nn.Module, Personalization):
         """The vectors of the placeholders that no caption contains."""
         found = self.tokenizer.found(captions, self.string_to_token_dict)
         return [self.vectors(string) for string in self.string_to_token_dict if string not in found]
+
+    def negative_prompt(self, negative: str, prompt: str) -> str:
+        """The negative prompt with the word W-neg for each word W of the prompt, if it is learned and not there yet."""
+        words = [f"{word}{NEGATIVE}" for word in self.tokenizer.found([prompt], self.string_to_token_dict)]
+        held = [word for word in words if word in self.string_to_token_dict]
+        return " ".join(filter(None, [negative, *(word for word in held if word not in negative)]))
 
     def export(self) -> dict[str, Tensor]:
         """Copies [n, d] of the vectors in use, float32 on the CPU."""
@@ -191,12 +190,14 @@ class EmbeddingManager(nn.Module, Personalization):
         """
         table = embedder.token_embedding.weight
         self.measure(embedder)
-        vectors = {
-            string: self._norms.applied(
-                initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
-            )
-            for index, (string, count) in enumerate(self._counts.items())
-        }
+        # The constructor may run before the encoder's weights are there; then this is called again.
+        known = pretrained_wanted()
+        vectors = {}
+        for index, (string, count) in enumerate(self._counts.items()):
+            tokens = self._initializers.get(string, ())
+            rows = encoded_tokens(embedder, tokens) if self.cross_init and tokens and known else None
+            first = initial_vectors(table, tokens, count, self.seed + index, rows)
+            vectors[string] = self._norms.applied(first)
         initial = {string: vectors[string] for string in self._initializers}
         if self.loaded:
             vectors = {string: self.vectors(string).data for string in self.string_to_token_dict}
@@ -206,20 +207,6 @@ class EmbeddingManager(nn.Module, Personalization):
     def measure(self, embedder: TextEncoder) -> None:
         """Take the mean norm of the vocabulary from the present token embeddings of the encoder."""
         self._norms.measure(embedder.token_embedding.weight)
-
-    def _initializer_tokens(self, word: str, count: int) -> list[int]:
-        tokens = self.tokenizer.token_ids(check_text(word, "initializer word"))
-        if not tokens:
-            raise UserError(f"initializer word '{word}' has no tokens; choose another word")
-        if len(tokens) > count:
-            logger.warning(
-                "initializer '%s' is %d tokens for %d vector%s: not all of them are used",
-                word,
-                len(tokens),
-                count,
-                "s" * (count > 1),
-            )
-        return tokens
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -299,6 +286,11 @@ class EmbeddingManager(nn.Module, Personalization):
             UserError: the file cannot be read, or does not fit the encoder.
         """
         self._hold(read(path), path, {})
+
+    @classmethod
+    def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
+        """Raise UserError for a file that does not hold these words, nor one word for the only one."""
+        chosen(read(path), placeholders, str(path))
 
     def _begin_from(self, path: str | Path, strings: Sequence[str]) -> None:
         """Take the vectors of these placeholders from a file, see `chosen`; others stay where the file lacks them."""
@@ -387,6 +379,39 @@ def parameter_key(placeholder: str) -> str:
     return _ESCAPE + key if key in _RESERVED_NAMES else key
 
 
+def configured_words(
+    tokenizer: PromptTokenizer,
+    placeholder_strings: Sequence[str] | str | None,
+    initializer_words: Sequence[str | None] | str | None,
+    num_vectors_per_token: int | Sequence[int] | Mapping[str, int],
+    limit: int,
+    further: Sequence[str] = (),
+) -> tuple[list[str], dict[str, int], dict[str, list[int]]]:
+    """The words that a YAML configures: those it names, all with their numbers of vectors, and initial tokens.
+
+    `further` placeholders have one vector and no initializer. A placeholder that is an ordinary word is a warning.
+
+    Raises:
+        UserError: a word is not allowed, the lists do not fit together, or an initializer has no tokens.
+    """
+    strings, words = _as_list(placeholder_strings), _as_list(initializer_words)
+    if len(words) > len(strings):
+        raise UserError(
+            f"{len(words)} initializer_words for {len(strings)} placeholder_strings; give one for each"
+        )
+    placeholders = check_placeholders([*strings, *further], tokenizer)
+    strings = placeholders[: len(strings)]
+    for string in filter(tokenizer.is_word, strings):
+        logger.warning("placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string)
+    counts = vector_counts(strings, placeholders, num_vectors_per_token, limit)
+    initializers = {
+        string: initializer_tokens(tokenizer, word, counts[string])
+        for string, word in zip(strings, words, strict=False)
+        if word
+    }
+    return strings, counts, initializers
+
+
 def vector_counts(
     configured: Sequence[str],
     placeholders: Sequence[str],
@@ -429,12 +454,34 @@ def _as_list(value: Sequence[Any] | str | None) -> list[Any]:
 # -- initial vectors and their norm --------------------------------------------------------------------------
 
 
-def initial_vectors(table: Tensor, tokens: Sequence[int], count: int, seed: int) -> Tensor:
+def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> list[int]:
+    """The tokens of an initializer for `count` vectors; a warning if they are more.
+
+    Raises:
+        UserError: it has no tokens.
+    """
+    tokens = tokenizer.token_ids(check_text(word, "initializer word"))
+    if not tokens:
+        raise UserError(f"initializer word '{word}' has no tokens; choose another word")
+    if len(tokens) > count:
+        logger.warning(
+            "initializer '%s' is %d tokens for %d vector%s: not all of them are used",
+            word,
+            len(tokens),
+            count,
+            "s" * (count > 1),
+        )
+    return tokens
+
+
+def initial_vectors(
+    table: Tensor, tokens: Sequence[int], count: int, seed: int, rows: Tensor | None = None
+) -> Tensor:
     """Initial vectors [count, d] from an embedding table [V, d]: float32, on its device, equal for equal seeds.
 
     `tokens` are distributed over the vectors in order; where a token is used again, noise of REPEAT_NOISE times the
     table's deviation is added. Without tokens, vectors are normally distributed with the mean and deviation of each
-    dimension of the table.
+    dimension of the table. `rows` [n, d] are what is taken in place of the table's rows of the n tokens.
     """
     table = table.detach().float()
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -442,10 +489,34 @@ def initial_vectors(table: Tensor, tokens: Sequence[int], count: int, seed: int)
     noise = noise * table.std(dim=0)
     if not tokens:
         return table.mean(dim=0) + noise
-    rows = [tokens[place] for place in evenly_spaced(len(tokens), count)]
-    repeated = [[float(row in rows[:i])] for i, row in enumerate(rows)]
-    vectors = table[torch.tensor(rows, device=table.device)]
+    places = evenly_spaced(len(tokens), count)
+    used = [tokens[place] for place in places]
+    repeated = [[float(token in used[:i])] for i, token in enumerate(used)]
+    vectors = table[torch.tensor(used, device=table.device)] if rows is None else rows.to(table)[places]
     return vectors + REPEAT_NOISE * noise * torch.tensor(repeated, device=table.device)
+
+
+@torch.no_grad()
+def encoded_tokens(embedder: TextEncoder, tokens: Sequence[int]) -> Tensor:
+    """The encoder's output [n, d] at the n tokens of a prompt that is nothing else.
+
+    Cross Initialization (Pang et al., CVPR 2024) begins there, because learned vectors end near such outputs, far from
+    the vocabulary. It takes the place of more than ten times as many steps in the paper.
+
+    Raises:
+        UserError: its output has another width than its token embeddings.
+    """
+    tokenizer = embedder.prompt_tokenizer
+    row = [tokenizer.start_id, *tokens][: tokenizer.max_length - 1] + [tokenizer.end_id]
+    row += [tokenizer.pad_id] * (tokenizer.max_length - len(row))
+    ids = torch.tensor([row], device=embedder.token_embedding.weight.device)
+    encoded = embedder.embed_ids(ids, None)[0, 1 : 1 + len(tokens)].float()
+    if encoded.shape[-1] != embedder.width:
+        raise UserError(
+            f"cross_init: the text encoder's output is {encoded.shape[-1]} wide and its embeddings {embedder.width}; "
+            "set it to false"
+        )
+    return encoded
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -492,53 +563,3 @@ class NormControl:
             return vectors
         factor = self.norm / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return vectors * (factor.clamp(max=1.0) if self.kind == "limited" else factor)
-
-
-# -- several vectors in place of one token -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """For each of P placeholders: token id, number of vectors to insert, row of its first vector; [P] each."""
-
-    ids: Tensor
-    widths: Tensor
-    offsets: Tensor
-
-    @classmethod
-    def build(
-        cls, ids: Sequence[int], widths: Sequence[int], rows: Sequence[int], device: torch.device
-    ) -> Layout:
-        """The layout of placeholders with `rows` vectors each, one after the other in one table."""
-        offsets = [sum(rows[:i]) for i in range(len(rows))]
-        return cls(*(torch.tensor(values, device=device) for values in (ids, widths, offsets)))
-
-
-def insert_vectors(tokens: Tensor, embedded: Tensor, vectors: Tensor, layout: Layout) -> Tensor:
-    """Insert vectors [R, d] in place of the placeholders among tokens [B, L], embedded as [B, L, d].
-
-    A placeholder with several vectors moves the following tokens to the right; what passes position L is dropped.
-    Returns a new [B, L, d]; no value is read back from the device.
-    """
-    matches = tokens.unsqueeze(-1) == layout.ids  # (B, L, P)
-    found, which = matches.any(dim=-1), matches.int().argmax(dim=-1)  # (B, L)
-    spans = torch.where(found, layout.widths[which], 1)
-    ends = spans.cumsum(dim=1)
-    places = torch.arange(ends.shape[1], device=ends.device).repeat(ends.shape[0], 1)
-    source = torch.searchsorted(ends, places, right=True)  # the token that each position of the result shows
-    nth = places - (ends - spans).gather(1, source)
-    found = found.gather(1, source)
-    rows = torch.where(found, layout.offsets[which].gather(1, source) + nth, 0)
-    shifted = embedded.gather(1, source.unsqueeze(-1).expand_as(embedded))
-    return torch.where(found.unsqueeze(-1), vectors.to(embedded.dtype)[rows], shifted)
-
-
-def place_after_insertion(tokens: Tensor, places: Tensor, widths: Mapping[int, int]) -> Tensor:
-    """The positions [B] of the tokens at `places` [B] of prompts [B, L], after vectors were inserted.
-
-    `widths` maps the id of each placeholder to its number of vectors. Positions beyond L are not cut.
-    """
-    before = torch.arange(tokens.shape[1], device=tokens.device) < places.unsqueeze(-1)
-    for token, width in widths.items():
-        places = places + (width - 1) * ((tokens == token) & before).sum(dim=-1)
-    return places

@@ -8,21 +8,50 @@ that every personalization decides for itself have no default; all others do.
         def __init__(self, embedder: TextEncoder, word: str = "*") -> None: ...
 
 The constructor is called as `target(embedder=TextEncoder, **params)` with the `params` of the YAML, before the
-weights of a checkpoint are read. Parameters are trained by the model that holds the personalization; they are
-float32 and saved in the run's state through `state_dict`, as those of any module.
+weights of a checkpoint are read; one with a parameter `denoiser` is given a `DenoiserShape` too. Parameters are trained
+by the model that holds the personalization; they are float32 and saved in the run's state through `state_dict`, as
+those of any module.
+
+Contexts. A prompt becomes the context of the denoiser by `Personalization.encode`: by default [B, M, d], the output of
+the text encoder, in which `__call__` replaced token embeddings. A personalization that sets `shapes_context` overrides
+`encode`, and may return a layered context [B, layers, 1 or 2, M, d]: a row for each of `DenoiserShape.layers`, or one
+for all; and in dimension 2 what keys and values are made of, or one for both. It passes through batching, guidance and
+prompt weights like a plain one, and can be guided against a plain one. A personalization that sets `timed` is asked to
+encode when the denoiser is asked at a timestep, with the timestep of each row. Prompts without a learned word are
+encoded plainly in any case. `ldm.modules.methods` has such personalizations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.util import UserError
+
+# (token ids [B, L], token embeddings [B, L, d]) -> token embeddings [B, L, d]
+Replacement: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DenoiserShape:
+    """What a personalization may know of the denoiser that it is learned for.
+
+    Attributes:
+        layers: the names of its layers with cross-attention, in forward order (`UNetModel.layer_names`).
+        timesteps: T, the number of its timesteps.
+    """
+
+    layers: tuple[str, ...] = ()
+    timesteps: int = 1000
+
+
+NO_DENOISER = DenoiserShape()
 
 
 @runtime_checkable
@@ -55,7 +84,7 @@ class TextEncoder(Protocol):
         """Token ids [B, L] on the encoder's device, with the personalization's placeholders found in the text."""
         ...
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None = None) -> Tensor:
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Tensor:
         """Token ids [B, L] as the context [B, L, d] of the denoiser."""
         ...
 
@@ -72,10 +101,18 @@ class Personalization(Protocol):
         string_to_token_dict: placeholder -> the token id (0-dim int64 on the CPU) that stands for it in
             `tokenized_text`. Use `embedder.prompt_tokenizer.placeholder_id(word, index)` for it.
         loaded: whether the vectors come from a file or a checkpoint, and must not be initialised anew.
+        method: the name of the method in files of its own; "" for one whose files are vectors of any tool.
+        shapes_context: whether `encode` does more than replace token embeddings.
+        timed: whether `encode` depends on the timestep.
+        training_guidance: the scale at which a training step is guided against the negative prompt; 1 is no guidance.
     """
 
     string_to_token_dict: dict[str, Tensor]
     loaded: bool = False
+    method: str = ""
+    shapes_context: bool = False
+    timed: bool = False
+    training_guidance: float = 1.0
 
     # Without default: what makes a personalization.
 
@@ -106,6 +143,11 @@ class Personalization(Protocol):
         """Each placeholder with the number of token positions that it takes up in a prompt at present."""
         return dict.fromkeys(self.string_to_token_dict, 1)
 
+    @classmethod
+    def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
+        """Raise UserError for a file that words of these names cannot begin from; called before a model is read."""
+        return None
+
     def most_positions(self) -> dict[str, int]:
         """Each placeholder with the most positions that it will take up, for the check of the token limit."""
         return self.placeholders
@@ -113,6 +155,34 @@ class Personalization(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser trains, as torch's parameter groups; a group with "lr" has a rate of its own."""
         return [{"params": list(self.embedding_parameters())}]
+
+    def encode(self, embedder: TextEncoder, ids: Tensor, times: Tensor | None = None) -> Tensor:
+        """Token ids [B, L] as a context, plain or layered, at timesteps [B], whole or fractional.
+
+        `times` is None where no timestep is known, and always for a personalization that is not `timed`.
+        """
+        return embedder.embed_ids(ids, self)
+
+    def stage_of(self, times: Tensor) -> Tensor:
+        """A number for each of the timesteps [B], equal where `encode` gives the same; by default the timestep."""
+        return times
+
+    def negative_prompt(self, negative: str, prompt: str) -> str:
+        """What guidance steers away from under `prompt`, where the user wrote `negative`, which may be empty."""
+        return negative
+
+    def context_loss(self, embedder: TextEncoder) -> Tensor | None:
+        """A scalar, weight included, that a training step adds to its loss; None for nothing."""
+        return None
+
+    def dials(self) -> dict[str, float | int]:
+        """What can be set when generating, by name, with the present values."""
+        return {}
+
+    def set_dial(self, name: str, value: float) -> None:
+        """Set one of `dials`; UserError for an unknown name or a value that is not possible."""
+        known = ", ".join(self.dials()) or "none"
+        raise UserError(f"there is no dial '{name}' of {type(self).__name__}; known are: {known}")
 
     def absent_parameters(self, captions: Iterable[str]) -> list[nn.Parameter]:
         """Parameters of words that none of the captions holds; the optimiser leaves them alone in that step."""
@@ -124,12 +194,15 @@ class Personalization(Protocol):
 
     def on_optimizer_step(self, step: int) -> None:
         """Called after each optimizer step with the number of steps done."""
+        return None
 
     def reset(self, embedder: TextEncoder) -> None:
         """Called when the encoder's weights have been read and the vectors did not come with them."""
+        return None
 
     def measure(self, embedder: TextEncoder) -> None:
         """Called when the encoder's weights have been read and the vectors came with them."""
+        return None
 
     def export(self) -> dict[str, Tensor]:
         """Copies [N, d] of the vectors in use by placeholder, float32 on the CPU; empty if there are none to share."""

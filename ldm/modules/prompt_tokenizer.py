@@ -1,4 +1,4 @@
-"""Prompts to token ids, with placeholders found wherever they stand."""
+"""Prompts to token ids, with placeholders found wherever they stand, and vectors put in place of their tokens."""
 
 from __future__ import annotations
 
@@ -209,3 +209,58 @@ def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> li
             )
         seen[folded] = string
     return kept
+
+
+# -- several vectors in place of one token -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """For each of P placeholders: token id, number of vectors to insert, row of its first vector; [P] each."""
+
+    ids: Tensor
+    widths: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def build(
+        cls, ids: Sequence[int], widths: Sequence[int], rows: Sequence[int], device: torch.device
+    ) -> Layout:
+        """The layout of placeholders with `rows` vectors each, one after the other in one table."""
+        offsets = [sum(rows[:i]) for i in range(len(rows))]
+        return cls(*(torch.tensor(values, device=device) for values in (ids, widths, offsets)))
+
+
+def insert_vectors(tokens: Tensor, embedded: Tensor, vectors: Tensor, layout: Layout) -> Tensor:
+    """Insert vectors [R, d] or [B, R, d] in place of the placeholders among tokens [B, L], embedded as [B, L, d].
+
+    A placeholder with several vectors moves the following tokens to the right; what passes position L is dropped.
+    Returns a new [B, L, d]; no value is read back from the device.
+    """
+    matches = tokens.unsqueeze(-1) == layout.ids  # (B, L, P)
+    found, which = matches.any(dim=-1), matches.int().argmax(dim=-1)  # (B, L)
+    spans = torch.where(found, layout.widths[which], 1)
+    ends = spans.cumsum(dim=1)
+    places = torch.arange(ends.shape[1], device=ends.device).repeat(ends.shape[0], 1)
+    source = torch.searchsorted(ends, places, right=True)  # the token that each position of the result shows
+    nth = places - (ends - spans).gather(1, source)
+    found = found.gather(1, source)
+    rows = torch.where(found, layout.offsets[which].gather(1, source) + nth, 0)
+    shifted = embedded.gather(1, source.unsqueeze(-1).expand_as(embedded))
+    vectors = vectors.to(embedded.dtype)
+    if vectors.ndim == 2:
+        inserted = vectors[rows]
+    else:  # each prompt has its own
+        inserted = vectors.gather(1, rows.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+    return torch.where(found.unsqueeze(-1), inserted, shifted)
+
+
+def place_after_insertion(tokens: Tensor, places: Tensor, widths: Mapping[int, int]) -> Tensor:
+    """The positions [B] of the tokens at `places` [B] of prompts [B, L], after vectors were inserted.
+
+    `widths` maps the id of each placeholder to its number of vectors. Positions beyond L are not cut.
+    """
+    before = torch.arange(tokens.shape[1], device=tokens.device) < places.unsqueeze(-1)
+    for token, width in widths.items():
+        places = places + (width - 1) * ((tokens == token) & before).sum(dim=-1)
+    return places

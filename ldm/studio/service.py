@@ -22,6 +22,7 @@ from ldm import files
 from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
+from ldm.embeddings.method_files import triggers_of
 from ldm.generate.images import SAMPLERS, ImageFolder, OutputError, Settings
 from ldm.generate.session import WEIGHTS, Session, checkpoint_of
 from ldm.images import enlarged, image_grid, labelled, open_image
@@ -452,7 +453,7 @@ class Service:
         """Copy an uploaded embedding file into `embeddings`, after reading it; code in it is never executed."""
         if source.stat().st_size > 2**24:
             raise UserError(f"'{source.name[:80]}' is larger than 16 MB, which no embedding file is")
-        read(source)
+        triggers_of(source)
         target = self.workspace.embeddings / f"{file_stem(source.stem)}{source.suffix.lower()}"
         with source.open("rb") as file:
             return files.atomic_write(target, lambda out: shutil.copyfileobj(file, out))

@@ -16,6 +16,8 @@ from PIL import Image
 
 from ldm import files
 from ldm.embeddings import LearnedEmbeddings, read
+from ldm.embeddings.concept import model_names
+from ldm.embeddings.method_files import MethodFile, read_method_file
 from ldm.images import ImageError, list_images, open_image
 from ldm.util import UserError
 from ldm.words import file_stem
@@ -214,6 +216,13 @@ class Workspace:
             except (UserError, OSError) as error:
                 problems.append(str(error))
                 continue
+            if isinstance(learned, MethodFile):
+                models = f"{model_names(learned.encoder, learned.width)}, by {learned.method}"
+                words += [
+                    Word(path, trigger, count, learned.width, models, 0.0, self.shown(path))
+                    for trigger, count in learned.words.items()
+                ]
+                continue
             for concept in learned.concepts:
                 words.append(
                     Word(
@@ -230,8 +239,8 @@ class Workspace:
 
 
 @functools.lru_cache(maxsize=512)
-def _read_once(path: Path, changed: int) -> LearnedEmbeddings:
-    return read(path)
+def _read_once(path: Path, changed: int) -> LearnedEmbeddings | MethodFile:
+    return read_method_file(path) or read(path)
 
 
 def check_upload(path: Path) -> str:

@@ -29,6 +29,7 @@ from ldm.util import (
     Problem,
     UsageError,
     UserError,
+    accepts,
     config_problems,
     get_obj_from_str,
     raise_problems,
@@ -476,10 +477,9 @@ def _datasets(config: DictConfig) -> list[DictConfig]:
 def _accepts(node: Mapping[str, Any], name: str) -> bool:
     """Whether the target of a node accepts a keyword; True for a wrong target, which check_config reports."""
     try:
-        parameters = inspect.signature(get_obj_from_str(node["target"])).parameters
-    except (ConfigError, TypeError, ValueError):
+        return accepts(get_obj_from_str(node["target"]), name)
+    except ConfigError:
         return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _texts(value: Any) -> list[Any]:

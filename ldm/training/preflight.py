@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import embeddings, random_state
-from ldm.modules.embedding_manager import EmbeddingManager, chosen
-from ldm.modules.personalization import TextEncoder
+from ldm import random_state
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.training.callbacks.base import personalization_of
 from ldm.util import UserError, get_obj_from_str
@@ -31,11 +31,10 @@ def check_first_vectors(config: DictConfig) -> None:
     """
     node = OmegaConf.select(config, "model.params.personalization_config") or {}
     params = node.get("params") or {}
-    if (path := params.get("embedding_manager_ckpt")) and get_obj_from_str(
-        node["target"]
-    ) is EmbeddingManager:
+    if path := params.get("embedding_manager_ckpt"):
         words = params.get("placeholder_strings") or []
-        chosen(embeddings.read(path), [words] if isinstance(words, str) else list(words), str(path))
+        kind: type[Personalization] = get_obj_from_str(node["target"])
+        kind.check_file(path, [words] if isinstance(words, str) else list(words))
 
 
 def check_keys(config: DictConfig, dataset: Any) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.modules.embedding_manager import EmbeddingManager, place_after_insertion
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.personalization import DenoiserShape
+from ldm.modules.prompt_tokenizer import place_after_insertion
 from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.util import ConfigError, UserError, instantiate_from_config
+from ldm.util import ConfigError, UserError, accepts, get_obj_from_str, instantiate_from_config
 from tests.golden_record import CASES, GOLDEN, Golden
 from tests.modules.conftest import build_encoder, manager_of
 
@@ -200,15 +202,22 @@ def test_what_does_not_fit_is_one_line(clip, options, message):
 @pytest.mark.parametrize("path", sorted(PERSONALIZATIONS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_personalization_yamls_build_what_they_say(bert, path):
     node = OmegaConf.load(path).model.params.personalization_config
-    manager = instantiate_from_config(node, embedder=bert)
+    given = {"denoiser": DenoiserShape(("IN01", "MID")), "initializer_words": ["sculpture"]}
+    given = {key: value for key, value in given.items() if accepts(get_obj_from_str(node.target), key)}
+    manager = instantiate_from_config(
+        node, embedder=bert, **({} if "initializer_words" in node.params else given)
+    )
     expected = {
         "one_vector": {"*": 1},
         "three_vectors": {"*": 3},
         "progressive": {"*": 1},
         "per_image_tokens": dict.fromkeys(["*", *PER_IMAGE_TOKENS], 1),
         "two_concepts": {"*": 1, "@": 1},
+        "core": {"*": 8},
+        "cross_init": {"*": 2},
+        "dreamartist": {"*": 3, "*-neg": 3},
     }
-    assert manager.placeholders == expected[path.stem]
+    assert manager.placeholders == expected.get(path.stem, {"*": 1})
 
 
 def test_unknown_options_are_errors(clip):

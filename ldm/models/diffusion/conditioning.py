@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 
 from ldm.util import ConfigError, UserError, instantiate_from_config
 
-# A tensor such as a context [B, M, d], several of them, or {"c_crossattn": [...], "c_concat": [...]}.
-Condition: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+# A tensor such as a context [B, M, d] or a layered one [B, layers, 1 or 2, M, d] (see ldm.modules.personalization),
+# several of them, {"c_crossattn": [...], "c_concat": [...]}, or a TimedCondition.
+Condition: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any] | TimedCondition"
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
 
@@ -44,7 +47,7 @@ class DiffusionWrapper(nn.Module):
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *c_concat], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):
-            return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
+            return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=-2))
         if self.conditioning_key == "adm":
             return self.diffusion_model(x, t, y=c_crossattn[0])
         return self.diffusion_model(x, t)
@@ -55,6 +58,7 @@ class DiffusionWrapper(nn.Module):
             return {}
         if isinstance(condition, Mapping):
             return dict(condition)
+        assert not isinstance(condition, TimedCondition), "see at_timesteps"
         parts = [condition] if isinstance(condition, Tensor) else list(condition)
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
 
@@ -62,10 +66,16 @@ class DiffusionWrapper(nn.Module):
 def concat_conditions(first: Condition | None, second: Condition | None) -> Condition:
     """Return two conditions of the same form, concatenated along the batch.
 
+    A plain context [B, M, d] fits a layered one, and a tensor fits a condition that depends on the timestep.
+
     Raises:
         UserError: their forms or shapes differ.
     """
+    if isinstance(first, TimedCondition) or isinstance(second, TimedCondition):
+        return TimedCondition((*_timed_parts(first, second), *_timed_parts(second, first)))
     if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.ndim != second.ndim or first.ndim == 5:
+            first, second = _layered_alike(first, second)
         if first.shape[1:] != second.shape[1:]:
             raise UserError(
                 f"conditionings of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be guided against "
@@ -82,10 +92,142 @@ def concat_conditions(first: Condition | None, second: Condition | None) -> Cond
     )
 
 
+def _layered_alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two contexts, plain or layered, with as many layers and keys and values apart in both where it is in one.
+
+    Tensors that are no such contexts are returned as they are.
+    """
+    if not {first.ndim, second.ndim} <= {3, 5}:
+        return first, second
+    pair = [one[:, None, None] if one.ndim == 3 else one for one in (first, second)]
+    layers, kinds = (max(one.shape[axis] for one in pair) for axis in (1, 2))
+    if any(one.shape[1] not in (1, layers) or one.shape[2] not in (1, kinds) for one in pair):
+        return first, second
+    whole = [one.expand(-1, layers, kinds, -1, -1) for one in pair]
+    return whole[0], whole[1]
+
+
+class TimedPrompts:
+    """Prompts whose encoding depends on the timestep at which the denoiser is asked.
+
+    Args:
+        prompts: [B] of anything that `encode` understands.
+        encode: (prompts [n], times [n]) -> their conditions [n, ...] at these timesteps.
+        stages: times [n] -> a number for each, equal where the encoding is; see `Personalization.stage_of`.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Hashable],
+        encode: Callable[[Sequence[Any], Tensor], Tensor],
+        stages: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.prompts, self.encode, self.stages = tuple(prompts), encode, stages
+        self._kept: dict[tuple[Hashable, float], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> TimedPrompts:
+        return TimedPrompts(self.prompts[rows], self.encode, self.stages)
+
+    def at(self, times: Tensor) -> Tensor:
+        """Return the condition [B, ...] at timesteps [B], whole or fractional.
+
+        Without gradient equal prompts of one stage are encoded once, and kept until another stage is asked for:
+        samplers go through the stages in order, and what NeTI gives for all layers is large.
+        """
+        if torch.is_grad_enabled():
+            return self.encode(self.prompts, times)
+        keys = list(zip(self.prompts, self.stages(times).tolist(), strict=True))
+        rows = {key: row for row, key in reversed(list(enumerate(keys)))}
+        missing = [row for key, row in rows.items() if key not in self._kept]
+        if missing:
+            encoded = self.encode([self.prompts[row] for row in missing], times[missing])
+            self._kept.update((keys[row], value) for row, value in zip(missing, encoded, strict=True))
+        self._kept = {key: self._kept[key] for key in rows}
+        return torch.stack([self._kept[key] for key in keys])
+
+
+class TimedCondition:
+    """A condition that becomes a tensor at the timestep of each row, inside `apply_model`.
+
+    Args:
+        parts: the rows in order: prompts that are encoded at each timestep, and tensors [b, ...] that stay the same.
+    """
+
+    def __init__(self, parts: Sequence[TimedPrompts | Tensor]) -> None:
+        self.parts = tuple(parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, rows: slice) -> TimedCondition:
+        """Return consecutive rows."""
+        start, stop, _ = rows.indices(len(self))
+        kept: list[TimedPrompts | Tensor] = []
+        for part in self.parts:
+            if part[max(start, 0) : max(stop, 0)].__len__():
+                kept.append(part[max(start, 0) : max(stop, 0)])
+            start, stop = start - len(part), stop - len(part)
+        return TimedCondition(kept)
+
+    def at(self, times: Tensor) -> Condition:
+        """Return the condition [B, ...] at timesteps [B]."""
+        parts = zip(self.parts, times.split([len(part) for part in self.parts]), strict=True)
+        resolved: list[Condition] = [
+            part if isinstance(part, Tensor) else part.at(own) for part, own in parts
+        ]
+        return reduce(concat_conditions, resolved)
+
+
+@dataclass(frozen=True)
+class GuidedCondition:
+    """A condition under which the denoiser is guided away from another one, in training as in sampling."""
+
+    cond: Condition
+    uncond: Condition
+    scale: float
+
+
+def guided(
+    apply: Callable[[Tensor, Tensor, Condition], Tensor], x: Tensor, times: Tensor, condition: GuidedCondition
+) -> Tensor:
+    """Return uncond + scale * (cond - uncond) of the outputs for x [B, ...], in one pass of the denoiser.
+
+    Args:
+        apply: the denoiser, for twice as many rows.
+    """
+    both = concat_conditions(condition.uncond, condition.cond)
+    without, with_cond = apply(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+    return without + condition.scale * (with_cond - without)
+
+
+def _timed_parts(cond: Condition | None, other: Condition | None) -> Sequence[TimedPrompts | Tensor]:
+    if isinstance(cond, TimedCondition):
+        return cond.parts
+    if isinstance(cond, Tensor):
+        return (cond,)
+    raise UserError(f"a condition {_form(cond)} cannot be guided against one {_form(other)}")
+
+
+def at_timesteps(cond: Condition | None, times: Tensor) -> Condition | None:
+    """Return a condition in which every part that depends on the timestep is encoded at timesteps [B]."""
+    if isinstance(cond, TimedCondition):
+        return cond.at(times)
+    if isinstance(cond, Mapping):
+        return {key: at_timesteps(value, times) for key, value in cond.items()}
+    if isinstance(cond, (list, tuple)):
+        return [at_timesteps(value, times) for value in cond]
+    return cond
+
+
 def condition_rows(cond: Condition | None) -> int | None:
     """Return the batch size of a condition, None if it holds no tensor."""
     if isinstance(cond, Tensor):
         return cond.shape[0]
+    if isinstance(cond, TimedCondition):
+        return len(cond)
     parts = cond.values() if isinstance(cond, Mapping) else cond or ()
     return next((count for count in map(condition_rows, parts) if count is not None), None)
 
@@ -94,6 +236,8 @@ def _form(cond: Condition | None) -> str:
     """Describe a condition's form, for an error text."""
     if isinstance(cond, Tensor):
         return f"a tensor of shape {tuple(cond.shape)}"
+    if isinstance(cond, TimedCondition):
+        return "one that depends on the timestep"
     if isinstance(cond, Mapping):
         return f"a dict of {', '.join(cond) or 'nothing'}"
     if isinstance(cond, (list, tuple)):

@@ -16,8 +16,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import initialised, load_state, read_state_dict
-from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper
+from ldm.checkpoint import load_state, read_state_dict
+from ldm.models.diffusion.conditioning import (
+    Condition,
+    DiffusionWrapper,
+    GuidedCondition,
+    at_timesteps,
+    guided,
+)
 from ldm.models.diffusion.loss_weighting import (
     LOSS_WEIGHT,
     check_loss_options,
@@ -26,13 +32,13 @@ from ldm.models.diffusion.loss_weighting import (
     sample_means,
     sample_timesteps,
 )
+from ldm.models.diffusion.personalised import Personalised
 from ldm.models.diffusion.previews import preview_images
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.optimizers import build_optimizer
 from ldm.modules.diffusionmodules.util import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.modules.personalization import Personalization
 from ldm.util import ConfigError, instantiate_from_config, pretrained_wanted
 
 logger = logging.getLogger(__name__)
@@ -251,7 +257,9 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Return the denoiser's prediction for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
-        return self.model(x_noisy, t, **self.model.keywords(cond))
+        if isinstance(cond, GuidedCondition):
+            return guided(self.apply_model, x_noisy, t, cond)
+        return self.model(x_noisy, t, **self.model.keywords(at_timesteps(cond, t)))
 
     def get_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the squared or absolute error of each element, in float32."""
@@ -309,7 +317,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return {"inputs": channels_first(batch[self.first_stage_key][:N], self.device)}
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(Personalised, DDPM):
     """Diffusion in the latent space of a first stage, under a condition (Rombach et al. 2022).
 
     With `personalization_config` everything but the personalization's parameters is frozen, and the denoiser too
@@ -335,7 +343,6 @@ class LatentDiffusion(DDPM):
 
     first_stage_model: Any  # any module with encode and decode
     cond_stage_model: Any  # a TextEncoder, an encoder of another condition, the first stage, or None
-    embedding_manager: Personalization | None
     scale_factor: Tensor | float
 
     def __init__(
@@ -378,21 +385,10 @@ class LatentDiffusion(DDPM):
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
         self.cond_stage_trainable = cond_stage_trainable and personalization_config is None
         self.embedding_manager = None
-        self._captions_of_step: set[str] = set()
         if personalization_config is not None:
-            self.embedding_manager = self._personalization(personalization_config)
+            self.embedding_manager = self.make_personalization(personalization_config)
         self._freeze()
         self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
-
-    def _personalization(self, config: Mapping[str, Any]) -> Personalization:
-        with initialised():  # a base checkpoint does not hold what is learned here
-            personalization = instantiate_from_config(config, embedder=self.cond_stage_model)
-        if not isinstance(personalization, Personalization):
-            raise ConfigError(
-                f"personalization_config: {config['target']} is no Personalization; derive it from the class in "
-                "ldm/modules/personalization.py"
-            )
-        return personalization
 
     def _freeze(self) -> None:
         encoder = self.cond_stage_model
@@ -491,15 +487,17 @@ class LatentDiffusion(DDPM):
         if self.training and self.ucg_rate and isinstance(cond, list):
             drop = torch.rand(len(cond)) < self.ucg_rate
             cond = ["" if dropped else caption for caption, dropped in zip(cond, drop.tolist(), strict=True)]
-        if self.training and self.personalised and isinstance(cond, list):
-            self._captions_of_step.update(cond)
+        self.note_captions(cond)
         trained = self.personalised or self.cond_stage_trainable
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            encoded = self.get_learned_conditioning(cond)
+            encoded = self.training_condition(cond)
         return self.p_losses(x, encoded, t, **options)
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """Return a condition encoded: prompts as [B, M, d], into which the personalization puts its vectors."""
+        """Return a condition encoded: prompts as a context, into which the personalization puts what it learned.
+
+        That is a tensor, or a `TimedCondition` where it depends on the timestep; see `ldm.modules.personalization`.
+        """
         encoder = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
@@ -508,45 +506,22 @@ class LatentDiffusion(DDPM):
         encoded = encoder.encode(c) if hasattr(encoder, "encode") else encoder(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
-    def _encode_captions(self, captions: Any) -> Tensor:
-        """Encode equal captions of a batch once, and repeat their rows."""
-        unique = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
-        encoded = self.cond_stage_model.encode(unique, embedding_manager=self.embedding_manager)
-        if len(unique) == len(captions):
-            return encoded
-        rows = torch.tensor([unique.index(caption) for caption in captions])
-        # Do not wait for the device, which may still compute earlier steps.
-        return encoded.index_select(0, rows.to(encoded.device, non_blocking=True))
-
     def p_losses(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of `DDPM`, plus the distance of the vectors from their initial ones if it has a weight."""
+        """Return the loss of `DDPM`, plus those of the personalization: `embedding_reg_weight` and `context_loss`."""
         loss, parts = super().p_losses(*arguments, **options)
-        if self.embedding_manager is None or self.embedding_reg_weight <= 0:
+        if self.embedding_manager is None:
             return loss, parts
-        distance = self.embedding_manager.embedding_to_coarse_loss().mean()
-        parts[f"{self.stage}/loss_emb_reg"] = distance.detach()
-        return loss + self.embedding_reg_weight * distance, parts
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients of words that no caption of the step holds, so that no momentum or decay moves them.
-
-        Each of several concepts is so trained as it would be without the images of the others.
-        """
-        captions, self._captions_of_step = self._captions_of_step, set()
-        if self.embedding_manager is None or not captions:
-            return
-        parameters = list(self.embedding_manager.embedding_parameters())
-        if len(parameters) < 2:
-            return
-        absent = {id(parameter) for parameter in self.embedding_manager.absent_parameters(captions)}
-        if self.trainer.world_size > 1:  # captions of other processes have gradients here too
-            present = [id(parameter) not in absent for parameter in parameters]
-            seen = torch.tensor(present, dtype=torch.int32, device=self.device)
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-            absent = {id(p) for p, there in zip(parameters, seen.tolist(), strict=True) if not there}
-        for parameter in parameters:
-            if id(parameter) in absent:
-                parameter.grad = None
+        if self.embedding_reg_weight > 0:
+            distance = self.embedding_manager.embedding_to_coarse_loss().mean()
+            parts[f"{self.stage}/loss_emb_reg"] = distance.detach()
+            loss = loss + self.embedding_reg_weight * distance
+        if (
+            self.training
+            and (further := self.embedding_manager.context_loss(self.cond_stage_model)) is not None
+        ):
+            parts[f"{self.stage}/loss_context"] = further.detach()
+            loss = loss + further
+        return loss, parts
 
     def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
         """Step, update the averages, and report the number of steps to the personalization."""
@@ -561,7 +536,9 @@ class LatentDiffusion(DDPM):
         if self.embedding_manager is not None:
             groups = list(self.embedding_manager.parameter_groups())
             if self.denoiser_is_trained:
-                groups.append({"params": list(self.model.parameters()), "lr": self.model_lr})
+                groups.append(
+                    {"params": list(self.model.parameters()), "lr": self.model_lr, "name": "denoiser"}
+                )
             return groups
         groups = super().parameter_groups()
         if self.cond_stage_trainable and self.cond_stage_model is not None:

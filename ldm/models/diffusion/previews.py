@@ -102,7 +102,8 @@ def _samples(
     sampler = DPMSolverSampler(model) if ddim_steps is None else DDIMSampler(model)
     guidance: dict[str, Any] = {}
     if scale != 1.0:
-        empty = model.get_learned_conditioning([""] * len(noise))
+        texts = raw if isinstance(raw, list) else [""] * len(noise)
+        empty = model.get_learned_conditioning(model.negative_prompts(texts))
         guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": empty}
     with model.ema_scope("previews"):
         latents, _ = sampler.sample(

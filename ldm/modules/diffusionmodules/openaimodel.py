@@ -335,12 +335,34 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
+        for number, transformer in enumerate(self._transformers().values()):
+            transformer.layer = number
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The names of the spatial transformers, in forward order, as papers write them: IN01, ..., MID, OUT03, ...
+
+        The number is that of the block (P+, Voynov et al. 2023). All blocks of one transformer share a name.
+        """
+        return tuple(self._transformers())
+
+    def _transformers(self) -> dict[str, SpatialTransformer]:
+        places = [(f"IN{number:02}", block) for number, block in enumerate(self.input_blocks)]
+        places.append(("MID", self.middle_block))
+        places += [(f"OUT{number:02}", block) for number, block in enumerate(self.output_blocks)]
+        return {
+            name: layer
+            for name, block in places
+            for layer in block.children()
+            if isinstance(layer, SpatialTransformer)
+        }
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         """x: [B, in, H, W]; timesteps: [B]; context: [B, M, context_dim]; returns [B, out, H, W].
 
+        context: or [B, layers or 1, 1 or 2, M, context_dim], a row for each of `layer_names`, keys and values apart.
         y: class ids [B], or a vector [B, adm_in_channels].
         """
         if (y is not None) != (self.num_classes is not None):

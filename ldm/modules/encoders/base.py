@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ldm.modules.personalization import Personalization
+from ldm.modules.personalization import Personalization, Replacement
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.util import UserError
 
@@ -47,7 +47,7 @@ class PromptEncoder(nn.Module):
         """The width d of a token embedding."""
         return self.token_embedding.embedding_dim
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None) -> Tensor:
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None) -> Tensor:
         """Token ids [B, L] to the context [B, L, d] of the denoiser."""
         raise NotImplementedError
 

@@ -22,7 +22,7 @@ from ldm.modules.encoders.base import (
 )
 from ldm.modules.encoders.clip_text import CLIPText
 from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder
-from ldm.modules.personalization import Personalization
+from ldm.modules.personalization import Personalization, Replacement
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from ldm.util import UserError, pretrained_wanted
@@ -195,7 +195,7 @@ class BERTEmbedder(PromptEncoder):
             return text.to(self.token_embedding.weight.device)
         return super().token_ids(text, embedding_manager)
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None = None) -> Tensor:
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Tensor:
         return self.transformer(ids, embedding_manager)
 
 
@@ -255,7 +255,7 @@ class FrozenCLIPEmbedder(PromptEncoder):
     def token_embedding(self) -> nn.Embedding:
         return self.transformer.text_model.embeddings.token_embedding
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None = None) -> Tensor:
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Tensor:
         return self.transformer(ids, embedding_manager)
 
     def train(self, mode: bool = True) -> FrozenCLIPEmbedder:

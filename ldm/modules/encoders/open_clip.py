@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # in transformers 5 an alias made at run time
 
 from ldm.modules.encoders.base import PromptEncoder, ignore_device, logger, read_tokenizer, require_files
-from ldm.modules.personalization import Personalization
+from ldm.modules.personalization import Replacement
 from ldm.modules.prompt_tokenizer import PromptTokenizer, embed_tokens
 from ldm.util import ConfigError, UserError, pretrained_wanted
 
@@ -148,5 +148,5 @@ class FrozenOpenCLIPEmbedder(PromptEncoder):
     def token_embedding(self) -> nn.Embedding:
         return self.model.token_embedding
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None = None) -> Tensor:
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Tensor:
         return self.model.ln_final(self.model(ids, embedding_manager, skip_last=LAYERS[self.layer]))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings
 from ldm.files import file_hash, images_fingerprint
+from ldm.modules.embedding_manager import NEGATIVE
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
@@ -105,9 +106,10 @@ class EmbeddingSaver(RunCallback):
 
     The personalization's own files are `embeddings.pt` and `embeddings_gs-<step>.pt`. The vectors that it exports
     are also saved per word, as `my-cat.safetensors` and `my-cat_gs-500.safetensors`, and in further `formats` (see
-    ldm.embeddings.FORMATS), each in a folder of that name. With `keep`, the files of so many steps are kept and those
-    of earlier steps removed; the latest and the best vectors stay. `describe` makes the metadata for a step, and
-    `stems` the file name of each word. Models without a personalization are ignored.
+    ldm.embeddings.FORMATS), each in a folder of that name. A method whose words are more than vectors (see
+    `Personalization.method`) is also saved as one such file, named after its first word. With `keep`, the files of so
+    many steps are kept and those of earlier steps removed; the latest and the best vectors stay. `describe` makes the
+    metadata for a step, and `stems` the file name of each word. Models without a personalization are ignored.
     """
 
     def __init__(
@@ -151,6 +153,10 @@ class EmbeddingSaver(RunCallback):
             return
         folder = Path(trainer.default_root_dir) / "checkpoints"
         manager.save(folder / f"embeddings{suffix}.pt")
+        if manager.method:  # to share: the same under the word's name, whose suffix says what it is
+            words = list(manager.string_to_token_dict)
+            self._stems = self._stems or self.stems(words)
+            manager.save(folder / f"{self._stems[words[0]]}{suffix}.safetensors")
         encoder = cast(TextEncoder, trainer.lightning_module.cond_stage_model)
         self._export(manager, encoder.family, folder, suffix, step)
 
@@ -178,6 +184,9 @@ class EmbeddingSaver(RunCallback):
         exported = {word: rows for word, rows in manager.export().items() if word not in PER_IMAGE_TOKENS}
         # Asked once: it reads the files that are there.
         stems = self._stems = self._stems or self.stems(list(exported))
+        negatives = {word: word.removesuffix(NEGATIVE) for word in exported if word.endswith(NEGATIVE)}
+        # Tools find the negative of a file by its name.
+        stems |= {word: stems[of] + NEGATIVE for word, of in negatives.items() if of in exported}
         for name in self.formats:
             paths = embeddings.paths_for([stems[word] for word in exported], folder, name)
             for (word, rows), path in zip(exported.items(), paths, strict=True):
@@ -185,6 +194,7 @@ class EmbeddingSaver(RunCallback):
                     word,
                     rows,
                     encoder=embeddings.encoder_kind(family, rows.shape[1]),
+                    part="negative" if negatives.get(word) in exported else "",
                     token=int(manager.string_to_token_dict[word]),
                 )
                 learned = embeddings.LearnedEmbeddings((concept,), metadata)

@@ -98,7 +98,7 @@ class FixedNoiseLoss:
         chunks = zip(self.latents, self.captions, self.timesteps, self.noise, self.weights, strict=True)
         with random_state.isolated(NOISE_SEED):
             for latents, captions, timesteps, noise, weight in chunks:
-                condition = model.get_learned_conditioning(captions)
+                condition = model.training_condition(captions)
                 loss, _ = model.p_losses(latents, condition, timesteps, noise=noise, weight=weight)
                 total += loss * len(latents)
         return float(total / self.samples)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ldm.images import to_pil
 from ldm.models.features import Features, load_features
-from ldm.modules.embedding_manager import place_after_insertion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.personalization import Personalization, TextEncoder
+from ldm.modules.prompt_tokenizer import place_after_insertion
 from ldm.training.callbacks.base import datasets_of, personalization_of
 from ldm.util import UserError, check_integer
 

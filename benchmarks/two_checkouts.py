@@ -1,0 +1,99 @@
+"""The time of a training step of the embedded model with one plain vector, in another checkout and in this one.
+
+    python -m benchmarks.two_checkouts --before ../main     # processes in turns, so that other load slows down both
+
+A step is the encoding of captions, the denoiser forward and backward, and the optimizer; nothing else of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import runs
+from benchmarks.machine import ROOT
+from benchmarks.report import Report
+from benchmarks.rounds import Quartiles, ratio
+from ldm.commands.base import guarded
+from ldm.console import Parser, positive
+from ldm.util import UserError
+
+# Run in either checkout, so it uses only what both have.
+STEPS = """
+import sys, time, torch
+from ldm.checkpoint import load_model_from_config
+torch.set_num_threads(int(sys.argv[2]))
+folder = "models/ldm/creatures/"
+model = load_model_from_config(folder + "config.yaml", folder + "model.safetensors").train()
+optimizer = torch.optim.AdamW(model.embedding_manager.embedding_parameters(), 1e-3)
+torch.manual_seed(0)
+latents = torch.randn(8, model.channels, 8, 8)
+captions = ["a photo of *", "a dark photo of the *", "a * on a beach", "the photo of a *"] * 2
+times = []
+for step in range(int(sys.argv[1])):
+    start = time.perf_counter()
+    loss, _ = model(latents, captions)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    times.append(time.perf_counter() - start)
+kept = sorted(times[5:])
+print(kept[len(kept) // 2])
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, required=True, metavar="FOLDER", help="the other checkout")
+    parser.add_argument("--rounds", type=positive, default=7, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=45, help="in each process (default: %(default)s)")
+    runs.add_options(parser)
+    return guarded(lambda: compare(parser.parse_args(argv)))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Take turns, and write the median step of both and the median of the quotients within each round."""
+    if not (options.before / "ldm").is_dir():
+        raise UserError(f"--before '{options.before}' is no checkout; name a folder with ldm/ in it")
+    before: list[float] = []
+    after: list[float] = []
+    for number in range(options.rounds):
+        sides = [(options.before.resolve(), before), (ROOT, after)]
+        for folder, times in sides if number % 2 else reversed(sides):  # whoever is first may be favoured
+            times.append(median_step(folder, options.steps, options.threads or 1))
+    quotient = ratio(after, before)
+    report = Report(
+        "two_checkouts",
+        "A step with one plain vector, in two checkouts",
+        ("checkout", "median step, ms", "times the other"),
+        {"rounds": options.rounds, "steps": options.steps, "batch": 8},
+        [
+            ("before", f"{1000 * Quartiles.of(before).median:.1f}", ""),
+            ("this one", f"{1000 * Quartiles.of(after).median:.1f}", quotient.text()),
+        ],
+        data={"before": before, "after": after},
+    )
+    print(report.write(options.out))
+
+
+def median_step(folder: Path, steps: int, threads: int) -> float:
+    """The median seconds of a step in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, str(steps), str(threads)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"'{folder}': {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}")
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

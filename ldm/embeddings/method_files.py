@@ -1,0 +1,165 @@
+"""Files of words that are more than vectors: a method's name, its options and its tensors in one `.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm.embeddings.concept import EmbeddingError, is_possible_width, model_names
+from ldm.embeddings.file_metadata import METHOD, RECORD_KEY
+from ldm.embeddings.payload import Payload, open_payload, save_tensors
+from ldm.embeddings.reader import read
+from ldm.embeddings.tensor_formats import is_xti
+from ldm.files import atomic_write
+from ldm.util import UserError, shown
+from ldm.words import check_word
+
+VERSION = 1
+# The largest are networks of some hundred thousand numbers for each word.
+_MAX_BYTES = 2**28
+_MOST_VECTORS = 1024
+_Values = Mapping[str, float | int]
+
+
+@dataclass(frozen=True, eq=False)
+class MethodFile:
+    """What a file of a method holds.
+
+    Attributes:
+        method: its name, such as "prospect".
+        words: each word with the number of token positions that it takes.
+        tensors: by name; those of several words begin with the word's number and a dot.
+        options: numbers that the method is built with.
+        dials: numbers that can be changed when generating.
+        encoder, width: the text encoder that it is for; see `ldm.embeddings.concept.ENCODER_KINDS`.
+        source: the name of the file.
+    """
+
+    method: str
+    words: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+    options: _Values = field(default_factory=dict)
+    dials: _Values = field(default_factory=dict)
+    encoder: str | None = None
+    width: int = 0
+    source: str = ""
+
+    def check_encoder(self, encoder: str, width: int) -> None:
+        """Raise EmbeddingError if it is for another text encoder than this one."""
+        if self.width != width or self.encoder not in (None, encoder):
+            raise EmbeddingError(
+                f"'{self.source}' is for {model_names(self.encoder, self.width)}; this model's text encoder is "
+                f"{encoder} of width {width}, so use the model that it was learned on"
+            )
+
+
+def write_method_file(content: MethodFile, path: str | Path) -> Path:
+    """Write a file atomically, whatever its suffix, and return its path."""
+    record = {
+        "version": VERSION,
+        "format": METHOD,
+        "method": content.method,
+        "words": dict(content.words),
+        "options": dict(content.options),
+        "dials": dict(content.dials),
+        "encoder": content.encoder,
+        "width": content.width,
+    }
+    header = {
+        "format": "pt",
+        "modelspec.trigger_phrase": next(iter(content.words), ""),
+        RECORD_KEY: json.dumps(record, sort_keys=True),
+    }
+    tensors = {name: value.detach().cpu() for name, value in content.tensors.items()}
+
+    def save(file: BinaryIO) -> None:
+        save_tensors(tensors, header, file)
+
+    return atomic_write(Path(path), save)
+
+
+def read_method_file(path: str | Path) -> MethodFile | None:
+    """Read a file of a method, or the XTI file of another tool; None for any other file.
+
+    Raises EmbeddingError, one line with the path and the reason, for one that is damaged or of a later version.
+    """
+    path = Path(path)
+    try:
+        payload = open_payload(path)
+    except (UserError, OSError):
+        return None  # whoever wants to read it as vectors says why it cannot be read
+    try:
+        if payload.record.format == METHOD:
+            return _parse(payload)
+        if is_xti(payload.names):
+            return _of_another_tool(path)
+    except UserError as error:
+        raise error if str(path) in str(error) else EmbeddingError(f"'{path}': {error}") from error
+    return None
+
+
+def triggers_of(path: str | Path) -> list[str]:
+    """The words in a file of vectors or of a method; EmbeddingError if it is neither."""
+    found = read_method_file(path)
+    return read(path).triggers if found is None else list(found.words)
+
+
+def _of_another_tool(path: Path) -> MethodFile:
+    """The file that the tools of XTI write, a vector for each layer: the method is in the names alone."""
+    learned = read(path)
+    first = learned.concepts[0]
+    return MethodFile(
+        "xti",
+        {first.trigger: len(first.vectors)},
+        {concept.part: concept.vectors for concept in learned.concepts},
+        encoder=first.encoder,
+        width=first.width,
+        source=path.name,
+    )
+
+
+def _parse(payload: Payload) -> MethodFile:
+    values: Mapping[str, Any] = payload.record.values
+    if values.get("version") != VERSION:
+        raise EmbeddingError(
+            f"it has version {shown(values.get('version'))} of the files of methods, and {VERSION} is known; update "
+            "this program, or train again"
+        )
+    if payload.path.stat().st_size > _MAX_BYTES:
+        raise EmbeddingError("it is too large for learned words")
+    words, method = values.get("words"), values.get("method")
+    if not isinstance(words, dict) or not words or not isinstance(method, str):
+        raise EmbeddingError("its record names no method or no words; it is damaged")
+    for count in words.values():
+        if type(count) is not int or not 1 <= count <= _MOST_VECTORS:
+            raise EmbeddingError(f"a word has {shown(count)} vectors; it is damaged")
+    encoder, width = values.get("encoder"), values.get("width")
+    width = width if type(width) is int else 0
+    try:
+        tensors = load_file(payload.path)
+    except SafetensorError as error:
+        raise EmbeddingError(f"it is damaged ({shown(str(error), 80)})") from error
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise EmbeddingError("it holds NaN or infinity; train again with a lower learning rate")
+    return MethodFile(
+        method,
+        {check_word(word): count for word, count in words.items()},
+        tensors,
+        _numbers(values.get("options")),
+        _numbers(values.get("dials")),
+        encoder if isinstance(encoder, str) and is_possible_width(encoder, width) else None,
+        width,
+        payload.path.name,
+    )
+
+
+def _numbers(values: Any) -> dict[str, float | int]:
+    items = values.items() if isinstance(values, dict) else ()
+    return {str(name): value for name, value in items if type(value) in (int, float)}

@@ -1,0 +1,53 @@
+"""Successors of one learned vector as `personalization_config` targets, and the words of their files.
+
+Each is a class of its own with a YAML in configs/personalization/; `METHODS` are those with files of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldm.embeddings import LearnedEmbeddings
+from ldm.embeddings.method_files import MethodFile
+from ldm.modules.methods.core import CoRe
+from ldm.modules.methods.dreamartist import DreamArtist
+from ldm.modules.methods.grid import XTI, ProSpect
+from ldm.modules.methods.neti import NeTI
+from ldm.modules.methods.output import OutputResidual
+from ldm.modules.methods.words import LearnedWords, PlainWords, ShapedWords, Together
+from ldm.modules.personalization import DenoiserShape, TextEncoder
+from ldm.util import UserError, shown
+
+__all__ = [
+    "METHODS",
+    "XTI",
+    "CoRe",
+    "DreamArtist",
+    "NeTI",
+    "OutputResidual",
+    "ProSpect",
+    "words_of",
+]
+
+METHODS: dict[str, type[LearnedWords]] = {kind.method: kind for kind in (ProSpect, XTI, NeTI, OutputResidual)}
+
+
+def words_of(
+    files: Sequence[MethodFile | LearnedEmbeddings], embedder: TextEncoder, denoiser: DenoiserShape
+) -> ShapedWords:
+    """The words of files, at least one of them of a method, as one personalization.
+
+    Raises:
+        UserError: a file is of an unknown method, does not fit, or holds a word that another one holds too.
+    """
+    members: list[ShapedWords] = []
+    for file in files:
+        if isinstance(file, LearnedEmbeddings):
+            members.append(PlainWords(file, embedder))
+        elif file.method in METHODS:
+            members.append(METHODS[file.method].from_file(file, embedder, denoiser))
+        else:
+            raise UserError(
+                f"'{file.source}' is of the method '{shown(file.method)}'; known are {', '.join(METHODS)}"
+            )
+    return members[0] if len(members) == 1 else Together(members, embedder)

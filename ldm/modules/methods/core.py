@@ -1,0 +1,134 @@
+"""Context regularisation in the text encoder (CoRe)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.personalization import TextEncoder
+from ldm.util import UserError, check_integer
+
+# No prompt that an evaluation judges is among them.
+PROMPTS = (
+    "{} in a garden with flowers",
+    "{} next to a tree in the forest",
+    "{} on a wooden table",
+    "{} on a bed",
+    "{} in a city street at night",
+    "{} in the snow, with a mountain behind it",
+    "{} on the beach under a blue sky",
+    "{} floating on water",
+    "{} under the night sky",
+    "{} beside a red house",
+    "{} in front of a brown wall",
+    "{} with a purple and green pattern behind it",
+    "{} and a small yellow ball",
+    "{} and two white birds",
+    "{} wearing a hat",
+    "{} sitting on a chair",
+    "{} holding a book",
+    "{} running in a field",
+    "{} seen from above",
+    "{} made of glass",
+    "{} made of gold",
+    "{} painted on a plate",
+    "{} as a tile mosaic on a floor",
+    "{} as a pencil sketch on paper",
+    "{} as a neon sign in a window",
+    "{} as an oil painting in a frame",
+    "{} in the style of a comic",
+    "{} printed on a black shirt",
+    "a drawing of {} by a child",
+    "a statue of {} in a park",
+    "an old photo of {} in black and white",
+    "a toy {} on an orange carpet",
+)
+
+
+class CoRe(EmbeddingManager):
+    """Vectors that leave the words around them as they are: context regularisation (Wu et al., AAAI 2025, 2408.15914).
+
+    To the loss of a training step comes what the vectors do to the text encoder's outputs at the other words of some
+    prompts: one minus their cosine with the outputs when the initializer stands there. That is the first of the paper's
+    two terms; the second compares attention maps. It needs no image, and its prompts are not those of an evaluation.
+    The files are ordinary vectors.
+
+    Args:
+        context_weight: weight of the mean over words.
+        prompts_per_step: how many of the prompts a training step draws.
+        prompts: with {} for the word; by default the 32 of this file.
+        vectors: see `EmbeddingManager`.
+    Raises:
+        UserError: a placeholder without initializer, a value that is not possible; and what EmbeddingManager raises.
+    """
+
+    def __init__(
+        self,
+        embedder: TextEncoder,
+        context_weight: float = 0.05,
+        prompts_per_step: int = 4,
+        prompts: list[str] | None = None,
+        **vectors: Any,
+    ) -> None:
+        check_integer(prompts_per_step, "personalization_config: prompts_per_step")
+        if not context_weight >= 0:
+            raise UserError(f"personalization_config: context_weight is {context_weight}; use 0 or more")
+        self.context_weight, self.prompts_per_step = context_weight, prompts_per_step
+        self.prompts = tuple(prompts or PROMPTS)
+        for prompt in self.prompts:
+            if "{}" not in prompt:
+                raise UserError(
+                    f"personalization_config: the prompt '{prompt[:60]}' has no {{}} for the word"
+                )
+        super().__init__(embedder, **vectors)
+        without = [word for word in self._counts if word not in self._initializers]
+        if without:
+            raise UserError(
+                f"CoRe compares each word with its initializer, and '{without[0]}' has none; add one to "
+                "initializer_words (--init_word)"
+            )
+
+    def context_loss(self, embedder: TextEncoder) -> Tensor | None:
+        """The weighted mean of one minus the cosine, over the other words of some prompts and over placeholders."""
+        if not self.context_weight:
+            return None
+        drawn = torch.randint(len(self.prompts), (self.prompts_per_step,), device="cpu").tolist()
+        losses = [
+            self._distance(embedder, string, [self.prompts[number] for number in drawn])
+            for string in self._initializers
+        ]
+        return self.context_weight * torch.stack(losses).mean()
+
+    def _distance(self, embedder: TextEncoder, string: str, prompts: list[str]) -> Tensor:
+        tokenizer = self.tokenizer
+        known, count = self._initializers[string], self.placeholders[string]
+        rows: list[list[int]] = []
+        theirs: list[list[int]] = []
+        pairs: list[tuple[int, int, int]] = []
+        for number, prompt in enumerate(prompts):
+            before, after = (tokenizer.token_ids(part) for part in prompt.split("{}", 1))
+            rows.append([*before, int(self.string_to_token_dict[string]), *after])
+            theirs.append([*before, *known, *after])
+            start = 1 + len(before)
+            # Where a causal encoder cannot see the word, its outputs are equal and say nothing; the end counts.
+            pairs += [
+                (number, start + count + place, start + len(known) + place) for place in range(len(after) + 1)
+            ]
+        limit = tokenizer.max_length
+        kept = [pair for pair in pairs if max(pair[1:]) < limit]
+        which, ours_at, theirs_at = (list(column) for column in zip(*kept, strict=True))
+        ours = embedder.embed_ids(self._ids(rows, embedder), self)
+        with torch.no_grad():
+            reference = embedder.embed_ids(self._ids(theirs, embedder), None)
+        cosines = torch.cosine_similarity(ours[which, ours_at], reference[which, theirs_at], dim=-1)
+        return (1 - cosines).mean()
+
+    def _ids(self, rows: list[list[int]], embedder: TextEncoder) -> Tensor:
+        """Tokens between start and end, padded to the encoder's length, [B, L]."""
+        tokenizer = self.tokenizer
+        filled = [[tokenizer.start_id, *row][: tokenizer.max_length - 1] + [tokenizer.end_id] for row in rows]
+        filled = [row + [tokenizer.pad_id] * (tokenizer.max_length - len(row)) for row in filled]
+        return torch.tensor(filled).to(embedder.token_embedding.weight.device, non_blocking=True)

@@ -1,0 +1,390 @@
+"""The base of learned words that are more than one table of vectors, and words of several methods together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.embeddings import LearnedEmbeddings, encoder_kind, read
+from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
+from ldm.modules.embedding_manager import configured_words, initial_vectors, parameter_key
+from ldm.modules.personalization import NO_DENOISER, DenoiserShape, Personalization, TextEncoder
+from ldm.modules.prompt_tokenizer import Layout, insert_vectors
+from ldm.util import UserError, check_integer
+from ldm.words import check_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What stands for R vectors of words, for T prompts (or 1 for all) and K layers (or 1 for all); [T, K, R, d] each.
+
+    Attributes:
+        vectors: in place of the placeholders, before the text encoder.
+        residual: added to the encoder's output at the placeholders, for keys and values.
+        bypass: added for the values only, times the length of the output there.
+    """
+
+    vectors: Tensor
+    residual: Tensor | None = None
+    bypass: Tensor | None = None
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several words, in order; a part without residual or bypass has none in what is joined."""
+
+    def join(values: Sequence[Tensor | None]) -> Tensor | None:
+        if all(value is None for value in values):
+            return None
+        filled = [
+            torch.zeros_like(part.vectors) if value is None else value
+            for value, part in zip(values, parts, strict=True)
+        ]
+        shape = [max(value.shape[axis] for value in filled) for axis in (0, 1)]
+        return torch.cat([value.expand(*shape, -1, -1) for value in filled], dim=2)
+
+    vectors = join([part.vectors for part in parts])
+    assert vectors is not None
+    return Rows(vectors, join([part.residual for part in parts]), join([part.bypass for part in parts]))
+
+
+class ShapedWords(nn.Module, Personalization):
+    """Words whose `Rows` may depend on timestep and layer, put into prompts and their encodings.
+
+    A subclass sets `string_to_token_dict` and defines `placeholders` and `rows`.
+    """
+
+    shapes_context = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded = False
+        self._layouts: dict[torch.device, Layout] = {}
+
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        return self.parameters()
+
+    def save(self, path: str | Path) -> None:
+        """Raise UserError: words of several files stay in their files."""
+        raise UserError("words of several files are not saved as one; keep the files")
+
+    def load(self, path: str | Path) -> None:
+        """Raise UserError: words of several files are loaded together."""
+        raise UserError("words of several files are not replaced by one; load the files again")
+
+    def rows(self, times: Tensor | None) -> Rows:
+        """The rows of all words in order, at timesteps [T]; None for those that stand for all timesteps."""
+        raise NotImplementedError
+
+    def forward(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
+        """Replace placeholders by the means over timesteps and layers; ids [B, L], embeddings [B, L, d] -> [B, L, d].
+
+        That is what the text encoder alone can have of these words, as for a warm start.
+        """
+        if not self.string_to_token_dict:
+            return embedded_text
+        vectors = self.rows(None).vectors.mean(dim=(0, 1))
+        return insert_vectors(tokenized_text, embedded_text, vectors, self._layout(tokenized_text.device))
+
+    def encode(self, embedder: TextEncoder, ids: Tensor, times: Tensor | None = None) -> Tensor:
+        """Token ids [B, L] at timesteps [B] as a context [B, L, d], or layered [B, K, 1 or 2, L, d]."""
+        if not self.string_to_token_dict:
+            return embedder.embed_ids(ids, None)
+        rows, layout = self.rows(times), self._layout(ids.device)
+        layers = rows.vectors.shape[1]
+        repeated = ids.repeat_interleave(layers, dim=0)  # (B K, L)
+
+        def put(values: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+            own = values.expand(len(ids), -1, -1, -1).flatten(0, 1)  # (B K, R, d)
+            return lambda tokens, embedded: insert_vectors(tokens, embedded, own, layout)
+
+        encoded = embedder.embed_ids(repeated, put(rows.vectors))  # (B K, L, d)
+        nothing = torch.zeros_like(encoded)
+        if rows.residual is not None:
+            encoded = encoded + put(rows.residual)(repeated, nothing)
+        whole = rearrange(encoded, "(b k) l d -> b k 1 l d", k=layers)
+        if rows.bypass is None:
+            return whole[:, 0, 0] if layers == 1 else whole
+        values = encoded + put(rows.bypass)(repeated, nothing) * encoded.norm(dim=-1, keepdim=True)
+        return torch.cat([whole, rearrange(values, "(b k) l d -> b k 1 l d", k=layers)], dim=2)
+
+    def _layout(self, device: torch.device) -> Layout:
+        if device not in self._layouts:
+            counts = list(self.placeholders.values())
+            ids = [int(token) for token in self.string_to_token_dict.values()]
+            self._layouts[device] = Layout.build(ids, counts, counts, device)
+        return self._layouts[device]
+
+
+class LearnedWords(ShapedWords):
+    """The base of a method: each word has a module `words.<placeholder>`, from which `rows_of` makes its rows.
+
+    Arguments up to `seed` are those of `EmbeddingManager`; `denoiser` is what the words are learned for.
+
+    A subclass sets `method`, and defines `new_word`, `begin` and `rows_of`.
+    """
+
+    def __init__(
+        self,
+        embedder: TextEncoder,
+        placeholder_strings: Sequence[str] | None = None,
+        initializer_words: Sequence[str | None] | None = None,
+        num_vectors_per_token: int | Sequence[int] | Mapping[str, int] = 1,
+        embedding_manager_ckpt: str | Path | None = None,
+        seed: int = 0,
+        denoiser: DenoiserShape = NO_DENOISER,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.family = embedder.prompt_tokenizer, embedder.family
+        self.width, self.max_vectors = embedder.width, embedder.max_length - 2
+        self.denoiser, self.seed = denoiser, seed
+        strings, counts, self._initializers = configured_words(
+            self.tokenizer, placeholder_strings, initializer_words, num_vectors_per_token, self.max_vectors
+        )
+        self._set_words(counts)
+        self.reset(embedder)
+        if embedding_manager_ckpt:
+            self._adopt(_renamed(self._read(embedding_manager_ckpt), strings))
+
+    @classmethod
+    def from_file(cls, content: MethodFile, embedder: TextEncoder, denoiser: DenoiserShape) -> LearnedWords:
+        """The words of a file, for this encoder and denoiser; UserError if it does not fit."""
+        words = cls(embedder, denoiser=denoiser)
+        words._adopt(content)
+        return words
+
+    # -- what a method defines -------------------------------------------------------------------------------
+
+    def new_word(self, count: int) -> nn.Module:
+        """The module of a word with `count` vectors, its values not yet set; all of its parameters are trained."""
+        raise NotImplementedError
+
+    def begin(self, word: nn.Module, initial: Tensor, embedder: TextEncoder, seed: int) -> None:
+        """Set the values of a word that begins at vectors [N, d]; called without gradient."""
+        raise NotImplementedError
+
+    def rows_of(self, word: nn.Module, times: Tensor | None) -> Rows:
+        """The rows of one word at timesteps [T]; None for those that stand for all timesteps."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, float | int]:
+        """Attributes of this class that a file states, because the tensors depend on them."""
+        return {}
+
+    # -- words -----------------------------------------------------------------------------------------------
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Each placeholder with its number of vectors."""
+        return dict(self._counts)
+
+    def word(self, placeholder: str) -> nn.Module:
+        """The module of a placeholder."""
+        return self.words[parameter_key(placeholder)]
+
+    def rows(self, times: Tensor | None) -> Rows:
+        return joined([self.rows_of(word, times) for word in self.words.values()])
+
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters of all words."""
+        return self.words.parameters()
+
+    def absent_parameters(self, captions: Iterable[str]) -> list[nn.Parameter]:
+        """The parameters of the placeholders that no caption contains."""
+        found = self.tokenizer.found(captions, self.string_to_token_dict)
+        return [p for string in self._counts if string not in found for p in self.word(string).parameters()]
+
+    @torch.no_grad()
+    def reset(self, embedder: TextEncoder) -> None:
+        """Begin at the initializers' present token embeddings, unless the words were loaded."""
+        if self.loaded:
+            return
+        table = embedder.token_embedding.weight
+        for index, (string, count) in enumerate(self._counts.items()):
+            initial = initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
+            self.begin(self.word(string), initial, embedder, self.seed + index)
+
+    def _set_words(self, counts: Mapping[str, int]) -> None:
+        self._counts = dict(counts)
+        self._layouts.clear()
+        self.string_to_token_dict = {
+            string: torch.tensor(self.tokenizer.placeholder_id(string, index), device="cpu")
+            for index, string in enumerate(counts)
+        }
+        self.words = nn.ModuleDict()
+        for string, count in counts.items():  # one by one: a ModuleDict would sort the items of a dict
+            self.words[parameter_key(string)] = self.new_word(count)
+
+    # -- files and state -------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write all words to one file with the method's name, options and dials."""
+        encoder = encoder_kind(self.family, self.width)
+        content = MethodFile(
+            self.method, self._counts, self._tensors(), self.options(), self.dials(), encoder, self.width
+        )
+        write_method_file(content, path)
+
+    def load(self, path: str | Path) -> None:
+        """Take the words of a file of this method in place of the present ones.
+
+        Raises:
+            UserError: the file cannot be read, or is of another method, text encoder or denoiser.
+        """
+        self._adopt(self._read(path))
+
+    @classmethod
+    def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
+        """Raise UserError for a file of another method or with other words, unless both have one word."""
+        _renamed(cls._read(path), placeholders)
+
+    @classmethod
+    def _read(cls, path: str | Path) -> MethodFile:
+        content = read_method_file(path)
+        if content is None:
+            read(path)  # says what is wrong with a file that is none
+        if content is None or content.method != cls.method:
+            kind = "holds plain vectors" if content is None else f"is of the method '{content.method}'"
+            raise UserError(
+                f"'{path}' {kind}, and {cls.__name__} needs a file of '{cls.method}'; name one, or use the "
+                "personalization that wrote this one"
+            )
+        return content
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of all words by their names in a file; those of a single word have no number."""
+        single = len(self.words) == 1
+        return {
+            name if single else f"{index}.{name}": value
+            for index, word in enumerate(self.words.values())
+            for name, value in word.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def _adopt(self, content: MethodFile) -> None:
+        """Hold the words of a file; the options are the file's."""
+        content.check_encoder(encoder_kind(self.family, self.width), self.width)
+        for name, value in content.options.items():
+            if name in self.options():
+                check_integer(value, f"'{content.source}': {name}")
+                setattr(self, name, value)
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self._set_words(content.words)
+        state = self._tensors()
+        for name in {**state, **content.tensors}:
+            have, need = (held[name].shape if name in held else None for held in (content.tensors, state))
+            if have != need:
+                raise UserError(
+                    f"'{content.source}' was learned for another model: its '{name}' is {_shape(have)} and would be "
+                    f"{_shape(need)} for this one; use the model that it was learned on"
+                )
+            state[name].copy_(content.tensors[name])
+        for name, value in content.dials.items():
+            if name in self.dials():
+                self.set_dial(name, value)
+        self.to(device)
+        self.loaded = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        self.loaded |= any(key.startswith(f"{prefix}words.") for key in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _shape(size: torch.Size | None) -> str:
+    return "absent" if size is None else "x".join(map(str, size))
+
+
+def _renamed(content: MethodFile, strings: Sequence[str]) -> MethodFile:
+    """A file under the placeholders of a YAML: all of them by name, or its only word as the only one.
+
+    Raises:
+        UserError: the names do not fit.
+    """
+    if set(content.words) == set(strings):
+        return content
+    if len(content.words) == len(strings) == 1:
+        words = dict(zip(strings, content.words.values(), strict=True))
+        return MethodFile(**{**vars(content), "words": words})
+    held = "', '".join(check_text(word, "word")[:30] for word in list(content.words)[:4])
+    raise UserError(
+        f"'{content.source}' holds '{held}', and placeholder_strings are '{', '.join(strings)[:100]}'; name the same "
+        "words"
+    )
+
+
+class PlainWords(ShapedWords):
+    """Vectors of any tool beside words of a method: the same at every timestep and layer."""
+
+    def __init__(self, learned: LearnedEmbeddings, embedder: TextEncoder) -> None:
+        super().__init__()
+        vectors = learned.vectors_for(embedder.width, embedder.family)
+        self._counts = {word: len(value) for word, value in vectors.items()}
+        self.string_to_token_dict = dict.fromkeys(vectors, torch.zeros(()))  # Together gives them their ids
+        self.register_buffer("vectors", torch.cat(list(vectors.values()))[None, None])
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        return dict(self._counts)
+
+    def rows(self, times: Tensor | None) -> Rows:
+        return Rows(self.get_buffer("vectors"))
+
+
+class Together(ShapedWords):
+    """The words of several files in one prompt, of one method or of several, for generation.
+
+    Raises:
+        UserError: two files hold the same word.
+    """
+
+    method = "together"
+
+    def __init__(self, members: Sequence[ShapedWords], embedder: TextEncoder) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.timed = any(member.timed for member in members)
+        self.loaded = True
+        words = [word for member in members for word in member.placeholders]
+        for word in words:
+            if words.count(word) > 1:
+                raise UserError(
+                    f"two of the files hold '{word}'; load one of them, or learn the other with another "
+                    "--placeholder_string"
+                )
+        self.string_to_token_dict = {
+            word: torch.tensor(embedder.prompt_tokenizer.placeholder_id(word, index), device="cpu")
+            for index, word in enumerate(words)
+        }
+
+    @property
+    def _parts(self) -> list[ShapedWords]:
+        return [part for part in self.members if isinstance(part, ShapedWords)]
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        return {word: count for part in self._parts for word, count in part.placeholders.items()}
+
+    def rows(self, times: Tensor | None) -> Rows:
+        return joined([part.rows(times) for part in self._parts])
+
+    def stage_of(self, times: Tensor) -> Tensor:
+        """The number of the combination of the members' stages."""
+        own = torch.stack([part.stage_of(times) for part in self._parts if part.timed])
+        return own.unique(dim=1, return_inverse=True)[1] if len(own) > 1 else own[0]
+
+    def dials(self) -> dict[str, float | int]:
+        return {name: value for part in self._parts for name, value in part.dials().items()}
+
+    def set_dial(self, name: str, value: float) -> None:
+        """Set the dial of every word that has it."""
+        holders = [part for part in self._parts if name in part.dials()]
+        for part in holders or self._parts[:1]:
+            part.set_dial(name, value)

@@ -1,0 +1,61 @@
+"""The context regularisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.data.creatures.world import creature
+from ldm.evaluation.edits import edits_of
+from ldm.modules.methods import CoRe
+from ldm.modules.methods.core import PROMPTS
+from ldm.prompts import OBJECT_TEMPLATES
+from ldm.util import UserError
+
+
+def core(model, **options):
+    given = {"placeholder_strings": ["*"], "initializer_words": ["cat"], **options}
+    return CoRe(model.cond_stage_model, **given)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_initializer_itself_costs_nothing_and_any_other_vector_does(model, count):
+    made, encoder = core(model, num_vectors_per_token=count), model.cond_stage_model
+    if count == 1:
+        assert float(made.context_loss(encoder).detach()) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        made.vectors("*").add_(torch.randn(count, 32, generator=torch.Generator().manual_seed(0)))
+    loss = made.context_loss(encoder)
+    assert float(loss.detach()) > 0
+    loss.backward()
+    assert made.vectors("*").grad.abs().sum() > 0
+
+
+def test_it_joins_the_loss_of_training_steps_only(model):
+    model.embedding_manager = made = core(model, context_weight=100.0)
+    with torch.no_grad():
+        made.vectors("*").add_(1.0)
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    cond = model.get_learned_conditioning(["a *"])
+    assert "val/loss_context" not in model.p_losses(x, cond, t)[1]
+    loss, parts = model.train().p_losses(x, cond, t)
+    torch.testing.assert_close(loss.detach(), parts["train/loss"] + parts["train/loss_context"])
+
+
+def test_its_prompts_are_none_that_are_judged_or_trained():
+    judged = {edit.prompt for seed in range(200) for edit in edits_of(creature(seed))}
+    assert not {*PROMPTS} & {*judged, *OBJECT_TEMPLATES}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initializer_words": []}, "'\\*' has none; add one to initializer_words"),
+        ({"context_weight": -1}, "context_weight is -1"),
+        ({"prompts_per_step": 0}, "prompts_per_step is 0"),
+        ({"prompts": ["a photo"]}, "the prompt 'a photo' has no {}"),
+    ],
+)
+def test_wrong_options(model, options, message):
+    with pytest.raises(UserError, match=message):
+        core(model, **options)
