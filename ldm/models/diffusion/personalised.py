@@ -78,7 +78,9 @@ class Personalised(_Base):
         """Encode equal captions of a batch once, and repeat their rows."""
         personalization, shaped = self.embedding_manager, False
         if personalization is not None and personalization.shapes_context:
-            shaped = bool(
+            # A training step keeps the graph of words that its captions lack, as backward and DDP need it.
+            shaped = torch.is_grad_enabled() or not isinstance(captions, (list, tuple))
+            shaped = shaped or bool(
                 self.cond_stage_model.prompt_tokenizer.found(captions, personalization.placeholders)
             )
             if shaped and personalization.timed:

@@ -90,8 +90,18 @@ def test_weights_of_a_prompt_scale_what_the_word_adds(model, method, syntax):
 @pytest.mark.parametrize("method", ALL)
 def test_prompts_without_the_word_are_encoded_plainly(model, method):
     words(model, method)
-    encoded = model.get_learned_conditioning(["a photo"])
+    with torch.no_grad():
+        encoded = model.get_learned_conditioning(["a photo"])
     assert torch.equal(encoded, model.cond_stage_model.encode(["a photo"]))
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_training_step_whose_captions_lack_the_word_has_a_backward_pass(model, method):
+    made = words(model, method)
+    condition = model.training_condition(["a photo"])
+    loss, _ = model.p_losses(torch.randn(1, 4, 8, 8), condition, torch.tensor([500]))
+    loss.backward()
+    assert not any(p.grad.any() for p in made.embedding_parameters())
 
 
 def test_words_of_several_methods_and_plain_vectors_in_one_prompt(model, tmp_path):
