@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ldm.util import ConfigError, UserError, instantiate_from_config
 
-# A tensor such as a context [B, M, d], several of them, or {"c_crossattn": [...], "c_concat": [...]}.
+# A tensor such as a context [B, M, d], several of them, or a mapping of `DiffusionWrapper.forward`'s arguments to such.
 Condition: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
-CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
+CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "crossattn-adm")
 
 
 class DiffusionWrapper(nn.Module):
@@ -22,7 +22,7 @@ class DiffusionWrapper(nn.Module):
     Args:
         diff_model_config: node of the UNet.
         conditioning_key: where the condition enters: `concat` as channels, `crossattn` as context, `hybrid` as both,
-            `adm` as class, or None.
+            `adm` as class, `crossattn-adm` as context and vector, or None.
     Raises:
         ConfigError: `conditioning_key` is none of these.
     """
@@ -38,13 +38,24 @@ class DiffusionWrapper(nn.Module):
         self.conditioning_key = conditioning_key
 
     def forward(
-        self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] = (), c_crossattn: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Sequence[Tensor] = (),
+        c_crossattn: Sequence[Tensor] = (),
+        c_adm: Sequence[Tensor] = (),
     ) -> Tensor:
-        """x: [B, C, H, W]; t: [B]; c_concat: [B, C', H, W] each; c_crossattn: [B, M, d] each (adm: ids [B])."""
+        """Return the UNet's output for x [B, C, H, W] at t [B].
+
+        c_concat: [B, C', H, W] each; c_crossattn: [B, M, d] each (adm: ids [B]); c_adm: [B, d'] each.
+        """
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *c_concat], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):
             return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
+        if self.conditioning_key == "crossattn-adm":
+            context, vector = torch.cat(list(c_crossattn), dim=1), torch.cat(list(c_adm), dim=1)
+            return self.diffusion_model(x, t, context=context, y=vector)
         if self.conditioning_key == "adm":
             return self.diffusion_model(x, t, y=c_crossattn[0])
         return self.diffusion_model(x, t)
@@ -80,6 +91,15 @@ def concat_conditions(first: Condition | None, second: Condition | None) -> Cond
         f"the unconditional conditioning is {_form(first)} but the conditioning is {_form(second)}; give both in the "
         "same form"
     )
+
+
+def condition_map(function: Callable[[Tensor], Tensor], cond: Condition) -> Any:
+    """Return a condition of the same form with a function applied to each of its tensors."""
+    if isinstance(cond, Tensor):
+        return function(cond)
+    if isinstance(cond, Mapping):
+        return {key: condition_map(function, part) for key, part in cond.items()}
+    return [condition_map(function, part) for part in cond]
 
 
 def condition_rows(cond: Condition | None) -> int | None:

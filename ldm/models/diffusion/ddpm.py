@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import initialised, load_state, read_state_dict
-from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper
+from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper, condition_map
 from ldm.models.diffusion.loss_weighting import check_loss_options, loss_weights, noise_bias, sample_timesteps
 from ldm.models.diffusion.previews import preview_images
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -26,7 +26,7 @@ from ldm.modules.diffusionmodules.util import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.personalization import Personalization
-from ldm.util import ConfigError, instantiate_from_config, pretrained_wanted
+from ldm.util import ConfigError, UserError, instantiate_from_config, pretrained_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -458,8 +458,26 @@ class LatentDiffusion(DDPM):
             return z, batch
         condition = batch[self.cond_stage_key]
         if not isinstance(condition, Tensor):
-            return z, list(condition)
+            return z, self.captions_of(batch)
         return z, condition if condition.ndim < 3 else channels_first(condition, self.device)
+
+    def captions_of(self, batch: Mapping[str, Any]) -> list[Any]:
+        """Return the captions of a batch as a list, which may hold more that a subclass encodes with them."""
+        return list(batch[self.cond_stage_key])
+
+    @contextmanager
+    def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
+        """Within this block conditions are those of images of this size, for models that are told of it.
+
+        Raises UserError for `sizes` (see `LatentDiffusionXL`) that the model is not told of.
+        """
+        if sizes:
+            raise UserError(f"--{next(iter(sizes))} is for Stable Diffusion XL; this model is not told of sizes")
+        yield
+
+    def get_unconditional_conditioning(self, negatives: Sequence[str]) -> Any:
+        """Return the condition that guidance steers away from, for negative prompts."""
+        return self.get_learned_conditioning(list(negatives))
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
@@ -479,7 +497,9 @@ class LatentDiffusion(DDPM):
             return self.p_losses(x, None, t)
         if self.training and self.ucg_rate and isinstance(cond, list):
             drop = torch.rand(len(cond)) < self.ucg_rate
-            cond = ["" if dropped else caption for caption, dropped in zip(cond, drop.tolist(), strict=True)]
+            cond = copy.copy(cond)  # it may be a kind of list that holds more than captions
+            for place in drop.nonzero().flatten().tolist():
+                cond[place] = ""
         if self.training and self.personalised and isinstance(cond, list):
             self._captions_of_step.update(cond)
         trained = self.personalised or self.cond_stage_trainable
@@ -497,7 +517,7 @@ class LatentDiffusion(DDPM):
         encoded = encoder.encode(c) if hasattr(encoder, "encode") else encoder(c)
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
-    def _encode_captions(self, captions: Any) -> Tensor:
+    def _encode_captions(self, captions: Any) -> Any:
         """Encode equal captions of a batch once, and repeat their rows."""
         unique = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
         encoded = self.cond_stage_model.encode(unique, embedding_manager=self.embedding_manager)
@@ -505,7 +525,8 @@ class LatentDiffusion(DDPM):
             return encoded
         rows = torch.tensor([unique.index(caption) for caption in captions])
         # Do not wait for the device, which may still compute earlier steps.
-        return encoded.index_select(0, rows.to(encoded.device, non_blocking=True))
+        rows = rows.to(self.device, non_blocking=True)
+        return condition_map(lambda part: part.index_select(0, rows), encoded)
 
     def p_losses(
         self, x_start: Tensor, cond: Condition | None, t: Tensor, noise: Tensor | None = None

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -47,6 +48,16 @@ class PromptEncoder(nn.Module):
         """The width d of a token embedding."""
         return self.token_embedding.embedding_dim
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The parts of d: one for each text tower that the encoder consists of."""
+        return (self.width,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vocabulary's vectors are."""
+        return self.token_embedding.weight.device
+
     def embed_ids(self, ids: Tensor, embedding_manager: Personalization | None) -> Tensor:
         """Token ids [B, L] to the context [B, L, d] of the denoiser."""
         raise NotImplementedError
@@ -63,7 +74,7 @@ class PromptEncoder(nn.Module):
             }
         ids = self.prompt_tokenizer.encode(text, placeholders)
         # Non-blocking: a GPU may still be busy with the steps before.
-        return ids.to(self.token_embedding.weight.device, non_blocking=True)
+        return ids.to(self.device, non_blocking=True)
 
     def forward(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
         """Encode prompts as [B, max_length, d].
