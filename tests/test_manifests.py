@@ -16,7 +16,10 @@ from tests.golden_record import GOLDEN
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Published files hold it; transformers 5 counts positions itself, and loading passes over it.
-IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
+IGNORED = {
+    f"{encoder}.transformer.text_model.embeddings.position_ids"
+    for encoder in ("cond_stage_model", "conditioner.embedders.0")
+}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,23 @@ def test_keys_and_shapes_of_stable_diffusion_2(config: str) -> None:
     } == recorded
     assert model.parameterization == ("v" if config.endswith("v") else "eps")
     assert model.embedding_manager.width == 1024
+
+
+@pytest.mark.parametrize("config", ["xl-finetune", "xl-inference"])
+def test_keys_and_shapes_of_stable_diffusion_xl(config: str, clip_vit_l: Path) -> None:
+    node = OmegaConf.load(CONFIGS / f"stable-diffusion/{config}.yaml").model
+    node.params.cond_stage_config.params = {"version": str(clip_vit_l)}
+    check_config({"target": node.target, "params": node.params})
+    with skip_pretrained(), torch.device("meta"):
+        model = instantiate_from_config({"target": node.target, "params": node.params})
+    recorded = json.loads((GOLDEN / "sdxl_base.state_dict.json").read_text())
+    assert len(recorded) == 2515
+    assert {
+        name: list(value.shape)
+        for name, value in model.state_dict().items()
+        if "." in name and not name.startswith("embedding_manager.")
+    } == {name: shape for name, shape in recorded.items() if name not in IGNORED}
+    assert (model.size_width, model.embedding_manager.width) == (256, 768 + 1280)
 
 
 # The `model:` nodes of the YAMLs beside the models that CompVis/latent-diffusion published.

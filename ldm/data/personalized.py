@@ -30,6 +30,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 # The smallest side of an image, in pixels, and the bytes of pixels that are kept in memory.
 SMALLEST_SIDE = 8
 MEMORY = 2**29
@@ -55,8 +56,9 @@ class Sample(NamedTuple):
 class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
     """Images of a concept, with captions made from templates.
 
-    A sample is {"image": float32 [H, W, 3] in [-1, 1], "caption": str}. All images are read on construction. Raises
-    UserError for invalid parameters, folders and files. The parameters up to `coarse_class_text` are the original's.
+    A sample is {"image": float32 [H, W, 3] in [-1, 1], "caption": str, "sizes": int64 [6], see `sizes`}. All images are
+    read on construction. Raises UserError for invalid parameters, folders and files. The parameters up to
+    `coarse_class_text` are the original's.
 
     data_root: the folder with the images of one concept; or pairs `placeholder: folder` for several concepts in one
         run, which replace `placeholder_token`. All images are drawn equally often.
@@ -135,7 +137,8 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         sample = self.draw(index)
-        return {"image": self.image(*sample.variant), "caption": sample.caption}
+        variant = sample.variant
+        return {"image": self.image(*variant), "caption": sample.caption, "sizes": self.sizes(*variant)}
 
     def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
         # Indices have no upper limit (see draw), so a loop would not end by an IndexError.
@@ -164,6 +167,20 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         """Return the pixels of a view of an image, float32 [H, W, 3] in [-1, 1]."""
         pixels = self._images[image, view]
         return (pixels.flip(1) if flipped else pixels).float().div_(127.5).sub_(1)
+
+    def sizes(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
+        """Return what Stable Diffusion XL is told of a view, int64 [6] (Podell et al. 2023, section 2.2).
+
+        Height and width of the whole image, top and left of the view in the image at the view's scale (flipped like the
+        view), and height and width of the view.
+        """
+        (whole_width, whole_height), (left, top, right, bottom) = self._images.placement(image, view)
+        side = self._images.size
+        height, width = (bottom - top, right - left) if side is None else (side, side)
+        across, down = width / (right - left), height / (bottom - top)
+        beside = whole_width - right if flipped else left
+        numbers = whole_height, whole_width, round(top * down), round(beside * across), height, width
+        return torch.tensor(numbers)
 
     def variants(self) -> list[tuple[int, bool, int]]:
         """Return every (image, flipped, view) that can be drawn, as a latent cache needs them."""
@@ -239,33 +256,35 @@ class ImageSet:
         self._resample = RESAMPLING[interpolation]
         self._memory, self._room = memory, memory
         self._in_memory: dict[tuple[int, int], Tensor] = {}
-        self._view_counts: list[int] = []
+        self._placements: list[tuple[tuple[int, int], list[Box]]] = []
         for i, path in enumerate(counted(self.paths, _tell_reading)):
             image = self._open(path)
             boxes = self._boxes(image)
-            self._view_counts.append(len(boxes))
+            self._placements.append((image.size, boxes))
             for view, box in enumerate(boxes):
                 self._keep((i, view), self._crop(image, box))
-        if len(self._in_memory) < sum(self._view_counts):
-            logger.info(
-                "%d of %d views of the images are kept in memory",
-                len(self._in_memory),
-                sum(self._view_counts),
-            )
+        count = sum(len(boxes) for _, boxes in self._placements)
+        if len(self._in_memory) < count:
+            logger.info("%d of %d views of the images are kept in memory", len(self._in_memory), count)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def views(self, i: int) -> int:
         """Return the number of views of image `i`."""
-        return self._view_counts[i]
+        return len(self._placements[i][1])
+
+    def placement(self, i: int, view: int) -> tuple[tuple[int, int], Box]:
+        """Return the size (width, height) of image `i`, and the box of a view in it."""
+        size, boxes = self._placements[i]
+        return size, boxes[view]
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         if key in self._in_memory:
             return self._in_memory[key]
         i, view = key
         image = self._open(self.paths[i])
-        return self._keep(key, self._crop(image, self._boxes(image)[view]))
+        return self._keep(key, self._crop(image, self._placements[i][1][view]))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader's process that is spawned would get every image as a shared file, and soon have too many open. It
@@ -290,13 +309,13 @@ class ImageSet:
             )
         return image
 
-    def _boxes(self, image: Image.Image) -> list[tuple[int, int, int, int]]:
+    def _boxes(self, image: Image.Image) -> list[Box]:
         if not self.center_crop:
             return [(0, 0, image.width, image.height)]
         found = squares(image.width, image.height, self.crops, self.zooms)
         return [(left, top, left + side, top + side) for left, top, side in found]
 
-    def _crop(self, image: Image.Image, box: tuple[int, int, int, int]) -> Tensor:
+    def _crop(self, image: Image.Image, box: Box) -> Tensor:
         image = image.crop(box)
         if self.size is not None:
             image = image.resize((self.size, self.size), self._resample)

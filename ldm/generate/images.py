@@ -54,6 +54,7 @@ def generate(
     precision: str = "full",
     negative_prompt: str = "",
     prompt_syntax: str = "plain",
+    sizes: Mapping[str, Sequence[int]] | None = None,
     x_T: Tensor | None = None,
     numbers: Sequence[int] | None = None,
     labels: Callable[[str], Mapping[str, str]] | None = None,
@@ -72,6 +73,7 @@ def generate(
         height, width: in pixels; by default the size that the model was trained for.
         precision: "full", or "autocast" for half precision on an accelerator (on a CPU the same as "full").
         prompt_syntax: "plain", or "a1111" or "comfyui" for weighted prompts (see `ldm.generate.prompt_syntax`).
+        sizes: what Stable Diffusion XL is told of the sizes of images; see `LatentDiffusionXL.drawing_at`.
         x_T: the initial noise, [N, C, h, w] for N prompts.
         labels: gives further fields of the settings of an image, such as "Model hash", for its prompt.
         progress: called after each step with the number of steps done and their total.
@@ -88,6 +90,8 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision)
     shape = latent_shape(model, height, width)
+    pixels_each = downsampling_factor(model)
+    size = shape[1] * pixels_each, shape[2] * pixels_each
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
     batches = _batches([chunk_count(model, prompt, prompt_syntax) for prompt in prompts], batch_size)
@@ -99,7 +103,8 @@ def generate(
             generators = [noise_source(seed, number) for number in numbers[part]]
             blank = model.alphas_cumprod.new_empty((len(captions), *shape))
             guided = None if scale == 1.0 else negative_prompt
-            condition, unconditional = conditions(model, captions, guided, prompt_syntax)
+            with model.drawing_at(*size, sizes):
+                condition, unconditional = conditions(model, captions, guided, prompt_syntax)
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
                 len(captions),

@@ -6,15 +6,16 @@ here; a prompt without weights is encoded exactly as without this file.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm import words
+from ldm.models.diffusion.conditioning import concat_conditions, condition_map, context_of, with_context
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError, shown
@@ -245,12 +246,16 @@ def conditions(
         ignores_case = encoder.prompt_tokenizer.ignores_case
         parsed = [parse(text, names, syntax, ignores_case) for text in [*prompts, *negatives]]
         if any(len(chunks) > 1 or any(part.weight != 1 for part in chunks[0]) for chunks in parsed):
-            encoded = encode(encoder, manager, parsed, syntax)
-            return encoded[: len(prompts)], encoded[len(prompts) :] if negatives else None
+            encoded, count = encode(encoder, manager, parsed, syntax), len(prompts)
+            condition = model.completed(condition_map(lambda part: part[:count], encoded))
+            if not negatives:
+                return condition, None
+            against = condition_map(lambda part: part[count:], encoded)
+            return condition, model.completed(against, negatives)
         texts = ["".join(part.text for part in chunks[0]) for chunks in parsed]
         prompts, negatives = texts[: len(prompts)], texts[len(prompts) :]
     condition = model.get_learned_conditioning(list(prompts))
-    return condition, model.get_learned_conditioning(negatives) if negatives else None
+    return condition, model.get_unconditional_conditioning(negatives) if negatives else None
 
 
 def check_token_limit(encoder: TextEncoder, manager: Personalization | None, prompt: str, syntax: str) -> str:
@@ -283,20 +288,26 @@ def encode(
     manager: Personalization | None,
     prompts: Sequence[Chunks],
     syntax: str = "a1111",
-) -> Tensor:
-    """The weighted context of prompts in chunks: [B, n * L, d], n the largest number of chunks.
+) -> Any:
+    """The weighted condition of prompts in chunks: a context [B, n * L, d], n the largest number of chunks.
 
-    With E the encoder's output of a chunk and w its weights [L], `a1111` gives w E, rescaled to the mean of E (as
-    AUTOMATIC1111's "Original" emphasis does, here for each chunk by itself); `comfyui` gives E0 + w (E - E0), with E0
-    the output of the empty prompt. Both are E where all weights are 1. Prompts with fewer chunks than others are
-    filled up with the empty prompt.
+    With E the encoder's context of a chunk and w its weights [L], `a1111` gives w E, rescaled to the mean of E (as
+    AUTOMATIC1111's "Original" emphasis does, here for each chunk and each text tower by itself); `comfyui` gives
+    E0 + w (E - E0), with E0 the context of the empty prompt. Both are E where all weights are 1. Prompts with fewer
+    chunks than others are filled up with the empty prompt. What an encoder gives beside the context, such as a pooled
+    vector, is that of the first chunk without weights.
     """
     count = max(map(len, prompts))
-    contexts = [
-        torch.cat([_encode_chunk(encoder, manager, chunk, syntax) for chunk in _filled(chunks, count)])
+    encoded = [
+        _joined([_encode_chunk(encoder, manager, chunk, syntax) for chunk in _filled(chunks, count)])
         for chunks in prompts
     ]
-    return torch.stack(contexts)
+    return functools.reduce(concat_conditions, encoded)
+
+
+def _joined(chunks: Sequence[Any]) -> Any:
+    """The conditions of one prompt's chunks as one: their contexts one after the other."""
+    return with_context(chunks[0], torch.cat([context_of(chunk) for chunk in chunks], dim=1))
 
 
 def _filled(chunks: Chunks, count: int) -> Chunks:
@@ -305,8 +316,8 @@ def _filled(chunks: Chunks, count: int) -> Chunks:
 
 def _encode_chunk(
     encoder: TextEncoder, manager: Personalization | None, chunk: Sequence[Segment], syntax: str
-) -> Tensor:
-    """The context [L, d] of one chunk."""
+) -> Any:
+    """The condition of one chunk, with a context [1, L, d]."""
     ids: Mapping[str, int] = {}
     widths: Mapping[str, int] = {}
     if manager is not None:
@@ -314,13 +325,14 @@ def _encode_chunk(
         widths = manager.placeholders
     segments = [(segment.text, segment.weight) for segment in chunk]
     tokens, weights = encoder.prompt_tokenizer.encode_weighted(segments, ids, widths)
-    device = encoder.token_embedding.weight.device
-    encoded = encoder.embed_ids(tokens[None].to(device), manager)[0]
+    encoded = encoder.embed_ids(tokens[None].to(encoder.device), manager)
     if bool((weights == 1).all()):
         return encoded
-    weights = weights.to(encoded)[:, None]
+    context = context_of(encoded)
+    weights = weights.to(context)[:, None]
     if syntax == "comfyui":
-        empty = encoder.encode([""], manager)[0]
-        return empty + weights * (encoded - empty)
-    weighted = weights * encoded
-    return weighted * (encoded.mean() / weighted.mean())
+        empty = context_of(encoder.encode([""], manager))
+        return with_context(encoded, empty + weights * (context - empty))
+    towers = context.split(encoder.widths, dim=-1) if len(encoder.widths) > 1 else (context,)
+    rescaled = [tower.mean() / (weights * tower).mean() * weights * tower for tower in towers]
+    return with_context(encoded, torch.cat(rescaled, dim=-1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -70,6 +71,46 @@ class DiffusionWrapper(nn.Module):
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
 
 
+class Captioned:
+    """What a model that learns from captions does with them, for subclasses that encode more than their words."""
+
+    cond_stage_key: str
+
+    def captions_of(self, batch: Mapping[str, Any]) -> list[Any]:
+        """Return the captions of a batch as a list, which may hold more that is encoded with them."""
+        return list(batch[self.cond_stage_key])
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Return a condition encoded."""
+        raise NotImplementedError
+
+    def get_unconditional_conditioning(self, negatives: Sequence[str]) -> Any:
+        """Return the condition that guidance steers away from, for negative prompts."""
+        return self.get_learned_conditioning(list(negatives))
+
+    def completed(self, encoded: Condition, negatives: Sequence[str] | None = None) -> Any:
+        """Return what the text encoder gave for prompts, with all else that the denoiser is told.
+
+        `negatives` are the texts of negative prompts that guidance steers away from.
+        """
+        return encoded
+
+    @contextmanager
+    def drawing_at(
+        self, height: int, width: int, sizes: Mapping[str, Sequence[int]] | None = None
+    ) -> Iterator[None]:
+        """Within this block conditions are those of images of this size in pixels, for models that are told of it.
+
+        Raises:
+            UserError: `sizes` are given (see `LatentDiffusionXL`) and the model is not told of them.
+        """
+        if sizes:
+            raise UserError(
+                f"--{next(iter(sizes))} is for Stable Diffusion XL, and this model is not told of sizes; leave it out"
+            )
+        yield
+
+
 def concat_conditions(first: Condition | None, second: Condition | None) -> Condition:
     """Return two conditions of the same form, concatenated along the batch.
 
@@ -100,6 +141,17 @@ def condition_map(function: Callable[[Tensor], Tensor], cond: Condition) -> Any:
     if isinstance(cond, Mapping):
         return {key: condition_map(function, part) for key, part in cond.items()}
     return [condition_map(function, part) for part in cond]
+
+
+def context_of(cond: Condition) -> Tensor:
+    """Return the context [B, M, d] of what a text encoder gave."""
+    context: Tensor = cond["c_crossattn"][0] if isinstance(cond, Mapping) else cond  # type: ignore[assignment]
+    return context
+
+
+def with_context(cond: Condition, context: Tensor) -> Any:
+    """Return what a text encoder gave, with another context [B, M, d]."""
+    return {**cond, "c_crossattn": [context]} if isinstance(cond, Mapping) else context
 
 
 def condition_rows(cond: Condition | None) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import initialised, load_state, read_state_dict
-from ldm.models.diffusion.conditioning import Condition, DiffusionWrapper, condition_map
+from ldm.models.diffusion.conditioning import Captioned, Condition, DiffusionWrapper, condition_map
 from ldm.models.diffusion.loss_weighting import check_loss_options, loss_weights, noise_bias, sample_timesteps
 from ldm.models.diffusion.previews import preview_images
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -26,7 +26,7 @@ from ldm.modules.diffusionmodules.util import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.personalization import Personalization
-from ldm.util import ConfigError, UserError, instantiate_from_config, pretrained_wanted
+from ldm.util import ConfigError, instantiate_from_config, pretrained_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return {"inputs": channels_first(batch[self.first_stage_key][:N], self.device)}
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(Captioned, DDPM):
     """Diffusion in the latent space of a first stage, under a condition (Rombach et al. 2022).
 
     With `personalization_config` everything but the personalization's parameters is frozen, and the denoiser too
@@ -460,24 +460,6 @@ class LatentDiffusion(DDPM):
         if not isinstance(condition, Tensor):
             return z, self.captions_of(batch)
         return z, condition if condition.ndim < 3 else channels_first(condition, self.device)
-
-    def captions_of(self, batch: Mapping[str, Any]) -> list[Any]:
-        """Return the captions of a batch as a list, which may hold more that a subclass encodes with them."""
-        return list(batch[self.cond_stage_key])
-
-    @contextmanager
-    def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
-        """Within this block conditions are those of images of this size, for models that are told of it.
-
-        Raises UserError for `sizes` (see `LatentDiffusionXL`) that the model is not told of.
-        """
-        if sizes:
-            raise UserError(f"--{next(iter(sizes))} is for Stable Diffusion XL; this model is not told of sizes")
-        yield
-
-    def get_unconditional_conditioning(self, negatives: Sequence[str]) -> Any:
-        """Return the condition that guidance steers away from, for negative prompts."""
-        return self.get_learned_conditioning(list(negatives))
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:

@@ -160,11 +160,7 @@ class EmbeddingSaver(RunCallback):
         for name in self.formats:
             paths = embeddings.paths_for([stems[word] for word in exported], folder, name)
             for (word, rows), path in zip(exported.items(), paths, strict=True):
-                concept = embeddings.Concept(
-                    word,
-                    rows,
-                    encoder=embeddings.encoder_kind(family, rows.shape[1]),
-                    token=int(manager.string_to_token_dict[word]),
-                )
-                learned = embeddings.LearnedEmbeddings((concept,), metadata)
+                token = int(manager.string_to_token_dict[word])
+                concepts = embeddings.concepts_of(word, rows, family, token=token)
+                learned = embeddings.LearnedEmbeddings(concepts, metadata)
                 embeddings.write(learned, path.with_stem(f"{path.stem}{suffix}"), name)

@@ -56,7 +56,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
         drawn = self.draw(index)
         row = self._row[drawn.variant]
         moments = torch.from_numpy(np.array(self.encoded[row]))
-        return {self.key: moments, "caption": drawn.caption, "row": torch.tensor(row)}
+        item = {self.key: moments, "caption": drawn.caption, "row": torch.tensor(row)}
+        return item | ({"sizes": self.data.sizes(*drawn.variant)} if hasattr(self.data, "sizes") else {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "data" not in self.__dict__:
