@@ -168,6 +168,21 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     what.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's own)")
     what.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's own)")
 
+    told = parser.add_argument_group(
+        "what Stable Diffusion XL is told",
+        "By default the image is whole and has the size at which it is drawn.",
+    )
+    for name, pair, meaning in (
+        (
+            "original_size",
+            ("HEIGHT", "WIDTH"),
+            "size of the original image; a small one means a coarse picture",
+        ),
+        ("crop", ("TOP", "LEFT"), "where the image was cut from it; 0 0 keeps the subject in the middle"),
+        ("target_size", ("HEIGHT", "WIDTH"), "size of the image"),
+    ):
+        told.add_argument(f"--{name}", type=int, nargs=2, metavar=pair, help=meaning)
+
     how = parser.add_argument_group("sampling")
     how.add_argument(
         "--ddim_steps", type=positive, default=profile.steps, metavar="N", help="default: %(default)s"
@@ -242,6 +257,7 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
             precision=options.precision,
             negative_prompt=found.negative_prompt,
             prompt_syntax=options.prompt_syntax,
+            sizes=sizes_of(options),
             numbers=list(range(len(prompts_of_round))) * options.n_iter if options.fixed_code else None,
             labels=labels,
             progress=progress,
@@ -264,8 +280,12 @@ def load(
     """
     from ldm.generate.embeddings import load_embeddings
     from ldm.generate.session import resolve, warn_truncated
+    from ldm.util import get_obj_from_str
 
     config = read_model_config(options.ckpt_path, options.config)
+    kind = get_obj_from_str(config["model"]["target"])
+    if hasattr(kind, "check_sizes"):
+        kind.check_sizes(sizes_of(options))
     found = resolve(
         config,
         lines or ([options.prompt] if options.prompt else []),
@@ -280,6 +300,12 @@ def load(
         load_embeddings(model, found.words)
     warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
     return model, found
+
+
+def sizes_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """What Stable Diffusion XL is to be told instead of the size of the image."""
+    given = {name: getattr(options, name) for name in ("original_size", "crop", "target_size")}
+    return {name: (pair[0], pair[1]) for name, pair in given.items() if pair is not None}
 
 
 @contextmanager

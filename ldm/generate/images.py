@@ -103,7 +103,7 @@ def generate(
             generators = [noise_source(seed, number) for number in numbers[part]]
             blank = model.alphas_cumprod.new_empty((len(captions), *shape))
             guided = None if scale == 1.0 else negative_prompt
-            with model.drawing_at(*size, sizes):
+            with model.drawing_at(*size, sizes or {}):
                 condition, unconditional = conditions(model, captions, guided, prompt_syntax)
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
@@ -137,12 +137,17 @@ def generate(
                     number=number,
                     eta=eta,
                     prompt_syntax=prompt_syntax,
-                    labels={} if labels is None else dict(labels(prompt)),
+                    labels=_size_labels(sizes or {}) | ({} if labels is None else dict(labels(prompt))),
                 )
                 images[-1].info[PARAMETERS] = settings.as_text()
                 if on_image is not None:
                     on_image(len(images) - 1, images[-1])
     return images
+
+
+def _size_labels(sizes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """The fields of the settings for sizes that Stable Diffusion XL is told, such as "Original size: 512x768"."""
+    return {name.replace("_", " ").capitalize(): f"{b}x{a}" for name, (a, b) in sizes.items()}
 
 
 def _batches(chunks: Sequence[int], size: int) -> list[slice]:

@@ -184,7 +184,7 @@ def test_other_kinds_of_models_are_refused() -> None:
     bert = Golden("bert_one_vector")
     with pytest.raises(
         UserError,
-        match="cond_stage_model is BERTEmbedder; only FrozenCLIPEmbedder and FrozenOpenCLIPEmbedder are",
+        match="cond_stage_model is BERTEmbedder; exported are only FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder",
     ):
         diffusers_pipeline.to_pipeline(bert.model(load_embeddings=False), bert.config())
     with pytest.raises(UserError, match="Linear is not a LatentDiffusion"):

@@ -95,19 +95,25 @@ class Captioned:
         """
         return encoded
 
-    @contextmanager
-    def drawing_at(
-        self, height: int, width: int, sizes: Mapping[str, Sequence[int]] | None = None
-    ) -> Iterator[None]:
-        """Within this block conditions are those of images of this size in pixels, for models that are told of it.
+    @classmethod
+    def check_sizes(cls, sizes: Mapping[str, Sequence[int]]) -> None:
+        """Check sizes that the model is to be told of; see `LatentDiffusionXL.drawing_at`.
 
         Raises:
-            UserError: `sizes` are given (see `LatentDiffusionXL`) and the model is not told of them.
+            UserError: they are out of range, or the model is not told of any.
         """
         if sizes:
             raise UserError(
                 f"--{next(iter(sizes))} is for Stable Diffusion XL, and this model is not told of sizes; leave it out"
             )
+
+    @contextmanager
+    def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """Within this block prompts are for images of this size in pixels, for models that are told of it.
+
+        Raises UserError as `check_sizes`.
+        """
+        self.check_sizes(sizes)
         yield
 
 

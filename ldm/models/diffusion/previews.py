@@ -59,7 +59,7 @@ def preview_images(
     shown: dict[str, Tensor] = {"inputs": x}
     first = {key: value[: len(x)] for key, value in batch.items()}
     size = x.shape[-2], x.shape[-1]
-    with random_state.isolated(seed), model.first_stage_on(model.device), model.drawing_at(*size):
+    with random_state.isolated(seed), model.first_stage_on(model.device), model.drawing_at(*size, {}):
         z, raw = model.get_input(first, model.first_stage_key)
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):

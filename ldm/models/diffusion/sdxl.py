@@ -126,38 +126,41 @@ class LatentDiffusionXL(LatentDiffusion):
     def _with_sizes(self, encoded: Mapping[str, Any], sizes: Tensor | None) -> dict[str, list[Tensor]]:
         (pooled,) = encoded["c_adm"]
         if sizes is None:
-            sizes = torch.tensor([self._sizes()] * len(pooled))
+            sizes = torch.tensor([self.drawn_sizes()] * len(pooled))
         # Do not wait for the device, which may still compute earlier steps.
         numbers = sizes.to(pooled.device, non_blocking=True).flatten()
         embedded = timestep_embedding(numbers, self.size_width).view(len(pooled), -1)
         return {**encoded, "c_adm": [torch.cat([pooled.float(), embedded], dim=1)]}
 
+    @classmethod
+    def check_sizes(cls, sizes: Mapping[str, Sequence[int]]) -> None:
+        for name, pair in sizes.items():
+            least = 0 if name == "crop" else 1
+            if len(pair) != 2 or min(pair) < least:
+                given = " ".join(map(str, pair))
+                raise UserError(f"--{name} is {given or 'empty'}; use two numbers from {least}")
+
     @contextmanager
-    def drawing_at(
-        self, height: int, width: int, sizes: Mapping[str, Sequence[int]] | None = None
-    ) -> Iterator[None]:
+    def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]]) -> Iterator[None]:
         """Within this block prompts are for images of this size in pixels.
 
         Args:
             sizes: `original_size` and `target_size` (height, width; by default that of the image) and `crop` (top,
                 left; by default 0, 0), which the model is told instead.
         Raises:
-            UserError: a number is negative.
+            UserError: as `check_sizes`.
         """
-        pairs = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width)}
-        pairs |= {name: (int(pair[0]), int(pair[1])) for name, pair in (sizes or {}).items()}
-        for name, pair in pairs.items():
-            least = 0 if name == "crop" else 1
-            if min(pair) < least:
-                raise UserError(f"--{name} is {pair[0]} {pair[1]}; use two numbers from {least}")
-        before, self._drawn = self._drawn, (*pairs["original_size"], *pairs["crop"], *pairs["target_size"])
+        self.check_sizes(sizes)
+        told = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width), **sizes}
+        (a, b), (c, d), (e, f) = (told[name] for name in OPTIONS)
+        before, self._drawn = self._drawn, (a, b, c, d, e, f)
         try:
             yield
         finally:
             self._drawn = before
 
-    def _sizes(self) -> Sizes:
-        """The sizes of what is drawn: a whole image."""
+    def drawn_sizes(self) -> Sizes:
+        """Return what prompts are told: the sizes of `drawing_at`, else of a whole image of the model's own size."""
         if self._drawn is not None:
             return self._drawn
         own = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)

@@ -86,7 +86,7 @@ def test_prompts_are_for_a_whole_image_of_the_size_that_is_drawn(model) -> None:
         return timestep_embedding(torch.tensor(sizes), 16)
 
     close(numbers(model.get_learned_conditioning(["a dog"]))[0], told(16, 16, 0, 0, 16, 16))
-    with model.drawing_at(24, 16):
+    with model.drawing_at(24, 16, {}):
         close(numbers(model.get_learned_conditioning(["a dog"]))[0], told(24, 16, 0, 0, 24, 16))
     chosen = {"original_size": (512, 300), "crop": (5, 7)}
     with model.drawing_at(24, 16, chosen):
