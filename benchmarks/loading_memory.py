@@ -77,7 +77,7 @@ def _use_tokenizer(node: object, encoder: Path) -> None:
     if not isinstance(node, DictConfig):
         return
     target = str(node.get("target") or "").rpartition(".")[2]
-    if "CLIPEmbedder" in target:
+    if "CLIPEmbedder" in target or "SDXLEmbedder" in target:
         OmegaConf.update(node, "params.tokenizer", str(encoder), force_add=True)
         if "Open" not in target:
             OmegaConf.update(node, "params.version", str(encoder), force_add=True)

@@ -36,6 +36,8 @@ __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_stat
 logger = logging.getLogger(__name__)
 
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.")
+# Layers whose products autocast computes in half precision.
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 # Where frozen linear and convolutional layers may be kept in half precision: the denoiser and the text encoders.
 _HALVED = ("model.", *TEXT_ENCODERS)
 
@@ -381,7 +383,7 @@ def _halved(model: nn.Module) -> list[str]:
     return [
         f"{name}.{key}"
         for name, layer in model.named_modules()
-        if name.startswith(_HALVED) and isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        if name.startswith(_HALVED) and isinstance(layer, WEIGHTED)
         for key, parameter in layer.named_parameters(recurse=False)
         if not parameter.requires_grad
     ]

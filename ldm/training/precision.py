@@ -9,6 +9,8 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
+from ldm.checkpoint import WEIGHTED
+
 logger = logging.getLogger(__name__)
 
 # `lightning.trainer.precision` -> the precision of matrix products and convolutions.
@@ -20,7 +22,6 @@ _KINDS = {
     "bf16-mixed": "bf16-mixed",
     "bf16-true": "bf16-mixed",
 }
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class FrozenHalf(MixedPrecision):
@@ -42,7 +43,7 @@ class FrozenHalf(MixedPrecision):
         parts = [getattr(module, name, None) for name in ("model", "cond_stage_model")]
         for part in [part for part in parts if isinstance(part, nn.Module)]:
             for layer in part.modules():
-                if isinstance(layer, _WEIGHTED) and not any(p.requires_grad for p in layer.parameters()):
+                if isinstance(layer, WEIGHTED) and not any(p.requires_grad for p in layer.parameters()):
                     self._converted.append(layer.to(self.dtype))
         return module
 

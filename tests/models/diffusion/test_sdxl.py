@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -18,39 +16,16 @@ from ldm.generate.prompt_syntax import conditions
 from ldm.models.diffusion.sdxl import LatentDiffusionXL, SizedCaptions
 from ldm.training.callbacks.latent_cache import LatentCache
 from ldm.util import ConfigError, UserError, instantiate_from_config, skip_pretrained
-from tests.golden_record import GOLDEN, Golden, fill
+from tests.golden_record import Golden, fill, sdxl_node
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 RECORD = Golden("sdxl_tiny")
-TOWER = {name: RECORD.meta["open_clip_text_cfg"][name] for name in ("width", "heads", "layers")}
-
-
-def node(**params: Any) -> Any:
-    """The YAML that trains a word, with the sizes of the record."""
-    model = OmegaConf.load(CONFIGS / "stable-diffusion" / "xl-finetune.yaml").model
-    tiny = {
-        "image_size": 8,
-        "unet_config": {"params": RECORD.meta["unet_params"] | {"image_size": 8}},
-        "first_stage_config": {
-            "params": {"ddconfig": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "resolution": 16}}
-        },
-        "cond_stage_config": {"params": {"version": str(GOLDEN / "clip_tiny"), "arch": TOWER}},
-    }
-    del model.params.unet_config.params
-    model.params.unet_config.params = {"use_spatial_transformer": True, "legacy": False}
-    tiny["unet_config"]["params"].pop("spatial_transformer_attn_type", None)
-    whole: Any = OmegaConf.merge(model, {"params": tiny}, {"params": params})
-    return {"target": whole.target, "params": whole.params}
-
-
-def build(**params: Any) -> LatentDiffusionXL:
-    with skip_pretrained():
-        return fill(instantiate_from_config(node(**params)))
 
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusionXL:
-    return build()
+    with skip_pretrained():
+        built: Any = fill(instantiate_from_config(sdxl_node()))
+    return built
 
 
 def close(result: torch.Tensor, expected: torch.Tensor) -> None:
@@ -213,7 +188,7 @@ def test_the_first_stage_computes_in_float32_under_autocast(model) -> None:
     ],
 )
 def test_mistakes_are_one_line(params, message) -> None:
-    described = node(**params)
+    described = sdxl_node(**params)
     described["params"]["cond_stage_config"]["params"] = {
         key: value
         for key, value in described["params"]["cond_stage_config"]["params"].items()
