@@ -55,7 +55,7 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
 test-browser: $(READY)  ## the tests of the page in the system's Chromium
-	@$(PY) -c 'import gradio, playwright' 2>/dev/null || $(PIP_INSTALL) -q -e '.[ui]' playwright
+	@$(PY) -c 'import gradio, playwright' 2>/dev/null || $(PIP_INSTALL) -q -e '.[ui,browser]'
 	$(PY) -m pytest -m browser
 
 bench: $(READY)  ## step time, overhead and time to concept on the CPU, into benchmarks/results (hours)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+# Folders beside ldm/ that an installation keeps inside it: there `ldm.yaml_files.in_checkout` finds them.
+SHIPPED = ["configs", "models", "data"]
+
 setup(
     name="textual-inversion",
     version="0.1.0",
@@ -12,8 +15,15 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_namespace_packages(include=["ldm", "ldm.*"]),
-    package_data={"ldm.studio": ["*.css", "*.js"]},
+    packages=[
+        *find_namespace_packages(include=["ldm", "ldm.*"]),
+        *(f"ldm.shipped.{name}" for name in SHIPPED),
+    ],
+    package_dir={f"ldm.shipped.{name}": name for name in SHIPPED},
+    package_data={
+        "ldm.studio": ["*.css", "*.js"],
+        **{f"ldm.shipped.{name}": ["**/*"] for name in SHIPPED},
+    },
     entry_points={"console_scripts": ["textual-inversion = ldm.commands.entry:main"]},
     install_requires=[
         "torch>=2.6",
@@ -34,5 +44,7 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm", "diffusers>=0.31"],
         "ui": ["gradio>=6.0", "fastapi>=0.115", "uvicorn>=0.30"],
+        "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
+        "browser": ["playwright>=1.45"],  # drives the system's Chromium in the tests of the page
     },
 )

@@ -7,8 +7,17 @@
         image.show()
     concept.save("bobo.safetensors")
 
-`invert`, `Concept`, `load` and `interpolate` are in `ldm.training.inversion`, `generate` and `Session` in
-`ldm.generate`. They are imported on first use, so that `import ldm` stays light.
+| name | what it is |
+|---|---|
+| `invert` | learns a word and returns a `Concept`; raises `Stopped` when it is interrupted |
+| `load`, `load_all` | one concept, or all, of files, run folders and repositories on the Hugging Face hub |
+| `interpolate` | a concept between two |
+| `generate` | images from prompts and words; keeps the model, as `Session` does |
+| `grid`, `save_image`, `Settings` | images side by side; a file that holds its settings, and how to read them |
+| `FORMATS` | the formats of embedding files, for `Concept.save` |
+| `UserError` | every mistake that a user can correct, in one line |
+
+They are imported on first use, so that `import ldm` stays light.
 """
 
 import importlib
@@ -17,10 +26,15 @@ from typing import Any
 _WHERE = {
     "invert": "ldm.training.inversion",
     "load": "ldm.training.inversion",
+    "load_all": "ldm.training.inversion",
     "interpolate": "ldm.training.inversion",
     "Concept": "ldm.training.inversion",
+    "Stopped": "ldm.training.inversion",
     "Session": "ldm.generate",
     "Settings": "ldm.generate",
+    "save_image": "ldm.generate",
+    "grid": "ldm.images",
+    "FORMATS": "ldm.embeddings",
     "UserError": "ldm.util",
 }
 __all__ = ["generate", *_WHERE]

@@ -11,14 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_layout import PREDICTIONS, Prediction
 from ldm.files import NO_TENSORS, file_kind, is_hub_id
-from ldm.weights import CheckpointError, Folder, Header, Shapes, fetch, read_header
+from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, fetch, read_header
+from ldm.yaml_files import CHECKOUT
 
 logger = logging.getLogger(__name__)
 
 Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
 Known = Literal["notes", "family", "guess"]
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = CHECKOUT / "configs"
 FAMILIES: dict[Family, str] = {
     "sd1": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",
@@ -104,7 +105,7 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
 
 
 def recognise_for(source: str | Path, wanted: Family | None, channels: int | None) -> BaseModel | None:
-    """Recognise what is to be loaded with a config; None for a file that the config alone describes.
+    """Recognise a file that is to be loaded with a config; None for one that the config alone describes.
 
     Args:
         wanted: the family of the config; None if it describes a model of another kind or of other sizes.
@@ -114,8 +115,6 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
         CheckpointError: as `recognise`, unless the config may describe the file.
     """
     path = Path(source)
-    if path.is_dir() or (not path.exists() and is_hub_id(str(source))):
-        return recognise(source)
     header = checked_header(path)
     found = _of_header(header, path.name)
     if not isinstance(found, Kind):
@@ -513,6 +512,7 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
     other = next((name for start, name in _PIPELINES.items() if pipeline.startswith(start)), None)
     if other is not None:
         raise CheckpointError(f"'{source}' is {other}; {_OTHER_MODEL}")
+    check_variant(source, folder.names, folder.variant)
     if not folder.weights("unet"):
         kind = _folder_kind(source, folder)
         raise CheckpointError(f"'{source}' {kind[0]}; {kind[1]}")

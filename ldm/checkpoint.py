@@ -7,6 +7,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from ldm.base_models import (
     what_is,
 )
 from ldm.diffusers_layout import UNET, VAE, folder_params, read_folder, read_vae
+from ldm.files import is_hub_id
 from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
-from ldm.yaml_files import read_yaml
+from ldm.yaml_files import check_interpolations, place_in, read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
@@ -49,6 +51,8 @@ def load_model_from_config(
     *,
     vae: str | Path | None = None,
     half: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """Build the model that a YAML describes and load a checkpoint into it.
 
@@ -62,6 +66,7 @@ def load_model_from_config(
         vae: file, folder or hub id of a first stage in place of that of the checkpoint.
         half: what frozen linear and convolutional layers of the denoiser and the text encoder are kept in, for use
             under autocast of this type; all other weights are in float32.
+        variant, revision: of a folder of diffusers or a hub id, see `ldm.base_models.recognise`.
 
     Returns:
         The model in eval mode. Unexpected keys of the checkpoint are logged once.
@@ -70,7 +75,7 @@ def load_model_from_config(
         ConfigError: the YAML does not fit its classes; the checkpoint is not opened then.
         CheckpointError: the checkpoint does not fit, or leaves parameters without a value.
     """
-    node, base = complete_config(config, ckpt)
+    node, base = complete_config(config, ckpt, variant, revision)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
     if vae is None and not any(key.startswith(VAE) for key in state):
         vae = _select(node, "params.first_stage_config.params.ckpt_path")
@@ -99,28 +104,41 @@ def load_model_from_config(
     return (model if device is None else model.to(device)).eval()
 
 
-def complete_config(config: Mapping[str, Any] | str | Path, ckpt: str | Path) -> tuple[Any, BaseModel | None]:
+def complete_config(
+    config: Mapping[str, Any] | str | Path,
+    ckpt: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> tuple[Any, BaseModel | None]:
     """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
 
     Paths are found (see `find_paths`); the settings of a folder of diffusers, and what a file notes of itself, replace
     those of the YAML. Raises as `load_model_from_config`.
     """
     places = [Path(ckpt).parent]
+    whole: Any = config
+    files = [config] if isinstance(config, (str, Path)) else []
+    place = partial(place_in, files)
     if isinstance(config, (str, Path)):
-        if not Path(config).is_file():
-            raise ConfigError(f"config '{config}' does not exist; check the path")
+        whole = read_yaml(config)
+        check_interpolations(whole, place)
         places.insert(0, Path(config).parent)
-        whole: Any = OmegaConf.load(config)
-    else:
-        whole = config
     node = copy.deepcopy(whole.get("model", whole))
-    check_config(node, "model")
+    if not isinstance(node, Mapping) or "target" not in node:
+        name = f"'{config}'" if files else "the config"
+        raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
+    check_config(node, "model", place)
     find_paths(node, places)
-    base = recognise_for(ckpt, family_of(node), _channels(node))
+    path = Path(ckpt)
+    base: BaseModel | None
+    if path.is_dir() or (not path.exists() and is_hub_id(str(ckpt))):
+        base = recognise(ckpt, variant, revision)
+    else:
+        base = recognise_for(ckpt, family_of(node), _channels(node))
     if base is not None:
         _check_family(base, node)
         _adapt(node, base)
-        check_config(node, "model")
+        check_config(node, "model", place)
     return node, base
 
 
@@ -129,10 +147,7 @@ def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
 
     Raises UserError if there is no YAML, it is damaged, or it does not fit the model.
     """
-    path = Path(config or config_of(ckpt))
-    content = read_yaml(path)
-    find_paths(content, [path.parent])
-    return OmegaConf.create({"model": complete_config(content, ckpt)[0]})
+    return OmegaConf.create({"model": complete_config(config or config_of(ckpt), ckpt)[0]})
 
 
 def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:

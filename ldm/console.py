@@ -132,17 +132,6 @@ def positive(text: str) -> int:
     return number
 
 
-def share(text: str) -> float:
-    """Argument type: a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0.0 <= number <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
-    return number
-
-
 _HANDLER_NAME = "_ldm_console"
 
 

@@ -9,14 +9,16 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from ldm.files import NO_TENSORS, content_kind
 from ldm.util import UserError, brief, cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,19 @@ def list_images(folder: str | Path) -> list[Path]:
     Raises:
         ImageError: the folder does not exist or contains no image.
     """
-    folder = Path(folder)
+    images, skipped, level = _listed(Path(folder))
+    if skipped:
+        logger.log(level, "%s", brief(f"{folder}: skipped entries that are not images: {skipped}"))
+    return images
+
+
+def check_image_folder(folder: str | Path) -> None:
+    """Raise ImageError as `list_images` does; nothing is logged."""
+    _listed(Path(folder))
+
+
+def _listed(folder: Path) -> tuple[list[Path], str, int]:
+    """The images in a folder; what else is there, with a remedy if it may be images; and the level to log that at."""
     if not folder.exists():
         raise ImageError(f"image folder not found: {folder}")
     if not folder.is_dir():
@@ -81,10 +95,7 @@ def list_images(folder: str | Path) -> list[Path]:
     if not images:
         reason = f"it holds {shown}, and subfolders are not searched" if others else "it is empty"
         raise ImageError(f"no images in {folder}: {reason}{remedy}")
-    if others:
-        level = logging.WARNING if remedy else logging.INFO
-        logger.log(level, "%s", brief(f"{folder}: skipped entries that are not images: {shown}{remedy}"))
-    return images
+    return images, shown + remedy, logging.WARNING if remedy else logging.INFO
 
 
 def _may_lie_beside(entry: Path, stems: set[str]) -> bool:
@@ -229,13 +240,15 @@ def _white(grey: np.ndarray) -> int:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an image to float32 [3, H, W] in [-1, 1]."""
+    import torch  # takes seconds, and folders are listed without it
+
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
     """Convert [3, H, W] in [-1, 1], of any floating type and device, to an image; other values are clamped."""
-    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
@@ -259,6 +272,38 @@ def image_grid(images: Sequence[Image.Image], columns: int, padding: int = 2, sc
         top = padding + i // columns * height + (height - padding - image.height) // 2
         sheet.paste(image, (left, top))
     return sheet
+
+
+def grid(
+    images: Sequence[Image.Image | str | Path],
+    columns: int | None = None,
+    labels: Sequence[str] = (),
+    *,
+    smallest: int = 128,
+    largest: int | None = 512,
+    padding: int = 4,
+) -> Image.Image:
+    """Arrange images, or image files, in rows of `columns` (default: one row), with their labels below them.
+
+    Images narrower than `smallest` pixels are enlarged by a whole factor, so that small ones can be seen; those with a
+    side above `largest` pixels are reduced to it.
+
+    Raises:
+        ImageError: there is no image, or a file cannot be read, or there are not as many labels as images.
+    """
+    if labels and len(labels) != len(images):
+        raise ImageError(
+            f"there are {len(images)} images and {len(labels)} labels; give one label for each image"
+        )
+    cells = []
+    for given in images:
+        image = given.copy() if isinstance(given, Image.Image) else open_image(given)
+        if largest is not None:
+            image.thumbnail((largest, largest))
+        cells.append(enlarged(image, max(1, -(-smallest // image.width))))
+    if labels:
+        cells = [labelled(cell, text) for cell, text in zip(cells, labels, strict=True)]
+    return image_grid(cells, max(1, columns or len(cells)), padding)
 
 
 def labelled(image: Image.Image, text: str, font_size: int = 12) -> Image.Image:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import ClassVar
 
 from ldm.util import ConfigError
 
@@ -95,12 +96,65 @@ class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
         lr_min: float,
         lr_max: float,
         lr_start: float,
-        max_decay_steps: int,
+        max_decay_steps: int | None,
         verbosity_interval: int = 0,
     ) -> None:
+        if max_decay_steps is None:
+            raise ConfigError(
+                f"{type(self).__name__}: max_decay_steps is null outside the YAML of a run; give steps"
+            )
         super().__init__(
             [warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval
         )
+
+
+class LambdaNamedScheduler:
+    """A schedule of diffusers' `get_scheduler` by its name (diffusers/optimization.py), after a linear warm-up from 0.
+
+    "constant_with_warmup" stays at 1. "linear" and "polynomial" fall to 0, the latter with the exponent `power`
+    (diffusers ends it at a rate of 1e-7). "cosine" falls along half a cosine, "cosine_with_restarts" along `num_cycles`
+    of them. All end at step `max_decay_steps`, where null in the YAML of a run means the number of its steps.
+
+    Raises:
+        ConfigError: the name is unknown, or the schedule needs the number of steps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        warm_up_steps: int = 0,
+        max_decay_steps: int | None = None,
+        num_cycles: int = 1,
+        power: float = 1.0,
+    ) -> None:
+        if name not in self.CURVES:
+            known = ", ".join(self.CURVES)
+            raise ConfigError(f"{type(self).__name__}: there is no schedule '{name}' (known are {known})")
+        if name != "constant_with_warmup" and (max_decay_steps is None or max_decay_steps < 1):
+            raise ConfigError(f"{type(self).__name__}: '{name}' needs max_decay_steps, the steps of the run")
+        self.name, self.warm_up_steps, self.max_decay_steps = name, warm_up_steps, max_decay_steps or 0
+        self.num_cycles, self.power = num_cycles, power
+
+    # The factor after the warm-up, by the share of the steps that are done, from 0 to 1.
+    CURVES: ClassVar[dict[str, Callable[[LambdaNamedScheduler, float], float]]] = {
+        "constant_with_warmup": lambda self, done: 1.0,
+        "linear": lambda self, done: 1 - done,
+        "cosine": lambda self, done: 0.5 * (1 + math.cos(math.pi * done)),
+        "cosine_with_restarts": lambda self, done: (
+            0.5 * (1 + math.cos(math.pi * (self.num_cycles * done % 1.0))) if done < 1 else 0.0
+        ),
+        "polynomial": lambda self, done: (1 - done) ** self.power,
+    }
+
+    def schedule(self, n: int) -> float:
+        """The factor at step n."""
+        if n < self.warm_up_steps:
+            return n / self.warm_up_steps
+        done = (n - self.warm_up_steps) / max(1, self.max_decay_steps - self.warm_up_steps)
+        return self.CURVES[self.name](self, min(1.0, done))
+
+    def __call__(self, n: int) -> float:
+        return self.schedule(n)
 
 
 class LambdaStepScheduler:
@@ -113,7 +167,7 @@ class LambdaStepScheduler:
         ConfigError: the text does not have this form, or the steps do not increase.
     """
 
-    def __init__(self, rates: str) -> None:
+    def __init__(self, rates: str | float) -> None:
         self.rates: list[float] = []
         self.until: list[int] = []
         for part in str(rates).strip().rstrip(",").split(","):
@@ -125,10 +179,10 @@ class LambdaStepScheduler:
                 raise ConfigError(
                     f"learning rate '{rates}': '{part.strip()}' is not RATE:STEPS; write 0.005:100, 1e-3:1000"
                 ) from error
-        ends = self.until[:-1]
+        ends = self.until if colon else self.until[:-1]
         if any(end < 1 for end in ends) or sorted(set(ends)) != ends:
             raise ConfigError(f"learning rate '{rates}': the steps must increase, as in 0.005:100, 1e-3:1000")
-        if self.rates[0] <= 0 or min(self.rates) < 0:
+        if not all(0 <= rate < math.inf for rate in self.rates) or self.rates[0] == 0:
             raise ConfigError(f"learning rate '{rates}': rates must be above 0")
 
     @property

@@ -21,6 +21,7 @@ def capture() -> dict[str, Any]:
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+        **({"mps": [torch.mps.get_rng_state()]} if torch.backends.mps.is_available() else {}),
     }
 
 
@@ -33,6 +34,8 @@ def restore(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0])
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0])
 
 
 def seed_all(*numbers: int, devices: bool = True) -> None:
@@ -54,9 +57,9 @@ def isolated(*numbers: int, devices: bool = True) -> Iterator[None]:
     """
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # A CUDA seed set before CUDA is initialized would be applied later and could not be undone.
-    devices = devices and torch.cuda.is_initialized()
-    cuda = torch.cuda.get_rng_state_all() if devices else []
-    seed_all(*numbers, devices=devices)
+    cuda = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else []
+    mps = torch.mps.get_rng_state() if devices and torch.backends.mps.is_available() else None
+    seed_all(*numbers, devices=bool(cuda) or mps is not None)
     try:
         yield
     finally:
@@ -65,3 +68,5 @@ def isolated(*numbers: int, devices: bool = True) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)

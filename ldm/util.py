@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from ldm import values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +41,10 @@ class UserError(ValueError):
         ):  # torch raises the error of a loader process anew, with its traceback
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         super().__init__(brief(text))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show in place of a traceback."""
+        return [f"error: {self}"]
 
 
 class ConfigError(UserError):
@@ -111,6 +119,44 @@ def check_integer(value: Any, name: str, minimum: int = 1, error: type[UserError
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise error(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
     return value
+
+
+def check_value(label: str, value: Any, name: str, kind: Any) -> None:
+    """Raise UserError unless a value has a type, and is in the range of `name` in `ldm.values`."""
+    for _, misfit, requirement in values.misfits(name, value, kind):
+        raise UserError(f"{label} is {shown_value(misfit)}; it must be {requirement}")
+
+
+def best_device() -> str:
+    """The device to compute on: a CUDA GPU, an Apple GPU, or the CPU. Every default device in this library is this."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu" if why_no_mps() else "mps"
+
+
+def why_no_mps() -> str | None:
+    """Why there is no Apple GPU to compute on; None if there is one."""
+    import torch
+
+    if os.environ.get("DISABLE_MPS") == "1":  # Lightning's switch
+        return "the variable DISABLE_MPS is 1"
+    if not torch.backends.mps.is_built():
+        return "this build of torch has no support for Apple GPUs (Metal)"
+    if not torch.backends.mps.is_available():
+        return "torch finds no Apple GPU here; it needs macOS 12.3"
+    if platform.machine() not in ("arm64", "arm"):
+        return "Lightning supports the GPUs of Apple's own processors alone"
+    return None
+
+
+def free_memory() -> None:
+    """Give the memory that torch keeps on GPUs back."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif best_device() == "mps":
+        torch.mps.empty_cache()
 
 
 @contextmanager
@@ -196,54 +242,101 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     target = _target_of(config)
     factory = get_obj_from_str(target)
     params = _params_of(config)
-    problem = _binding_problem(factory, params | extra)
-    if problem:
-        raise ConfigError(f"{target}: {problem}")
+    raise_problems(list(_call_problems(factory, params, params | extra, f"{target}: ", f"{target}: ")))
     return factory(**params, **extra)
 
 
-def check_config(config: Mapping[str, Any], where: str = "config") -> None:
+class Problem(NamedTuple):
+    """What is wrong with a key of a configuration; its place in a file goes between `what` and `rest`."""
+
+    key: str
+    what: str
+    rest: str = ""
+
+
+def check_config(
+    config: Mapping[str, Any], where: str = "config", place: Callable[[str], str] = lambda key: ""
+) -> None:
     """Check every `target` node in `config` without building anything.
 
+    `place` gives the place of a key in a file, such as " (a.yaml, line 3)".
+
     Raises:
-        ConfigError: one error that lists all problems: unknown targets, unknown and missing keys.
+        ConfigError: one error that lists all problems: unknown targets, unknown and missing keys, values that do not
+            fit their types or ranges.
     """
-    problems = list(_problems(config, where, owner_key=""))
+    raise_problems(list(config_problems(config, where)), place)
+
+
+def raise_problems(problems: Sequence[Problem], place: Callable[[str], str] = lambda key: "") -> None:
+    """Raise a ConfigError that lists problems, if there are any; a UsageError if one was set by a flag."""
     if problems:
-        raise ConfigError("; ".join(problems))
+        found = [place(one.key) for one in problems]
+        lines = [f"{one.what}{where}{one.rest}" for one, where in zip(problems, found, strict=True)]
+        by_flag = any(where.startswith(" (--") for where in found)
+        raise (UsageError if by_flag else ConfigError)("; ".join(lines))
+
+
+def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Yield the problems of every `target` node; their keys begin with `where`, the key of `config` itself."""
+    yield from _problems(config, where, owner_key="")
 
 
 # Key of a node -> the argument that its owner adds when it builds the node, so that a YAML does not give it.
 SUPPLIED_BY_OWNER = {"personalization_config": "embedder", "optimizer_config": "params"}
+# Parameters that are the arguments of another class or function, and those of them that its owner adds.
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ddconfig": ("ldm.modules.diffusionmodules.model.Encoder", ("out_ch",)),
+    "stop": ("ldm.training.callbacks.fixed_loss.Plateau", ()),
+    "log_images_kwargs": ("ldm.models.diffusion.previews.preview_images", ("model", "batch")),
+}
+# Keys of a node; the learning rate is for whoever trains the model.
+_NODE_KEYS = ("target", "params", "base_learning_rate")
 
 
-def _problems(node: Any, where: str, owner_key: str) -> Iterator[str]:
+def _problems(node: Any, where: str, owner_key: str) -> Iterator[Problem]:
     if isinstance(node, Mapping):
-        if "target" in node and isinstance(node["target"], str) and set(node) <= {"target", "params"}:
-            params = _params_of(node)
-            owner_adds = {SUPPLIED_BY_OWNER[owner_key]: None} if owner_key in SUPPLIED_BY_OWNER else {}
-            try:
-                problem = _binding_problem(get_obj_from_str(node["target"]), params | owner_adds)
-            except ConfigError as error:
-                problem = str(error)
-                yield f"{where}: {problem}"
-            else:
-                if problem:
-                    yield f"{where}: {node['target']}: {problem}"
-        for key, value in _items(node):
+        target = node.get("target")
+        if isinstance(target, str):
+            for key in node:
+                if key not in _NODE_KEYS:
+                    suggestion = _suggestion(str(key), list(_NODE_KEYS[:2]))
+                    yield Problem(f"{where}.{key}", f"{where}: unknown key '{key}'", suggestion)
+            yield from _target_problems(target, node.get("params"), where, owner_key)
+        elif "target" in node:
+            key = f"{where}.target"
+            yield Problem(key, f"{key} is {shown_value(target)}", "; it must be a text: package.module.Name")
+        for key, value in node.items():
             yield from _problems(value, f"{where}.{key}", owner_key=str(key))
     elif isinstance(node, (list, tuple)) or type(node).__name__ == "ListConfig":
         for index, value in enumerate(node):
             yield from _problems(value, f"{where}[{index}]", owner_key="")
 
 
-def _items(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The items of a mapping; those of `params` count as its own, which keeps the reported paths short."""
-    for key, value in node.items():
-        if key == "params" and isinstance(value, Mapping):
-            yield from value.items()
-        else:
-            yield key, value
+def _target_problems(target: str, params: Any, where: str, owner_key: str) -> Iterator[Problem]:
+    if params is not None and not isinstance(params, Mapping):
+        yield Problem(f"{where}.params", f"{where}.params is {shown(params)}", "; it must be a mapping")
+        return
+    try:
+        factory = get_obj_from_str(target)
+    except ConfigError as error:
+        yield Problem(f"{where}.target", where, f": {error}")
+        return
+    given = _params_of({"params": params})
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            continue
+        key = f"{where}.params.{name}"
+        if name in PARTS:
+            part, supplied = PARTS[name]
+            every = dict.fromkeys(supplied) | dict(value)
+            yield from _call_problems(get_obj_from_str(part), value, every, f"{key}.", f"{key}: ")
+        elif "target" not in value and (
+            name.endswith("_config") or name == "lossconfig" or "params" in value
+        ):
+            yield Problem(key, key, " has no target; name a class: target: package.module.Name")
+    added = {SUPPLIED_BY_OWNER[owner_key]: None} if owner_key in SUPPLIED_BY_OWNER else {}
+    yield from _call_problems(factory, given, given | added, f"{where}.params.", f"{where}: {target}: ")
 
 
 def _target_of(config: Mapping[str, Any]) -> str:
@@ -257,22 +350,36 @@ def _params_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): params[key] for key in params} if params else {}
 
 
-def _binding_problem(factory: Any, params: Mapping[str, Any]) -> str | None:
-    """Why `factory(**params)` would fail, or None."""
+def _call_problems(
+    factory: Any, params: Mapping[str, Any], all_params: Mapping[str, Any], where: str, named: str
+) -> Iterator[Problem]:
+    """Why `factory(**all_params)` would fail; only the values of `params` are checked."""
     accepted = _accepted(factory)
     if accepted is None:
-        return None
+        return
+    names = [p.name for p in accepted if p.kind in _BY_KEYWORD]
     if not any(p.kind is p.VAR_KEYWORD for p in accepted):
-        names = [p.name for p in accepted if p.kind in _BY_KEYWORD]
-        unknown = [key for key in params if key not in names]
-        if unknown:
-            return ", ".join(f"unknown key '{key}'{_suggestion(key, names)}" for key in unknown)
-    required = [
-        p.name for p in accepted if p.default is p.empty and p.kind in _BY_KEYWORD and p.name not in params
+        for key in all_params:
+            if key not in names:
+                yield Problem(f"{where}{key}", f"{named}unknown key '{key}'", _suggestion(key, names))
+    missing = [
+        p.name
+        for p in accepted
+        if p.default is p.empty and p.kind in _BY_KEYWORD and p.name not in all_params
     ]
-    if required:
-        return "missing key " + ", ".join(f"'{name}'" for name in required)
-    return None
+    if missing:
+        keys = ", ".join(f"'{name}'" for name in missing)
+        yield Problem(where.removesuffix(".").removesuffix(".params"), f"{named}missing key {keys}")
+    for name, value, requirement in values.problems(factory, params):
+        key = f"{where}{name}"
+        yield Problem(key, f"{key} is {shown_value(value)}", f"; it must be {requirement}")
+
+
+def shown_value(value: Any) -> str:
+    """A value for a message, as a YAML has it: texts in quotes."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
 
 
 def _suggestion(key: str, names: list[str]) -> str:

@@ -233,6 +233,22 @@ def weight_files(names: Iterable[str], variant: str | None = None) -> list[str]:
     return []
 
 
+def check_variant(source: str, names: Iterable[str], variant: str | None) -> None:
+    """Check that the denoiser among the files of a model has weights of a variant, if one is asked for.
+
+    Raises:
+        CheckpointError: it has others only.
+    """
+    chosen = weight_files([name.removeprefix("unet/") for name in names if name.startswith("unet/")], variant)
+    if variant is None or not chosen:
+        return
+    found = _WEIGHTS.fullmatch(chosen[0])
+    if found is None or variant not in (found["variant"], found["late"]):
+        raise CheckpointError(
+            f"'{source}' has no weights of the variant '{variant}'; leave --variant out, or name another"
+        )
+
+
 class Folder:
     """A folder in the layout of diffusers: unet, vae, text encoders, tokenizers and the scheduler's configuration.
 
@@ -341,6 +357,7 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     try:
         cached = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
         missing = Folder(cached, variant).missing()
+        check_variant(repository, Folder(cached).names, variant)
         if not missing:
             return cached
     except (OSError, ValueError, CheckpointError):  # what the hub raises if nothing is there
@@ -348,13 +365,16 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     try:
         siblings = hub.HfApi().model_info(repository, revision=revision).siblings or []
         names = [entry.rfilename for entry in siblings]
+        check_variant(repository, names, variant)
         wanted = needed_files(names, variant)
         if wanted:
             return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except CheckpointError:
+        raise
     except Exception as error:  # of many kinds: no connection, no such repository, no access, a full disk
         lacks = f"its {', '.join(missing)} is neither here" if missing else "it is no file or folder here"
         raise CheckpointError(
-            f"'{repository}': {lacks} nor readable from the Hugging Face hub ({_reason(error)}); check the name, go "
+            f"'{repository}': {lacks} nor readable from the Hugging Face hub ({hub_reason(error)}); check the name, go "
             f"online once, or run 'hf download {repository}' where there is a network and name the folder"
         ) from error
     files = [name for name in names if name.endswith((".safetensors", ".ckpt"))]
@@ -364,9 +384,10 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     )
 
 
-def _reason(error: Exception) -> str:
+def hub_reason(error: Exception) -> str:
+    """Why the hub gave nothing, in a few words."""
     names = {
-        "RepositoryNotFoundError": "there is no such model, or it is private",
+        "RepositoryNotFoundError": "there is no such repository, or it is private",
         "GatedRepoError": "its licence must be accepted on its page, then run 'hf auth login'",
         "RevisionNotFoundError": "there is no such revision",
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",

@@ -22,6 +22,7 @@ if not __package__:
 
 from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser, positive
+from ldm.values import argument
 
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
 
@@ -46,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=positive, default=25, help="DPM-Solver++ steps (default: %(default)s)"
     )
-    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--scale", type=argument("scale", float), default=3.0, help="guidance scale (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=argument("image_seed", int), default=0, help="default: %(default)s")
     parser.add_argument("--batch_size", type=positive, default=48, help="default: %(default)s")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/measures"), help="default: %(default)s")
     return guarded(lambda: measure(parser.parse_args(argv)))

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where there is a GPU, only the tests marked for it see it: the others compare bits."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DISABLE_MPS"] = "1"
+
+
+@pytest.fixture
+def apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch and the machine say that there is an Apple GPU, on macOS 14; nothing can be computed there."""
+    monkeypatch.delenv("DISABLE_MPS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 0)
+    )
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
 
 
 @pytest.fixture(scope="session")

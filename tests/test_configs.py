@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.training import config as training_config
 from ldm.training import trainer
-from ldm.training.command_line import parse, trainer_options
-from ldm.training.trainer import OLD_TRAINER_KEYS, Devices
+from ldm.training.callbacks import complete_lightning
+from ldm.training.command_line import OLD_TRAINER_KEYS, TRAINER_OPTIONS, parse
+from ldm.training.trainer import Devices
 from ldm.util import check_config, instantiate_from_config, skip_pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def name(path: Path) -> str:
 def command(*paths: Path, words: str = "--data_root data/concepts/bobo") -> DictConfig:
     """The checked configuration of a command line with these YAMLs."""
     merged = training_config.load_run_config(parse(words.split()), paths)
-    training_config.check_run_config(merged, [*trainer_options(), *OLD_TRAINER_KEYS])
+    training_config.check_run_config(merged, [*TRAINER_OPTIONS, *OLD_TRAINER_KEYS])
     return merged
 
 
@@ -89,7 +90,7 @@ def test_targets_accept_their_params(path: Path, at_home: None) -> None:
 @pytest.mark.parametrize("path", TRAINABLE, ids=name)
 def test_training_yamls_are_valid(path: Path, at_home: None) -> None:
     merged = command(path)
-    lightning = trainer.complete_lightning(merged.get("lightning"))
+    lightning = complete_lightning(merged.get("lightning"))
     assert trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
     assert merged.model.base_learning_rate > 0
 
@@ -142,10 +143,10 @@ def test_models_are_built(path: Path, at_home: None, clip_vit_l: Path) -> None:
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_old_yamls(path: Path, clip_vit_l: Path, at_home: None) -> None:
     merged = command(path)
-    lightning = trainer.complete_lightning(merged.lightning)
+    lightning = complete_lightning(merged.lightning)
     options = trainer.trainer_kwargs(lightning, Devices("cpu", 1), personalization=True)
     assert options["max_steps"] == merged.lightning.trainer.get("max_steps", 6100)
-    assert set(options) <= set(trainer_options())
+    assert set(options) <= set(TRAINER_OPTIONS)
     assert "logger" not in lightning
     node = merged.model.copy()
     node.params.cond_stage_config.params = node.params.cond_stage_config.get("params") or {}

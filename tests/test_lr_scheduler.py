@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from ldm.lr_scheduler import (
     LambdaLinearScheduler,
+    LambdaNamedScheduler,
     LambdaStepScheduler,
     LambdaWarmUpCosineScheduler,
     LambdaWarmUpCosineScheduler2,
@@ -80,6 +82,8 @@ def test_rates_by_steps():
         ("1e-3:x", "'1e-3:x' is no"),
         ("1e-3:100, 1e-4:50, 1e-5", "must increase"),
         ("1e-3, 1e-4:50", "must increase"),
+        ("1e-3:100, 1e-4:50", "must increase"),
+        ("1e-3:-1", "must increase"),
         ("0:10, 1e-3", "above 0"),
     ],
 )
@@ -93,3 +97,47 @@ def test_cycle_without_steps():
         LambdaWarmUpCosineScheduler(
             warm_up_steps=10, lr_min=0.2, lr_max=2.0, lr_start=0.0, max_decay_steps=-1
         )
+
+
+def named(name, **options):
+    schedule = LambdaNamedScheduler(name, warm_up_steps=10, max_decay_steps=110, **options)
+    return [schedule(n) for n in (0, 5, 10, 60, 109, 110, 500)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "factors"),
+    [
+        ("constant_with_warmup", {}, [0, 0.5, 1, 1, 1, 1, 1]),
+        ("linear", {}, [0, 0.5, 1, 0.5, 0.01, 0, 0]),
+        ("cosine", {}, [0, 0.5, 1, 0.5, 0.5 * (1 + math.cos(0.99 * math.pi)), 0, 0]),
+        (
+            "cosine_with_restarts",
+            {"num_cycles": 2},
+            [0, 0.5, 1, 1, 0.5 * (1 + math.cos(0.98 * math.pi)), 0, 0],
+        ),
+        ("polynomial", {"power": 2}, [0, 0.5, 1, 0.25, 1e-4, 0, 0]),
+    ],
+)
+def test_named_schedules(name, options, factors):
+    assert named(name, **options) == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+)
+def test_named_schedules_are_those_of_diffusers(name):
+    optimization = pytest.importorskip("diffusers.optimization")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = optimization.get_scheduler(
+        name, optimizer, num_warmup_steps=7, num_training_steps=50, num_cycles=3
+    )
+    (factor,) = theirs.lr_lambdas
+    ours = LambdaNamedScheduler(name, 7, 50, num_cycles=3)
+    assert [ours(n) for n in range(51)] == pytest.approx([factor(n) for n in range(51)], abs=1e-6)
+
+
+def test_wrong_named_schedules():
+    with pytest.raises(ConfigError, match="there is no schedule 'step'"):
+        LambdaNamedScheduler("step")
+    with pytest.raises(ConfigError, match="'linear' needs max_decay_steps"):
+        LambdaNamedScheduler("linear")

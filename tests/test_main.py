@@ -1,5 +1,9 @@
 """main.py: the names that YAMLs use, and its command line."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import main
@@ -34,3 +38,68 @@ def test_wrong_command_line(capsys):
     assert main.main(["--nonsense"]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: unknown flag --nonsense") and shown.err.count("\n") == 1
+
+
+# In a process of its own, because here everything is imported already.
+WITHOUT_TORCH = """
+import io, sys
+from contextlib import redirect_stderr, redirect_stdout
+import main
+from ldm.commands import generate
+
+def heavy():
+    return sorted({"torch", "pytorch_lightning", "lightning_fabric", "transformers"} & set(sys.modules))
+
+for line in sys.stdin.read().splitlines():
+    run = generate.main if line.startswith("generate ") else main.main
+    shown = io.StringIO()
+    with redirect_stderr(shown), redirect_stdout(io.StringIO()):
+        try:
+            code = run(line.removeprefix("generate ").split())
+        except SystemExit as ended:
+            code = ended.code
+    print(code, heavy(), shown.getvalue().strip())
+"""
+YAML = "configs/latent-diffusion/txt2img-finetune.yaml"
+ANSWERED_AT_ONCE = {
+    "--help": (0, ""),
+    "--nonsense": (2, "unknown flag --nonsense"),
+    "-t": (2, "give a YAML with --base"),
+    f"--base {YAML} -t --gpus all": (2, "--gpus 'all' is not understood"),
+    f"--base {YAML} -t --lr_scheduler step": (2, "invalid choice: 'step'"),
+    f"--base {YAML} -t --push_to_hub": (2, "give --hub_model_id OWNER/NAME"),
+    "--pretrained_model_name_or_path no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
+    f"--base {YAML} -t --num_vectors many": (2, "not a positive whole number"),
+    "--base no.yaml -t": (1, "no such YAML: 'no.yaml'"),
+    "--base {broken} -t": (1, "broken.yaml', line 2"),
+    f"--base {YAML} -t --data_root nowhere": (1, "image folder not found: nowhere"),
+    f"--base {YAML} -t --data_root configs": (1, "no images in configs"),
+    f"--base {YAML} -t --actual_resume no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
+    f"--base {YAML} -t --vae no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
+    f"--base {YAML} -t --embedding_manager_ckpt no.pt": (1, "'no.pt': it does not exist"),
+    f"--base {YAML} -t --max_steps 0": (2, "max_steps is 0"),
+    f"--base {YAML} -t model.base_learning_rate=-1": (1, "base_learning_rate is -1"),
+    "-r nowhere -t": (1, "-r 'nowhere' does not exist"),
+    "--resume_from_checkpoint nowhere -t": (1, "--resume_from_checkpoint 'nowhere' does not exist"),
+    "generate --help": (0, ""),
+}
+
+
+def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model:\n\ttarget: x\n")
+    lines = [line.format(broken=broken) for line in ANSWERED_AT_ONCE]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input="\n".join(lines),
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(lines)
+    for line, answer, (code, message) in zip(lines, answers, ANSWERED_AT_ONCE.values(), strict=True):
+        assert answer.startswith(f"{code} [] "), (line, answer)
+        assert message in answer, (line, answer)

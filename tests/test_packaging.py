@@ -115,7 +115,7 @@ def test_what_setup_installs_is_needed():
 def test_the_tests_import_only_what_dev_installs():
     allowed = imported_as([*NEEDED, *NO_DEPS, *EXTRAS["dev"]]) | {"packaging"}
     assert third_party((ROOT / "tests").rglob("*.py")) <= allowed
-    assert set(EXTRAS) == {"dev", "ui"}
+    assert set(EXTRAS) == {"dev", "ui", "notebooks", "browser"}
 
 
 def test_nothing_requires_torchvision():

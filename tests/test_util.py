@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 from torch import nn
@@ -12,6 +13,7 @@ from ldm.util import (
     ConfigError,
     UsageError,
     UserError,
+    best_device,
     check_config,
     check_integer,
     counted,
@@ -21,6 +23,7 @@ from ldm.util import (
     pretrained_wanted,
     shown,
     skip_pretrained,
+    why_no_mps,
 )
 
 
@@ -84,7 +87,7 @@ def test_all_problems_are_listed_at_once_with_their_place(child: str) -> None:
         check_config(config, "model")
     text = str(error.value)
     assert "\n" not in text
-    for part in ("model.a:", "unknown key 'x'", "model.b[0]:", "Nope", "model.c.width:", "nowhere"):
+    for part in ("model.a:", "unknown key 'x'", "model.b[0]:", "Nope", "model.c.params.width:", "nowhere"):
         assert part in text
 
 
@@ -173,3 +176,53 @@ def test_values_are_shown_short() -> None:
     assert shown(["cat"]) == "['cat']"
     assert shown("a" * 1000, 20) == "a" * 9 + "..." + "a" * 8
     assert len(shown("\n" * 10**6)) <= 60
+
+
+def test_the_device_to_compute_on(apple_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert best_device() == "mps" and why_no_mps() is None
+    monkeypatch.setenv("DISABLE_MPS", "1")
+    assert best_device() == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert best_device() == "cuda"
+
+
+class Sized:
+    def __init__(self, batch_size: int, ddconfig: Mapping[str, int] | None = None) -> None: ...
+
+
+def test_values_are_checked_with_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ldm.util, "Sized", Sized, raising=False)
+    node = {"target": "ldm.util.Sized", "params": {"batch_size": 0}}
+    with pytest.raises(ConfigError) as caught:
+        check_config(node, "data", lambda key: f" <{key}>")
+    assert str(caught.value).startswith(
+        "data.params.batch_size is 0 <data.params.batch_size>; it must be a whole"
+    )
+    with pytest.raises(ConfigError, match="^ldm.util.Sized: batch_size is 'x'; it must be a whole number"):
+        instantiate_from_config({**node, "params": {"batch_size": "x"}})
+    instantiate_from_config(
+        {"target": "ldm.util.Sized"}, batch_size=object()
+    )  # what code adds is not checked
+    with pytest.raises(
+        ConfigError, match=r"x.params.ddconfig: unknown key 'ch_mul' \(did you mean 'ch_mult'"
+    ):
+        check_config(
+            {"target": "ldm.util.Sized", "params": {"batch_size": 1, "ddconfig": {"ch_mul": 1}}}, "x"
+        )
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"target": 5}, "x.target is 5; it must be a text"),
+        ({"target": "torch.nn.Identity", "params": [1]}, r"x.params is \[1\]; it must be a mapping"),
+        ({"target": "torch.nn.Identity", "parms": {}}, "unknown key 'parms' .did you mean 'params'"),
+        (
+            {"target": "torch.nn.Identity", "params": {"unet_config": {"traget": "a.B"}}},
+            "x.params.unet_config has no target",
+        ),
+    ],
+)
+def test_nodes_that_are_none(node: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_config(node, "x")

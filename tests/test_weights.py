@@ -218,6 +218,18 @@ def test_a_model_of_the_hub_is_fetched_once(hub) -> None:
     assert made.downloads == 1
 
 
+def test_a_variant_that_is_not_there_is_an_error_before_anything_is_fetched(hub) -> None:
+    made = hub()
+    with pytest.raises(
+        CheckpointError, match="'someone/model' has no weights of the variant 'fp8'; leave --variant out"
+    ):
+        fetch("someone/model", variant="fp8")
+    assert made.downloads == 0
+    folder = fetch("someone/model", variant="fp16")
+    assert [path.name for path in Folder(folder, "fp16").weights("unet")] == [f"{BASE}.fp16.safetensors"]
+    assert fetch("someone/model", variant="fp16") == folder and made.downloads == 1
+
+
 def test_offline_it_is_said_what_is_missing(hub) -> None:
     made = hub(online=False)
     with pytest.raises(

@@ -286,18 +286,17 @@ def _tokenizer_of(ckpt: Path) -> Path | None:
 
     A model's folder as diffusers writes it has its own.
     """
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from ldm.checkpoint import config_of
     from ldm.embeddings.inspection import known_folder
+    from ldm.yaml_files import read_yaml
 
     if ckpt.is_dir():
         return ckpt / "tokenizer" if (ckpt / "tokenizer").is_dir() else None
     try:
-        node = OmegaConf.select(OmegaConf.load(config_of(str(ckpt))), "model.params.cond_stage_config")
-    except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError):
+        node = OmegaConf.select(read_yaml(config_of(str(ckpt))), "model.params.cond_stage_config")
+    except UserError:
         return None  # the report then shows token ids instead of words
     if not isinstance(node, Mapping):
         return None

@@ -18,8 +18,9 @@ from ldm.commands.base import (
     load_latent_diffusion,
     read_model_config,
 )
-from ldm.console import Parser, positive, write_line
+from ldm.console import Parser, write_line
 from ldm.util import UsageError, UserError
+from ldm.values import argument
 
 if TYPE_CHECKING:
     from ldm.evaluation.concepts import ConceptFolder
@@ -86,14 +87,17 @@ def make_parser(prog: str) -> Parser:
 def add_sampling_options(parser: argparse.ArgumentParser, samples: int, steps: int, scale: float) -> None:
     """Add the options for generating and judging images, with a command's own defaults."""
     how = parser.add_argument_group("generating")
-    how.add_argument(
-        "--samples", type=positive, default=samples, metavar="N", help="per prompt (default: %(default)s)"
-    )
-    how.add_argument("--ddim_steps", type=positive, default=steps, metavar="N", help="default: %(default)s")
-    how.add_argument("--scale", type=float, default=scale, help="guidance scale (default: %(default)s)")
+
+    def number(flag: str, kind: type, default: float, name: str, help: str = "") -> None:
+        text = f"{help} (default: %(default)s)" if help else "default: %(default)s"
+        how.add_argument(flag, type=argument(name, kind), default=default, metavar="N", help=text)
+
+    number("--samples", int, samples, "samples", "per prompt")
+    number("--ddim_steps", int, steps, "ddim_steps")
+    number("--scale", float, scale, "scale", "guidance scale")
     how.add_argument("--dpm_solver", action="store_true", help="DPM-Solver++ instead of DDIM")
-    how.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    how.add_argument("--batch_size", type=positive, default=8, metavar="N", help="default: %(default)s")
+    number("--seed", int, 42, "image_seed")
+    number("--batch_size", int, 8, "batch_size")
     how.add_argument("--precision", choices=("full", "autocast"), default="full", help="default: %(default)s")
     judging = parser.add_argument_group("judging")
     judging.add_argument(

@@ -18,8 +18,9 @@ from ldm.commands.base import (
     load_latent_diffusion,
     read_model_config,
 )
-from ldm.console import Parser, positive, share, write_line
+from ldm.console import Parser, write_line
 from ldm.util import UsageError, UserError
+from ldm.values import argument
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -157,16 +158,24 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     )
     what.add_argument(
         "--n_samples",
-        type=positive,
+        type=argument("n_samples", int),
         default=profile.n_samples,
         metavar="N",
         help="batch size, and images of --prompt per round (default: %(default)s)",
     )
     what.add_argument(
-        "--n_iter", type=positive, default=profile.n_iter, metavar="N", help="rounds (default: %(default)s)"
+        "--n_iter",
+        type=argument("n_iter", int),
+        default=profile.n_iter,
+        metavar="N",
+        help="rounds (default: %(default)s)",
     )
-    what.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's own)")
-    what.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's own)")
+    what.add_argument(
+        "--H", type=argument("height", int), metavar="PIXELS", help="height (default: the model's own)"
+    )
+    what.add_argument(
+        "--W", type=argument("width", int), metavar="PIXELS", help="width (default: the model's own)"
+    )
 
     told = parser.add_argument_group(
         "what Stable Diffusion XL is told",
@@ -185,7 +194,11 @@ def make_parser(profile: Profile, prog: str) -> Parser:
 
     how = parser.add_argument_group("sampling")
     how.add_argument(
-        "--ddim_steps", type=positive, default=profile.steps, metavar="N", help="default: %(default)s"
+        "--ddim_steps",
+        type=argument("ddim_steps", int),
+        default=profile.steps,
+        metavar="N",
+        help="default: %(default)s",
     )
     sampler = how.add_mutually_exclusive_group()
     sampler.add_argument("--plms", action="store_true", help="PLMS instead of DDIM")
@@ -193,12 +206,19 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         "--dpm_solver", action="store_true", help="DPM-Solver++ instead of DDIM; 20 steps are enough"
     )
     how.add_argument(
-        "--ddim_eta", type=share, default=0.0, metavar="ETA", help="noise of DDIM, 0 (default) to 1"
+        "--ddim_eta",
+        type=argument("ddim_eta", float),
+        default=0.0,
+        metavar="ETA",
+        help="noise of DDIM, 0 (default) to 1",
     )
     how.add_argument(
-        "--scale", type=float, default=profile.scale, help="guidance scale (default: %(default)s)"
+        "--scale",
+        type=argument("scale", float),
+        default=profile.scale,
+        help="guidance scale (default: %(default)s)",
     )
-    how.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    how.add_argument("--seed", type=argument("image_seed", int), default=42, help="default: %(default)s")
     how.add_argument("--fixed_code", action="store_true", help="use the same initial noise in every round")
 
     out = parser.add_argument_group("files")
@@ -207,7 +227,10 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     out.add_argument("--skip_save", action="store_true", help="do not save single images")
     out.add_argument("--skip_grid", action="store_true", help="do not save a grid")
     out.add_argument(
-        "--n_rows", type=positive, metavar="N", help="images in a row of the grid (default: n_samples)"
+        "--n_rows",
+        type=argument("n_rows", int),
+        metavar="N",
+        help="images in a row of the grid (default: n_samples)",
     )
     return parser
 
@@ -279,6 +302,7 @@ def load(
     Everything about files and words is checked before the model is read, the token limit afterwards.
     """
     from ldm.generate.embeddings import load_embeddings
+    from ldm.generate.images import check_fits
     from ldm.generate.session import resolve, warn_truncated
     from ldm.util import get_obj_from_str
 
@@ -286,6 +310,7 @@ def load(
     kind = get_obj_from_str(config["model"]["target"])
     if hasattr(kind, "check_sizes"):
         kind.check_sizes(sizes_of(options))
+    check_fits(config, options.ddim_steps, options.H, options.W)
     found = resolve(
         config,
         lines or ([options.prompt] if options.prompt else []),

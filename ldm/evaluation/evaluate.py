@@ -53,7 +53,17 @@ class Sampling:
     precision: str = "full"
 
     def __post_init__(self) -> None:
-        check_settings(self.steps, 0.0, self.sampler, None, None, self.batch_size, self.precision)
+        check_settings(
+            self.steps,
+            0.0,
+            self.sampler,
+            None,
+            None,
+            self.batch_size,
+            self.precision,
+            self.scale,
+            self.seed,
+        )
 
     def draw(
         self,

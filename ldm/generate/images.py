@@ -26,9 +26,9 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
-from ldm.models.diffusion.steps import check_eta, check_steps
+from ldm.models.diffusion.steps import check_steps
 from ldm.modules.diffusionmodules.openaimodel import Downsample
-from ldm.util import UserError, evaluating
+from ldm.util import UserError, check_value, evaluating
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -88,7 +88,7 @@ def generate(
         OutputError: the model's output is not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    check_settings(steps, eta, sampler, height, width, batch_size, precision)
+    check_settings(steps, eta, sampler, height, width, batch_size, precision, scale, seed)
     shape = latent_shape(model, height, width)
     pixels_each = downsampling_factor(model)
     size = shape[1] * pixels_each, shape[2] * pixels_each
@@ -172,10 +172,17 @@ def check_settings(
     width: int | None,
     batch_size: int,
     precision: str,
+    scale: float = 1.0,
+    seed: int = 0,
 ) -> None:
     """Raise UserError for a setting of `generate` that is wrong for every model."""
-    check_steps(steps)
-    check_eta(eta)
+    check_value("the number of sampling steps", steps, "steps", int)
+    check_value("eta", eta, "eta", float)
+    check_value("the guidance scale", scale, "scale", float)
+    check_value("the seed", seed, "image_seed", int)
+    check_value("height", height, "height", int | None)
+    check_value("width", width, "width", int | None)
+    check_value("the batch size", batch_size, "batch_size", int)
     if sampler not in SAMPLERS:
         raise UserError(f'unknown sampler "{sampler}"; choose one of {", ".join(SAMPLERS)}')
     if eta != 0.0 and sampler != "ddim":
@@ -184,9 +191,35 @@ def check_settings(
         )
     if precision not in PRECISIONS:
         raise UserError(f'unknown precision "{precision}"; choose one of {", ".join(PRECISIONS)}')
-    for name, value in (("height", height), ("width", width), ("batch size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"the {name} is {value}; it must be at least 1")
+
+
+def check_fits(config: Mapping[str, Any], steps: int, height: int | None, width: int | None) -> None:
+    """Raise UserError for steps or a size that the model of a YAML cannot have, before the model is read.
+
+    What a model of other classes can have is found when it generates.
+    """
+    check_steps(steps, (config["model"].get("params") or {}).get("timesteps") or 1000)
+    if multiple := size_multiple(config):
+        _check_multiple(multiple, height, width)
+
+
+def size_multiple(config: Mapping[str, Any]) -> int | None:
+    """What the sides of images are multiples of, in pixels, by the YAML of a model; None if it does not say so."""
+    params = config["model"].get("params") or {}
+    first, denoiser = (
+        (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
+    )
+    levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
+    return 2 ** sum(len(level) - 1 for level in levels) if all(levels) else None
+
+
+def _check_multiple(multiple: int, height: int | None, width: int | None) -> None:
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < 1 or value % multiple):
+            nearest = max(round(value / multiple), 1) * multiple
+            raise UserError(
+                f"{name} {value} is not a multiple of {multiple}, which this model needs; try {nearest}"
+            )
 
 
 def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -200,12 +233,7 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
     own_height, own_width = (own, own) if isinstance(own, int) else own
     # Each Downsample of the denoiser halves the latent again; its skip connections need an even size.
     multiple = factor * 2 ** sum(isinstance(module, Downsample) for module in model.model.modules())
-    for name, value in (("height", height), ("width", width)):
-        if value is not None and (value < 1 or value % multiple):
-            nearest = max(round(value / multiple), 1) * multiple
-            raise UserError(
-                f"{name} {value} is not a multiple of {multiple}, which this model needs; try {nearest}"
-            )
+    _check_multiple(multiple, height, width)
     return (
         model.channels,
         own_height if height is None else height // factor,
@@ -269,12 +297,18 @@ class ImageFolder:
         return save_image(image, path)
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
+def save_image(image: Image.Image, path: str | Path) -> Path:
     """Write an image atomically, in the format of the path's suffix; JPEG at high quality.
 
     The settings of a generated image are written into the file, where AUTOMATIC1111 writes them: a text of a PNG, the
     EXIF comment of a JPEG.
+
+    Raises:
+        UserError: the suffix is neither .png nor .jpg, or the file cannot be written.
     """
+    path = Path(path)
+    if path.suffix[1:] not in FORMATS:
+        raise UserError(f"'{path}' does not end in .png or .jpg; images are written in these formats")
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
     text = image.info.get(PARAMETERS)
     if text and path.suffix == ".jpg":

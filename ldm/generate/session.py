@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from ldm.generate.embeddings import (
 from ldm.generate.images import OutputError, generate
 from ldm.generate.prompt_syntax import check_token_limit, parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, get_obj_from_str
+from ldm.util import UserError, best_device, check_integer, free_memory, get_obj_from_str
 from ldm.words import pattern
 from ldm.yaml_files import in_checkout
 
@@ -162,7 +163,11 @@ def load_latent_diffusion(
     Raises:
         UserError: the checkpoint does not fit, or it is not a LatentDiffusion.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"the device '{device}' is not usable here; leave it out, or choose cpu") from error
     half = torch.float16 if precision == "autocast" and device != "cpu" else None
     model = load_model_from_config(config, ckpt, device, vae=vae, half=half)
     if not isinstance(model, LatentDiffusion):
@@ -249,13 +254,18 @@ class Session:
         Args:
             prompts: by default "a photo of" the first word.
             words: embedding files of any tool, or vectors (`ldm.embeddings.LearnedEmbeddings`).
-            settings: those of `ldm.generate.images.generate`: steps, scale, sampler, seed, height, width, ...
+            settings: those of `ldm.generate.images.generate`: steps, scale, sampler, seed, height, width, progress, ...
 
         Raises:
             UserError: a word, a setting or the size does not fit.
         """
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        several = [words] if isinstance(words, (str, Path, LearnedEmbeddings)) else list(words)
+        known = inspect.signature(generate).parameters
+        if unknown := sorted(settings.keys() - known.keys()):
+            names = ", ".join(list(known)[2:])
+            raise UserError(f"generate has no setting '{unknown[0]}'; it has {names}")
+        check_integer(count, "count")
+        given = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        several = [words] if isinstance(words, (str, Path, LearnedEmbeddings)) else list(words or ())
         resolved = resolve(self.config, given, negative_prompt, several, syntax=prompt_syntax)
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
@@ -305,9 +315,12 @@ def text_to_image(
     Raises:
         UserError: a word, a setting, the size or the model does not fit.
     """
-    several = list(words) if isinstance(words, Sequence) and not isinstance(words, str) else [words]
-    # A concept has a file and vectors; the file's hash is part of the settings.
-    held: list[Any] = [getattr(word, "path", None) or getattr(word, "embeddings", word) for word in several]
+    several = (
+        list(words or ())
+        if words is None or not isinstance(words, (str, Path)) and isinstance(words, Iterable)
+        else [words]
+    )
+    held = [_file_or_vectors(word) for word in several]
     if not isinstance(model, Session):
         path = checkpoint_of(model)
         changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0  # 0 of a hub id
@@ -319,8 +332,22 @@ def text_to_image(
     return model.generate(prompts, words=held, **settings)
 
 
+def _file_or_vectors(word: Any) -> Words:
+    """The file of a concept, whose hash is part of the settings, or its vectors if they are no longer in that file."""
+    path, held = getattr(word, "path", None), getattr(word, "embeddings", word)
+    if path is None or not isinstance(held, LearnedEmbeddings):
+        return held
+    try:
+        there = read(path).concepts
+    except UserError:
+        return held
+    same = [one.trigger for one in there] == [one.trigger for one in held.concepts] and all(
+        torch.equal(one.vectors, other.vectors) for one, other in zip(there, held.concepts, strict=True)
+    )
+    return path if same else held
+
+
 def release() -> None:
     """Free the model that `text_to_image` keeps."""
     _loaded.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,13 @@ def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
         with _translating("first stage"):
             settings = vae_settings(first_stage["ddconfig"], float(model.scale_factor))
             vae = _filled(diffusers.AutoencoderKL, settings, weights["vae"])
-        towers = encoder.towers if isinstance(encoder, FrozenSDXLEmbedder) else (encoder,)
         parts: dict[str, Any] = {
             "unet": unet,
             "vae": vae,
             "scheduler": _scheduler(diffusers.DDIMScheduler, model),
         }
         with _translating("text encoder"):
-            for tower, end in zip(towers, ENDS, strict=False):
+            for tower, end in zip(_towers(encoder), ENDS, strict=False):
                 parts[f"text_encoder{end}"] = _text_encoder(tower, weights[f"text_encoder{end}"])
                 parts[f"tokenizer{end}"] = _tokenizer(tower)
     if family == "sdxl":
@@ -101,27 +100,43 @@ def add_words(pipeline: Any, words: Mapping[str, Tensor]) -> None:
 
     Raises UserError for a word that is in the vocabulary already, as `*` is.
     """
-    towers = [end for end in ENDS if getattr(pipeline, f"text_encoder{end}", None) is not None]
-    tokenizers = [getattr(pipeline, f"tokenizer{end}") for end in towers]
-    encoders = [getattr(pipeline, f"text_encoder{end}") for end in towers]
+    ends = [end for end in ENDS if getattr(pipeline, f"text_encoder{end}", None) is not None]
+    encoders = [getattr(pipeline, f"text_encoder{end}") for end in ends]
     tables = [encoder.get_input_embeddings() for encoder in encoders]
+    tokenizers = [getattr(pipeline, f"tokenizer{end}") for end in ends]
     for tokenizer, table in zip(tokenizers, tables, strict=True):
-        if len(tokenizer) != table.num_embeddings:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} words and the text encoder {table.num_embeddings}: diffusers "
-                "cannot add words; export without --embedding_path"
-            )
-    known, widths = tokenizers[0].get_vocab(), [table.embedding_dim for table in tables]
+        _check_words(words, tokenizer, table.num_embeddings)
     for word, vectors in words.items():
+        parts = vectors.detach().cpu().float().split([table.embedding_dim for table in tables], dim=1)
+        for tokenizer, encoder, part in zip(tokenizers, encoders, parts, strict=True):
+            with _translating(f"word '{word}'"):
+                pipeline.load_textual_inversion({word: part}, tokenizer=tokenizer, text_encoder=encoder)
+
+
+def check_supported(model: nn.Module, words: Iterable[str]) -> None:
+    """Raise UserError for a model that `to_pipeline` cannot convert, or for words that `add_words` cannot add."""
+    for tower in _towers(_supported(model)[1]):
+        _check_words(words, tower.tokenizer, tower.token_embedding.num_embeddings)
+
+
+def _check_words(words: Iterable[str], tokenizer: Any, rows: int) -> None:
+    if len(tokenizer) != rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} words and the text encoder {rows}: diffusers cannot "
+            "add words; export without --embedding_path"
+        )
+    known = tokenizer.get_vocab()
+    for word in words:
         if word in known or f"{word}_1" in known:
             raise UserError(
                 f"'{word}' is a word of the tokenizer already, and diffusers cannot replace it; give it another "
                 f"name, for example with --rename '{word}=<my-cat>'"
             )
-        parts = vectors.detach().cpu().float().split(widths, dim=1)
-        for tokenizer, encoder, part in zip(tokenizers, encoders, parts, strict=True):
-            with _translating(f"word '{word}'"):
-                pipeline.load_textual_inversion({word: part}, tokenizer=tokenizer, text_encoder=encoder)
+
+
+def _towers(encoder: Any) -> tuple[Any, ...]:
+    """The text towers of an encoder, in the order of `ENDS`."""
+    return encoder.towers if isinstance(encoder, FrozenSDXLEmbedder) else (encoder,)
 
 
 @torch.no_grad()

@@ -29,7 +29,12 @@ def build_optimizer(
         ConfigError: a class does not exist, or does not accept its parameters.
     """
     node: Mapping[str, Any] = optimizer_config or ADAMW
-    options = dict(node.get("params") or {})
+    # Plain values: they are saved with the state of the optimizer.
+    # Tuples for a YAML's lists: settings are saved with the state of the optimizer, which is read without its classes.
+    options = {
+        key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for key, value in (node.get("params") or {}).items()
+    }
     try:
         optimizer = get_obj_from_str(node["target"])(list(groups), lr=learning_rate, **options)
     except TypeError as error:

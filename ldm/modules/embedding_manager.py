@@ -59,8 +59,8 @@ class EmbeddingManager(nn.Module, Personalization):
     def __init__(
         self,
         embedder: TextEncoder,
-        placeholder_strings: Sequence[str] | None = None,
-        initializer_words: Sequence[str | None] | None = None,
+        placeholder_strings: str | Sequence[str] | None = None,
+        initializer_words: str | Sequence[str | None] | None = None,
         per_image_tokens: bool = False,
         num_vectors_per_token: int | Sequence[int] | Mapping[str, int] = 1,
         progressive_words: bool = False,
@@ -219,10 +219,11 @@ class EmbeddingManager(nn.Module, Personalization):
             raise UserError(f"initializer word '{word}' has no tokens; choose another word")
         if len(tokens) > count:
             logger.warning(
-                "initializer '%s' is %d tokens for %d vectors: not all of them are used",
+                "initializer '%s' is %d tokens for %d vector%s: not all of them are used",
                 word,
                 len(tokens),
                 count,
+                "s" * (count > 1),
             )
         return tokens
 

@@ -1,4 +1,4 @@
-// Ctrl+Enter generates from anywhere in the tab; a small preview in the strip sets the slider to its step.
+// Ctrl+Enter generates from anywhere in the tab.
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
   const button = document.querySelector("#generate-button");
@@ -7,4 +7,13 @@ document.addEventListener("keydown", (event) => {
     document.activeElement?.dispatchEvent(new Event("change", { bubbles: true }));
     setTimeout(() => button.click(), 50);
   }
+});
+// A click on a small preview sets the slider to its place.
+document.addEventListener("click", (event) => {
+  const small = event.target.closest?.(".strip img");
+  const slider = document.querySelector("#preview input[type=range]");
+  if (!small || !slider) return;
+  slider.value = small.dataset.number;
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+  slider.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
 });

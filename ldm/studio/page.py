@@ -135,11 +135,14 @@ def _train_tab(service: Service) -> Any:
                     )
                     template_file = gr.Textbox(label="Template file", info="one caption per line, {} is the word")
                     seed = gr.Textbox(label="Seed", info="empty: 23", min_width=70)
-                settings = gr.Textbox(label="Further settings", info="model.params.key=value data.params.key=value ...")
+                settings = gr.Textbox(
+                    label="Further settings", info="model.params.key=value data.params.key=value ...",
+                    elem_id="settings",
+                )
                 whole = gr.Code(label="All settings (YAML)", language="yaml", lines=6, max_lines=14, interactive=True)
                 merge = gr.Button("Show all settings, to edit them", size="sm")
             command = gr.Textbox(
-                label="The command that will run", lines=3, max_lines=3, interactive=False, buttons=["copy"],
+                label="The command that will run", lines=5, max_lines=5, interactive=False, buttons=["copy"],
                 elem_id="command",
             )
             result = gr.HTML(padding=False, elem_id="check-result")
@@ -177,7 +180,11 @@ def _train_tab(service: Service) -> Any:
     def take(files: list[str] | None, word: str) -> Any:
         if not files:
             return gr.skip(), gr.skip()
-        path, refused = work.take_images(word, files)
+        try:
+            path, refused = work.take_images(word, files)
+        except UserError as error:
+            gr.Warning(str(error), duration=12)
+            return gr.skip(), None
         if refused:
             gr.Warning("; ".join(refused)[:400], duration=12)
         return work.shown(path), None
@@ -202,7 +209,7 @@ def _train_tab(service: Service) -> Any:
             f"{job.title} is in the queue and starts as soon as {job.device} is free", "good"
         )
 
-    upload.upload(or_line(take), [upload, placeholder], [folder, upload], show_progress="minimal")
+    upload.upload(take, [upload, placeholder], [folder, upload], show_progress="minimal")
     folder.change(
         show_images, folder, [shown, found, captions], show_progress="hidden", trigger_mode="always_last"
     )
@@ -261,26 +268,27 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
         with gr.Column(scale=4, min_width=380):
             table = gr.Dataframe(
                 headers=["state", "word", "step", "time", "run"], datatype="str", type="array", interactive=False,
-                max_height=330, column_widths=["76px", "72px", "70px", "84px", "auto"], elem_id="runs-table",
+                max_height=330, column_widths=["98px", "72px", "80px", "98px", "120px"], elem_id="runs-table",
                 show_label=False, buttons=[], wrap=False,
             )
             compare = gr.Dropdown(
                 [], value=[], multiselect=True, label="Compare with", info="its curves and previews beside"
             )
-            queue = gr.Dataframe(
-                headers=["state", "word", "device", "message", "id"], datatype="str", type="array", interactive=False,
-                max_height=150, label="Queue", elem_id="queue-table", buttons=[], wrap=True,
-            )
-            with gr.Row():
-                job = gr.Dropdown([], label="Queued run", show_label=False, container=False, scale=3)
-                earlier = gr.Button("Earlier", size="sm", min_width=60)
-                later = gr.Button("Later", size="sm", min_width=60)
-                remove = gr.Button("Remove", size="sm", min_width=70, elem_id="remove")
+            with gr.Column(visible=False, elem_id="queue") as queued:
+                queue = gr.Dataframe(
+                    headers=["state", "word", "device", "message", "id"], datatype="str", type="array",
+                    interactive=False, max_height=150, label="Queue", elem_id="queue-table", buttons=[], wrap=True,
+                )
+                with gr.Row(elem_classes="line-of-buttons"):
+                    job = gr.Dropdown([], label="Queued run", show_label=False, container=False, scale=3)
+                    earlier = gr.Button("Earlier", size="sm", min_width=60)
+                    later = gr.Button("Later", size="sm", min_width=60)
+                    remove = gr.Button("Remove", size="sm", min_width=70, elem_id="remove")
         with gr.Column(scale=6, min_width=480):
             head = gr.HTML(
                 views.message("no runs yet: start one in Train, or with main.py"), elem_id="run-head"
             )
-            with gr.Row():
+            with gr.Row(elem_classes="line-of-buttons"):
                 stop = gr.Button("Stop (saves)", size="sm", elem_id="stop", min_width=90)
                 resume = gr.Button("Continue", size="sm", elem_id="continue", min_width=90)
                 until = gr.Textbox(
@@ -292,7 +300,7 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
             place = gr.Slider(
                 0, 1, 0, step=1, label="Preview", info="step through the previews", elem_id="preview"
             )
-            with gr.Row():
+            with gr.Row(elem_classes="line-of-buttons"):
                 kept_as = gr.Textbox(
                     show_label=False, container=False, placeholder="word of the concept (as it is)", scale=3
                 )
@@ -300,7 +308,7 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
             with gr.Accordion("Log", open=False):
                 log = gr.Textbox(lines=10, max_lines=10, show_label=False, interactive=False, elem_id="log")
 
-    outputs = [table, queue, job, compare]
+    outputs = [table, queued, queue, job, compare]
     details = [head, curves, previews, place, log]
 
     def refresh() -> Any:
@@ -309,7 +317,8 @@ def _runs_tab(service: Service) -> tuple[Callable[..., Any], list[Any], Any]:
         jobs = [one for one in service.queue.jobs() if one.folder is None or one.state != "running"]
         waiting = [(f"{one.title} ({one.id})", one.id) for one in jobs]
         names = [run.folder.name for run in runs]
-        return rows, [views.job_row(one) for one in jobs], gr.Dropdown(waiting), gr.Dropdown(names)
+        shown = gr.Column(visible=bool(jobs))
+        return rows, shown, [views.job_row(one) for one in jobs], gr.Dropdown(waiting), gr.Dropdown(names)
 
     def detail(name: str, others: list[str], number: float | None, choose_place: bool = False) -> Any:
         if not name:

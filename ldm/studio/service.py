@@ -30,9 +30,9 @@ from ldm.studio.workspace import Finding, Workspace, check_upload, check_yaml, f
 from ldm.training.inversion import Inversion
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import existing_run_folder
-from ldm.util import UserError
+from ldm.util import UserError, best_device, free_memory
 from ldm.words import check_word, file_stem
-from ldm.yaml_files import in_checkout, read_yaml
+from ldm.yaml_files import in_checkout, parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -147,16 +147,9 @@ class Service:
 
     def _own_yaml(self, text: str) -> str:
         """A YAML that was edited on the page, in a file."""
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" in line {mark.line + 1}" if mark else ""
-            raise UserError(
-                f"the settings are not a valid YAML{where}: {str(error).splitlines()[0]}"
-            ) from error
-        if not isinstance(content, dict):
-            raise UserError("the settings must hold model:, data: and lightning:")
+        from omegaconf import OmegaConf
+
+        content = OmegaConf.to_container(parse_yaml(text, "the YAML of the page"), resolve=False)
         if self.workspace.confined:
             check_yaml(content, self.workspace)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -328,11 +321,8 @@ class Service:
         self._session, self._named = None, ()
         import gc
 
-        import torch
-
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def generate(
         self,
@@ -516,9 +506,8 @@ class Service:
 
 def device() -> str:
     """The device that a run of the page takes."""
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    best = best_device()
+    return "cuda:0" if best == "cuda" else best
 
 
 def _sampling(form: dict[str, Any]) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             table = gr.Dataframe(
                 headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
                 max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
-                column_widths=["90px", "60px", "60px", "170px", "auto"],
+                column_widths=["96px", "76px", "64px", "150px", "200px"],
             )
             problems = gr.HTML(padding=False)
             upload = gr.File(

@@ -123,6 +123,10 @@ def _panel(title: str, series: Sequence[tuple[str, Sequence[tuple[int, float]]]]
         f"<title>{escape(name)}: {values[-1][1]:.4g} at step {values[-1][0]}</title></polyline>"
         for number, (name, values) in enumerate(series)
     )
+    for number, (_, values) in enumerate(series):
+        if len(values) == 1:  # a line of one point would not be seen
+            x, y = place(*values[0]).split(",")
+            lines += f'<circle class="c{number % 6}" cx="{x}" cy="{y}" r="2.5"/>'
     now = f" {series[0][1][-1][1]:.4g}" if len(series) == 1 else ""
     return (
         f'<figure><figcaption>{escape(title)}<b>{now}</b></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -160,11 +164,12 @@ def preview(runs: Sequence[RunRecord], number: int) -> str:
 
 
 def strip(run: RunRecord, most: int = 12) -> str:
-    """Small previews over time."""
-    found = list(_thinned([(step, 0.0) for step, _ in run.previews()], most))
+    """Small previews over time; a click on one shows it (see page.js)."""
+    found = _thinned([(number, step) for number, (step, _) in enumerate(run.previews())], most)
     cells = "".join(
-        f'<img src="view/run/{quote(run.folder.name)}/{step}" title="step {step}" alt="step {step}">'
-        for step, _ in found
+        f'<img src="view/run/{quote(run.folder.name)}/{step}" data-number="{number}" title="step {step}" '
+        f'alt="step {step}">'
+        for number, step in found
     )
     return f'<div class="strip">{cells}</div>'
 

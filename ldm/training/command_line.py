@@ -4,128 +4,68 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from pytorch_lightning import Trainer
-
-from ldm.console import Parser, boolean, positive
-from ldm.training.trainer import OLD_TRAINER_KEYS
+from ldm.console import Parser
+from ldm.training import flags
 from ldm.util import UsageError
 from ldm.yaml_files import is_number, yaml_value
 
-PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
-
-# Flags of other tools that are not accepted -> what to do instead.
-ELSEWHERE = {
-    "--adam_beta1": "the optimizer is set in the YAML's model node",
-    "--adam_beta2": "the optimizer is set in the YAML's model node",
-    "--adam_epsilon": "the optimizer is set in the YAML's model node",
-    "--adam_weight_decay": "the optimizer is set in the YAML's model node",
-    "--allow_tf32": "set it with torch.set_float32_matmul_precision",
-    "--checkpoints_total_limit": "last.ckpt is replaced each time; embeddings_gs-N.pt are a few KB each",
-    "--enable_xformers_memory_efficient_attention": "attention already uses torch's fused kernels",
-    "--hub_model_id": "upload the .safetensors file yourself",
-    "--hub_token": "upload the .safetensors file yourself",
-    "--logging_dir": "logs are in the run folder; --logdir moves it",
-    "--lr_scheduler": "give model.params.scheduler_config in the YAML, see ldm.lr_scheduler",
-    "--lr_warmup_steps": "give model.params.scheduler_config in the YAML, see ldm.lr_scheduler",
-    "--no_safe_serialization": "the .pt file is always written beside the .safetensors",
-    "--optimizer_type": "the optimizer is set in the YAML's model node",
-    "--push_to_hub": "upload the .safetensors file yourself",
-    "--report_to": "CSV and TensorBoard logs are written; set another logger as lightning.logger in the YAML",
-    "--revision": "--actual_resume names a checkpoint file",
-    "--save_as_full_pipeline": "the frozen model is not saved",
-    "--tokenizer_name": "model.params.cond_stage_config.params.version=NAME",
-    "--variant": "--actual_resume names a checkpoint file",
+# Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
+OLD_TRAINER_KEYS: dict[str, str | None] = {
+    "gpus": "gpus",
+    "num_processes": "devices",
+    "nb_gpu_nodes": "num_nodes",
+    "distributed_backend": "strategy",
+    "replace_sampler_ddp": "use_distributed_sampler",
+    "checkpoint_callback": "enable_checkpointing",
+    "weights_summary": "enable_model_summary",
+    "progress_bar_refresh_rate": "enable_progress_bar",
+    "show_progress_bar": "enable_progress_bar",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
+    "row_log_interval": "log_every_n_steps",
+    "add_row_log_interval": "log_every_n_steps",
+    "max_nb_epochs": "max_epochs",
+    "min_nb_epochs": "min_epochs",
+    "nb_sanity_val_steps": "num_sanity_val_steps",
+    "train_percent_check": "limit_train_batches",
+    "val_percent_check": "limit_val_batches",
+    "test_percent_check": "limit_test_batches",
+    "overfit_pct": "overfit_batches",
+    "gradient_clip": "gradient_clip_val",
+    "use_amp": "precision",
+    "resume_from_checkpoint": None,
+    "terminate_on_nan": None,
+    "print_nan_grads": None,
+    "flush_logs_every_n_steps": None,
+    "log_save_interval": None,
+    "auto_select_gpus": None,
+    "auto_scale_batch_size": None,
+    "auto_lr_find": None,
+    "amp_backend": None,
+    "amp_level": None,
+    "prepare_data_per_node": None,
+    "track_grad_norm": None,
+    "move_metrics_to_cpu": None,
+    "log_gpu_memory": None,
+    "stochastic_weight_avg": None,
+    "process_position": None,
+    "truncated_bptt_steps": None,
+    "multiple_trainloader_mode": None,
+    "automatic_optimization": None,
+    "enable_pl_optimizer": None,
+    "early_stop_callback": None,
+    "progress_bar_callback": None,
+    "training_tqdm_dict": None,
+    "weights_save_path": None,
+    "default_save_path": None,
+    "tpu_cores": None,
+    "num_tpu_cores": None,
+    "ipus": None,
+    "hpus": None,
 }
-
-
-def add_flag_aliases(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of other tools; `alias_overrides` has the YAML keys that some of them set."""
-
-    def alias(*flags: str, dest: str, **kwargs: Any) -> None:
-        group.add_argument(*flags, dest=dest, default=argparse.SUPPRESS, **kwargs)
-
-    alias("--train_data_dir", dest="data_root", metavar="FOLDER", help="--data_root")
-    alias("--pretrained_model_name_or_path", dest="actual_resume", metavar="CKPT", help="--actual_resume")
-    alias("--placeholder_token", "--token_string", dest="placeholder_string", help="--placeholder_string")
-    alias("--initializer_token", dest="init_word", help="--init_word")
-    alias("--weights", dest="embedding_manager_ckpt", metavar="FILE", help="--embedding_manager_ckpt")
-    alias("--output_dir", dest="logdir", metavar="FOLDER", help="--logdir")
-    alias("--output_name", dest="name", help="--name")
-    alias(
-        "--resume_from_checkpoint",
-        dest="resume",
-        metavar="LOGDIR",
-        help='--resume; "latest" is the newest run',
-    )
-
-    def setting(*flags: str, help: str, **kwargs: Any) -> None:
-        group.add_argument(*flags, default=None, help=help, **kwargs)
-
-    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
-    setting("--num_vectors", "--num_vectors_per_token", type=positive, help="num_vectors_per_token")
-    setting("--learning_rate", type=float, help="base_learning_rate, with --scale_lr false unless given")
-    setting("--train_batch_size", type=positive, help="data.params.batch_size")
-    setting("--dataloader_num_workers", type=int, help="data.params.num_workers")
-    setting("--max_train_steps", type=positive, help="--max_steps")
-    setting("--num_train_epochs", type=positive, help="--max_epochs")
-    setting("--gradient_accumulation_steps", type=positive, help="--accumulate_grad_batches")
-    setting("--mixed_precision", choices=sorted(PRECISIONS), help="--precision")
-    setting("--resolution", type=positive, help="size of the training images")
-    setting("--repeats", type=positive, help="repeats of the training images")
-    setting("--center_crop", **switch, help="center_crop of the training images")
-    setting("--learnable_property", choices=["object", "style"], help="the dataset's templates")
-    setting("--gradient_checkpointing", **switch, help="use_checkpoint of the UNet")
-    setting("--save_steps", type=positive, help="steps between embeddings_gs-N.pt")
-    setting("--checkpointing_steps", type=positive, help="steps between last.ckpt")
-    setting("--validation_steps", type=positive, help="steps between previews")
-    setting("--validation_prompt", metavar="TEXT", help="prompt of the previews")
-    setting("--num_validation_images", type=positive, help="images_per_prompt of the previews")
-
-
-def alias_overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The dotted YAML keys and values that the given aliases set."""
-    train, validation = "data.params.train", "data.params.validation"
-    previews = "lightning.callbacks.image_logger.params"
-    style = {"object": "ldm.data.personalized", "style": "ldm.data.personalized_style"}
-    places = {
-        "num_vectors": ["model.params.personalization_config.params.num_vectors_per_token"],
-        "learning_rate": ["model.base_learning_rate"],
-        "train_batch_size": ["data.params.batch_size"],
-        "dataloader_num_workers": ["data.params.num_workers"],
-        "max_train_steps": ["lightning.trainer.max_steps"],
-        "num_train_epochs": ["lightning.trainer.max_epochs"],
-        "gradient_accumulation_steps": ["lightning.trainer.accumulate_grad_batches"],
-        "mixed_precision": ["lightning.trainer.precision"],
-        "resolution": [f"{train}.params.size", f"{validation}.params.size"],
-        "repeats": [f"{train}.params.repeats"],
-        "center_crop": [f"{train}.params.center_crop", f"{validation}.params.center_crop"],
-        "learnable_property": [f"{train}.target", f"{validation}.target"],
-        "gradient_checkpointing": ["model.params.unet_config.params.use_checkpoint"],
-        "save_steps": ["lightning.callbacks.embedding_saver.params.every_n_train_steps"],
-        "checkpointing_steps": ["lightning.modelcheckpoint.params.every_n_train_steps"],
-        "validation_steps": [f"{previews}.batch_frequency"],
-        "validation_prompt": [f"{previews}.prompts"],
-        "num_validation_images": [f"{previews}.images_per_prompt"],
-    }
-    found: dict[str, Any] = {}
-    for flag, keys in places.items():
-        value = getattr(options, flag, None)
-        if value is None:
-            continue
-        if flag == "mixed_precision":
-            value = PRECISIONS[value]
-        elif flag == "learnable_property":
-            value = f"{style[value]}.PersonalizedBase"
-        elif flag == "validation_prompt":
-            value = [value]
-        found.update(dict.fromkeys(keys, value))
-    return found
-
 
 # Top-level keys of a YAML beside model, data and lightning; flags of the same names replace them.
 RUN_KEYS = (
@@ -137,20 +77,32 @@ RUN_KEYS = (
     "init_word",
     "seed",
     "scale_lr",
+    "revision",
+    "variant",
+    "allow_tf32",
 )
 # A dotted key, or one of RUN_KEYS, followed by "=".
 OVERRIDE = re.compile(rf"(--)?((model|data|lightning)\.[\w.\[\]-]+|{'|'.join(RUN_KEYS)})=")
 
 
-def trainer_options() -> list[str]:
-    """The argument names of Lightning's Trainer."""
-    return list(inspect.signature(Trainer).parameters)
+# The arguments of Lightning's Trainer; the class itself takes seconds to import.
+_TRAINER = """
+    accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs max_steps
+    min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches overfit_batches
+    val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing
+    enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm
+    deterministic benchmark inference_mode use_distributed_sampler profiler detect_anomaly barebones plugins
+    sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir enable_autolog_hparams model_registry
+"""
+TRAINER_OPTIONS = tuple(_TRAINER.split())
 
 
 def make_parser(prog: str = "main.py") -> Parser:
     """The parser for all flags except the options of Lightning's Trainer."""
     parser = Parser(
         prog=prog,
+        usage="%(prog)s --base YAML [YAML ...] -t [flags] [model.params.KEY=VALUE ...]\n"
+        "       %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
         description="Learn the vectors of a new word from a few images, or train a model from a YAML.",
         epilog="A dotted override sets any key of the YAMLs, such as model.base_learning_rate=1e-3; a flag sets any "
         "option of Lightning's Trainer, such as --max_steps 500. "
@@ -158,31 +110,53 @@ def make_parser(prog: str = "main.py") -> Parser:
         "last two everything is saved and -r LOGDIR resumes the run. SIGUSR1 saves and continues.",
         allow_abbrev=False,
     )
-    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True}
     run = parser.add_argument_group("the run")
-    run.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="merged from left to right")
     run.add_argument(
-        "-t", "--train", default=False, **switch, help="train; without it the configuration is only checked"
+        "-b",
+        "--base",
+        nargs="*",
+        default=[],
+        metavar="YAML",
+        help="merged from left to right (default: that of the model)",
     )
     run.add_argument(
-        "--no-test", default=False, **switch, help="do not run the test loop of a model that has one"
+        "-t",
+        "--train",
+        default=None,
+        **flags.SWITCH,
+        help="train; with --base and without -t the configuration is only checked",
     )
-    run.add_argument("-s", "--seed", type=int, help="seed of all random numbers (23)")
-    run.add_argument("-d", "--debug", default=False, **switch, help="show tracebacks and all log messages")
     run.add_argument(
-        "--gpus", help='"0," is GPU 0, "0,1" GPUs 0 and 1, "2" any two, "-1" all, "0" none (default: one)'
+        "--no-test", default=False, **flags.SWITCH, help="do not run the test loop of a model that has one"
     )
-    run.add_argument("--scale_lr", default=None, **switch, help="rate x batch x GPUs x accumulation (true)")
+    run.add_argument("-s", "--seed", type=int, metavar="N", help="seed of all random numbers (23)")
+    run.add_argument(
+        "-d", "--debug", default=False, **flags.SWITCH, help="show tracebacks and all log messages"
+    )
+    run.add_argument(
+        "--gpus",
+        metavar="GPUS",
+        help='"0," is GPU 0, "0,1" GPUs 0 and 1, "2" any two, "-1" all, "0" none (default: one)',
+    )
+    run.add_argument(
+        "--scale_lr", default=None, **flags.SWITCH, help="rate x batch x GPUs x accumulation (true)"
+    )
 
     folder = parser.add_argument_group("the run folder")
     folder.add_argument(
-        "-n", "--name", default="", help="end of the folder's name (default: that of the YAML)"
+        "-n",
+        "--name",
+        default="",
+        metavar="NAME",
+        help="end of the folder's name (default: that of the YAML)",
     )
-    folder.add_argument("-f", "--postfix", default="", help="appended to the name")
-    folder.add_argument("-l", "--logdir", default="logs", help="parent of the run folders")
-    folder.add_argument("-p", "--project", default="", help="a new name, or an existing run folder to resume")
+    folder.add_argument("-f", "--postfix", default="", metavar="TEXT", help="appended to the name")
+    folder.add_argument("-l", "--logdir", default="logs", metavar="FOLDER", help="parent of the run folders")
     folder.add_argument(
-        "--datadir_in_name", default=True, **switch, help="start the name with that of the data folder"
+        "-p", "--project", default="", metavar="NAME", help="a new name, or an existing run folder to resume"
+    )
+    folder.add_argument(
+        "--datadir_in_name", default=True, **flags.SWITCH, help="start the name with that of the data folder"
     )
     folder.add_argument("-r", "--resume", default="", metavar="LOGDIR", help="resume a run folder or ckpt")
 
@@ -194,7 +168,7 @@ def make_parser(prog: str = "main.py") -> Parser:
     concept.add_argument("--init_word", metavar="TEXT", help="word or phrase that the vectors start from")
     concept.add_argument("--embedding_manager_ckpt", metavar="FILE", help="embedding file to start from")
 
-    add_flag_aliases(parser.add_argument_group("names of other tools for the same settings"))
+    flags.add_flags(parser)
     return parser
 
 
@@ -209,21 +183,48 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
     """
     # Overrides are removed first: argparse would read one as another --base file or as the value of -t. Flags such as
     # --data_root=x are not overrides.
-    flags = {f"--{key}" for key in RUN_KEYS}
-    is_override = [bool(OVERRIDE.match(word)) and word.partition("=")[0] not in flags for word in argv]
+    own = {f"--{key}" for key in RUN_KEYS}
+    is_override = [bool(OVERRIDE.match(word)) and word.partition("=")[0] not in own for word in argv]
     words = [word for word, taken in zip(argv, is_override, strict=True) if not taken]
     options, rest = make_parser(prog).parse_known_args(words)
     options.overrides = [
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
     ]
     options.trainer = _trainer_flags(rest)
+    flags.check(options)
     # For messages: the name under which the run to resume was given.
     options.resume_flag = next((w.partition("=")[0] for w in words if w.startswith("--resume")), "-r")
     return options
 
 
+def parse_gpus(gpus: Any) -> int | list[int] | None:
+    """Read `--gpus` as Lightning 1.x does: "0," and "0,1" and lists are indices, "2" is a count, -1 is all.
+
+    Returns None if it is not given, and 0 for no GPU.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if gpus is None or gpus == "":
+        return None
+    try:
+        if isinstance(gpus, str):
+            text = gpus.strip()
+            if "," not in text and not text.startswith("["):
+                return int(text)
+            text = text.removeprefix("[").removesuffix("]")
+            return [int(part) for part in text.split(",") if part.strip()]
+        if isinstance(gpus, bool):
+            return int(gpus)
+        return gpus if isinstance(gpus, int) else [int(part) for part in gpus]
+    except (TypeError, ValueError):
+        raise UsageError(
+            f'--gpus \'{gpus}\' is not understood; write "0," for GPU 0, "0,1" for two, "-1" for all'
+        ) from None
+
+
 def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
-    known = {*trainer_options(), *OLD_TRAINER_KEYS}
+    known = {*TRAINER_OPTIONS, *OLD_TRAINER_KEYS}
     found: dict[str, Any] = {}
     queue = list(words)
     while queue:
@@ -240,10 +241,10 @@ def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _unknown(flag: str, known: set[str]) -> str:
-    if flag in ELSEWHERE:
-        return f"{flag} is not supported: {ELSEWHERE[flag]}"
+    if refusal := flags.refusal(flag):
+        return refusal
     if not flag.startswith("-"):
         return f"'{flag}' is neither a flag nor an override; write an override as model.params.key=value"
-    flags = [option for action in make_parser()._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag, flags + [f"--{name}" for name in known], n=1)
+    names = [option for action in make_parser()._actions for option in action.option_strings]
+    near = difflib.get_close_matches(flag, names + [f"--{name}" for name in known], n=1)
     return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else " (see --help)")

@@ -1,22 +1,44 @@
-"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built."""
+"""The configuration of a run from YAMLs, overrides and flags, checked before anything is built.
+
+`check_command_line` finds what is wrong with it as far as that needs no torch, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.training.command_line import RUN_KEYS, alias_overrides
-from ldm.training.trainer import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
-from ldm.util import ConfigError, UsageError, check_config, get_obj_from_str
+from ldm import values
+from ldm.files import NO_TENSORS, is_hub_id
+from ldm.images import check_image_folder
+from ldm.lr_scheduler import LambdaStepScheduler
+from ldm.training import flags, hub, run_folder
+from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
+from ldm.training.command_line import RUN_KEYS, parse_gpus
+from ldm.training.learning_rate import check_base_rate
+from ldm.util import (
+    ConfigError,
+    Problem,
+    UsageError,
+    UserError,
+    config_problems,
+    get_obj_from_str,
+    raise_problems,
+    shown_value,
+)
 from ldm.words import check_word
-from ldm.yaml_files import read_yaml, yaml_value
+from ldm.yaml_files import check_interpolations, place_in, read_yaml, yaml_value
+
+logger = logging.getLogger(__name__)
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
@@ -45,10 +67,102 @@ def load_run_config(
 
     `saved` is the configuration of a run that is resumed, under all of these.
     """
+    config = _merged(options, base, saved)
+    fill_run_keys(config, replace_data_root=options.data_root is not None)
+    return config
+
+
+def check_command_line(options: argparse.Namespace) -> None:
+    """Check what needs no torch: that YAMLs, images and files are there, and the length and the rate of the run.
+
+    Raises:
+        UserError: as the run itself would, but at once.
+    """
+    resume, _ = run_folder.place_to_resume(options)
+    base: list[str | Path] = list(options.base)
+    if resume:
+        folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
+        base = [*folder.saved_configs(), *base]
+    config = _merged(options, base, None)
+    _check_base(base, config)
+    with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
+        trainer = OmegaConf.select(config, "lightning.trainer") or {}
+        lengths = {f"lightning.trainer.{key}": trainer.get(key) for key in ("max_steps", "max_epochs")}
+        problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
+        raise_problems([one for found in problems for one in found], places(options, base))
+        parse_gpus(trainer.get("gpus"))
+        if OmegaConf.select(config, "model.target"):
+            check_base_rate(config)
+        if not resume:  # what a run was begun from may be gone, and may not be another
+            _check_files(config)
+        for dataset in _datasets(config):
+            if str(dataset["target"]).startswith("ldm.data.personalized"):
+                own = (dataset.get("params") or {}).get("data_root")
+                roots = options.data_root or own or config.get("data_root")
+                for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
+                    check_image_folder(root)
+    hub.check(options)
+
+
+def complete_base(options: argparse.Namespace) -> list[str | Path]:
+    """The YAMLs of --base; if they describe no model, after the one that learns words on the model that is named.
+
+    Raises:
+        UserError: no model is named, or it is none that can be read.
+    """
+    config = _merged(options, options.base, None)
+    _check_base(options.base, config)
+    source = config.get("actual_resume")
+    if OmegaConf.select(config, "model.target") or not source:
+        return list(options.base)
+    path = training_yaml(source, config.get("variant"), config.get("revision"))
+    logger.info("the settings are those of %s, for '%s'", path, source)
+    return [path, *options.base]
+
+
+def _check_base(base: Sequence[str | Path], config: DictConfig) -> None:
+    if not base and not config.get("actual_resume"):
+        raise UsageError(
+            "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml, or a model with "
+            "--pretrained_model_name_or_path (--actual_resume), whose YAML is then used"
+        )
+
+
+def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+    """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
+
+    Raises:
+        UserError: the model is missing, none that can be read, or its YAML is not installed.
+    """
+    from ldm.base_models import ask_for_prediction, recognise
+
+    base = recognise(model, variant, revision)
+    if not base.finetune_config.is_file():
+        raise ConfigError(
+            f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
+            "install -e, or name a YAML with --base"
+        )
+    ask_for_prediction(base)
+    return base.finetune_config
+
+
+def _check_files(config: DictConfig) -> None:
+    model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
+    for source, shown in ((model, f"checkpoint '{model}'"), (vae, f"checkpoint '{vae}'")):
+        if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
+            raise UserError(f"{shown} {NO_TENSORS['missing']}")
+    if vectors and not Path(vectors).exists():
+        raise UserError(f"'{vectors}': it {NO_TENSORS['missing']}")
+
+
+def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
     config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
-        if overlay.get("data_root"):  # it replaces the data_root in datasets of earlier YAMLs
+        _check_shape(overlay, lambda key, path=path: place_in([path], key))  # type: ignore[misc]
+        if dict(overlay.items_ex(resolve=False)).get(
+            "data_root"
+        ):  # it replaces the data_root in datasets of earlier YAMLs
             for dataset in _datasets(config):
                 _params(dataset).pop("data_root", None)
         config = merge(config, overlay)
@@ -57,19 +171,115 @@ def load_run_config(
             key, _, value = override.partition("=")
             if "[" in key:  # one entry of a list; merge would treat it as a mapping
                 OmegaConf.update(config, key, yaml_value(value))
+                _check_shape(config)
             else:
-                config = merge(config, _nested(key, yaml_value(value)))
-        for key, value in alias_overrides(options).items():
-            # A flag about images must not create a validation set.
-            if not key.startswith("data.params.validation") or OmegaConf.select(
-                config, "data.params.validation"
-            ):
-                config = merge(config, _nested(key, value))
+                overlay = _nested(key, yaml_value(value))
+                _check_shape(overlay)
+                config = merge(config, overlay)
+        for key, value in flags.settings(options, config).items():
+            config = merge(config, _nested(key, value))
+        for key, node in flags.replaced(options, config).items():
+            OmegaConf.update(config, key, node, merge=False, force_add=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    fill_run_keys(config, replace_data_root=options.data_root is not None)
+    place = places(options, base)
+    check_interpolations(config, place)
+    raise_problems(list(_run_key_problems(config)), place)
     return config
+
+
+def places(
+    options: argparse.Namespace, yamls: Sequence[str | Path], saved: Sequence[str | Path] = ()
+) -> Callable[[str], str]:
+    """A function that says where a key of the configuration of a run was set: a flag, or a YAML and its line.
+
+    Overrides have no place, because they are typed with their key.
+    """
+
+    set_by = flags.keys_of(options)
+
+    def place(key: str) -> str:
+        if key in set_by:
+            return f" ({set_by[key]})"
+        if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
+            return f" (--{key})"
+        for override in options.overrides:
+            name = override.partition("=")[0]
+            if key == name or key.startswith((f"{name}.", f"{name}[")):
+                return ""
+        name = key.rpartition(".")[2]
+        if name in options.trainer and key == f"lightning.trainer.{name}":
+            return f" (--{name})"
+        return place_in([*saved, *yamls], key)
+
+    return place
+
+
+# The types of the top-level keys of a run.
+_RUN_TYPES: dict[str, Any] = {
+    "actual_resume": str | None,
+    "vae": str | None,
+    "data_root": str | Mapping[str, str] | None,
+    "embedding_manager_ckpt": str | None,
+    "placeholder_string": str | None,
+    "init_word": str | None,
+    "seed": int,
+    "scale_lr": bool,
+    "revision": str | None,
+    "variant": str | None,
+    "allow_tf32": bool | None,
+}
+
+
+def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
+    for key, hint in _RUN_TYPES.items():
+        if key in config and not OmegaConf.is_missing(config, key):
+            yield from _misfits(key, config[key], hint)
+    model = config.get("model") or {}
+    rate = model.get("base_learning_rate")
+    key = "model.base_learning_rate"
+    if isinstance(rate, str):
+        try:
+            LambdaStepScheduler(rate)
+        except ConfigError as error:
+            yield Problem(key, key, f": {error}")
+    elif rate is not None:
+        yield from _misfits(key, rate, float)
+
+
+def _misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
+    *above, name = key.split(".")
+    for found, misfit, requirement in values.misfits(name, value, hint):
+        where = ".".join([*above, found])
+        yield Problem(where, f"{where} is {shown_value(misfit)}", f"; it must be {requirement}")
+
+
+# Keys whose value is a mapping, beside those that end in _config, and those of the datasets.
+_MAPPINGS = ("model", "data", "lightning", "params", "trainer", "callbacks", "modelcheckpoint", "logger")
+_DATASETS = ("train", "validation", "test", "predict")
+_SPLITS = tuple(f"data.params.{name}" for name in _DATASETS)
+
+
+def _check_shape(config: DictConfig, place: Callable[[str], str] = lambda key: "") -> None:
+    """Raise ConfigError for a list or a single value where the YAML of a run has a mapping."""
+
+    def visit(node: dict[Any, Any], where: str) -> Iterator[Problem]:
+        for key, value in node.items():
+            path = f"{where}.{key}" if where else str(key)
+            if isinstance(value, dict):
+                yield from visit(value, path)
+                continue
+            # The condition of an unconditional model is a text; a callback is switched off by null.
+            wanted = str(key).endswith("_config") and key != "cond_stage_config"
+            if key in _MAPPINGS or path in _SPLITS or wanted or where == "lightning.callbacks":
+                later = value is None or (isinstance(value, str) and value.startswith(("???", "${")))
+                if not later:
+                    kind = "a list" if isinstance(value, list) else shown_value(value)
+                    yield Problem(path, f"{path} is {kind}", " where a mapping is needed; write key: value")
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    raise_problems(list(visit(cast(dict[Any, Any], plain), "")), place)
 
 
 def seed_vectors(config: DictConfig) -> None:
@@ -104,11 +314,10 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
     if path := config.get("embedding_manager_ckpt"):
         params["embedding_manager_ckpt"] = path
     if word := config.get("placeholder_string"):
-        params["placeholder_strings"] = [str(word)]
+        params["placeholder_strings"] = [word]
     if word := config.get("init_word"):
-        others = list(params.get("initializer_words") or [])[1:]
-        params["initializer_words"] = [str(word), *others]
-    placeholders = params.get("placeholder_strings") or []
+        params["initializer_words"] = [word, *_texts(params.get("initializer_words"))[1:]]
+    placeholders = _texts(params.get("placeholder_strings"))
     if placeholders:
         # Only the top-level key replaces a dataset's own value.
         forced = bool(config.get("placeholder_string"))
@@ -118,43 +327,60 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
                 _params(dataset)["placeholder_token"] = placeholders[0]
 
 
-def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None:
-    """Check keys, targets and missing values without building anything.
+def check_run_config(
+    config: DictConfig, trainer_options: Sequence[str], place: Callable[[str], str] = lambda key: ""
+) -> None:
+    """Check keys, targets, values and their ranges without building anything.
 
-    `trainer_options` are the keys that are allowed in lightning.trainer.
+    `trainer_options` are the keys that are allowed in lightning.trainer; `place` is that of `places`.
 
     Raises:
         ConfigError: one error that lists all problems.
     """
-    problems = []
+    from pytorch_lightning import Trainer
+
+    problems: list[Problem] = []
     if not config.get("model"):
-        problems.append("there is no model; give a YAML with --base")
+        problems.append(Problem("", "there is no model; give a YAML with --base"))
     elif not config.get("data"):
-        problems.append("there is no data node; add a YAML that has one with --base")
+        problems.append(Problem("", "there is no data node; add a YAML that has one with --base"))
     lightning = config.get("lightning") or {}
+    trainer = lightning.get("trainer") or {}
     for where, node, known in (
-        ("the YAML", config, ("model", "data", "lightning", *RUN_KEYS)),
+        ("", config, ("model", "data", "lightning", *RUN_KEYS)),
         ("model", config.get("model") or {}, _MODEL_KEYS),
         ("data", config.get("data") or {}, ("target", "params")),
         ("lightning", lightning, _LIGHTNING_KEYS),
-        ("lightning.trainer", lightning.get("trainer") or {}, trainer_options),
+        ("lightning.trainer", trainer, trainer_options),
     ):
-        unknown = [str(key) for key in node if key not in known]
-        if unknown:
-            names = ", ".join(f"'{key}'{_nearest(key, known)}" for key in unknown)
-            problems.append(f"{where}: unknown key {names}" + _known(known))
+        for key in node:
+            if key not in known:
+                path = f"{where}.{key}" if where else str(key)
+                what = f"{where or 'the YAML'}: unknown key '{key}'"
+                problems.append(Problem(path, what, _nearest(str(key), known) + _known(known)))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
-        problems.append("there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        problems.append(
+            Problem("", "there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+        )
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
         if node and not node.get("target") and name not in KNOWN_CALLBACKS:
             problems.append(
-                f"lightning.callbacks: '{name}' has no target; known are {', '.join(KNOWN_CALLBACKS)}"
+                Problem(
+                    f"lightning.callbacks.{name}",
+                    f"lightning.callbacks: '{name}' has no target",
+                    f"{_nearest(str(name), tuple(KNOWN_CALLBACKS))}; known are {', '.join(KNOWN_CALLBACKS)}",
+                )
             )
     if missing:
-        problems.append(f"there is no value for {', '.join(missing)}")
+        problems.append(Problem(missing[0], f"there is no value for {', '.join(missing)}"))
     if not missing and not rootless:
+        for key, value in trainer.items():
+            # `gpus` has a reader of its own; null is the default.
+            if value is not None and key in trainer_options:
+                hint = values.hint(Trainer, key)
+                problems += _misfits(f"lightning.trainer.{key}", value, hint)
         # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
             "model": _constructor(config.get("model") or {}),
@@ -165,15 +391,39 @@ def check_run_config(config: DictConfig, trainer_options: Sequence[str]) -> None
             ),
         }
         for where, node in nodes.items():
-            try:
-                check_config(node, where)
-            except ConfigError as error:
-                problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
+            if where != "lightning" and node and not node.get("target"):
+                problems.append(
+                    Problem(where, where, " has no target; name a class: target: package.module.Name")
+                )
+            problems += config_problems(node, where)
+        if not problems:
+            problems += _data_problems(config)
+    raise_problems(problems, place)
     words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
-    for word in words if isinstance(words, ListConfig) else []:
+    for word in _texts(words):
         check_word(word)
+
+
+def _data_problems(config: DictConfig) -> Iterator[Problem]:
+    """Problems of the data node that only the model's shows; both are valid by themselves."""
+    from ldm.generate.images import size_multiple
+
+    node = config["data"]
+    if _accepts(node, "train") and not OmegaConf.select(config, "data.params.train"):
+        yield Problem(
+            "data.params.train", "there is no data.params.train", "; name the training images' dataset"
+        )
+    source = str(config.get("actual_resume"))
+    # The sizes of a folder of diffusers replace those of the YAML.
+    multiple = None if Path(source).is_dir() or is_hub_id(source) else size_multiple(config)
+    for split in _DATASETS:
+        key = f"data.params.{split}.params.size"
+        size = OmegaConf.select(config, key)
+        if multiple and isinstance(size, int) and size % multiple:
+            nearest = max(round(size / multiple), 1) * multiple
+            yield Problem(
+                key, f"{key} is {size}", f"; this model needs a multiple of {multiple}; try {nearest}"
+            )
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
@@ -217,7 +467,7 @@ def _params(node: DictConfig) -> DictConfig:
 
 def _datasets(config: DictConfig) -> list[DictConfig]:
     parts = OmegaConf.select(config, "data.params") or {}
-    nodes = (parts.get(name) for name in ("train", "validation", "test", "predict"))
+    nodes = (parts.get(name) for name in _DATASETS)
     return [node for node in nodes if isinstance(node, DictConfig) and node.get("target")]
 
 
@@ -228,6 +478,11 @@ def _accepts(node: Mapping[str, Any], name: str) -> bool:
     except (ConfigError, TypeError, ValueError):
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _texts(value: Any) -> list[Any]:
+    """The entries of a list, or a single text as one; of anything else, which is reported later, none."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, ListConfig) else []
 
 
 def _needs_root(node: Mapping[str, Any]) -> bool:
@@ -241,8 +496,9 @@ def _needs_root(node: Mapping[str, Any]) -> bool:
 
 def _without_unaccepted(base: DictConfig, overlay: DictConfig) -> DictConfig:
     result = {}
+    overlaid = dict(overlay.items_ex(resolve=False))
     for key, value in base.items_ex(resolve=False):
-        over = overlay.get(key) if key in overlay and not OmegaConf.is_missing(overlay, key) else None
+        over = overlaid.get(key)
         if isinstance(value, DictConfig) and isinstance(over, DictConfig):
             value = _without_unaccepted(value, over)
             other = over.get("target")

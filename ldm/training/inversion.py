@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +18,21 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files
-from ldm.base_models import recognise
-from ldm.console import Interrupted
-from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, read, write
+from ldm.console import ConsoleHandler, Interrupted
+from ldm.data.captions import CaptionFiles
+from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, merge, read, write
 from ldm.embeddings import Concept as ConceptVectors
+from ldm.embeddings.tensor_formats import SECOND_FILE
+from ldm.embeddings.writer import format_named
 from ldm.generate.session import WEIGHTS, checkpoint_of
 from ldm.images import open_image
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
-from ldm.training.record import RunRecord
-from ldm.util import ConfigError, UserError
+from ldm.training.config import training_yaml
+from ldm.training.record import RunRecord, is_run
+from ldm.training.run_folder import existing_run_folder
+from ldm.util import ConfigError, UserError, cut, shown
+from ldm.weights import hub_reason
 from ldm.words import file_stem
 from ldm.yaml_files import in_checkout
 
@@ -48,7 +53,8 @@ class Inversion:
     """What is to be learned, and how, as a command line of main.py.
 
     A field that is None leaves the YAML's value. `recipes` are names of files in configs/recipes, or paths of YAMLs;
-    `rate` is a number or rates by steps ("0.005:100, 1e-3:1000"); `settings` are further "dotted.key=value" words.
+    `rate` is a number or rates by steps ("0.005:100, 1e-3:1000"); `preview_every` is in steps; `settings` are further
+    "dotted.key=value" words.
     """
 
     images: str | Path
@@ -69,6 +75,7 @@ class Inversion:
     seed: int | None = None
     name: str | None = None
     logdir: str | Path = "logs"
+    preview_every: int | None = None
     settings: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
@@ -82,6 +89,14 @@ class Inversion:
         bases += [str(self.personalization)] if self.personalization else []
         words = ["--base", *bases, "-t", "--actual_resume", ckpt, "--data_root", str(self.images)]
         words += ["--placeholder_string", self.placeholder, "-l", str(self.logdir)]
+        return [*words, *self.changes()]
+
+    def changes(self) -> list[str]:
+        """The words for the fields that change a YAML; beside `-r` those of a run.
+
+        Raises:
+            UserError: there is no such kind.
+        """
         if self.kind is not None and self.kind not in KINDS:
             raise UserError(f"kind is '{self.kind}'; choose object or style")
         train = "data.params.train.params"
@@ -94,26 +109,14 @@ class Inversion:
             ("--seed", self.seed),
             ("-n", self.name),
         ]
-        words += [word for flag, value in given if value is not None for word in (flag, str(value))]
+        words = [word for flag, value in given if value is not None for word in (flag, str(value))]
         words += ["model.base_learning_rate=" + str(self.rate)] if self.rate not in (None, "") else []
         words += [f"{train}.template_file={self.template_file}"] if self.template_file else []
         words += [f"{train}.use_captions=true"] if self.use_captions else []
         words += [] if self.flip else [f"{train}.flip_p=0"]
+        previews = "lightning.callbacks.image_logger.params.batch_frequency"
+        words += [] if self.preview_every is None else [f"{previews}={self.preview_every}"]
         return [*words, *self.settings]
-
-
-def training_yaml(model: str | Path) -> Path:
-    """The YAML that trains words for a model that this repository knows: a file, a folder or a hub id.
-
-    Raises:
-        UserError: it is missing or none of them.
-    """
-    path = recognise(model).finetune_config
-    if not path.is_file():
-        raise ConfigError(
-            f"'{path}' is not here; install a checkout with pip install -e, or name a YAML as `base`"
-        )
-    return path
 
 
 def recipe_yaml(name: str) -> Path:
@@ -161,13 +164,25 @@ class Concept:
         """The same vectors for another word."""
         return replace(self, embeddings=self.embeddings.renamed({self.word: word}), path=None)
 
-    def save(self, path: str | Path | None = None, format: str = DEFAULT_FORMAT) -> Path:
-        """Write a file in the format of a tool (a key of `ldm.embeddings.FORMATS`), by default WORD.safetensors here.
+    def save(
+        self,
+        path: str | Path | None = None,
+        format: str = DEFAULT_FORMAT,
+        preview: Image.Image | None = None,
+    ) -> Path:
+        """Write a file in the format of a tool (a key of `ldm.FORMATS`) and return its path.
+
+        Args:
+            path: a file; a folder gets a file that is named after the word, as does the current one by default.
+            preview: what an "a1111-png" shows.
 
         Raises:
             UserError: the format is unknown or cannot hold the vectors, or the file cannot be written.
         """
-        return write(self.embeddings, path or f"{file_stem(self.word)}.safetensors", format)
+        place = Path.cwd() if path is None else Path(path)
+        if place.is_dir():
+            place /= f"{file_stem(self.word)}{format_named(format).suffix}"
+        return write(self.embeddings, place, format, preview)
 
     def __repr__(self) -> str:
         count, width = self.vectors.shape
@@ -175,33 +190,127 @@ class Concept:
 
 
 def load(source: str | Path) -> Concept:
-    """Load a learned word from a file of any tool, or from a repository "owner/name" on the Hugging Face hub.
+    """Load what was learned from one file of any tool, a run folder, or a repository on the Hugging Face hub.
+
+    Args:
+        source: a file; a folder; "owner/name" on the hub, or "owner/name/file" where that holds several.
 
     Raises:
-        UserError: there is no such file or repository, or it holds no embedding.
+        UserError: there is no such file or repository, or it holds no embedding, or several.
     """
+    found = _concepts_of(source)
+    if len(found) > 1:
+        names = ", ".join(f"'{one.path.name}'" for one in found if one.path)
+        raise UserError(
+            f"'{source}' holds {len(found)} embedding files ({cut(names, 120)}); name one, or use ldm.load_all"
+        )
+    return found[0]
+
+
+def load_all(sources: str | Path | Iterable[str | Path]) -> list[Concept]:
+    """Load all words of one or several sources (see `load`), one `Concept` for each word.
+
+    Raises:
+        UserError: there is no such source, or one holds no embedding.
+    """
+    several = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    found = [concept for source in several for concept in _concepts_of(source)]
+    return [
+        replace(concept, embeddings=concept.embeddings.only(word))
+        for concept in found
+        for word in concept.embeddings.triggers
+    ]
+
+
+def _concepts_of(source: str | Path) -> list[Concept]:
     path = Path(in_checkout(str(source)))
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        path = _from_hub(str(source))
-    if path.is_dir():
-        return _of_run(path)
-    return Concept(read(path), path)
+    if not path.exists() and (match := _HUB.fullmatch(str(source))):
+        path = _from_hub(match["repository"], match["file"])
+    if not path.is_dir():
+        return [Concept(read(path), path)]
+    if is_run(path):
+        return [_of_run(path)]
+    files_there = _embedding_files(path)
+    if not files_there:
+        raise UserError(f"'{source}' holds no learned word; name an embedding file, or a folder with some")
+    return [_of_file(file, files_there) for file in files_there if not _is_second(file, files_there)]
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+# A repository in the hub, and perhaps a file in it.
+_HUB = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<file>[\w.-]+))?")
+# The endings of embedding files in folders and repositories; of files with the same stem the first is used.
+_ENDINGS = (".safetensors", ".bin", ".pt")
+# What diffusers writes during a run beside the last file, and how large a file with learned words may be.
+_UNFINISHED = re.compile(r"learned_embeds-steps-\d+")
+_LARGEST = 32 * 2**20
+# A repository of diffusers' concept library says its word in this file.
+_IDENTIFIER = "token_identifier.txt"
+
+
+def _embedding_files(folder: Path) -> list[Path]:
+    found: dict[str, Path] = {}
+    for ending in _ENDINGS:
+        for path in sorted(folder.glob(f"*{ending}")):
+            if not _UNFINISHED.fullmatch(path.stem):
+                found.setdefault(path.stem, path)
+    return list(found.values())
+
+
+def _is_second(path: Path, others: Sequence[Path]) -> bool:
+    """Whether it holds the vectors of SDXL's second encoder for a file beside it."""
+    return any(path.stem == f"{other.stem}{SECOND_FILE}" for other in others)
+
+
+def _of_file(path: Path, others: Sequence[Path]) -> Concept:
+    second = [other for other in others if other.stem == f"{path.stem}{SECOND_FILE}"]
+    learned = merge([read(file) for file in (path, *second)])
+    identifier = path.with_name(_IDENTIFIER)
+    # Some formats hold no word, and the file's name takes its place.
+    if learned.triggers == [path.stem] and identifier.is_file():
+        return Concept(
+            learned.renamed({path.stem: files.read_text(identifier, "token identifier").strip()}), None
+        )
+    return Concept(learned, None if second else path)
+
+
+def _from_hub(repository: str, file: str | None) -> Path:
+    """The folder of the embedding files of a repository, or one of them; fetched once."""
+    import huggingface_hub as hub
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.bin", "*.safetensors", "*.pt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        folder = Path(hub.snapshot_download(repository, local_files_only=True))
+        if file and (folder / file).is_file():
+            return folder / file
+        if not file and _embedding_files(folder):
+            return folder
+    except (OSError, ValueError):  # what the hub raises if nothing is there
+        pass
+    try:
+        there = hub.HfApi().model_info(repository, files_metadata=True).siblings or []
+        wanted = [
+            entry.rfilename
+            for entry in there
+            if entry.rfilename in (file, _IDENTIFIER)
+            or (
+                file is None
+                and "/" not in entry.rfilename
+                and entry.rfilename.endswith(_ENDINGS)
+                and (entry.size or 0) <= _LARGEST
+            )
+        ]
+        folder = Path(hub.snapshot_download(repository, allow_patterns=wanted or [_IDENTIFIER]))
+    except Exception as error:  # of many kinds: no connection, no such repository, no access, a full disk
         raise UserError(
-            f"'{name}' is neither a file nor a repository that the hub gives ({type(error).__name__}); check the name"
+            f"'{repository}' is neither a file or folder here nor readable from the Hugging Face hub "
+            f"({hub_reason(error)}); check the name, or download the file and name that"
         ) from error
-    found = sorted(path for suffix in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}"))
-    if not found:
-        raise UserError(f"the repository '{name}' holds no embedding file at its top")
-    return next((path for path in found if path.stem == "learned_embeds"), found[0])
+    place = folder / file if file else folder
+    if not place.exists() or (place.is_dir() and not _embedding_files(place)):
+        raise UserError(
+            f"the repository '{repository}' holds no {f'file {file!r}' if file else 'embedding file'} at its top; "
+            "name one that was learned by textual inversion"
+        )
+    return place
 
 
 def interpolate(first: Concept, second: Concept, share: float, word: str | None = None) -> Concept:
@@ -210,6 +319,8 @@ def interpolate(first: Concept, second: Concept, share: float, word: str | None 
     Raises:
         UserError: they have different numbers of vectors or are for different text encoders.
     """
+    if not isinstance(share, (int, float)):
+        raise UserError(f"share is {share!r}; give a number, from 0 for the first to 1 for the second")
     a, b = first.embeddings.concepts, second.embeddings.concepts
     if [c.vectors.shape for c in a] != [c.vectors.shape for c in b] or [c.encoder for c in a] != [
         c.encoder for c in b
@@ -222,6 +333,25 @@ def interpolate(first: Concept, second: Concept, share: float, word: str | None 
         for one, other in zip(a, b, strict=True)
     )
     return Concept(LearnedEmbeddings(mixed))
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C, or a notebook's stop button; what it learned is saved.
+
+    Attributes:
+        run: its folder, for `ldm.invert(resume=...)`; None before the first step.
+        concept: what it had learned by then; None if that is nothing.
+    """
+
+    def __init__(self, run: Path | None, concept: Concept | None) -> None:
+        self.run, self.concept = run, concept
+        resume = f"go on with ldm.invert(resume={str(run)!r})"
+        super().__init__(
+            f"stopped and saved; {resume}" if run and concept else "stopped before the first step"
+        )
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 class _Watcher(RunCallback):
@@ -267,7 +397,7 @@ def invert(
     """Learn a word from a few images; every weight of the model stays as it is.
 
     The run is one of main.py, with a folder in `logdir`. Ctrl-C (or the notebook's stop button) saves and raises
-    KeyboardInterrupt; `ldm.invert(resume=FOLDER)` goes on where it stopped.
+    `Stopped`, which has the concept as it is; `ldm.invert(resume=FOLDER)` goes on where it stopped.
 
     Args:
         images: a folder, or image files and `PIL` images, which are copied into `logdir`.
@@ -276,42 +406,44 @@ def invert(
         model: a checkpoint, or a folder with one; by default the embedded model.
         recipe: names from configs/recipes ("fast", "low-memory", ...), or paths of YAMLs.
         settings: any keys of the YAML, such as {"data.params.batch_size": 2}.
-        on_progress: called about once a second with the `RunRecord`: step, total, curves(), previews().
-        resume: a run folder that goes on; everything else comes from its YAMLs.
-        quiet: log warnings only.
-        further: fields of `Inversion`: vectors, kind, steps, rate, batch_size, seed, name, base, ...
+        on_progress: called about once a second with the `RunRecord`: step, total, curves(), plot(), previews().
+        resume: a run folder that goes on; steps, rate and batch_size can change, the rest comes from its YAMLs.
+        quiet: log warnings only, without a progress bar.
+        further: fields of `Inversion`: vectors, kind, steps, rate, batch_size, preview_every, seed, name, base, ...
 
     Returns:
         the concept, with the vectors of the best step if the run measured one, else of the last.
 
     Raises:
         UserError: something is wrong with the images, the settings or the machine; nothing that was learned is lost.
-        KeyboardInterrupt: it was interrupted, and saved.
+        Stopped: it was interrupted, and saved; a KeyboardInterrupt.
     """
     from ldm.training.run import run
 
+    unknown = sorted(further.keys() - Inversion.__dataclass_fields__.keys())
+    if unknown:
+        known = ", ".join(Inversion.__dataclass_fields__)
+        raise UserError(f"invert has no argument '{unknown[0]}'; it has {known}")
+    names = (recipe,) if isinstance(recipe, (str, Path)) else tuple(recipe or ())
+    if not isinstance(placeholder, str):
+        raise UserError(f"placeholder is {placeholder!r}; give a word such as '*' or '<my-cat>'")
+    changes = (*further.pop("settings", ()), *_overrides(settings))
+    asked = Inversion("", placeholder, init, model, recipes=names, logdir=logdir, settings=changes, **further)
     if resume is not None:
-        words = ["-r", str(resume), "-t", *_overrides(settings)]
+        if images is not None:
+            raise UserError("images and resume exclude each other: a run goes on with its images")
+        words = ["-r", str(resume), "-t", *asked.changes()]
+        # The run says that these cannot change.
+        words += ["--placeholder_string", placeholder] if placeholder != "*" else []
+        words += ["--actual_resume", checkpoint_of(model)] if model != WEIGHTS else []
     else:
         if images is None:
             raise UserError("give images: a folder, or a list of image files")
-        folder, is_given = _folder_of(images, Path(logdir))
-        unknown = sorted(further.keys() - Inversion.__dataclass_fields__.keys())
-        if unknown:
-            known = ", ".join(Inversion.__dataclass_fields__)
-            raise UserError(f"invert has no argument '{unknown[0]}'; it has {known}")
-        names = (recipe,) if isinstance(recipe, str) else tuple(recipe)
-        asked = Inversion(
-            folder,
-            placeholder,
-            init,
-            model,
-            recipes=names,
-            logdir=logdir,
-            settings=(*further.pop("settings", ()), *_overrides(settings)),
-            **further,
-        )
-        words = [*asked.arguments(), *([] if is_given else ["--datadir_in_name", "false"])]
+        copied, is_given = _folder_of(images, Path(logdir))
+        words = [
+            *replace(asked, images=copied).arguments(),
+            *([] if is_given else ["--datadir_in_name", "false"]),
+        ]
     watcher = _Watcher(on_progress)
     with _quiet(quiet):
         try:
@@ -321,27 +453,35 @@ def invert(
                 [watcher],
             )
         except Interrupted as stop:
-            raise KeyboardInterrupt("stopped before the first step") from stop
-    if watcher.folder is None:
-        raise UserError("the run did not train")
+            raise Stopped(watcher.folder, None) from stop
+    folder = watcher.folder or existing_run_folder(resume or "latest", logdir)[0].path
     if on_progress is not None:
-        on_progress(RunRecord.read(watcher.folder, own=True))
+        on_progress(RunRecord.read(folder, own=True))
     if code:
-        raise KeyboardInterrupt(f"stopped and saved; go on with ldm.invert(resume={str(watcher.folder)!r})")
-    return _of_run(watcher.folder)
+        raise Stopped(folder, _of_run(folder) if _files_of_run(folder) else None)
+    return _of_run(folder)
 
 
 def _of_run(folder: Path) -> Concept:
-    files_of_run = RunRecord.read(folder, own=True).concepts()
-    path = files_of_run.get("best") or files_of_run.get("last")
-    if path is None:
+    found = _files_of_run(folder)
+    if not found:
         raise UserError(
             f"'{folder}' holds no learned word yet; name a run folder with checkpoints/embeddings.pt"
         )
-    return Concept(read(path), path, folder)
+    return Concept(read(found[0]), found[0], folder)
+
+
+def _files_of_run(folder: Path) -> list[Path]:
+    """The files with the vectors of the best step, if the run measured one, and of the last."""
+    found = RunRecord.read(folder, own=True).concepts()
+    return [found[name] for name in ("best", "last") if name in found]
 
 
 def _overrides(settings: Mapping[str, Any] | None) -> list[str]:
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError(
+            f'settings is {shown(settings)}; give a dictionary such as {{"data.params.batch_size": 2}}'
+        )
     return [
         f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix(_YAML_END).strip()}"
         for key, value in (settings or {}).items()
@@ -352,10 +492,15 @@ def _folder_of(images: Images, logdir: Path) -> tuple[Path, bool]:
     """The folder of the images, and whether it was given; image files and images are copied into one."""
     if isinstance(images, (str, Path)) and not Path(images).is_file():
         return Path(in_checkout(str(images))), True
-    several = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    several = (
+        list(images) if isinstance(images, Iterable) and not isinstance(images, (str, Path)) else [images]
+    )
+    if any(not isinstance(one, (str, Path, Image.Image)) for one in several):
+        raise UserError(f"images is {shown(images)}; give a folder, or a list of image files")
     if not several:
         raise UserError("the list of images is empty; three to five images are usual")
-    copies = [one if isinstance(one, Image.Image) else open_image(one) for one in several]
+    copies = [one.convert("RGB") if isinstance(one, Image.Image) else open_image(one) for one in several]
+    captions = CaptionFiles(Path(one) for one in several if not isinstance(one, Image.Image))
     digest = hashlib.sha256(b"".join(image.tobytes() for image in copies)).hexdigest()[:12]
     # Hidden, so that it is not taken for a run; named by its content, so that a second call finds it again.
     folder = logdir / ".images" / digest
@@ -364,34 +509,28 @@ def _folder_of(images: Images, logdir: Path) -> tuple[Path, bool]:
         if not target.is_file():
             files.atomic_write(target, lambda file, image=image: image.save(file, "PNG"))  # type: ignore[misc]
         source = several[number - 1]
-        caption = None if isinstance(source, Image.Image) else Path(source).with_suffix(".txt")
-        if caption is not None and caption.is_file():
-            files.write_text(
-                target.with_suffix(".txt"), caption.read_text(encoding="utf-8-sig", errors="replace")
-            )
+        caption = None if isinstance(source, Image.Image) else captions.text(Path(source))
+        if caption is not None:
+            files.write_text(target.with_suffix(".txt"), caption)
     return folder, False
 
 
 @contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    """Show the warnings of `ldm` only, and none of Lightning's advice."""
-    if not quiet:
-        yield
-        return
+    """Show the messages of `ldm`, or with `quiet` its warnings only, and none of Lightning's advice."""
     from lightning_fabric.utilities.warnings import PossibleUserWarning
 
     library, lightning = logging.getLogger("ldm"), logging.getLogger("pytorch_lightning")
     fabric = logging.getLogger("lightning_fabric")
     before = [(log, log.level, log.propagate) for log in (library, lightning, fabric)]
     levels = [(handler, handler.level) for handler in library.handlers]
-    shown = logging.StreamHandler()
-    shown.setLevel(logging.WARNING)
+    console = ConsoleHandler(logging.WARNING if quiet else logging.INFO)
     for handler, _ in levels:
         handler.setLevel(logging.CRITICAL)
     # The log in the run folder has the messages too, so the library's level must not stop them.
     library.setLevel(logging.INFO)
     library.propagate = False
-    library.addHandler(shown)
+    library.addHandler(console)
     for log in (lightning, fabric):
         log.setLevel(logging.WARNING)
     try:
@@ -401,7 +540,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             yield
     finally:
-        library.removeHandler(shown)
+        library.removeHandler(console)
         for log, level, propagate in before:
             log.level, log.propagate = level, propagate
             log.setLevel(level)

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.lr_scheduler import LambdaStepScheduler
-from ldm.util import ConfigError
+from ldm.lr_scheduler import LambdaNamedScheduler, LambdaStepScheduler
+from ldm.util import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def set_learning_rate(
     if isinstance(given, str):
         base, steps = _schedule_by_steps(given, model), f"; by steps: {given}"
     elif scheduler := getattr(model, "scheduler_config", None):
-        steps = f"; times the factor of {str(scheduler['target']).rpartition('.')[2]}"
+        steps = f"; times the factor of {_described(scheduler, max_steps)}"
     if not merged["scale_lr"]:
         model.learning_rate = float(base)
         return f"learning rate {base:.2e}{steps}"
@@ -40,15 +40,30 @@ def set_learning_rate(
     )
 
 
-def check_rate(merged: DictConfig) -> None:
+def _described(scheduler: Mapping[str, Any], steps: int) -> str:
+    """A schedule in words; a warm-up that the run does not complete is a warning."""
+    name = str(scheduler["target"]).rpartition(".")[2]
+    params = scheduler.get("params") or {}
+    warm_up = params.get("warm_up_steps")
+    if isinstance(warm_up, int) and 0 < steps <= warm_up:
+        logger.warning(
+            "the warm-up of %d steps is not shorter than the run of %d: the rate never reaches its value",
+            warm_up,
+            steps,
+        )
+    if name != LambdaNamedScheduler.__name__:
+        return name
+    return f"{params['name']} ({warm_up} steps of warm-up)"
+
+
+def check_base_rate(merged: DictConfig) -> None:
     """Check the base learning rate, and that a run whose schedule needs its number of steps has one.
 
     Raises:
-        ConfigError: one of the two is missing; other mistakes in a schedule are found when it is built.
+        ConfigError: one of the two is missing, or the rate is not a number or rates by steps.
     """
-    base = merged["model"].get("base_learning_rate")
-    if not isinstance(base, str) and (not isinstance(base, (int, float)) or base <= 0):
-        raise ConfigError(f"model.base_learning_rate is {base!r}; give a number above 0")
+    if merged["model"].get("base_learning_rate") is None:
+        raise ConfigError("model.base_learning_rate is missing; give a number above 0")
     limits = OmegaConf.select(merged, "lightning.trainer") or {}
     other_limit = any(limits.get(key) is not None for key in ("max_epochs", "max_time"))
     unlimited = limits.get("max_steps") == -1 or (other_limit and limits.get("max_steps") is None)
@@ -59,6 +74,34 @@ def check_rate(merged: DictConfig) -> None:
         )
 
 
+def check_rate(merged: DictConfig) -> None:
+    """Check the base learning rate, the optimizer and the schedule, which are built for a parameter of no model.
+
+    Raises:
+        ConfigError: one of them is missing or does not fit; or a schedule needs the steps of a run without a limit.
+    """
+    import torch
+
+    from ldm.models.optimizers import build_optimizer
+
+    check_base_rate(merged)
+    params = merged["model"].get("params") or {}
+    scheduler = params.get("scheduler_config")
+    if _needs_steps(scheduler):
+        scheduler = _with_steps(scheduler, 1)
+    try:
+        build_optimizer(
+            [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}],
+            1.0,
+            params.get("optimizer_config"),
+            scheduler,
+        )
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(f"optimizer_config or scheduler_config: {error}; correct its params") from error
+
+
 def _needs_steps(scheduler: Mapping[str, Any] | None) -> bool:
     params = (scheduler or {}).get("params") or {}
     return "max_decay_steps" in params and params["max_decay_steps"] is None
@@ -67,8 +110,11 @@ def _needs_steps(scheduler: Mapping[str, Any] | None) -> bool:
 def _set_decay_steps(model: Any, steps: int) -> None:
     scheduler = getattr(model, "scheduler_config", None)
     if scheduler is not None and _needs_steps(scheduler):
-        params = {**scheduler["params"], "max_decay_steps": steps}
-        model.scheduler_config = {"target": scheduler["target"], "params": params}
+        model.scheduler_config = _with_steps(scheduler, steps)
+
+
+def _with_steps(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    return {"target": scheduler["target"], "params": {**scheduler["params"], "max_decay_steps": steps}}
 
 
 def _schedule_by_steps(text: str, model: Any) -> float:

@@ -10,6 +10,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
 from ldm.checkpoint import WEIGHTED
+from ldm.util import UserError, best_device
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,9 @@ def plugin_for(precision: Any, accelerator: str) -> FrozenHalf | None:
     in which updates of 1e-3 are lost, so here "true" means the same as "mixed".
     """
     kind, device, note = _resolved(precision, accelerator)
-    if kind is None:
-        return None
     if note:
-        logger.info("lightning.trainer.precision: %s; using %s", note, kind)
-    return FrozenHalf(kind, device)
+        logger.info("lightning.trainer.precision: %s; using %s", note, kind or FULL)
+    return None if kind is None else FrozenHalf(kind, device)
 
 
 def half_for(precision: Any, accelerator: str) -> torch.dtype | None:
@@ -72,19 +71,38 @@ def half_for(precision: Any, accelerator: str) -> torch.dtype | None:
     return None if kind is None else _TYPES[kind]
 
 
+def possible_precision(precision: Any, accelerator: str) -> Any:
+    """The precision for Lightning's Trainer: the one asked for, or full precision where the device has no half one.
+
+    Raises:
+        UserError: float64 on an Apple GPU, which has none.
+    """
+    kind, device, _ = _resolved(precision, accelerator)
+    if device == "mps" and kind is None and str(precision) in _KINDS:
+        return FULL
+    return precision
+
+
+FULL = "32-true"
 _TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 def _resolved(precision: Any, accelerator: str) -> tuple[str | None, str, str]:
-    """The precision that is possible on a device, the device, and why it is not the one asked for."""
+    """The half precision that is possible on a device, the device, and why it is not the one asked for."""
     kind = _KINDS.get(str(precision))
-    device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(
-        accelerator, accelerator
-    )
+    device = {"gpu": "cuda", "auto": best_device()}.get(accelerator, accelerator)
     if device == "cpu" and kind == "16-mixed":
         return "bf16-mixed", device, f"{precision} is not supported on a CPU"
     if device == "cuda" and kind == "bf16-mixed" and _emulates_bfloat16():
         return "16-mixed", device, "this GPU has no bfloat16"
+    if device == "mps" and str(precision) in ("64", "64-true"):
+        raise UserError(
+            f"lightning.trainer.precision is {precision}, but an Apple GPU has no float64; use 32-true"
+        )
+    if device == "mps" and kind is not None and not torch.backends.mps.is_macos_or_newer(14, 0):
+        return None, device, "half precision on an Apple GPU needs macOS 14"
+    if device == "mps" and kind == "16-mixed":  # which would need gradients to be scaled
+        return "bf16-mixed", device, f"{precision} is not supported on an Apple GPU"
     return kind, device, ""
 
 

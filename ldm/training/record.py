@@ -22,12 +22,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 
 from ldm import files
 from ldm.console import Interrupted
 from ldm.training import run_folder
 from ldm.training.callbacks.base import RunCallback, datasets_of, loss_of, personalization_of
-from ldm.training.callbacks.progress import total_steps
+from ldm.training.callbacks.progress import duration, total_steps
+from ldm.training.callbacks.summary_images import Curve, draw_curves
 from ldm.util import UserError
 
 STATUS, LOG = "status.json", "run.log"
@@ -280,6 +282,14 @@ class RunRecord:
             return None
         return max(self.total - self.step, 0) / self.rate
 
+    def __str__(self) -> str:
+        facts = [f"step {self.step}" + (f" of {self.total}" if self.total else "")]
+        if self.rate:
+            facts.append(f"{self.rate:.1f} steps/s" if self.rate >= 1 else f"{1 / self.rate:.1f} s/step")
+        if self.seconds_left is not None:
+            facts.append(f"{duration(self.seconds_left)} left")
+        return ", ".join(facts) if self.live else f"{self.state} at {facts[0]}"
+
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """The (step, value) pairs of each curve of `CURVES`, in order; where starts overlap, the later one counts."""
         found: dict[str, dict[int, float]] = {}
@@ -295,6 +305,16 @@ class RunRecord:
             except (OSError, csv.Error, UnicodeDecodeError):
                 continue
         return {name: sorted(found[name].items()) for name in CURVES.values() if name in found}
+
+    def plot(self) -> Image.Image | None:
+        """The fixed loss and the norm as a picture, with the best step so far; None before they are measured."""
+        found = self.curves()
+        losses = found.get("fixed loss", [])
+        finite = [(value, step) for step, value in losses if math.isfinite(value)]
+        curves = [
+            Curve(name, *zip(*found[name], strict=True)) for name in ("fixed loss", "norm") if name in found
+        ]
+        return draw_curves(curves, min(finite)[1] if finite else None) if curves else None
 
     def previews(self) -> list[tuple[int, Path]]:
         """The (step, image file) pairs of the previews, in order."""

@@ -41,6 +41,8 @@ FIXED = {
     "model.params.unfreeze_model": "unfreeze_model",
     "model.params.cond_stage_trainable": "cond_stage_trainable",
     "vae": "first stage",
+    "revision": "revision of the base model",
+    "variant": "variant of the base model",
 }
 # Parameters of a personalization that may change; all others decide what is learned.
 _FREE = ("norm_control", "norm_ratio", "embedding_manager_ckpt")

@@ -14,12 +14,15 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from ldm.base_models import recognise
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.training import command_line, config, preflight, resuming, run_folder
+from ldm.training import command_line, config, flags, hub, preflight, resuming, run_folder
+from ldm.training.callbacks import OPTIONAL_CALLBACKS, complete_lightning, is_gone_logger
 from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
@@ -31,14 +34,9 @@ from ldm.training.precision import half_for
 from ldm.training.record import Recorder
 from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
-    OLD_TRAINER_KEYS,
-    OPTIONAL_CALLBACKS,
     Devices,
     build_trainer,
-    check_lengths,
     choose_devices,
-    complete_lightning,
-    is_gone_logger,
     make_callbacks,
     make_loggers,
     processes,
@@ -58,7 +56,8 @@ EMBEDDED_MODEL = "models/ldm/creatures/model.safetensors"
 class Plan:
     """A checked command line: the configuration, the run folder, and what it resumes.
 
-    `state` is the state file, `saved` the configuration of the run before; both are None for a new run.
+    `state` is the state file, `saved` the configuration of the run before; both are None for a new run. Without
+    `train` the configuration is only checked.
     """
 
     options: argparse.Namespace
@@ -66,6 +65,7 @@ class Plan:
     run: RunFolder
     state: Path | None
     saved: DictConfig | None = None
+    train: bool = True
 
 
 def run(argv: Sequence[str], prog: str = "main.py", callbacks: Sequence[pl.Callback] = ()) -> int:
@@ -85,53 +85,64 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
     data = make_data(plan.config)
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
+    if plan.config.get("allow_tf32"):
+        if devices.accelerator == "cuda":
+            torch.set_float32_matmul_precision("high")
+        else:
+            logger.info("--allow_tf32 changes nothing: TF32 is for NVIDIA GPUs")
     model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
     datasets = getattr(data, "datasets", {})
+    hub.check_model(plan.options, plan.config, plan.run, model)
     preflight.check_captions(model, datasets.get("train"))
     preflight.check_progress(model, OmegaConf.select(plan.config, "lightning.trainer.max_steps"))
     requests = Requests()
     with handle_signals(requests):
-        trainer = make_trainer(plan, model, devices, requests, [recorder, *callbacks])
+        trainer = make_trainer(plan, model, devices, requests, [recorder, *callbacks, *samplers(plan)])
         figures = settle(plan, model, trainer, data)
         if trainer.is_global_zero:
             log_plan(plan, model, datasets, trainer, figures)
-        if not plan.options.train:
+        if not plan.train:
             logger.info("the configuration is valid; add -t to train")
             return 0
         try:
             fit(plan.run, plan.state, trainer, model, data)
         except Interrupted as stop:
             logger.info("stopped by %s at step %d", stop, trainer.global_step)
+            if plan.options.push_to_hub:
+                logger.info(
+                    "nothing is uploaded, because the run is not finished; resume it with --push_to_hub"
+                )
             recorder.end("stopped", log_results(plan, model, trainer, finished=False))
             # The exit code is that of the first process; with another code, Lightning would kill the first one.
             return stop.exit_code if trainer.is_global_zero else 0
-    recorder.end("finished", log_results(plan, model, trainer, finished=True))
+    verdict = log_results(plan, model, trainer, finished=True)
+    shared = share(plan, model) if trainer.is_global_zero else True
+    recorder.end("finished", verdict)
     if (
         not plan.options.no_test
         and is_overridden("test_step", model, pl.LightningModule)
         and datasets.get("test")
     ):
         trainer.test(model, datamodule=data)
-    return 0
+    return 0 if shared else 1
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Read and check the configuration; this builds and writes nothing."""
-    resume, name = _place_to_resume(options)
-    known = [*command_line.trainer_options(), *OLD_TRAINER_KEYS]
-    saved = None
+    resume, name = run_folder.place_to_resume(options)
+    known = [*command_line.TRAINER_OPTIONS, *command_line.OLD_TRAINER_KEYS]
+    base, saved = list(options.base), None
     if resume:
         folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         _check_names(options, folder)
         saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
         merged = config.load_run_config(options, options.base, saved)
+        where = config.places(options, options.base, folder.saved_configs())
     else:
-        if not options.base:
-            raise UsageError(
-                "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml"
-            )
         folder, state = None, None
-        merged = config.load_run_config(options, options.base)
+        base = config.complete_base(options)
+        merged = config.load_run_config(options, base)
+        where = config.places(options, base)
     trainer_node = OmegaConf.select(merged, "lightning.trainer")
     trainer_node = trainer_node if isinstance(trainer_node, DictConfig) else OmegaConf.create({})
     # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
@@ -140,8 +151,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         return make_plan(argparse.Namespace(**vars(options) | given))
     if trainer_node:
         merged["lightning"]["trainer"] = translate_old_keys(trainer_node)
-    config.check_run_config(merged, known)
-    check_lengths(merged.get("lightning") or {})
+    config.check_run_config(merged, known, where)
     check_rate(merged)
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)
@@ -155,23 +165,15 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if folder is None:
         folder = run_folder.new_run_folder(
             options.logdir,
-            name=name or Path(options.base[0]).stem,
+            name=name or Path(base[0]).stem,
             data_root=merged.get("data_root") if options.datadir_in_name else None,
             postfix=options.postfix,
             several=processes(OmegaConf.select(merged, "lightning.trainer") or {}) > 1,
             label=name,
         )
-    return Plan(options, merged, folder, state, saved)
-
-
-def _place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
-    """What to resume, "" for a new run, and the name of a new run."""
-    if options.resume or not options.project:
-        return options.resume, options.name
-    if Path(options.project).is_dir():
-        options.resume_flag = "--project"
-        return options.project, options.name
-    return "", options.project
+    # Without --base the command line is one of diffusers' script, which always trains.
+    train = not (options.base or resume) if options.train is None else options.train
+    return Plan(options, merged, folder, state, saved, train)
 
 
 def _check_names(options: argparse.Namespace, folder: RunFolder) -> None:
@@ -209,7 +211,14 @@ def make_model(merged: DictConfig, half: torch.dtype | None = None) -> pl.Lightn
         logger.info("reading %s", path)
         personalised = OmegaConf.select(node, "params.personalization_config") is not None
         half = half if personalised else None
-        model = load_model_from_config(node, path, vae=merged.get("vae"), half=half)
+        model = load_model_from_config(
+            node,
+            path,
+            vae=merged.get("vae"),
+            half=half,
+            variant=merged.get("variant"),
+            revision=merged.get("revision"),
+        )
     else:
         model = instantiate_from_config({key: node[key] for key in ("target", "params") if key in node})
         if is_personalization(model) and not OmegaConf.select(node, "params.ckpt_path"):
@@ -317,7 +326,9 @@ def log_plan(
         rate=figures.rate,
         folder=plan.run.path,
     )
-    for line in lines:
+    if note := flags.rate_note(plan.options, getattr(model, "scheduler_config", None)):
+        lines.append(note)
+    for line in [*lines, *flags.notes(plan.options, plan.config)]:
         logger.info("%s", line)
 
 
@@ -340,6 +351,9 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
         words = list(manager.string_to_token_dict)
         base = plan.config.get("actual_resume")
         command = ["python", "scripts/txt2img.py", "--embedding_path", str(plan.run.embeddings)]
+        which = {key: plan.config.get(key) for key in ("variant", "revision")}
+        if base and any(which.values()):
+            base = recognise(base, **which).path  # the folder of that revision, already fetched
         if base and Path(base) != Path(EMBEDDED_MODEL):
             command += ["--ckpt_path", str(base), "--config", str(plan.run.saved_configs()[-1])]
             command += ["--vae", str(plan.config["vae"])] if plan.config.get("vae") else []
@@ -359,6 +373,33 @@ def log_results(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, *, f
     return None
 
 
+def samplers(plan: Plan) -> list[pl.Callback]:
+    """The callback that samples images for the model card at the end, while the model is on its device."""
+    if not plan.options.push_to_hub:
+        return []
+    params = OmegaConf.select(plan.config, "lightning.callbacks.image_logger.params") or {}
+    prompts, each = list(params.get("prompts") or hub.PROMPTS), params.get("images_per_prompt") or 1
+
+    def sample(trainer: pl.Trainer, model: Any) -> None:
+        hub.save_samples(trainer, model, prompts, each)
+
+    return [LambdaCallback(on_train_end=sample)]
+
+
+def share(plan: Plan, model: pl.LightningModule) -> bool:
+    """Write the pipeline and upload the word, if that is asked for; returns whether all of it was done."""
+    options, done = plan.options, True
+    if options.save_as_full_pipeline:
+        try:
+            logger.info("pipeline:   %s", hub.write_pipeline(plan.config, plan.run))
+        except UserError as error:
+            logger.warning("no pipeline is written: %s", error)
+            done = False
+    if options.push_to_hub:
+        done = hub.upload(options, plan.config, plan.run, model) and done
+    return done
+
+
 def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
     """How other programs load the first word of a run; nothing for a text encoder that they do not have."""
     manager = personalization_of(model)
@@ -370,8 +411,7 @@ def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
     path = run.checkpoints / f"{stem}.safetensors"
     if not path.is_file():
         return []
-    # diffusers takes a word into its vocabulary, and refuses one that is there already, as "*" and every common word.
-    token = words[0] if words[0].startswith("<") and words[0].endswith(">") else f"<{stem}>"
+    token = hub.diffusers_token(words[0], stem)
     reason = "" if token == words[0] else " (diffusers refuses words of its vocabulary, such as *)"
     call = f'pipe.load_textual_inversion("{path.as_posix()}", token="{token}")'
     if family == "sdxl":  # the pipeline of diffusers is given the vectors of each text encoder by itself

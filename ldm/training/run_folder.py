@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -14,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ldm import embeddings, pickles
 from ldm.util import UserError
 from ldm.words import file_stem, folder_name
 
@@ -68,6 +68,8 @@ class RunFolder:
         A word keeps the name that its file in the folder has, so that a resumed run replaces its own files, those of
         earlier versions included.
         """
+        from ldm import embeddings
+
         held: dict[str, str] = {}
         for path in self.word_files():
             try:
@@ -128,6 +130,29 @@ def new_run_folder(
     return RunFolder(path, now, label)
 
 
+def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
+    """What to resume, "" for a new run, and the name of a new run."""
+    # diffusers' script begins anew where there is nothing to resume: a job can be started again by the same command.
+    begins = options.resume == "latest" and options.resume_flag == "--resume_from_checkpoint"
+    if begins and latest_run(options.logdir) is None:
+        logger.info(
+            "--resume_from_checkpoint latest: no run in '%s' to resume; a new one begins", options.logdir
+        )
+        return "", options.name
+    if options.resume or not options.project:
+        return options.resume, options.name
+    if Path(options.project).is_dir():
+        options.resume_flag = "--project"
+        return options.project, options.name
+    return "", options.project
+
+
+def latest_run(logdir: str | Path) -> Path | None:
+    """The run in a folder whose state was saved last; None if there is none."""
+    states = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    return states[-1].parent.parent if states else None
+
+
 def existing_run_folder(
     place: str | Path, logdir: str | Path = "logs", flag: str = "--resume"
 ) -> tuple[RunFolder, Path]:
@@ -140,10 +165,9 @@ def existing_run_folder(
         UserError: there is nothing to resume, or `place` holds vectors or a model.
     """
     if place == "latest":
-        runs = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-        if not runs:
+        place = latest_run(logdir) or place
+        if place == "latest":
             raise UserError(f"{flag} latest: no run in '{logdir}' has a last.ckpt")
-        place = runs[-1].parent.parent
     place = Path(place)
     if not place.exists() and is_run_folder(Path(logdir) / place):
         place = Path(logdir) / place
@@ -181,6 +205,8 @@ def _no_run(place: Path) -> str:
         return (
             f"it holds vectors; a new run begins from them with --base YAML --embedding_manager_ckpt {place}"
         )
+    from ldm import pickles
+
     try:
         content = pickles.load(place, mmap=True)
     except UserError:
@@ -194,6 +220,8 @@ def _no_run(place: Path) -> str:
 
 
 def _holds_vectors(path: Path) -> bool:
+    from ldm import embeddings
+
     try:
         embeddings.read(path)
     except UserError:

@@ -19,16 +19,17 @@ from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
-from ldm.training.precision import plugin_for
+from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
+from ldm.training.precision import plugin_for, possible_precision
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, UsageError, UserError, check_integer, instantiate_from_config
+from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config, why_no_mps
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run: the accelerator, "cuda" or "cpu", and a number of devices or their indices."""
+    """The devices of a run: the accelerator, "cuda", "mps" or "cpu", and a number of devices or their indices."""
 
     accelerator: str
     devices: int | list[int]
@@ -36,32 +37,6 @@ class Devices:
     @property
     def count(self) -> int:
         return self.devices if isinstance(self.devices, int) else len(self.devices)
-
-
-def parse_gpus(gpus: Any) -> int | list[int] | None:
-    """Read `--gpus` as Lightning 1.x does: "0," and "0,1" and lists are indices, "2" is a count, -1 is all.
-
-    Returns None if it is not given, and 0 for no GPU.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if gpus is None or gpus == "":
-        return None
-    try:
-        if isinstance(gpus, str):
-            text = gpus.strip()
-            if "," not in text and not text.startswith("["):
-                return int(text)
-            text = text.removeprefix("[").removesuffix("]")
-            return [int(part) for part in text.split(",") if part.strip()]
-        if isinstance(gpus, bool):
-            return int(gpus)
-        return gpus if isinstance(gpus, int) else [int(part) for part in gpus]
-    except (TypeError, ValueError):
-        raise UsageError(
-            f'--gpus \'{gpus}\' is not understood; write "0," for GPU 0, "0,1" for two, "-1" for all'
-        ) from None
 
 
 def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int:
@@ -80,89 +55,53 @@ def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int
     return count * nodes
 
 
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+
+
 def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
-    """The devices for a run; without CUDA the CPU, which is logged unless `accelerator` is "cpu".
+    """The devices for a run: CUDA GPUs, the Apple GPU, or the CPU, if `gpus` is not 0 and `accelerator` allows them.
+
+    `gpus` on a machine without a GPU is logged, and the CPU is taken.
 
     Raises:
         UserError: this machine does not have the GPU.
     """
     requested = parse_gpus(gpus)
-    if str(accelerator).lower() == "cpu":
+    kind = str(accelerator or "auto").lower()
+    if kind not in ACCELERATORS and kind not in _STRATEGIES:
+        raise UsageError(f"accelerator is '{accelerator}'; choose one of {', '.join(ACCELERATORS)}")
+    if kind == "cpu" or (requested in (0, []) and kind not in ("cuda", "gpu", "mps")):
         return Devices("cpu", 1)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    why_not = why_no_mps()
+    if kind == "mps" and why_not:
+        raise UserError(f"accelerator is mps, but {why_not}; leave it out")
+    if kind == "mps" or (available == 0 and kind != "cuda" and not why_not):
+        if requested not in (None, 0, -1, 1, [], [0]):
+            raise UserError(f"--gpus {gpus} asks for several GPUs; this machine has one Apple GPU")
+        return Devices("mps", 1)
     if available == 0:
-        if requested not in (None, 0):
-            logger.info("no CUDA device here: training on the CPU")
+        if kind in ("cuda", "gpu"):
+            raise UserError(
+                f"accelerator is {kind}, but torch finds no GPU here; leave it out to train on the CPU"
+            )
+        if requested is not None:
+            logger.info("no GPU here: training on the CPU")
         return Devices("cpu", 1)
-    if requested is None:
+    if requested in (None, 0, []):
         return Devices("cuda", [0])
     if requested == -1:
         return Devices("cuda", available)
-    if requested in (0, []):
-        return Devices("cpu", 1)
     if isinstance(requested, int):
         if not 0 < requested <= available:
             raise UserError(f"--gpus {requested} asks for {requested} GPUs; this machine has {available}")
         return Devices("cuda", requested)
-    absent = [number for number in requested if not 0 <= number < available]
+    absent = [number for number in requested or [] if not 0 <= number < available]
     if absent:
         raise UserError(f"--gpus asks for GPU {absent[0]}; this machine has {available}, numbered from 0")
-    return Devices("cuda", sorted(set(requested)))
+    return Devices("cuda", sorted(set(requested or [])))
 
 
-# Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
-OLD_TRAINER_KEYS: dict[str, str | None] = {
-    "gpus": "gpus",
-    "num_processes": "devices",
-    "nb_gpu_nodes": "num_nodes",
-    "distributed_backend": "strategy",
-    "replace_sampler_ddp": "use_distributed_sampler",
-    "checkpoint_callback": "enable_checkpointing",
-    "weights_summary": "enable_model_summary",
-    "progress_bar_refresh_rate": "enable_progress_bar",
-    "show_progress_bar": "enable_progress_bar",
-    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs",
-    "row_log_interval": "log_every_n_steps",
-    "add_row_log_interval": "log_every_n_steps",
-    "max_nb_epochs": "max_epochs",
-    "min_nb_epochs": "min_epochs",
-    "nb_sanity_val_steps": "num_sanity_val_steps",
-    "train_percent_check": "limit_train_batches",
-    "val_percent_check": "limit_val_batches",
-    "test_percent_check": "limit_test_batches",
-    "overfit_pct": "overfit_batches",
-    "gradient_clip": "gradient_clip_val",
-    "use_amp": "precision",
-    "resume_from_checkpoint": None,
-    "terminate_on_nan": None,
-    "print_nan_grads": None,
-    "flush_logs_every_n_steps": None,
-    "log_save_interval": None,
-    "auto_select_gpus": None,
-    "auto_scale_batch_size": None,
-    "auto_lr_find": None,
-    "amp_backend": None,
-    "amp_level": None,
-    "prepare_data_per_node": None,
-    "track_grad_norm": None,
-    "move_metrics_to_cpu": None,
-    "log_gpu_memory": None,
-    "stochastic_weight_avg": None,
-    "process_position": None,
-    "truncated_bptt_steps": None,
-    "multiple_trainloader_mode": None,
-    "automatic_optimization": None,
-    "enable_pl_optimizer": None,
-    "early_stop_callback": None,
-    "progress_bar_callback": None,
-    "training_tqdm_dict": None,
-    "weights_save_path": None,
-    "default_save_path": None,
-    "tpu_cores": None,
-    "num_tpu_cores": None,
-    "ipus": None,
-    "hpus": None,
-}
 # What to do in place of an option that is ignored, where there is something to do.
 _INSTEAD = {
     "terminate_on_nan": "the callback training_guard takes such losses back",
@@ -176,10 +115,10 @@ _INSTEAD = {
     "early_stop_callback": "the callback deterministic_loss has the option stop",
     "weights_save_path": "use --logdir",
     "default_save_path": "use --logdir",
-    "tpu_cores": "this trains on CUDA GPUs and CPUs",
-    "num_tpu_cores": "this trains on CUDA GPUs and CPUs",
-    "ipus": "this trains on CUDA GPUs and CPUs",
-    "hpus": "this trains on CUDA GPUs and CPUs",
+    "tpu_cores": "this trains on CUDA GPUs, Apple GPUs and CPUs",
+    "num_tpu_cores": "this trains on CUDA GPUs, Apple GPUs and CPUs",
+    "ipus": "this trains on CUDA GPUs, Apple GPUs and CPUs",
+    "hpus": "this trains on CUDA GPUs, Apple GPUs and CPUs",
     "default_root_dir": "use --logdir",
     "callbacks": "use lightning.callbacks",
     "logger": "use lightning.logger",
@@ -231,99 +170,8 @@ def _translated(key: str, value: Any) -> Any:
     return value
 
 
-# The callbacks of every run. A YAML sets their parameters under these names, and adds others as nodes with a target.
-DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
-    "image_logger": {
-        "target": "ldm.training.callbacks.image_logger.ImageLogger",
-        "params": {"batch_frequency": 750, "max_images": 4},
-    },
-    "embedding_saver": {"target": "ldm.training.callbacks.embedding_saver.EmbeddingSaver", "params": {}},
-    "progress": {"target": "ldm.training.callbacks.progress.RunProgress", "params": {}},
-    "learning_rate_logger": {
-        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
-        "params": {"logging_interval": "step"},
-    },
-}
-# Further callbacks of a run that trains a personalization.
-PERSONALIZATION_CALLBACKS: dict[str, dict[str, Any]] = {
-    "latent_cache": {"target": "ldm.training.callbacks.latent_cache.LatentCache", "params": {}},
-    "training_guard": {"target": "ldm.training.callbacks.guard.TrainingGuard", "params": {}},
-    "deterministic_loss": {
-        "target": "ldm.training.callbacks.fixed_loss.DeterministicLoss",
-        "params": {},
-    },
-    "vector_stats": {"target": "ldm.training.callbacks.guard.VectorStats", "params": {}},
-    "summary_images": {
-        "target": "ldm.training.callbacks.summary_images.SummaryImages",
-        "params": {},
-    },
-}
-# Callbacks that are added if a YAML names them; cuda_callback also on a GPU.
-OPTIONAL_CALLBACKS: dict[str, dict[str, Any]] = {
-    "cuda_callback": {"target": "ldm.training.callbacks.performance.CUDACallback", "params": {}},
-    "warm_start": {"target": "ldm.training.callbacks.warm_start.WarmStart", "params": {}},
-    "compiled": {"target": "ldm.training.callbacks.performance.CompiledDenoiser", "params": {}},
-    "channels_last": {"target": "ldm.training.callbacks.performance.ChannelsLast", "params": {}},
-    "metrics_over_trainsteps_checkpoint": {
-        "target": "pytorch_lightning.callbacks.ModelCheckpoint",
-        "params": {
-            "filename": "{epoch:06}-{step:09}",
-            "save_top_k": -1,
-            "every_n_train_steps": 10000,
-            "save_weights_only": True,
-        },
-    },
-}
-KNOWN_CALLBACKS = DEFAULT_CALLBACKS | PERSONALIZATION_CALLBACKS | OPTIONAL_CALLBACKS
-# Old names of callbacks in YAMLs -> current names.
-OLD_CALLBACK_NAMES = {
-    "tripwires": "training_guard",
-    "health": "vector_stats",
-    "summary_pictures": "summary_images",
-}
-# Loggers that Lightning no longer has.
-_GONE_LOGGERS = ("TestTubeLogger",)
 # Params of `modelcheckpoint` for last.ckpt; any other param adds Lightning's ModelCheckpoint.
 _LAST_CHECKPOINT_KEYS = ("every_n_train_steps", "save_last", "verbose", "dirpath", "filename")
-_MODEL_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
-
-
-def rename_callbacks(config: DictConfig) -> DictConfig:
-    """A configuration in which old names of callbacks are replaced by the current ones."""
-    callbacks = OmegaConf.select(config, "lightning.callbacks", throw_on_missing=False)
-    if not isinstance(callbacks, DictConfig) or not callbacks.keys() & OLD_CALLBACK_NAMES.keys():
-        return config
-    config = config.copy()
-    renamed = OmegaConf.create({})
-    for name, node in callbacks.items_ex(resolve=False):
-        name = OLD_CALLBACK_NAMES.get(str(name), name)
-        renamed[name] = OmegaConf.merge(renamed[name], node) if renamed.get(name) and node else node
-    config["lightning"]["callbacks"] = renamed
-    return config
-
-
-def complete_lightning(lightning: Mapping[str, Any] | None, *, personalization: bool = False) -> DictConfig:
-    """The `lightning` node with the default callbacks and all targets, so that it can be checked and built."""
-    node = OmegaConf.create(dict(lightning or {}))
-    named = node.get("callbacks") or {}
-    defaults = DEFAULT_CALLBACKS | (PERSONALIZATION_CALLBACKS if personalization else {})
-    node["callbacks"] = OmegaConf.merge(
-        defaults | {k: v for k, v in KNOWN_CALLBACKS.items() if k in named}, named
-    )
-    if "modelcheckpoint" in node:
-        node["modelcheckpoint"] = OmegaConf.merge({"target": _MODEL_CHECKPOINT}, node["modelcheckpoint"])
-    if "logger" in node:
-        if is_gone_logger(node["logger"]):
-            del node["logger"]
-        else:
-            default = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
-            node["logger"] = OmegaConf.merge(default, node["logger"])
-    return node
-
-
-def is_gone_logger(node: Mapping[str, Any]) -> bool:
-    """Whether a `lightning.logger` node names a logger that Lightning no longer has."""
-    return str(node.get("target", "")).rpartition(".")[2] in _GONE_LOGGERS
 
 
 def trainer_kwargs(
@@ -342,8 +190,10 @@ def trainer_kwargs(
     if personalization and not {"max_steps", "max_epochs", "max_time"} & options.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
         options["max_steps"] = 6100
+    options["accelerator"] = "gpu" if devices.accelerator == "cuda" else devices.accelerator
+    if "precision" in options:
+        options["precision"] = possible_precision(options["precision"], devices.accelerator)
     defaults = {
-        "accelerator": "gpu" if devices.accelerator == "cuda" else "cpu",
         "devices": devices.devices,
         "strategy": "ddp" if processes(options, devices) > 1 else "auto",
         "num_sanity_val_steps": 0,
@@ -355,14 +205,6 @@ def trainer_kwargs(
     if "max_steps" not in options and "max_epochs" not in options:
         defaults["max_epochs"] = -1
     return defaults | options
-
-
-def check_lengths(lightning: Mapping[str, Any]) -> None:
-    """Raise UsageError unless max_steps and max_epochs are whole numbers from 1, or -1 for no limit."""
-    for key in ("max_steps", "max_epochs"):
-        number = (lightning.get("trainer") or {}).get(key)
-        if number not in (None, -1):
-            check_integer(number, key, error=UsageError)
 
 
 def make_loggers(lightning: Mapping[str, Any], run: RunFolder) -> list[Logger]:

@@ -120,7 +120,7 @@ def test_edits_are_optional(run, folder, monkeypatch) -> None:
         (["--concept", "MINE", "--word", "x", "--judge", "absent"], "--judge 'absent' does not exist"),
         (["--concept", "MINE", "--word", "x", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
         (["--concept", "MINE"], "--embedding_path --word"),
-        (["--concept", "MINE", "--word", "x", "--samples", "0"], "not a positive whole number"),
+        (["--concept", "MINE", "--word", "x", "--samples", "0"], "not a whole number from 1"),
     ],
 )
 def test_mistakes_are_one_line_before_the_model_is_read(arguments, message, run, folder, monkeypatch) -> None:

@@ -189,9 +189,9 @@ def test_defaults_of_stable_diffusion(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--ddim_steps", "-5"], 2, "argument --ddim_steps: '-5' is not a positive whole number"),
-        (["--ddim_steps", "0"], 2, "'0' is not a positive"),
-        (["--n_samples", "some"], 2, "'some' is not a positive"),
+        (["--ddim_steps", "-5"], 2, "argument --ddim_steps: '-5' is not a whole number from 1"),
+        (["--ddim_steps", "0"], 2, "'0' is not a whole number from 1"),
+        (["--n_samples", "some"], 2, "'some' is not a whole number"),
         (["--H", "-32"], 2, "argument --H"),
         (["--ddim_eta", "2"], 2, "argument --ddim_eta: '2' is not a number from 0 to 1"),
         (["--ddim_eta", "much"], 2, "'much' is not a number"),

@@ -169,9 +169,12 @@ def test_a_model_of_images_that_are_not_square_keeps_its_size(model, monkeypatch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "sampling steps is 0; it must be at least 1"),
+        ({"steps": 0}, "sampling steps is 0; it must be a whole number from 1"),
         ({"steps": 1001}, "more than the model's 1000"),
         ({"eta": 2.0}, "eta is 2.0"),
+        ({"scale": float("nan")}, "guidance scale is nan; it must be a number"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"steps": 2.5}, "sampling steps is 2.5; it must be a whole number"),
         ({"eta": 0.5, "sampler": "plms"}, "eta is 0.5, but the sampler plms is deterministic"),
         ({"sampler": "euler"}, 'unknown sampler "euler"; choose one of ddim, plms, dpm_solver'),
         ({"precision": "half"}, 'unknown precision "half"; choose one of full, autocast'),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from omegaconf import OmegaConf
 
 from ldm.training import config
-from ldm.training.command_line import parse, trainer_options
-from ldm.training.trainer import OLD_CALLBACK_NAMES, complete_lightning
+from ldm.training.callbacks import OLD_CALLBACK_NAMES, complete_lightning
+from ldm.training.command_line import TRAINER_OPTIONS, parse
 from ldm.util import ConfigError, UsageError, UserError
 from ldm.yaml_files import read_yaml
 
@@ -29,7 +31,7 @@ def load(tmp_path, words="", *yamls):
 
 
 def check(merged):
-    config.check_run_config(merged, trainer_options())
+    config.check_run_config(merged, TRAINER_OPTIONS)
 
 
 @pytest.fixture
@@ -211,7 +213,8 @@ def test_init_word_without_personalization(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", r"line \d is not a valid YAML"), ("- a\n- b\n", "must hold a mapping")]
+    ("text", "message"),
+    [("a: [", r"line 1, column 4 is not a valid YAML"), ("- a\n- b\n", "must hold a mapping")],
 )
 def test_invalid_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -240,3 +243,112 @@ def test_seed_of_the_run_is_the_default_seed_of_the_vectors() -> None:
     config.seed_vectors(other)
     assert "seed" not in other.model.params.personalization_config.params
     config.seed_vectors(OmegaConf.create({"seed": 7, "model": {"params": {}}}))
+
+
+def refused(tmp_path, words, *yamls, kind=ConfigError):
+    """The message about a command line over YAMLs, which lie in 0.yaml, 1.yaml, ..."""
+    with pytest.raises(kind) as caught:
+        merged = load(tmp_path, words, *yamls)
+        paths = [tmp_path / f"{number}.yaml" for number in range(len(yamls))]
+        options = parse(words.split())
+        config.check_run_config(merged, TRAINER_OPTIONS, config.places(options, paths))
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+NUMBERS = [-1, 0, 1.5, math.nan, math.inf, "x", None, [], {}, 10**12]
+WRONG = {  # key -> the values that it may have
+    "model.base_learning_rate": [1.5, None],
+    "model.params.timesteps": [],
+    "model.params.image_size": [],
+    "model.params.linear_start": [],
+    "model.params.unet_config.params.model_channels": [],
+    "model.params.first_stage_config.params.ddconfig.ch": [],
+    f"{MANAGER}.progressive_scale": [10**12],
+    f"{MANAGER}.num_vectors_per_token": [{}],
+    "data.params.batch_size": [],
+    "data.params.num_workers": [0, None],
+    "data.params.train.params.flip_p": [0],
+    "data.params.train.params.size": [None],
+    "lightning.callbacks.image_logger.params.batch_frequency": [0, 10**12],
+    "lightning.callbacks.deterministic_loss.params.stop.window": [10**12],
+    "lightning.trainer.max_steps": [-1, None, 10**12],
+    "lightning.trainer.precision": [None],
+    "seed": [0],
+    "scale_lr": [],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_values_out_of_range_are_named_with_their_line(tmp_path, base, key):
+    overlay = OmegaConf.create({})
+    for value in NUMBERS:
+        if value in WRONG[key] and type(value) in map(type, WRONG[key]):
+            continue
+        OmegaConf.update(overlay, key, value, merge=False, force_add=True)
+        text = OmegaConf.to_yaml(overlay)
+        message = refused(tmp_path, "", base, text)
+        line = text.count("\n") - (value in ([], {}) and 0)
+        assert message.startswith(key) and f"(1.yaml, line {line})" in message, message
+
+
+def test_places(tmp_path, base):
+    key = "model.params.timesteps"
+    assert refused(tmp_path, f"{key}=0", base) == f"{key} is 0; it must be a whole number from 2 to 10,000"
+    flag = refused(tmp_path, "--max_steps 0", base, kind=UsageError)
+    assert flag.startswith("lightning.trainer.max_steps is 0 (--max_steps); it must be")
+    flag = refused(tmp_path, "--train_batch_size 1000000000000", base, kind=UsageError)
+    assert flag.startswith("data.params.batch_size is 1000000000000 (--train_batch_size)")
+    assert refused(tmp_path, "--seed -1", base, kind=UsageError).startswith("seed is -1 (--seed)")
+    misspelt = {"model": {"params": {"timstep": 5}}}
+    message = refused(tmp_path, "", base, misspelt)
+    assert "unknown key 'timstep' (1.yaml, line 3) (did you mean 'timesteps'?)" in message
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ("model: 5\n", "model is 5 (1.yaml, line 1) where a mapping is needed"),
+        ("model:\n  params: [1]\n", "model.params is a list (1.yaml, line 2) where"),
+        ("model:\n  params:\n    unet_config: x\n", "model.params.unet_config is 'x' (1.yaml, line 3)"),
+        ("lightning:\n  callbacks:\n    progress: 5\n", "lightning.callbacks.progress is 5 (1.yaml, line 3)"),
+        ("lightning:\n  trainer:\n  - max_steps: 5\n", "lightning.trainer is a list (1.yaml, line 2)"),
+        (
+            "init_word: no\n",
+            "init_word is false (1.yaml, line 1); it must be a text or null; write it in quotes",
+        ),
+        ("placeholder_string: 5\n", "placeholder_string is 5 (1.yaml, line 1)"),
+        (
+            "model:\n  params:\n    timesteps: ${steps}\n",
+            "is '${steps}' (1.yaml, line 3), but there is no key",
+        ),
+        ("data:\n  params:\n    train: null\n", "there is no data.params.train (1.yaml, line 3)"),
+        (
+            "data:\n  params:\n    train:\n      params:\n        size: 30\n",
+            "data.params.train.params.size is 30 (1.yaml, line 5); this model needs a multiple of 8; try 32",
+        ),
+    ],
+)
+def test_wrong_shapes_of_a_yaml(tmp_path, base, overlay, message):
+    assert message in refused(tmp_path, "", base, overlay)
+
+
+def test_rates_by_steps(tmp_path, base):
+    for rates in ("0.005:100, nan:1000", "0.005:100, -1e-3:1000", "0.005:100, 1e-3:50", "fast"):
+        message = refused(tmp_path, "", base, {"model": {"base_learning_rate": rates}})
+        assert message.startswith("model.base_learning_rate (1.yaml, line 2): learning rate '")
+    check(load(tmp_path, "model.base_learning_rate=0.005:100,1e-3:1000", base))
+
+
+def test_parts_that_are_switched_off(tmp_path, base):
+    check(
+        load(tmp_path, "", base, "lightning:\n  modelcheckpoint: null\n  logger: null\n  callbacks: null\n")
+    )
+
+
+def test_single_text_as_placeholder(tmp_path, base):
+    single = {"placeholder_strings": "<cat>"}
+    other = {"model": {"params": {"personalization_config": {"params": single}}}}
+    merged = load(tmp_path, "", base, other)
+    check(merged)
+    assert merged.data.params.train.params.placeholder_token == "<cat>"

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.training.inversion import Inversion, recipe_yaml, training_yaml
+from ldm.training.config import training_yaml
+from ldm.training.inversion import Inversion, recipe_yaml
 from ldm.yaml_files import CHECKOUT
 from tests.golden_record import Golden
 from tests.training.runs import only_run
@@ -37,7 +38,7 @@ def test_a_concept_is_learned_saved_and_generated_with(learned, tiny_model, tmp_
     assert learned.path.name == "embeddings_best.pt" and len(learned.record.curves()["fixed loss"]) == 4
     assert capfd.readouterr().out == ""  # quiet
     file = learned.save()
-    assert torch.equal(ldm.load(file).vectors, learned.vectors) and file == Path("toy.safetensors")
+    assert torch.equal(ldm.load(file).vectors, learned.vectors) and file == Path.cwd() / "toy.safetensors"
     assert torch.equal(ldm.load(learned.run).vectors, learned.vectors)
     (tmp_path / "model").mkdir()
     Golden("clip_one_vector").write_model(tmp_path / "model")
@@ -143,7 +144,9 @@ def test_a_repository_on_the_hub(monkeypatch, tmp_path, learned):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ldm.UserError, match="neither a file nor a repository"):
+    with pytest.raises(
+        ldm.UserError, match="neither a file or folder here nor readable from the Hugging Face hub"
+    ):
         ldm.load("someone/cat")
 
 

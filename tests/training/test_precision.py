@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 
 import main
 from ldm.training import run as run_module
-from ldm.training.precision import FrozenHalf, plugin_for
+from ldm.training.precision import FrozenHalf, half_for, plugin_for, possible_precision
+from ldm.util import UserError
 from tests.golden_record import Golden
 
 
@@ -66,6 +68,28 @@ def test_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert plugin_for("bf16-mixed", "gpu").precision == kind
+
+
+def test_precisions_of_an_apple_gpu(apple_gpu, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, logger="ldm")
+    plugin = plugin_for("bf16-mixed", "mps")
+    assert plugin is not None and (plugin.precision, plugin.device, plugin.scaler) == (
+        "bf16-mixed",
+        "mps",
+        None,
+    )
+    assert not caplog.messages and plugin_for("32-true", "mps") is None
+    assert plugin_for(16, "mps").precision == plugin_for(16, "auto").precision == "bf16-mixed"
+    assert "16 is not supported on an Apple GPU; using bf16-mixed" in caplog.text
+    assert possible_precision("bf16", "mps") == "bf16"
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
+    assert plugin_for("bf16-mixed", "mps") is half_for("bf16-mixed", "mps") is None
+    assert "needs macOS 14; using 32-true" in caplog.text
+    assert possible_precision("bf16-mixed", "mps") == "32-true"
+    for precision in (64, "64-true"):
+        with pytest.raises(UserError, match="an Apple GPU has no float64; use 32-true"):
+            half_for(precision, "mps")
+        assert possible_precision(precision, "cpu") == precision
 
 
 class RecordTypes(pl.Callback):

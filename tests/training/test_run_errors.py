@@ -18,7 +18,7 @@ from tests.training.runs import only_run, start
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--max_steps", "-5"], 2, "max_steps is -5"),
+        (["--max_steps", "-5"], 2, "max_steps is -5 (--max_steps)"),
         (["--gpuz", "0,"], 2, "did you mean --gpus"),
         (["--gpus", "all"], 2, "not understood"),
         (["--data_root", "nowhere"], 1, "image folder not found: nowhere"),
@@ -55,7 +55,8 @@ def test_resume_with_another_placeholder(tiny_yaml, capsys):
 def test_missing_base(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert start("-t") == 2
-    assert "give a YAML with --base" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "give a YAML with --base" in message and "--pretrained_model_name_or_path" in message
 
 
 def test_debug_shows_the_traceback(tiny_yaml, capsys):
@@ -114,14 +115,14 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ),
         ("--embedding_manager_ckpt wide.pt", 1, "this model's text encoder has width 32"),
         ("--embedding_manager_ckpt page.ckpt", 1, "is a web page"),
-        ("--max_steps -5", 2, "max_steps is -5"),
+        ("--max_steps -5", 2, "max_steps is -5 (--max_steps)"),
         ("--max_steps -5 --actual_resume gone.ckpt", 2, "max_steps is -5"),  # before any weight is read
         ("model.base_learning_rate=0 --actual_resume gone.ckpt", 1, "base_learning_rate is 0"),
         ("--max_train_steps -5", 2, "'-5' is not a positive whole number"),
-        ("lightning.trainer.max_steps=-5", 2, "max_steps is -5"),
+        ("lightning.trainer.max_steps=-5", 1, "max_steps is -5"),
         ("--train_batch_size 0", 2, "'0' is not a positive whole number"),
         ("model.params.personalization_config.params.initializer_words[7]=cat", 1, "does not fit the YAML"),
-        ("data.params.train=[1]", 1, "a list where a mapping is needed"),
+        ("data.params.train=[1]", 1, "data.params.train is a list where a mapping is needed"),
     ],
 )
 def test_wrong_files_and_keys(tiny_yaml, files, capsys, words: str, code: int, message: str) -> None:

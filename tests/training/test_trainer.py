@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.training import trainer as trainer_module
+from ldm.training.callbacks import complete_lightning
 from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.interruption import Requests
-from ldm.training.command_line import trainer_options
+from ldm.training.command_line import OLD_TRAINER_KEYS, TRAINER_OPTIONS
 from ldm.training.run_folder import RunFolder
-from ldm.training.trainer import OLD_TRAINER_KEYS, Devices, choose_devices, parse_gpus, processes
+from ldm.training.trainer import Devices, choose_devices, parse_gpus, processes
 from ldm.util import ConfigError, UsageError, UserError
 from tests.training.runs import start
 
@@ -95,6 +97,59 @@ def test_accelerator_cpu(two_gpus, caplog):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "accelerator", "chosen"),
+    [
+        (None, None, "mps"),
+        ("0,", None, "mps"),
+        ("-1", "auto", "mps"),
+        (None, "gpu", "mps"),
+        (None, "MPS", "mps"),
+        ("0", None, "cpu"),
+        (None, "cpu", "cpu"),
+    ],
+)
+def test_apple_gpu(apple_gpu, gpus, accelerator, chosen):
+    assert choose_devices(gpus, accelerator) == Devices(chosen, 1)
+    options = trainer_module.trainer_kwargs({}, choose_devices(gpus, accelerator), personalization=True)
+    assert (options["accelerator"], options["devices"], options["strategy"]) == (chosen, 1, "auto")
+
+
+def test_several_apple_gpus(apple_gpu):
+    with pytest.raises(UserError, match="this machine has one Apple GPU"):
+        choose_devices("0,1")
+    with pytest.raises(UserError, match="accelerator is cuda, but torch finds no GPU"):
+        choose_devices(None, "cuda")
+
+
+def test_why_there_is_no_apple_gpu(apple_gpu, monkeypatch):
+    def refused(words):
+        with pytest.raises(UserError, match=f"accelerator is mps, but .*{words}.*; leave it out"):
+            choose_devices(None, "mps")
+        assert choose_devices(None) == Devices("cpu", 1)
+
+    with monkeypatch.context() as intel:
+        intel.setattr(platform, "machine", lambda: "x86_64")
+        refused("Apple's own processors")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    refused("macOS 12.3")
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    refused("this build of torch")
+    monkeypatch.setenv("DISABLE_MPS", "1")
+    refused("DISABLE_MPS")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cude", 7])
+def test_unknown_accelerator(name):
+    with pytest.raises(UsageError, match="choose one of auto, cpu, cuda, gpu, mps"):
+        choose_devices(None, name)
+
+
+def test_accelerator_that_is_not_here(no_gpu):
+    with pytest.raises(UserError, match="accelerator is gpu, but torch finds no GPU here; leave it out"):
+        choose_devices(None, "gpu")
+
+
+@pytest.mark.parametrize(
     ("trainer", "count"),
     [
         ({}, 1),
@@ -125,7 +180,7 @@ def kwargs(personalization=True, **trainer):
 
 def build_callbacks(tmp_path, lightning, model=None):
     run = RunFolder(tmp_path, "now")
-    node = trainer_module.complete_lightning(lightning)
+    node = complete_lightning(lightning)
     return trainer_module.make_callbacks(
         node, OmegaConf.create({"lightning": lightning}), run, model, Requests(), ""
     )
@@ -181,9 +236,7 @@ def test_old_options_that_have_a_successor(old, new, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(
-    "key", sorted(k for k, new in trainer_module.OLD_TRAINER_KEYS.items() if new is None)
-)
+@pytest.mark.parametrize("key", sorted(k for k, new in OLD_TRAINER_KEYS.items() if new is None))
 def test_old_options_that_mean_nothing_any_more(key, caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     assert trainer_module.translate_old_keys({key: 1, "max_steps": 3}) == {"max_steps": 3}
@@ -193,7 +246,7 @@ def test_old_options_that_mean_nothing_any_more(key, caplog):
 
 
 def test_all_old_options_are_old():
-    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(trainer_options())
+    assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(TRAINER_OPTIONS)
 
 
 def test_options_that_the_run_sets(caplog):
@@ -267,12 +320,6 @@ def test_several_machines_use_ddp():
     assert kwargs()["strategy"] == "auto"
 
 
-@pytest.mark.parametrize("steps", [0, -5, 2.5, "many"])
-def test_invalid_max_steps(steps):
-    with pytest.raises(UsageError, match="max_steps is"):
-        trainer_module.check_lengths({"trainer": {"max_steps": steps}})
-
-
 def test_null_that_is_a_value():
     assert kwargs(check_val_every_n_epoch=None, limit_val_batches=None)["check_val_every_n_epoch"] is None
 
@@ -314,9 +361,7 @@ def test_loggers(tmp_path):
     def names(node):
         return [
             type(log).__name__
-            for log in trainer_module.make_loggers(
-                trainer_module.complete_lightning(node), RunFolder(tmp_path, "n")
-            )
+            for log in trainer_module.make_loggers(complete_lightning(node), RunFolder(tmp_path, "n"))
         ]
 
     assert names({}) == ["CSVLogger", "TensorBoardLogger"]
@@ -327,23 +372,21 @@ def test_loggers(tmp_path):
 def test_logger_with_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", False)
-    node = trainer_module.complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
+    node = complete_lightning({"logger": {"target": "pytorch_lightning.loggers.WandbLogger"}})
     with pytest.raises(ConfigError, match="WandbLogger needs a package that is not installed"):
         trainer_module.make_loggers(node, RunFolder(tmp_path, "n"))
 
 
 def test_callbacks_of_a_personalization():
-    assert "latent_cache" not in trainer_module.complete_lightning({})["callbacks"]
-    assert trainer_module.complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
+    assert "latent_cache" not in complete_lightning({})["callbacks"]
+    assert complete_lightning({}, personalization=True)["callbacks"]["latent_cache"]["target"]
     assert (
-        trainer_module.complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)[
-            "callbacks"
-        ]["latent_cache"]
+        complete_lightning({"callbacks": {"latent_cache": None}}, personalization=True)["callbacks"][
+            "latent_cache"
+        ]
         is None
     )
-    named = trainer_module.complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})[
-        "callbacks"
-    ]
+    named = complete_lightning({"callbacks": {"latent_cache": {"params": {"batch_size": 2}}}})["callbacks"]
     assert named["latent_cache"]["target"].endswith("LatentCache")
 
 

@@ -164,7 +164,7 @@ class Sampler:
     @property
     def alphas(self) -> np.ndarray:
         """The model's cumulative alphas [T], float64."""
-        return self.model.alphas_cumprod.detach().double().cpu().numpy()
+        return self.model.alphas_cumprod.detach().cpu().double().numpy()
 
     @torch.no_grad()
     def sample(

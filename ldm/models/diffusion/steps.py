@@ -36,8 +36,8 @@ class Step:
 
 def check_steps(steps: int, train_steps: int | None = None) -> None:
     """Raise UserError unless 1 <= `steps` <= `train_steps`, if the latter is known."""
-    if steps < 1:
-        raise UserError(f"the number of sampling steps is {steps}; it must be at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"the number of sampling steps is {steps!r}; it must be at least 1")
     if train_steps is not None and steps > train_steps:
         raise UserError(
             f"{steps} sampling steps are more than the model's {train_steps} timesteps; use fewer"

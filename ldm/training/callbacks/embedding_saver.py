@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldm.files import file_hash, images_fingerprint
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
-from ldm.util import UserError
+from ldm.util import UserError, check_integer
 from ldm.words import file_stem
 
 logger = logging.getLogger(__name__)
@@ -86,22 +87,40 @@ def _hash_or_none(hash_function: Callable[[Any], str], source: Path | Iterable[P
         return None
 
 
+def _remove_early(folder: Path, keep: int) -> None:
+    """Remove the files of all steps but the last `keep` ones, those of further formats too."""
+    steps = {
+        path: int(match[1])
+        for path in [*folder.glob("*"), *folder.glob("*/*")]
+        if (match := re.search(r"_gs-(\d+)$", path.stem)) and path.is_file()
+    }
+    kept = sorted(set(steps.values()))[-keep:]
+    for path, step in steps.items():
+        if step not in kept:
+            path.unlink(missing_ok=True)
+
+
 class EmbeddingSaver(RunCallback):
     """Saves the personalization every `every_n_train_steps`, at the end of the run, and on an exception.
 
     The personalization's own files are `embeddings.pt` and `embeddings_gs-<step>.pt`. The vectors that it exports
     are also saved per word, as `my-cat.safetensors` and `my-cat_gs-500.safetensors`, and in further `formats` (see
-    ldm.embeddings.FORMATS), each in a folder of that name. `describe` makes the metadata for a step, and `stems` the
-    file name of each word. Models without a personalization are ignored.
+    ldm.embeddings.FORMATS), each in a folder of that name. With `keep`, the files of so many steps are kept and those
+    of earlier steps removed; the latest and the best vectors stay. `describe` makes the metadata for a step, and
+    `stems` the file name of each word. Models without a personalization are ignored.
     """
 
-    def __init__(self, every_n_train_steps: int = 500, formats: Sequence[str] = ()) -> None:
+    def __init__(
+        self, every_n_train_steps: int = 500, formats: Sequence[str] = (), keep: int | None = None
+    ) -> None:
         super().__init__()
         unknown = [name for name in formats if name not in embeddings.FORMATS]
         if unknown:
             known = ", ".join(embeddings.FORMATS)
             raise UserError(f"embedding_saver: format '{unknown[0]}' is unknown; use {known}")
-        self.every_n_train_steps = every_n_train_steps
+        if keep is not None:
+            check_integer(keep, "embedding_saver: keep")
+        self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self.formats = list(dict.fromkeys([embeddings.DEFAULT_FORMAT, *formats]))
         self.describe: Callable[[int], dict[str, Any]] = lambda step: {"steps": step}
         self.stems: Callable[[Sequence[str]], dict[str, str]] = lambda words: {
@@ -122,6 +141,8 @@ class EmbeddingSaver(RunCallback):
         self.save_as(trainer, f"_gs-{step}", step)
         self.save_as(trainer, "", step)
         self._saved_step = step
+        if self.keep is not None:
+            _remove_early(Path(trainer.default_root_dir) / "checkpoints", self.keep)
 
     def save_as(self, trainer: pl.Trainer, suffix: str, step: int) -> None:
         """Save the current vectors in all formats; `suffix` ends the file names, `step` is for the metadata."""

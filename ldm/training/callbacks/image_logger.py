@@ -16,15 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files, random_state
-from ldm.images import ImageError, enlarged, image_grid, labelled, to_pil
+from ldm.images import ImageError, grid, image_grid, to_pil
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
 from ldm.training.callbacks.latent_cache import CachedLatents
 from ldm.util import UserError, check_integer, evaluating
 
 logger = logging.getLogger(__name__)
-
-# Narrower images are enlarged to this width in pixels, so that the text below them is readable.
-SMALLEST = 128
 
 
 @runtime_checkable
@@ -47,18 +44,14 @@ def filled_prompts(prompts: Sequence[str], model: object) -> list[str]:
 def prompt_sheet(
     inputs: Sequence[Image.Image], prompts: Sequence[str], images: Sequence[Image.Image]
 ) -> Image.Image:
-    """A sheet with one row per prompt: one of the inputs, then the prompt's images (equally many per prompt)."""
+    """A sheet with one column per prompt: the inputs above, the prompt's images (equally many per prompt) below."""
     each = len(images) // len(prompts)
-    cells: list[Image.Image] = []
-    for row, prompt in enumerate(prompts):
-        if inputs:
-            cells.append(labelled(_large(inputs[row % len(inputs)]), "input"))
-        cells += [labelled(_large(image), prompt) for image in images[row * each : (row + 1) * each]]
-    return image_grid(cells, columns=len(cells) // len(prompts), padding=4)
-
-
-def _large(image: Image.Image) -> Image.Image:
-    return enlarged(image, max(1, -(-SMALLEST // image.width)))
+    cells = [inputs[column % len(inputs)] for column in range(len(prompts))] if inputs else []
+    labels = ["input"] * len(cells)
+    for row in range(each):
+        cells += [images[column * each + row] for column in range(len(prompts))]
+        labels += prompts
+    return grid(cells, len(prompts), labels, largest=None)
 
 
 PREVIEW_SEED = 42

@@ -129,9 +129,9 @@ def learning_curve(trainer: pl.Trainer) -> Image.Image | None:
 
 
 def progress_sheet(folder: Path, rows: int) -> Image.Image | None:
-    """One row per step: inputs and guided samples of the previews in a folder; None if there are none.
+    """Inputs and guided samples of the previews in a folder, a row per step; None if there are none.
 
-    Sheets of fixed prompts are shown alone, because they include the inputs.
+    Sheets of fixed prompts are shown alone, two in a row, because they include the inputs.
     """
     sheets = sorted(folder.glob("prompts_gs-*.jpg"))
     found: dict[int, dict[str, Path]] = {}
@@ -150,7 +150,7 @@ def progress_sheet(folder: Path, rows: int) -> Image.Image | None:
             with Image.open(path) as image:
                 image.thumbnail((LARGEST, LARGEST))
                 cells.append(labelled(image.convert("RGB"), text))
-    return image_grid(cells, columns=3 if sheets else 2, padding=8) if cells else None
+    return image_grid(cells, columns=2, padding=8) if cells else None
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -15,6 +15,7 @@ import main
 from ldm import embeddings
 from ldm.files import images_fingerprint
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
+from ldm.util import UserError
 from tests.golden_record import Golden
 
 
@@ -47,6 +48,30 @@ def test_formats(tiny_yaml) -> None:
             (concept,) = embeddings.read(folder / name.format(f"my-cat{suffix}")).concepts
             assert torch.equal(concept.vectors, learned), name
             assert concept.trigger == "<my-cat>"
+
+
+def test_files_of_early_steps_are_removed_on_request(tiny_yaml) -> None:
+    folder = checkpoints(
+        tiny_yaml,
+        "--save_steps",
+        1,
+        "--max_steps",
+        5,
+        "--checkpoints_total_limit",
+        2,
+        "lightning.callbacks.embedding_saver.params.formats=[a1111]",
+        "--placeholder_string",
+        "cat",
+    )
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*_gs-*")}
+    assert names == {
+        f"{name}_gs-{step}{suffix}"
+        for step in (4, 5)
+        for name, suffix in (("embeddings", ".pt"), ("cat", ".safetensors"), ("a1111/cat", ".pt"))
+    }
+    assert {"embeddings.pt", "cat.safetensors", "last.ckpt"} <= {p.name for p in folder.iterdir()}
+    with pytest.raises(UserError, match="keep is 0"):
+        EmbeddingSaver(keep=0)
 
 
 def test_an_exception_before_the_first_step_of_a_resumed_run_writes_no_file(monkeypatch) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.models.diffusion import previews
-from ldm.training.callbacks.image_logger import SMALLEST, ImageLogger, filled_prompts, prompt_sheet
+from ldm.training.callbacks.image_logger import ImageLogger, filled_prompts, prompt_sheet
 from ldm.util import UserError
 from tests.golden_record import Golden
 from tests.training.runs import fit_line, start, state_of
@@ -119,10 +119,13 @@ def test_prompt_sheet() -> None:
 
     sheet = prompt_sheet([plain(10)], ["one", "two"], [plain(c) for c in (50, 100, 150, 200)])
     rows = np.asarray(sheet)[:, :, 0]
-    cell = sheet.height // 2
-    middle = [SMALLEST // 2 + column * (SMALLEST + 4) for column in range(3)]
-    assert [int(rows[40, x]) for x in middle] == [10, 50, 100]
-    assert [int(rows[cell + 40, x]) for x in middle] == [10, 150, 200]
+    cell = sheet.height // 3
+    middle = [64 + column * (128 + 4) for column in range(2)]
+    assert [[int(rows[40 + row * cell, x]) for x in middle] for row in range(3)] == [
+        [10, 10],
+        [50, 150],
+        [100, 200],
+    ]
 
 
 def test_run_with_previews_learns_the_same(tiny_yaml) -> None:

@@ -1,0 +1,150 @@
+"""The time that the page takes to be shown, and its list of runs with 200 run folders, in the system's Chromium.
+
+    python -m benchmarks.page
+
+The server is a process of its own, idle before each measurement. Needs the extras `ui` and `browser`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.machine import ROOT
+from benchmarks.report import Report, verdict
+from ldm.commands.base import guarded
+from ldm.console import Parser
+from ldm.studio.server import HERE
+from ldm.training.record import CURVES, STATUS
+from ldm.util import UserError
+
+SHOWN, LISTED = "the page, from its address to its buttons", "the tab Runs, from the click to its curves"
+BARS = {SHOWN: 1.0, LISTED: 2.0}  # seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="times that the page is opened (default: %(default)s)"
+    )
+    parser.add_argument("--runs", type=int, default=200, help="number of run folders (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    return guarded(lambda: measure(parser.parse_args(argv)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise UserError("playwright is not installed; pip install -e '.[ui,browser]'") from error
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        raise UserError("there is no Chromium on this machine; install it by the system's package manager")
+    report = Report(
+        "page",
+        "The page: time until it is shown",
+        ("what is shown", "seconds, median", "longest", "bar"),
+        {"rounds": options.rounds, "run folders": options.runs},
+        notes=[
+            "Each opening is in a new browser context, without a cache; the server has been idle for 3 seconds."
+        ],
+    )
+    times: dict[str, list[float]] = {SHOWN: [], LISTED: []}
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
+        make_runs(Path(name) / "logs", options.runs)
+        with serving(Path(name)) as address:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            for _ in range(options.rounds):
+                time.sleep(3)
+                page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+                times[SHOWN].append(clocked(lambda page=page: shown(page, address)))
+                page.wait_for_timeout(3000)
+                times[LISTED].append(clocked(lambda page=page: listed(page, options.runs)))
+                page.context.close()
+            browser.close()
+    for what, values in times.items():
+        middle = sorted(values)[len(values) // 2]
+        report.rows.append(
+            (what, f"{middle:.2f}", f"{max(values):.2f}", verdict(middle, BARS[what], at_most=True))
+        )
+    report.data = dict(times)
+    sys.stdout.write(report.markdown())
+    report.write(options.out)
+
+
+def clocked(action: Callable[[], None]) -> float:
+    """The seconds that an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def shown(page: Any, address: str) -> None:
+    page.goto(address, wait_until="commit")
+    page.locator("#start").wait_for()
+
+
+def listed(page: Any, runs: int) -> None:
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.locator("#runs-table [role=gridcell]", has_text="finished").first.wait_for()
+    page.locator("#curves svg").first.wait_for()
+
+
+def make_runs(folder: Path, count: int) -> None:
+    """Write run folders as runs of 400 steps leave them."""
+    steps = range(0, 400, 10)
+    head = "step," + ",".join(CURVES)
+    curves = "\n".join([head, *(f"{step}" + f",{1 / (step + 1):.5f}" * len(CURVES) for step in steps)]) + "\n"
+    preview = Image.new("RGB", (540, 300), "teal")
+    for number in range(count):
+        run = folder / f"bobo2026-01-01T00-00-{number:03}_bobo"
+        (run / "csv" / "version_0").mkdir(parents=True)
+        (run / "images" / "train").mkdir(parents=True)
+        (run / "checkpoints").mkdir()
+        status = {"state": "finished", "step": 400, "total": 400, "loss": 0.25, "words": {"<bobo>": 1}}
+        (run / STATUS).write_text(json.dumps(status | {"started": number + 1, "updated": number + 40}))
+        (run / "csv" / "version_0" / "metrics.csv").write_text(curves)
+        for step in (100, 200, 300, 400):
+            preview.save(run / "images" / "train" / f"prompts_gs-{step:06}_e-000000_b-000099.jpg")
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """Run the page's server for a folder; give its address once it answers."""
+    with socket.socket() as free:
+        free.bind((HERE, 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts" / "studio.py"), "--port", str(port), "--root", str(root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    address = f"http://{HERE}:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise UserError("the page did not start within 2 minutes")
+        time.sleep(10)  # what it imports in the background after the start
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
