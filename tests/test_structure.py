@@ -38,7 +38,7 @@ ROOMS = {
     "scripts": EVERYTHING | {"main", "benchmarks"},
 }
 
-MOST_FILES, MOST_LINES = 125, 600
+MOST_FILES, MOST_LINES = 127, 600
 SMALL = 5  # lines; files of at most so many are not counted
 
 
