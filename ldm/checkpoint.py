@@ -356,7 +356,7 @@ def _load(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
             f"'{missing[0]}'; {advice(True)}"
         )
-    types = dict.fromkeys(_halved(model), half) if half is not None else {}
+    types = dict.fromkeys(halved(model), half) if half is not None else {}
     fitting = {}
     for key in list(state):
         value = state.pop(key)
@@ -393,7 +393,7 @@ def _is_rounded_schedule(key: str, value: Tensor) -> bool:
     return "." not in key and value.ndim == 1 and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def _halved(model: nn.Module) -> list[str]:
+def halved(model: nn.Module) -> list[str]:
     """The weights that autocast converts at each use, because they are frozen."""
     return [
         f"{name}.{key}"
