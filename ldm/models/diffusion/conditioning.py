@@ -88,7 +88,7 @@ class Captioned:
         """Return the condition that guidance steers away from, for negative prompts."""
         return self.get_learned_conditioning(list(negatives))
 
-    def completed(self, encoded: Condition, negatives: Sequence[str] | None = None) -> Any:
+    def completed(self, encoded: Any, negatives: Sequence[str] | None = None) -> Any:
         """Return what the text encoder gave for prompts, with all else that the denoiser is told.
 
         `negatives` are the texts of negative prompts that guidance steers away from.

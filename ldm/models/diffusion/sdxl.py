@@ -67,7 +67,7 @@ class LatentDiffusionXL(LatentDiffusion):
             raise ConfigError(
                 "LatentDiffusionXL: cond_stage_config is no ldm.modules.encoders.sdxl.FrozenSDXLEmbedder; name that"
             )
-        width = unet_config["params"].get("adm_in_channels") or 0
+        width: int = unet_config["params"].get("adm_in_channels") or 0
         pooled = self.cond_stage_model.pooled_width
         # How wide each of the six numbers is embedded.
         self.size_width, rest = divmod(width - pooled, 6)
@@ -107,9 +107,7 @@ class LatentDiffusionXL(LatentDiffusion):
         encoded = super().get_learned_conditioning(c)
         return self._with_sizes(encoded, c.sizes if isinstance(c, SizedCaptions) else None)
 
-    def completed(
-        self, encoded: Mapping[str, Any], negatives: Sequence[str] | None = None
-    ) -> dict[str, list[Tensor]]:
+    def completed(self, encoded: Any, negatives: Sequence[str] | None = None) -> dict[str, list[Tensor]]:
         """Return what the text encoder gave for prompts, with the sizes of what is drawn.
 
         Of an empty negative prompt all but the sizes becomes 0, as in diffusers and AUTOMATIC1111: that is what
