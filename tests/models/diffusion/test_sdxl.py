@@ -107,6 +107,7 @@ def test_an_image_is_drawn_with_guidance_and_sizes(model) -> None:
     (first,) = generate(model, "a (dog:1.2)", **settings)
     (other,) = generate(model, "a (dog:1.2)", sizes={"original_size": (512, 512)}, **settings)
     assert first.size == (16, 16) and first.tobytes() != other.tobytes()
+    assert "Original size: 512x512" in other.info["parameters"] and "Original" not in first.info["parameters"]
     with pytest.raises(UserError, match="original_size is for Stable Diffusion XL"):
         generate(Golden("clip_one_vector").model(), "a dog", sizes={"original_size": (8, 8)}, **settings)
 
