@@ -14,10 +14,10 @@ endif
 PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo studio test test-slow test-gpu test-browser bench bench-gpu lint format clean packages
+.PHONY: help install demo studio test test-slow test-gpu test-browser test-notebooks bench bench-gpu lint format clean packages
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s%s\n", $$1, $$2}' Makefile
 
 ifdef READY
 install: $(READY)  ## set up .venv, or with PY=python the active environment
@@ -57,6 +57,10 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 test-browser: $(READY)  ## the tests of the page in the system's Chromium
 	@$(PY) -c 'import gradio, playwright' 2>/dev/null || $(PIP_INSTALL) -q -e '.[ui,browser]'
 	$(PY) -m pytest -m browser
+
+test-notebooks: $(READY)  ## execute both notebooks (minutes)
+	@$(PY) -c 'import ipykernel, nbclient' 2>/dev/null || $(PIP_INSTALL) -q -e '.[notebooks]'
+	$(PY) -m pytest -m slow tests/scripts/test_notebooks.py
 
 bench: $(READY)  ## step time, overhead and time to concept on the CPU, into benchmarks/results (hours)
 	$(PY) -m benchmarks.step_time embedded

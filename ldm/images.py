@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from ldm.files import NO_TENSORS, content_kind
 from ldm.util import UserError, brief, cut
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Suffixes of caption files beside images, in any case; of several beside one image the first is used.
 CAPTION_SUFFIXES = (".txt", ".caption")
+# Ends of the names of masks beside images: OneTrainer's, and that of segmentation tools. Of several the first is used.
+MASK_ENDINGS = ("-masklabel", "_mask")
 
 # Those of HEIC, AVIF and JPEG XL are listed even where Pillow cannot read them: the photos of a phone should lead to an
 # error message instead of being skipped.
@@ -59,7 +61,8 @@ def list_images(folder: str | Path) -> list[Path]:
     """List the image files directly in `folder`, sorted by name.
 
     Files are recognised by their suffix, files without a suffix by their content. Hidden files are skipped silently,
-    as are `concept.json` and the caption files beside an image; all other entries are named in one log line.
+    as are `concept.json`, and the caption files and masks beside an image; all other entries are named in one log
+    line. A file that is named like a mask (see `masked_stem`) is never listed.
 
     Raises:
         ImageError: the folder does not exist or contains no image.
@@ -85,17 +88,41 @@ def _listed(folder: Path) -> tuple[list[Path], str, int]:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise ImageError(f"cannot read image folder {folder}: {error.strerror}") from None
-    images = [entry for entry in entries if entry.is_file() and _looks_like_image(entry)]
-    captioned = {image.stem for image in images}
-    others = [entry for entry in entries if entry not in images and not _may_lie_beside(entry, captioned)]
+    readable = [entry for entry in entries if entry.is_file() and _looks_like_image(entry)]
+    images = [entry for entry in readable if masked_stem(entry) is None]
+    stems = {image.stem for image in images}
+    stray = [entry for entry in readable if masked_stem(entry) not in {None, *stems}]
+    others = [entry for entry in entries if entry not in readable and not _may_lie_beside(entry, stems)]
+    others = [*stray, *others]
     shown = ", ".join(map(_described, others[:5])) + (
         f" and {len(others) - 5} more" if len(others) > 5 else ""
     )
-    remedy = f"; {EXPORT}" if any(entry.suffix.lower() in _KIND_OF_SUFFIX for entry in others) else ""
+    remedy = "; rename what is no mask of another image" if stray else ""
+    remedy += f"; {EXPORT}" if any(entry.suffix.lower() in _KIND_OF_SUFFIX for entry in others) else ""
     if not images:
         reason = f"it holds {shown}, and subfolders are not searched" if others else "it is empty"
         raise ImageError(f"no images in {folder}: {reason}{remedy}")
     return images, shown + remedy, logging.WARNING if remedy else logging.INFO
+
+
+def masked_stem(path: Path) -> str | None:
+    """The stem of the image that a file is the mask of, by its name; None for a name that is no mask's."""
+    ending = next((ending for ending in MASK_ENDINGS if path.stem.lower().endswith(ending)), None)
+    return path.stem[: -len(ending)] or None if ending else None
+
+
+def mask_files(images: Sequence[Path]) -> dict[Path, Path]:
+    """The masks beside images: files in any format for images, named as `masked_stem` says."""
+    beside: dict[tuple[Path, str], Path] = {}
+    for folder in {image.parent for image in images}:
+        files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+        for ending in MASK_ENDINGS:
+            for file in sorted(files):
+                stem = masked_stem(file)
+                if stem is not None and file.stem.lower().endswith(ending):
+                    beside.setdefault((folder, stem), file)
+    pairs = ((image, beside.get((image.parent, image.stem))) for image in images)
+    return {image: mask for image, mask in pairs if mask is not None}
 
 
 def _may_lie_beside(entry: Path, stems: set[str]) -> bool:
@@ -107,6 +134,8 @@ def _may_lie_beside(entry: Path, stems: set[str]) -> bool:
 
 def _described(entry: Path) -> str:
     kind = _KIND_OF_SUFFIX.get(entry.suffix.lower())
+    if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+        kind = "a mask by its name, without its image"
     return cut(entry.name, 60) + "/" * entry.is_dir() + (f" ({kind})" if kind else "")
 
 
@@ -150,6 +179,31 @@ def open_image(path: str | Path) -> Image.Image:
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error ... on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"cannot read image {path}: {reason}") from None
+
+
+def open_alpha(path: str | Path) -> Image.Image | None:
+    """Read the alpha channel of an image that `open_image` reads, upright, as greyscale; None if it is opaque."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            if not _transparent(image):
+                return None
+            image.load()
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """Read a mask as greyscale, upright: white marks what counts, and transparent is black.
+
+    Raises:
+        ImageError: see `open_image`; or the mask is black everywhere.
+    """
+    mask, alpha = open_image(path).convert("L"), open_alpha(path)
+    mask = mask if alpha is None else ImageChops.multiply(mask, alpha)
+    if mask.getextrema() == (0, 0):
+        raise ImageError(f"mask {path} is black everywhere: paint white what it should mark, or remove it")
+    return mask
 
 
 def _read(path: Path) -> Image.Image:
@@ -227,10 +281,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
         white = 65535 if image.mode.startswith("I;16") else _white(grey)
         return Image.fromarray(np.rint(grey * (255 / white)).astype(np.uint8)).convert("RGB")
-    if image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:
+    if _transparent(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _transparent(image: Image.Image) -> bool:
+    return image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info
 
 
 def _white(grey: np.ndarray) -> int:
@@ -250,6 +308,16 @@ def to_pil(image: Tensor) -> Image.Image:
     """Convert [3, H, W] in [-1, 1], of any floating type and device, to an image; other values are clamped."""
     pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def fitted(
+    image: Image.Image, width: int, height: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Crop the largest central part of an image with the shape of `width` x `height`, and resize it to that."""
+    scale = min(image.width / width, image.height / height)
+    part = (min(image.width, round(scale * width)), min(image.height, round(scale * height)))
+    left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+    return image.crop((left, top, left + part[0], top + part[1])).resize((width, height), resample)
 
 
 def enlarged(image: Image.Image, scale: int) -> Image.Image:

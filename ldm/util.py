@@ -336,7 +336,11 @@ def _target_problems(target: str, params: Any, where: str, owner_key: str) -> It
         ):
             yield Problem(key, key, " has no target; name a class: target: package.module.Name")
     added = {SUPPLIED_BY_OWNER[owner_key]: None} if owner_key in SUPPLIED_BY_OWNER else {}
-    yield from _call_problems(factory, given, given | added, f"{where}.params.", f"{where}: {target}: ")
+    found = list(_call_problems(factory, given, given | added, f"{where}.params.", f"{where}: {target}: "))
+    yield from found
+    for name, why in values.contradictions(given) if not found else ():
+        key = f"{where}.params.{name}"
+        yield Problem(key, key, f" {why}")
 
 
 def _target_of(config: Mapping[str, Any]) -> str:

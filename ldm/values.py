@@ -90,6 +90,9 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "num_sanity_val_steps": _count(None, 0, -1),
     "log_every_n_steps": _count(None, 0),
     "num_nodes": _count(4096),
+    "devices": _count(1024, 1, -1),
+    "fast_dev_run": Range(0),
+    "profiler": ("simple", "advanced", "pytorch"),
     "reload_dataloaders_every_n_epochs": _count(None, 0),
     # Data.
     "batch_size": _count(10**6),
@@ -98,6 +101,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "repeats": _count(10**6),
     "flip_p": _SHARE,
     "mixing_prob": _SHARE,
+    "mask_weight": _SHARE,
     "crops": _count(64),
     "zooms": Range(1, 64),
     "interpolation": ("linear", "bilinear", "bicubic", "lanczos"),
@@ -111,7 +115,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "linear_end": Range(1e-7, 1, below=True),
     "cosine_s": _SHARE,
     "given_betas": Range(0, 1, above=True, below=True),
-    "conditioning_key": ("concat", "crossattn", "hybrid", "adm"),
+    "conditioning_key": ("concat", "crossattn", "hybrid", "adm", "crossattn-adm"),
     "cond_stage_config": ("__is_first_stage__", "__is_unconditional__"),
     "parameterization": ("eps", "x0", "v"),
     "loss_type": ("l1", "l2"),
@@ -119,7 +123,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "timestep_sampling": ("uniform", "stratified", "biased"),
     "timestep_range": _SHARE,
     "original_elbo_weight": _AT_LEAST_0,
-    "embedding_reg_weight": _AT_LEAST_0,
+    "embedding_reg_weight": Range(0, 10**6),
     "l_simple_weight": _AT_LEAST_0,
     "v_posterior": _SHARE,
     "min_snr_gamma": _POSITIVE,
@@ -150,6 +154,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "transformer_depth": _count(64, 0),
     "transformer_depth_middle": _count(64, 0),
     "context_dim": _count(2**16),
+    "attn_type": ("vanilla", "none"),
     "dropout": Range(0, 1, below=True),
     "embed_dim": _count(2**16),
     "n_embed": _count(2**20),
@@ -166,11 +171,11 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     # Optimizers and schedules.
     "lr": _POSITIVE,
     "betas": Range(0, 1, below=True),
-    "eps": _POSITIVE,
-    "weight_decay": _AT_LEAST_0,
+    "eps": Range(0, 1, above=True),
+    "weight_decay": Range(0, 1000),
     "momentum": Range(0, 1, below=True),
     "matrix_factor": _POSITIVE,
-    "kappa": _AT_LEAST_0,
+    "kappa": Range(0, 10**6),
     "lr_start": Range(0, 10**6),
     "lr_max": Range(0, 10**6),
     "lr_min": Range(0, 10**6),
@@ -186,6 +191,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     # Personalizations.
     "num_vectors_per_token": _count(1000),
     "progressive_scale": _count(),
+    "norm_control": ("fixed", "limited"),
     "norm_ratio": _POSITIVE,
     # Callbacks.
     "every_n_train_steps": _count(),
@@ -195,6 +201,8 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "batch_frequency": _count(None, 0),
     "max_images": _count(1024, 0),
     "images_per_prompt": _count(1024),
+    "N": _count(1024),
+    "n_row": _count(1024),
     "keep": _count(),
     "memory_mib": _count(2**24, 0),
     "rollbacks": _count(None, 0),
@@ -210,6 +218,8 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "ddim_eta": _SHARE,
     "eta": _SHARE,
     "scale": Range(-1000, 1000),
+    "strength": _SHARE,
+    "concept_strength": Range(0, 10),
     "guidance_scale": Range(-1000, 1000),
     "image_seed": Range(0, 2**63 - 1),
     "height": _count(16384),
@@ -243,6 +253,35 @@ def hint(factory: Any, name: str) -> Any:
     return Any if parameter is None else _evaluated(parameter.annotation, namespace)
 
 
+# Keys of a latent diffusion model that hold one number: the channels of its latents.
+_CHANNELS = (
+    ("unet_config", "params", "in_channels"),
+    ("unet_config", "params", "out_channels"),
+    ("first_stage_config", "params", "embed_dim"),
+)
+
+
+def contradictions(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each parameter of a node that contradicts others of it, and why: "is 1, but channels is 2"."""
+    start: Any = params.get("linear_start")
+    end: Any = params.get("linear_end")
+    if _is_number(start) and _is_number(end) and start > end:
+        yield "linear_start", f"is {start}, more than linear_end, which is {end}; exchange them"
+    key = params.get("conditioning_key")
+    learns = params.get("personalization_config") is not None and "conditioning_key" in params
+    if learns and key not in ("crossattn", "hybrid", "crossattn-adm"):
+        yield "conditioning_key", f"is {key or 'null'}, but a learned word needs crossattn; set that"
+    for path in _CHANNELS if key in ("crossattn", "crossattn-adm") and "channels" in params else ():
+        value: Any = params
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and value != params["channels"]:
+            yield (
+                ".".join(path),
+                f"is {value}, but channels of the model is {params['channels']}; make them equal",
+            )
+
+
 def misfits(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, str]]:
     """Yield (name, value, requirement) for a value that does not fit an annotation and the range of its name."""
     yield from _misfits(name, value, hint, RANGES.get(name))
@@ -273,7 +312,9 @@ def _parameter(factory: Any, name: str) -> tuple[inspect.Parameter | None, dict[
     """The parameter of a function, or of a class's constructors from itself to its ancestors, and their names."""
     functions = [factory]
     if inspect.isclass(factory):
-        functions = [c.__init__ for c in factory.__mro__ if "__init__" in vars(c) and c is not object]
+        functions = [
+            vars(c)["__init__"] for c in factory.__mro__ if "__init__" in vars(c) and c is not object
+        ]
     for function in functions:
         function = inspect.unwrap(function)
         try:

@@ -66,8 +66,8 @@ def parse_yaml(text: str, name: str) -> DictConfig:
     """
     lines = text.splitlines()
     for number, line in enumerate(lines):
-        if found := re.match(r" *[\u00a0\u2000-\u200b\u3000\ufeff]", line):
-            raise _syntax_error(name, number, found.end() - 1, "this space is no plain space; type it anew")
+        if space := re.match(r" *[\u00a0\u2000-\u200b\u3000\ufeff]", line):
+            raise _syntax_error(name, number, space.end() - 1, "this space is no plain space; type it anew")
     try:
         node = OmegaConf.load(io.StringIO(text))
     except yaml.MarkedYAMLError as error:
@@ -81,7 +81,7 @@ def parse_yaml(text: str, name: str) -> DictConfig:
         raise ConfigError(f"{name} is not a valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        place = f", line {line} ({key})" if (line := line_of(text, key)) else ""
+        place = f", line {found} ({key})" if (found := line_of(text, key)) else ""
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, GrammarParseError):
             why = "this is no interpolation ${key}; write \\${ for these letters"
@@ -118,8 +118,8 @@ def _explained(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, int,
     line = lines[mark.line] if mark.line < len(lines) else ""
     here = mark.line, mark.column
     rest = line[mark.column :]
-    opened = ((n, _OPEN_QUOTE.match(text)) for n, text in enumerate(lines[: mark.line]))
-    if quote := next(((n, found.start(2)) for n, found in opened if found), None):
+    quotes = ((n, _OPEN_QUOTE.match(text)) for n, text in enumerate(lines[: mark.line]))
+    if quote := next(((n, found.start(2)) for n, found in quotes if found), None):
         return (*quote, "this quote is not closed")
     if indent := re.match(r" *\t", line):
         return mark.line, indent.end() - 1, "a tab indents the line; use spaces"

@@ -15,6 +15,7 @@ from PIL import AvifImagePlugin, Image, features
 from ldm.images import (
     ImageError,
     enlarged,
+    grid,
     image_grid,
     labelled,
     list_images,
@@ -271,6 +272,21 @@ def test_grid():
     assert image_grid(images[:1], columns=4, padding=0).size == (4, 4)
     with pytest.raises(ImageError, match="at least one"):
         image_grid([], columns=2)
+
+
+def test_a_labelled_grid_of_images_and_files(tmp_path):
+    small, large = Image.new("RGB", (50, 50), "red"), Image.new("RGB", (2000, 1000), "blue")
+    sheet = grid([small, saved(tmp_path / "large.png", large)], labels=["small", "large"])
+    # 50 pixels are enlarged three times, 2000 are reduced to 512.
+    assert sheet.width == 2 * (512 + 4) + 4 and sheet.height > 256 + 8
+    assert (np.asarray(sheet) == (255, 0, 0)).all(axis=2).sum() == 150 * 150
+    assert (np.asarray(sheet) == (0, 0, 255)).all(axis=2).sum() == 512 * 256
+    assert grid([large], largest=None).size == (2008, 1008)
+    assert grid([small] * 4, columns=2, smallest=1, padding=0).size == (100, 100)
+    with pytest.raises(ImageError, match="2 images and 1 labels"):
+        grid([small, small], labels=["one"])
+    with pytest.raises(ImageError, match="at least one"):
+        grid([])
 
 
 def test_enlarged_repeats_pixels():

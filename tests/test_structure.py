@@ -38,7 +38,7 @@ ROOMS = {
     "scripts": EVERYTHING | {"main", "benchmarks"},
 }
 
-MOST_FILES, MOST_LINES = 127, 600
+MOST_FILES, MOST_LINES = 132, 600
 SMALL = 5  # lines; files of at most so many are not counted
 
 
@@ -98,6 +98,9 @@ def prints(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "print() in the library: use a logger, or ldm.console.write_line"
 
 
+CHOOSER = "ldm/util.py"
+
+
 def device_choices(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
     for node in calls(tree):
         if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
@@ -107,6 +110,19 @@ def device_choices(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int,
             for default in [*node.args.defaults, *node.args.kw_defaults]:
                 if isinstance(default, ast.Constant) and str(default.value).startswith(("cuda", "cpu")):
                     yield default.lineno, f"{node.name}() has a device as a default"
+        elif isinstance(node, ast.IfExp) and path.relative_to(root).as_posix() != CHOOSER:
+            names = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            if "cpu" in names and names & {"cuda", "cuda:0"}:
+                yield node.lineno, "a choice of a device: use ldm.util.best_device"
+
+
+def doubles(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Find conversions to float64, which Apple GPUs lack, of tensors that may be on a device."""
+    if room(module_name(path, root)) in {"models", "modules", "training", "generate"}:
+        for node in calls(tree):
+            call = ast.unparse(node.func)
+            if call.endswith(".double") and not call.endswith(".cpu().double"):
+                yield node.lineno, ".double(): an Apple GPU has no float64; write .cpu().double()"
 
 
 def unwanted_packages(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]]:
@@ -152,7 +168,7 @@ def addresses(tree: ast.AST, path: Path, root: Path) -> Iterator[tuple[int, str]
                 yield node.lineno, f"an absolute path in code: {node.value!r}"
 
 
-RULES = [wrong_directions, prints, device_choices, unwanted_packages, path_changes, addresses]
+RULES = [wrong_directions, prints, device_choices, doubles, unwanted_packages, path_changes, addresses]
 
 
 def violations(rule: Callable[[ast.AST, Path, Path], Iterator[tuple[int, str]]], root: Path) -> list[str]:
@@ -214,6 +230,8 @@ BAD = {
     "ldm/prompts.py": ("print('hello')", prints),
     "main.py": ("model.cuda()", device_choices),
     "benchmarks/pairs.py": ("model.cuda()", device_choices),
+    "ldm/generate/choice.py": ("device = 'cuda' if available else 'cpu'", device_choices),
+    "ldm/models/double.py": ("x.double().cpu()", doubles),
     "scripts/demo.py": ("import sys\nsys.path.insert(0, 'x')", path_changes),
     "scripts/txt2img.py": ("def run(device='cuda'):\n    pass", device_choices),
     "ldm/images.py": ("if True:\n    import torchvision.transforms", unwanted_packages),

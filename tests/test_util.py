@@ -25,6 +25,7 @@ from ldm.util import (
     skip_pretrained,
     why_no_mps,
 )
+from tests.golden_record import Golden
 
 
 class Parent:
@@ -226,3 +227,22 @@ def test_values_are_checked_with_their_place(monkeypatch: pytest.MonkeyPatch) ->
 def test_nodes_that_are_none(node: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_config(node, "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"linear_start": 0.5, "linear_end": 0.1}, "x.params.linear_start is 0.5, more than linear_end"),
+        ({"channels": 3}, "x.params.unet_config.params.in_channels is 4, but channels of the model is 3"),
+        (
+            {"conditioning_key": "concat"},
+            "x.params.conditioning_key is concat, but a learned word needs crossattn",
+        ),
+    ],
+)
+def test_parameters_that_contradict_each_other(change: dict, words: str) -> None:
+    config = Golden("clip_one_vector").config()
+    params = dict(config["params"])
+    check_config({"target": config["target"], "params": params}, "x")
+    with pytest.raises(ConfigError, match=words):
+        check_config({"target": config["target"], "params": params | change}, "x")

@@ -78,7 +78,7 @@ def test_what_a_kind_accepts(name: str, kind: Any, accepted: list[Any]) -> None:
             ("limit_train_batches", "of at least 1, or a share up to 1.0"),
         ),
         ("max_steps", 0, int, ("max_steps", "of at least 1 or -1")),
-        ("kappa", math.nan, float, ("kappa", "a number of at least 0")),
+        ("lr_g_factor", math.nan, float, ("lr_g_factor", "a number of at least 0")),
     ],
 )
 def test_what_is_asked_for(name: str, value: Any, kind: Any, found: tuple[str, str]) -> None:

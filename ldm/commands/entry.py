@@ -64,16 +64,19 @@ def train(argv: Sequence[str] | None = None, prog: str = "main.py") -> int:
 
 def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
     from ldm import console
-    from ldm.training import command_line, config
+    from ldm.training import command_line
 
     for argument in argv:  # the run's YAML could not hold it
         check_text(argument, "the argument")
-    # Torch and Lightning, which take seconds, are imported when nothing is wrong with the command line.
-    config.check_command_line(command_line.parse(argv, prog))
-    from ldm.training.run import run
-
-    console.set_up_logging(debug)
+    options = command_line.parse(argv, prog)
     # Classes that a YAML names as a target may lie in the folder where the command is typed.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    from ldm.training import config
+
+    config.check_command_line(options)
+    # Torch and Lightning, which take seconds, are imported when nothing is wrong with the command line.
+    from ldm.training.run import run
+
+    console.set_up_logging(debug)
     return run(argv, prog)

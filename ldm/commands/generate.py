@@ -19,12 +19,13 @@ from ldm.commands.base import (
     read_model_config,
 )
 from ldm.console import Parser, write_line
-from ldm.util import UsageError, UserError
+from ldm.util import UsageError, UserError, shown
 from ldm.values import argument
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ldm.generate.editing import ClassWords
     from ldm.generate.session import Prompts
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -221,6 +222,36 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     how.add_argument("--seed", type=argument("image_seed", int), default=42, help="default: %(default)s")
     how.add_argument("--fixed_code", action="store_true", help="use the same initial noise in every round")
 
+    edit = parser.add_argument_group("editing")
+    edit.add_argument(
+        "--init_img", "--init-img", metavar="FILE", help="begin from an image; alone it is changed as a whole"
+    )
+    edit.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="of the size of --init_img: white is generated, black stays exactly as it is",
+    )
+    edit.add_argument(
+        "--strength",
+        type=argument("strength", float),
+        metavar="S",
+        help="of the change to --init_img: 0 returns it, 1 keeps almost nothing of it (default: 0.75)",
+    )
+    edit.add_argument(
+        "--concept_strength",
+        type=argument("concept_strength", float),
+        default=1.0,
+        metavar="S",
+        help="what learned words add to their class words: 0 nothing, 1 (default) as learned, above 1 exaggerated",
+    )
+    edit.add_argument(
+        "--class_word",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="class word for --concept_strength, or PLACEHOLDER=WORD (default: the initializer in the file)",
+    )
+
     out = parser.add_argument_group("files")
     out.add_argument("--outdir", default=profile.outdir, metavar="FOLDER", help="default: %(default)s")
     out.add_argument("--format", choices=("png", "jpg"), default="png", help="default: %(default)s, lossless")
@@ -240,6 +271,15 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
     sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else "ddim"
     if options.ddim_eta and sampler != "ddim":
         raise UsageError(f"--ddim_eta {options.ddim_eta} needs DDIM; remove --{sampler}")
+    for flag, needed in (("mask", "init_img"), ("strength", "init_img")):
+        if getattr(options, flag) is not None and options.init_img is None:
+            raise UsageError(
+                f"--{flag} {getattr(options, flag)} needs an image to begin from; add --{needed} FILE"
+            )
+    if options.class_word and options.concept_strength == 1.0:
+        raise UsageError(
+            f"--class_word {shown(options.class_word[0])} is for --concept_strength; add it, or remove --class_word"
+        )
     check_model(options.ckpt_path, options.vae)
     check_files(options.config, options.from_file, *options.embedding_path)
     lines = read_lines(options.from_file) if options.from_file else None
@@ -247,14 +287,19 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
     from tqdm import tqdm
 
     from ldm import console
+    from ldm.generate.editing import InitImage
     from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
     from ldm.generate.session import Labels
 
     console.set_up_logging()
+    init = None
+    if options.init_img is not None:
+        strength = {} if options.strength is None else {"strength": options.strength}
+        init = InitImage.read(options.init_img, options.mask, **strength)
     outdir = Path(options.outdir)
     samples = ImageFolder(outdir / "samples", options.format, profile.digits)
     labels = Labels(options.ckpt_path)
-    model, found = load(options, lines, profile)
+    model, found, classes = load(options, lines, profile)
     labels.use(found.words)
     prompts_of_round = found.prompts if lines else found.prompts * options.n_samples
     with tqdm(unit="step", desc="sampling", disable=None) as bar, naming_the_checkpoint(options.ckpt_path):
@@ -281,6 +326,9 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
             negative_prompt=found.negative_prompt,
             prompt_syntax=options.prompt_syntax,
             sizes=sizes_of(options),
+            init=init,
+            concept_strength=options.concept_strength,
+            class_words=classes,
             numbers=list(range(len(prompts_of_round))) * options.n_iter if options.fixed_code else None,
             labels=labels,
             progress=progress,
@@ -296,11 +344,12 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
 
 def load(
     options: argparse.Namespace, lines: list[str] | None, profile: Profile
-) -> tuple[LatentDiffusion, Prompts]:
-    """Return the model with the embeddings in it, and the prompts.
+) -> tuple[LatentDiffusion, Prompts, ClassWords | None]:
+    """Return the model with the embeddings in it, the prompts, and the class words if they are needed.
 
     Everything about files and words is checked before the model is read, the token limit afterwards.
     """
+    from ldm.generate.editing import class_words
     from ldm.generate.embeddings import load_embeddings
     from ldm.generate.images import check_fits
     from ldm.generate.session import resolve, warn_truncated
@@ -320,11 +369,12 @@ def load(
         syntax=options.prompt_syntax,
         folder=options.embedding_dir,
     )
+    classes = None if options.concept_strength == 1.0 else class_words(found.words, options.class_word)
     model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
     if found.words:
         load_embeddings(model, found.words)
     warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
-    return model, found
+    return model, found, classes
 
 
 def sizes_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
-from ldm.images import ImageError, list_images, open_image
-from ldm.util import UserError, check_integer, counted, shown
+from ldm.images import ImageError, list_images, mask_files, open_alpha, open_image, open_mask
+from ldm.util import UserError, check_integer, check_value, counted, shown
 from ldm.words import check_word
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-Box = tuple[int, int, int, int]  # left, top, right, bottom
 # The smallest side of an image, in pixels, and the bytes of pixels that are kept in memory.
 SMALLEST_SIDE = 8
+Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 MEMORY = 2**29
 
 
@@ -79,6 +79,11 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
     crops, zooms: crop several squares from each image, drawn equally often: for each zoom z, squares of 1/z of the
         largest side, at `crops` positions along each axis. Custom Diffusion (Kumari et al. 2023) reports that
         several sizes improve the likeness.
+    mask_weight: use the masks of the images, and weight the loss of what they leave out by this number: 0 ignores it,
+        0.1 is OneTrainer's default. A mask is a file beside the image, `NAME-masklabel.png` or `NAME_mask.png`, in
+        which white marks what is learned; or else the image's alpha channel. A sample then also has "loss_weight",
+        float32 [H, W]. At least one image must have a mask; those without one count as a whole. Crops that show
+        nothing of the mask are not drawn. None ignores masks.
     """
 
     template_lines: tuple[str, ...] = prompts.OBJECT_TEMPLATES
@@ -102,7 +107,9 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         seed: int | None = None,
         crops: int = 1,
         zooms: Sequence[float] = (1.0,),
+        mask_weight: float | None = None,
     ) -> None:
+        check_value("mask_weight", mask_weight, "mask_weight", float | None)
         for name, value in (("flip_p", flip_p), ("mixing_prob", mixing_prob)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} is {value}: choose a probability between 0 and 1")
@@ -130,15 +137,34 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         )
         self.templates, self.dual_templates = self._captions.templates, self._captions.dual_templates
         self.image_paths = [image.path for image in images]
-        self._images = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms)
+        self.mask_weight = mask_weight
+        masks = mask_weight is not None
+        self._images = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms, masks=masks)
+        if masks and not self._images.masked:
+            first = self.image_paths[0]
+            raise UserError(
+                f"mask_weight is {mask_weight}, but no image has a mask; put '{shown(first.stem)}-masklabel.png' "
+                f"beside '{shown(str(first), 80)}', give it an alpha channel, or remove mask_weight"
+            )
+        if not masks and set == "train" and (ignored := _with_masks(self.image_paths)):
+            logger.info(
+                "%d of %d images have a mask, which is not used; mask_weight: 0.1 in the dataset's params uses it",
+                ignored,
+                self.num_images,
+            )
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         sample = self.draw(index)
-        variant = sample.variant
-        return {"image": self.image(*variant), "caption": sample.caption, "sizes": self.sizes(*variant)}
+        item: dict[str, Tensor | str] = {
+            "image": self.image(*sample.variant),
+            "caption": sample.caption,
+            "sizes": self.sizes(*sample.variant),
+        }
+        weight = self.loss_weight(*sample.variant)
+        return item if weight is None else {**item, "loss_weight": weight}
 
     def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
         # Indices have no upper limit (see draw), so a loop would not end by an IndexError.
@@ -181,6 +207,14 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         beside = whole_width - right if flipped else left
         numbers = whole_height, whole_width, round(top * down), round(beside * across), height, width
         return torch.tensor(numbers)
+
+    def loss_weight(self, image: int, flipped: bool = False, view: int = 0) -> Tensor | None:
+        """Return the weight in the loss of the pixels of a view, float32 [H, W] in [0, 1]; None without masks."""
+        if self.mask_weight is None:
+            return None
+        mask = self._images.mask(image, view)
+        mask = (mask.flip(1) if flipped else mask).float().div_(255)
+        return self.mask_weight + (1 - self.mask_weight) * mask
 
     def variants(self) -> list[tuple[int, bool, int]]:
         """Return every (image, flipped, view) that can be drawn, as a latent cache needs them."""
@@ -225,8 +259,17 @@ def _phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholde
     return f"{coarse} {placeholder}" if coarse else placeholder
 
 
+def _with_masks(paths: Sequence[Path]) -> int:
+    """How many images have a mask, whether or not it can be used."""
+    beside = mask_files(paths)
+    return sum(path in beside or open_alpha(path) is not None for path in paths)
+
+
 class ImageSet:
     """The views of image files: squares, cropped and resized; `image_set[i, view]` is uint8 [H, W, 3].
+
+    With `masks`, `image_set.mask(i, view)` is the same view of the image's mask, and views that show nothing of it are
+    left out.
 
     With `center_crop` false there is one view per image, which is stretched. Every file is read on construction, so
     that invalid files raise ImageError before training starts. Views are kept while they fit into `memory` bytes;
@@ -242,6 +285,7 @@ class ImageSet:
         crops: int = 1,
         zooms: Sequence[float] = (1.0,),
         memory: int = MEMORY,
+        masks: bool = False,
     ) -> None:
         if interpolation not in RESAMPLING:
             raise UserError(f"interpolation is {interpolation!r}: choose one of {', '.join(RESAMPLING)}")
@@ -256,16 +300,26 @@ class ImageSet:
         self._resample = RESAMPLING[interpolation]
         self._memory, self._room = memory, memory
         self._in_memory: dict[tuple[int, int], Tensor] = {}
+        self._masks = mask_files(self.paths) if masks else None
+        self.masked = 0  # the number of images with a mask
         self._placements: list[tuple[tuple[int, int], list[Box]]] = []
         for i, path in enumerate(counted(self.paths, _tell_reading)):
-            image = self._open(path)
-            boxes = self._boxes(image)
+            image, mask = self._open(path)
+            boxes = self._boxes_of(image)
+            if mask is not None:
+                self.masked += 1
+                boxes = [box for box in boxes if self._crop(mask, box, Image.Resampling.BOX).any()]
+                if not boxes:
+                    raise ImageError(
+                        f"no square crop of image {path} shows anything of its mask; crop the image around what the "
+                        "mask marks, or set center_crop: false"
+                    )
             self._placements.append((image.size, boxes))
             for view, box in enumerate(boxes):
-                self._keep((i, view), self._crop(image, box))
-        count = sum(len(boxes) for _, boxes in self._placements)
-        if len(self._in_memory) < count:
-            logger.info("%d of %d views of the images are kept in memory", len(self._in_memory), count)
+                self._keep((i, view), self._view(image, mask, box))
+        views = sum(len(boxes) for _, boxes in self._placements)
+        if len(self._in_memory) < views:
+            logger.info("%d of %d views of the images are kept in memory", len(self._in_memory), views)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -280,11 +334,19 @@ class ImageSet:
         return size, boxes[view]
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        return self._read(key)[..., :3]
+
+    def mask(self, i: int, view: int) -> Tensor:
+        """Return the mask of a view, uint8 [H, W]; 255 everywhere for an image without one."""
+        pixels = self._read((i, view))
+        return pixels[..., 3] if pixels.shape[-1] > 3 else torch.full_like(pixels[..., 0], 255)
+
+    def _read(self, key: tuple[int, int]) -> Tensor:
+        """Return a view as uint8 [H, W, 3], or [H, W, 4] with its mask."""
         if key in self._in_memory:
             return self._in_memory[key]
         i, view = key
-        image = self._open(self.paths[i])
-        return self._keep(key, self._crop(image, self._placements[i][1][view]))
+        return self._keep(key, self._view(*self._open(self.paths[i]), self._placements[i][1][view]))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader's process that is spawned would get every image as a shared file, and soon have too many open. It
@@ -298,7 +360,8 @@ class ImageSet:
             self._in_memory[key] = pixels
         return pixels
 
-    def _open(self, path: Path) -> Image.Image:
+    def _open(self, path: Path) -> tuple[Image.Image, Image.Image | None]:
+        """Return an image, and its mask if it has one."""
         image = open_image(path)
         if min(image.size) < SMALLEST_SIDE * max(self.zooms):
             zoom = f" at zoom {max(self.zooms):g}" if max(self.zooms) > 1 else ""
@@ -307,18 +370,34 @@ class ImageSet:
             raise ImageError(
                 f"image {path} is {size} pixels: each side needs at least {least}{zoom}; use a larger image"
             )
-        return image
+        if self._masks is None:
+            return image, None
+        if path not in self._masks:
+            return image, open_alpha(path)
+        mask = open_mask(self._masks[path])
+        if mask.size != image.size:
+            raise ImageError(
+                f"mask {self._masks[path]} is {mask.width}x{mask.height} pixels, but its image is {image.width}x"
+                f"{image.height}; make them equal"
+            )
+        return image, mask
 
-    def _boxes(self, image: Image.Image) -> list[Box]:
+    def _boxes_of(self, image: Image.Image) -> list[Box]:
         if not self.center_crop:
             return [(0, 0, image.width, image.height)]
         found = squares(image.width, image.height, self.crops, self.zooms)
         return [(left, top, left + side, top + side) for left, top, side in found]
 
-    def _crop(self, image: Image.Image, box: Box) -> Tensor:
+    def _view(self, image: Image.Image, mask: Image.Image | None, box: Box) -> Tensor:
+        pixels = self._crop(image, box, self._resample)
+        if mask is None:
+            return pixels
+        return torch.cat([pixels, self._crop(mask, box, Image.Resampling.BOX)[..., None]], dim=-1)
+
+    def _crop(self, image: Image.Image, box: Box, resample: Image.Resampling) -> Tensor:
         image = image.crop(box)
         if self.size is not None:
-            image = image.resize((self.size, self.size), self._resample)
+            image = image.resize((self.size, self.size), resample)
         return torch.from_numpy(np.array(image))
 
 

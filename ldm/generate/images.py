@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.files import atomic_write
+from ldm.generate.editing import ClassWords, InitImage, dial_labels, with_class_words
 from ldm.generate.prompt_syntax import chunk_count, conditions
 from ldm.images import image_grid, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -26,7 +27,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
-from ldm.models.diffusion.steps import check_steps
+from ldm.models.diffusion.steps import check_steps, steps_taken
 from ldm.modules.diffusionmodules.openaimodel import Downsample
 from ldm.util import UserError, check_value, evaluating
 
@@ -56,6 +57,9 @@ def generate(
     prompt_syntax: str = "plain",
     sizes: Mapping[str, Sequence[int]] | None = None,
     x_T: Tensor | None = None,
+    init: InitImage | None = None,
+    concept_strength: float = 1.0,
+    class_words: ClassWords | None = None,
     numbers: Sequence[int] | None = None,
     labels: Callable[[str], Mapping[str, str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -75,6 +79,10 @@ def generate(
         prompt_syntax: "plain", or "a1111" or "comfyui" for weighted prompts (see `ldm.generate.prompt_syntax`).
         sizes: what Stable Diffusion XL is told of the sizes of images; see `LatentDiffusionXL.drawing_at`.
         x_T: the initial noise, [N, C, h, w] for N prompts.
+        init: an image to begin from, or to edit where its mask is white.
+        concept_strength: what learned words add to their class words, in this strength: 1 is the word as it is and
+            costs nothing, 0 the class word alone. Other values take half as long again.
+        class_words: the class word of each placeholder, or one for all; see `ldm.generate.editing.class_words`.
         labels: gives further fields of the settings of an image, such as "Model hash", for its prompt.
         progress: called after each step with the number of steps done and their total.
         on_image: called for each finished image with its index in `prompts` and the image.
@@ -89,15 +97,20 @@ def generate(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision, scale, seed)
+    check_value("concept_strength", concept_strength, "concept_strength", float)
     shape = latent_shape(model, height, width)
     pixels_each = downsampling_factor(model)
     size = shape[1] * pixels_each, shape[2] * pixels_each
+    dialled = None if concept_strength == 1.0 else with_class_words(model, prompts, class_words or {})
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
     batches = _batches([chunk_count(model, prompt, prompt_syntax) for prompt in prompts], batch_size)
-    total = steps * len(batches)
+    taken = steps if init is None else steps_taken(init.strength, steps)
+    total = taken * len(batches)
     images: list[Image.Image] = []
     with evaluating(model), model.ema_scope(), half_precision(precision, device):
+        factor = 1 if init is None else downsampling_factor(model)
+        begin = None if init is None else init.at(model, shape[1] * factor, shape[2] * factor)
         for batch, part in enumerate(batches):
             captions = prompts[part]
             generators = [noise_source(seed, number) for number in numbers[part]]
@@ -105,26 +118,32 @@ def generate(
             guided = None if scale == 1.0 else negative_prompt
             with model.drawing_at(*size, sizes or {}):
                 condition, unconditional = conditions(model, captions, guided, prompt_syntax)
+                base = None if dialled is None else conditions(model, dialled[part], None, prompt_syntax)[0]
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
                 len(captions),
                 shape,
                 conditioning=condition,
-                callback=_counter(progress, batch * steps, total),
+                callback=_counter(progress, batch * taken, total),
                 eta=eta,
                 x_T=gaussian(blank, generators) if x_T is None else x_T[part],
                 unconditional_guidance_scale=scale,
                 unconditional_conditioning=unconditional,
                 generator=generators,
+                mask=None if begin is None else begin.keep,
+                x0=None if begin is None else begin.latent,
+                strength=None if init is None else init.strength,
+                base_conditioning=base,
+                concept_strength=concept_strength,
             )
-            pixels = model.decode_first_stage(latents)
+            pixels = model.decode_first_stage(latents if begin is None else begin.kept_in(latents))
             for prompt, number, decoded in zip(captions, numbers[part], pixels, strict=True):
                 if not decoded.isfinite().all():
                     raise OutputError(
                         f"the output for the prompt '{prompt[:80]}' is not finite (NaN or infinity) and would be a "
                         "black image; use full precision, other embeddings, or another copy of the checkpoint"
                     )
-                images.append(to_pil(decoded))
+                images.append(to_pil(decoded) if begin is None else begin.pasted(to_pil(decoded)))
                 settings = Settings(
                     prompt=prompt,
                     negative_prompt=negative_prompt,
@@ -137,7 +156,12 @@ def generate(
                     number=number,
                     eta=eta,
                     prompt_syntax=prompt_syntax,
-                    labels=_size_labels(sizes or {}) | ({} if labels is None else dict(labels(prompt))),
+                    labels={
+                        **_size_labels(sizes or {}),
+                        **({} if init is None else init.labels()),
+                        **({} if dialled is None else dial_labels(concept_strength, class_words or {})),
+                        **({} if labels is None else labels(prompt)),
+                    },
                 )
                 images[-1].info[PARAMETERS] = settings.as_text()
                 if on_image is not None:
@@ -210,7 +234,7 @@ def size_multiple(config: Mapping[str, Any]) -> int | None:
         (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
     )
     levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
-    return 2 ** sum(len(level) - 1 for level in levels) if all(levels) else None
+    return 2 ** sum(len(level or ()) - 1 for level in levels) if all(levels) else None
 
 
 def _check_multiple(multiple: int, height: int | None, width: int | None) -> None:

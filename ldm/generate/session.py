@@ -19,6 +19,7 @@ from PIL.Image import Image
 from ldm.checkpoint import load_model_from_config, read_config
 from ldm.embeddings import LearnedEmbeddings, read
 from ldm.files import file_hash
+from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
     check_mentions,
@@ -253,7 +254,7 @@ class Session:
 
         Args:
             prompts: by default "a photo of" the first word.
-            words: embedding files of any tool, or vectors (`ldm.embeddings.LearnedEmbeddings`).
+            words: embedding files of any tool, concepts, or vectors (`ldm.embeddings.LearnedEmbeddings`).
             settings: those of `ldm.generate.images.generate`: steps, scale, sampler, seed, height, width, progress, ...
 
         Raises:
@@ -265,10 +266,15 @@ class Session:
             raise UserError(f"generate has no setting '{unknown[0]}'; it has {names}")
         check_integer(count, "count")
         given = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        several = [words] if isinstance(words, (str, Path, LearnedEmbeddings)) else list(words or ())
-        resolved = resolve(self.config, given, negative_prompt, several, syntax=prompt_syntax)
+        several: list[Any] = [words]
+        if not isinstance(words, (str, Path)) and (words is None or isinstance(words, Iterable)):
+            several = list(words or ())
+        held = [_file_or_vectors(word) for word in several]
+        resolved = resolve(self.config, given, negative_prompt, held, syntax=prompt_syntax)
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
+        if settings.get("concept_strength", 1.0) != 1.0 and settings.get("class_words") is None:
+            settings["class_words"] = class_words(resolved.words)
         try:
             return generate(
                 self.model,
@@ -315,12 +321,6 @@ def text_to_image(
     Raises:
         UserError: a word, a setting, the size or the model does not fit.
     """
-    several = (
-        list(words or ())
-        if words is None or not isinstance(words, (str, Path)) and isinstance(words, Iterable)
-        else [words]
-    )
-    held = [_file_or_vectors(word) for word in several]
     if not isinstance(model, Session):
         path = checkpoint_of(model)
         changed = Path(path).stat().st_mtime_ns if Path(path).exists() else 0  # 0 of a hub id
@@ -329,7 +329,7 @@ def text_to_image(
             release()
             _loaded[key] = Session(path, config, device)
         model = _loaded[key]
-    return model.generate(prompts, words=held, **settings)
+    return model.generate(prompts, words=words, **settings)
 
 
 def _file_or_vectors(word: Any) -> Words:

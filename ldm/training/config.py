@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
 from ldm.files import NO_TENSORS, is_hub_id
-from ldm.images import check_image_folder
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import flags, hub, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -78,6 +77,8 @@ def check_command_line(options: argparse.Namespace) -> None:
     Raises:
         UserError: as the run itself would, but at once.
     """
+    from ldm.images import check_image_folder
+
     resume, _ = run_folder.place_to_resume(options)
     base: list[str | Path] = list(options.base)
     if resume:
@@ -353,11 +354,11 @@ def check_run_config(
         ("lightning", lightning, _LIGHTNING_KEYS),
         ("lightning.trainer", trainer, trainer_options),
     ):
-        for key in node:
+        for key in map(str, node):
             if key not in known:
-                path = f"{where}.{key}" if where else str(key)
+                path = f"{where}.{key}" if where else key
                 what = f"{where or 'the YAML'}: unknown key '{key}'"
-                problems.append(Problem(path, what, _nearest(str(key), known) + _known(known)))
+                problems.append(Problem(path, what, _nearest(key, known) + _known(known)))
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
         problems.append(
@@ -413,9 +414,9 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem(
             "data.params.train", "there is no data.params.train", "; name the training images' dataset"
         )
-    source = str(config.get("actual_resume"))
-    # The sizes of a folder of diffusers replace those of the YAML.
-    multiple = None if Path(source).is_dir() or is_hub_id(source) else size_multiple(config)
+    # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
+    source = config.get("actual_resume")
+    multiple = size_multiple(config) if source is None or Path(source).is_file() else None
     for split in _DATASETS:
         key = f"data.params.{split}.params.size"
         size = OmegaConf.select(config, key)

@@ -179,7 +179,7 @@ class Concept:
         Raises:
             UserError: the format is unknown or cannot hold the vectors, or the file cannot be written.
         """
-        place = Path.cwd() if path is None else Path(path)
+        place = Path() if path is None else Path(path)
         if place.is_dir():
             place /= f"{file_stem(self.word)}{format_named(format).suffix}"
         return write(self.embeddings, place, format, preview)
@@ -420,18 +420,33 @@ def invert(
     """
     from ldm.training.run import run
 
-    unknown = sorted(further.keys() - Inversion.__dataclass_fields__.keys())
-    if unknown:
-        known = ", ".join(Inversion.__dataclass_fields__)
-        raise UserError(f"invert has no argument '{unknown[0]}'; it has {known}")
+    known = list(Inversion.__dataclass_fields__)
+    known[known.index("recipes")] = "recipe"
+    if unknown := sorted(further.keys() - set(known)):
+        raise UserError(f"invert has no argument '{unknown[0]}'; it has {', '.join(known)}")
     names = (recipe,) if isinstance(recipe, (str, Path)) else tuple(recipe or ())
     if not isinstance(placeholder, str):
         raise UserError(f"placeholder is {placeholder!r}; give a word such as '*' or '<my-cat>'")
-    changes = (*further.pop("settings", ()), *_overrides(settings))
-    asked = Inversion("", placeholder, init, model, recipes=names, logdir=logdir, settings=changes, **further)
+    asked = Inversion(
+        "",
+        placeholder,
+        init,
+        model,
+        recipes=names,
+        logdir=logdir,
+        settings=tuple(_overrides(settings)),
+        **further,
+    )
     if resume is not None:
         if images is not None:
             raise UserError("images and resume exclude each other: a run goes on with its images")
+        for name, value in {
+            "recipe": names,
+            "base": asked.base,
+            "personalization": asked.personalization,
+        }.items():
+            if value:
+                raise UserError(f"{name} and resume exclude each other: a run goes on with its own YAMLs")
         words = ["-r", str(resume), "-t", *asked.changes()]
         # The run says that these cannot change.
         words += ["--placeholder_string", placeholder] if placeholder != "*" else []
@@ -454,7 +469,10 @@ def invert(
             )
         except Interrupted as stop:
             raise Stopped(watcher.folder, None) from stop
-    folder = watcher.folder or existing_run_folder(resume or "latest", logdir)[0].path
+    if watcher.folder is None and resume is None:
+        raise UserError("the run did not train; quiet=False shows its messages")
+    # A run that has all its steps does not train again.
+    folder = watcher.folder or existing_run_folder(resume or "", logdir)[0].path
     if on_progress is not None:
         on_progress(RunRecord.read(folder, own=True))
     if code:

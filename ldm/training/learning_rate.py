@@ -87,7 +87,7 @@ def check_rate(merged: DictConfig) -> None:
     check_base_rate(merged)
     params = merged["model"].get("params") or {}
     scheduler = params.get("scheduler_config")
-    if _needs_steps(scheduler):
+    if scheduler is not None and _needs_steps(scheduler):
         scheduler = _with_steps(scheduler, 1)
     try:
         build_optimizer(

@@ -38,6 +38,26 @@ def check_first_vectors(config: DictConfig) -> None:
         chosen(embeddings.read(path), [words] if isinstance(words, str) else list(words), str(path))
 
 
+def check_keys(config: DictConfig, dataset: Any) -> None:
+    """Check that samples have the images and captions under the keys by which the model reads them.
+
+    Raises:
+        UserError: they do not.
+    """
+    params = OmegaConf.select(config, "model.params") or {}
+    if not hasattr(dataset, "__len__"):
+        return
+    with random_state.isolated(0):
+        sample = dataset[0]
+    for name in ("first_stage_key", "cond_stage_key"):
+        key = params.get(name)
+        if isinstance(sample, dict) and key is not None and key not in sample:
+            held = ", ".join(str(one) for one in sample)
+            raise UserError(
+                f"model.params.{name} is '{key}', but the samples of data.params.train hold {held}; name one of these"
+            )
+
+
 def check_captions(model: pl.LightningModule, dataset: Any) -> None:
     """Check that the captions contain the learned placeholders, and that these fit into the token limit.
 

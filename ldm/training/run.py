@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -36,10 +35,12 @@ from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
     Devices,
     build_trainer,
+    check_options,
     choose_devices,
     make_callbacks,
     make_loggers,
     processes,
+    refusals,
     trainer_kwargs,
     translate_old_keys,
 )
@@ -83,6 +84,7 @@ def run(argv: Sequence[str], prog: str = "main.py", callbacks: Sequence[pl.Callb
 def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> int:
     pl.seed_everything(plan.config["seed"], verbose=False)
     data = make_data(plan.config)
+    preflight.check_keys(plan.config, getattr(data, "datasets", {}).get("train"))
     trainer_node = OmegaConf.select(plan.config, "lightning.trainer") or {}
     devices = choose_devices(trainer_node.get("gpus"), trainer_node.get("accelerator"))
     if plan.config.get("allow_tf32"):
@@ -90,7 +92,11 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
             torch.set_float32_matmul_precision("high")
         else:
             logger.info("--allow_tf32 changes nothing: TF32 is for NVIDIA GPUs")
-    model = make_model(plan.config, half=half_for(trainer_node.get("precision"), devices.accelerator))
+    half = half_for(trainer_node.get("precision"), devices.accelerator)
+    check_options(
+        trainer_kwargs(plan.config.get("lightning") or {}, devices, personalization=False), plan.run.path
+    )
+    model = make_model(plan.config, half=half)
     datasets = getattr(data, "datasets", {})
     hub.check_model(plan.options, plan.config, plan.run, model)
     preflight.check_captions(model, datasets.get("train"))
@@ -253,7 +259,7 @@ def make_trainer(
         if isinstance(callback, EmbeddingSaver):
             callback.describe = Provenance(plan.config, model)
             callback.stems = plan.run.word_stems
-    try:
+    with refusals():
         return build_trainer(
             kwargs,
             plan.run,
@@ -261,10 +267,6 @@ def make_trainer(
             make_loggers(lightning, plan.run),
             personalization=personalization,
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)

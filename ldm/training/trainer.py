@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -86,7 +89,7 @@ def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
                 f"accelerator is {kind}, but torch finds no GPU here; leave it out to train on the CPU"
             )
         if requested is not None:
-            logger.info("no GPU here: training on the CPU")
+            logger.info("no CUDA device here: training on the CPU")
         return Devices("cpu", 1)
     if requested in (None, 0, []):
         return Devices("cuda", [0])
@@ -125,7 +128,7 @@ _INSTEAD = {
     "plugins": "use precision and strategy",
 }
 # Options of the present Trainer that the run sets itself.
-_SET_BY_THE_RUN = ("default_root_dir", "callbacks", "logger", "plugins")
+_SET_BY_THE_RUN = ("default_root_dir", "callbacks", "logger", "plugins", "barebones")
 # Values of `accelerator` and `strategy` of Lightning 1.x -> those of `strategy`.
 _STRATEGIES = {"ddp_spawn": "ddp_spawn"} | dict.fromkeys(
     ("ddp", "ddp2", "dp", "horovod", "ddp_cpu", "ddp_sharded"), "ddp"
@@ -151,6 +154,9 @@ def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
         if (strategy := _STRATEGIES.get(str(found.get(key)))) is not None:
             del found[key]
             found.setdefault("strategy", strategy)
+    if found.get("enable_checkpointing") is False:
+        logger.info("lightning.trainer.enable_checkpointing: false is ignored: a run always saves its state")
+        del found["enable_checkpointing"]
     return found
 
 
@@ -184,9 +190,6 @@ def trainer_kwargs(
     options = {
         key: value for key, value in options.items() if value is not None or key == "check_val_every_n_epoch"
     }
-    if options.get("enable_checkpointing") is False:
-        logger.info("lightning.trainer.enable_checkpointing: false is ignored: a run always saves its state")
-        del options["enable_checkpointing"]
     if personalization and not {"max_steps", "max_epochs", "max_time"} & options.keys():
         logger.info("no max_steps is given: stopping after 6100, as the original's YAMLs do")
         options["max_steps"] = 6100
@@ -293,6 +296,31 @@ def build_trainer(
     return pl.Trainer(
         default_root_dir=str(run.path), callbacks=callbacks, logger=loggers, plugins=plugins, **options
     )
+
+
+def check_options(options: Mapping[str, Any], folder: Path) -> None:
+    """Let Lightning read the Trainer's options before a model is read.
+
+    Raises:
+        ConfigError: Lightning refuses one.
+    """
+    with refusals():
+        pl.Trainer(
+            **{**options, "enable_progress_bar": False, "enable_checkpointing": False},
+            default_root_dir=str(folder),
+            logger=False,
+        )
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what Lightning says of options in this block into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"lightning.trainer: {str(error).splitlines()[0]}") from error
 
 
 def _model_checkpoint(params: Mapping[str, Any], run: RunFolder) -> ModelCheckpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 
 from ldm.checkpoint import config_of
 from ldm.commands import generate
-from ldm.embeddings import Concept, LearnedEmbeddings, write
-from ldm.generate import session
+from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, write
+from ldm.generate import Settings, session
 from ldm.images import open_image
 from tests.golden_record import Golden
 
@@ -132,7 +133,9 @@ def test_every_option_reaches_generate(run, monkeypatch) -> None:
         "--seed",
         9,
     ]
+    edits = ["--concept_strength", 0.5, "--class_word", "cat"]
     more = [
+        *edits,
         "--H",
         24,
         "--W",
@@ -160,6 +163,9 @@ def test_every_option_reaches_generate(run, monkeypatch) -> None:
         "precision": "autocast",
         "sampler": "ddim",
         "numbers": None,
+        "init": None,
+        "concept_strength": 0.5,
+        "class_words": "cat",
     }
     assert {key: seen[key] for key in expected} == expected
     for flag in ("plms", "dpm_solver"):
@@ -371,3 +377,80 @@ def test_an_embedding_is_named_by_its_file_in_any_language(tmp_path, name: str, 
     paths: list[str] = []
     found = session._find_embeddings(text.format(f"embedding:{name}"), str(tmp_path), paths)
     assert found == text.format("<x>") and paths == [str(path)]
+
+
+@pytest.fixture
+def to_edit(tmp_path):
+    """An image of another shape, and a mask of its right half."""
+    pixels = np.random.RandomState(0).randint(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (30, 0, 60, 40))
+    mask.save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def test_an_edit_is_written_into_the_settings_and_can_be_repeated(run, to_edit) -> None:
+    arguments = ["--init_img", to_edit / "a.png", "--mask", to_edit / "mask.png", "--strength", 0.5]
+    options = ["--ddim_steps", "4", "--n_samples", "1", "--scale", "2", "--skip_grid"]
+    for _ in range(2):
+        assert run(*arguments, "--prompt", "a dog", options=options)[0] == 0
+    first, again = (to_edit / "out/samples" / f"000{n}.png" for n in range(2))
+    assert first.read_bytes() == again.read_bytes()
+    settings = Settings.from_image(first)
+    assert settings.steps == 4 and settings.labels["Denoising strength"] == "0.5"
+    assert settings.labels["Init image"].startswith("a.png ") and settings.labels["Mask"].startswith(
+        "mask.png "
+    )
+    original = np.asarray(open_image(to_edit / "a.png").crop((10, 0, 50, 40)).resize((32, 32), Image.BICUBIC))
+    edited = np.asarray(open_image(first))
+    assert np.array_equal(edited[:, :16], original[:, :16]) and not np.array_equal(edited, original)
+
+
+def test_the_concept_strength_takes_the_class_word_of_the_file(run, folder, tmp_path) -> None:
+    path = tmp_path / "word.pt"
+    concept = Concept("<cat>", torch.full((1, 32), 0.5))
+    write(LearnedEmbeddings((concept,), Metadata(initializer="dog")), path, "original")
+    options = ["--ddim_steps", "2", "--n_samples", "1", "--scale", "2", "--skip_grid", "--prompt", "a <cat>"]
+    for arguments in ((), ("--concept_strength", 1), ("--concept_strength", 0), ("--concept_strength", 2)):
+        code, output, _ = run("--embedding_path", path, *arguments, options=options)
+        assert code == 0, output.err
+    assert run("--prompt", "a dog", options=options[:-2])[0] == 0
+    images = [open_image(tmp_path / f"out/samples/000{n}.png").tobytes() for n in range(5)]
+    assert images[0] == images[1] and len({images[n] for n in (0, 2, 3)}) == 3
+    near = np.frombuffer(images[2], np.uint8).astype(int) - np.frombuffer(images[4], np.uint8)
+    assert np.abs(near).max() <= 1, "nothing but the class word"
+    settings = Settings.from_image(tmp_path / "out/samples/0003.png")
+    assert settings.labels["Concept strength"] == "2" and settings.labels["Class words"] == "<cat>=dog"
+    assert "Concept strength" not in Settings.from_image(tmp_path / "out/samples/0001.png").labels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--mask", "mask.png"], 2, "--mask mask.png needs an image to begin from; add --init_img FILE"),
+        (["--strength", "0.5"], 2, "--strength 0.5 needs an image"),
+        (["--init_img", "a.png", "--strength", "1.5"], 2, "--strength: '1.5'"),
+        (["--init_img", "none.png"], 1, "image not found: none.png"),
+        (["--init_img", "a.png", "--mask", "small.png"], 1, "the mask is 8x8 pixels, but the image is 60x40"),
+        (["--init_img", "a.png", "--mask", "black.png"], 1, "black.png is black everywhere"),
+        (["--init_img", "a.png", "--mask", "edge.png"], 1, "the mask marks nothing in the central part"),
+        (["--class_word", "cat"], 2, "--class_word cat is for --concept_strength"),
+        (["--concept_strength", "nan"], 2, "--concept_strength: "),
+        (["--concept_strength", "-1"], 2, "--concept_strength: "),
+        (["--concept_strength", "2"], 1, "the class word of '<cat>' is not in its file; name it, as in"),
+        (["--concept_strength", "2", "--class_word", "<x>=cat"], 1, "names no loaded word; loaded: <cat>"),
+    ],
+)
+def test_mistakes_in_editing_are_one_line(
+    run, folder, to_edit, monkeypatch, arguments, code, message
+) -> None:
+    Image.new("L", (8, 8), 255).save(to_edit / "small.png")
+    Image.new("L", (60, 40)).save(to_edit / "black.png")
+    edge = Image.new("L", (60, 40))
+    edge.paste(255, (0, 0, 5, 40))
+    edge.save(to_edit / "edge.png")
+    monkeypatch.chdir(to_edit)
+    done, output, files = run("--embedding_path", folder / "cat.pt", "--prompt", "a <cat>", *arguments)
+    assert done == code and message in output.err and not files
+    assert "Traceback" not in output.err and len(output.err.strip().splitlines()) == 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.generate import generate
 from ldm.generate.images import (
@@ -20,6 +21,7 @@ from ldm.generate.images import (
     name_of,
     noise_source,
     save_grid,
+    save_image,
 )
 from ldm.images import open_image
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -96,6 +98,31 @@ def test_given_noise_is_used(model) -> None:
 def test_every_sampler_generates_another_image(model, sampler: str) -> None:
     ddim, other = (generate(model, "a dog", sampler=name, **FAST)[0] for name in ("ddim", sampler))
     assert difference(ddim, other) > 0
+
+
+class Float64(TorchDispatchMode):
+    """Collects the operations that give float64, which Apple GPUs lack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.operations.add(str(function))
+        return result
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_nothing_on_the_device_is_float64(model, sampler: str) -> None:
+    assert torch.float64 not in {tensor.dtype for tensor in [*model.parameters(), *model.buffers()]}
+    with Float64() as seen:
+        generate(model, "a photo of *", sampler=sampler, steps=3, seed=1)
+        latents = torch.zeros(1, model.channels, 8, 8)
+        model.p_losses(latents, model.get_learned_conditioning(["a *"]), model.random_timesteps(1))
+    # The schedule, which is copied to the CPU before.
+    assert seen.operations <= {"aten._to_copy.default", "aten.detach.default"}
 
 
 def test_progress_and_images_are_reported_immediately(model) -> None:
@@ -179,6 +206,9 @@ def test_a_model_of_images_that_are_not_square_keeps_its_size(model, monkeypatch
         ({"sampler": "euler"}, 'unknown sampler "euler"; choose one of ddim, plms, dpm_solver'),
         ({"precision": "half"}, 'unknown precision "half"; choose one of full, autocast'),
         ({"batch_size": 0}, "batch size is 0"),
+        ({"steps": "9"}, "sampling steps is .9.; it must"),
+        ({"scale": "high"}, "guidance scale is .high.; it must be a number"),
+        ({"width": 32.0}, "width is 32.0; it must be a whole number"),
         ({"height": -8}, "height is -8"),
         ({"width": 36}, "width 36 is not a multiple of 8, which this model needs; try 32"),
         ({"height": 1}, "height 1 is not a multiple of 8, which this model needs; try 8"),
@@ -257,3 +287,8 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot create the folder '.*file/samples' \(Not a directory\)"):
         ImageFolder(tmp_path / "file" / "samples")
+
+
+def test_an_image_file_has_a_known_suffix(tmp_path) -> None:
+    with pytest.raises(UserError, match="does not end in .png or .jpg"):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "a.webp")

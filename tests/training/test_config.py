@@ -334,7 +334,7 @@ def test_wrong_shapes_of_a_yaml(tmp_path, base, overlay, message):
 
 
 def test_rates_by_steps(tmp_path, base):
-    for rates in ("0.005:100, nan:1000", "0.005:100, -1e-3:1000", "0.005:100, 1e-3:50", "fast"):
+    for rates in ("0.005:100, nan:1000", "0.005:100, -1e-3:1000", "0.005:100, 1e-3:50, 1e-4", "fast"):
         message = refused(tmp_path, "", base, {"model": {"base_learning_rate": rates}})
         assert message.startswith("model.base_learning_rate (1.yaml, line 2): learning rate '")
     check(load(tmp_path, "model.base_learning_rate=0.005:100,1e-3:1000", base))

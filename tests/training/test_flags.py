@@ -109,7 +109,7 @@ REFUSES = {
     "--lr_scheduler cosine model.base_learning_rate=1e-3:5,1e-4": "is a schedule already; give --learning_rate too",
     "--adam_beta1 1": "'1' is not a number from 0",
     "--adam_epsilon 0": "'0' is not a number above 0",
-    "--adam_weight_decay -1": "'-1' is not a number of at least 0",
+    "--adam_weight_decay -1": "'-1' is not a number",
     "--learning_rate nan": "'nan' is not a number above 0",
     "--lr_warmup_steps -1": "'-1' is not a whole number of at least 0",
     "--adam_beta1 0.5 model.params.optimizer_config.target=torch.optim.SGD": "the YAML's optimizer is torch.optim.SGD",

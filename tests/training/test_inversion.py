@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_a_concept_is_learned_saved_and_generated_with(learned, tiny_model, tmp_
     assert learned.path.name == "embeddings_best.pt" and len(learned.record.curves()["fixed loss"]) == 4
     assert capfd.readouterr().out == ""  # quiet
     file = learned.save()
-    assert torch.equal(ldm.load(file).vectors, learned.vectors) and file == Path.cwd() / "toy.safetensors"
+    assert torch.equal(ldm.load(file).vectors, learned.vectors) and file == Path("toy.safetensors")
     assert torch.equal(ldm.load(learned.run).vectors, learned.vectors)
     (tmp_path / "model").mkdir()
     Golden("clip_one_vector").write_model(tmp_path / "model")
@@ -75,12 +76,20 @@ def test_progress_and_interruption(tiny_yaml, tiny_model, image_folder, monkeypa
         if record.step == 2 and len(seen) < 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match="resume=") as stopped:
+    with pytest.raises(ldm.Stopped, match="resume=") as stopped:
         ldm.invert(image_folder, model=tiny_model, base=tiny_yaml, steps=5, on_progress=stop_at_two)
     # The signal came between two steps, and the next one was done.
     assert seen[-1] == (3, 5, "stopped") and str(only_run()) in str(stopped.value)
+    assert stopped.value.run.resolve() == only_run().resolve() and stopped.value.concept.record.step == 3
+    assert stopped.value._render_traceback_() == [str(stopped.value)]
     concept = ldm.invert(resume=only_run(), on_progress=stop_at_two)
     assert seen[-1] == (5, 5, "finished") and concept.record.step == 5
+    # It has all its steps: nothing is done until there are to be more.
+    assert torch.equal(ldm.invert(resume=only_run()).vectors, concept.vectors)
+    assert ldm.invert(resume=only_run(), steps=6).record.step == 6
+    for wrong in ({"recipe": "fast"}, {"base": tiny_yaml}, {"placeholder": "<other>"}):
+        with pytest.raises(ldm.UserError):
+            ldm.invert(resume=only_run(), **wrong)
 
 
 def test_mistakes_are_user_errors(tiny_yaml, tiny_model, image_folder, tmp_path):
@@ -97,6 +106,12 @@ def test_mistakes_are_user_errors(tiny_yaml, tiny_model, image_folder, tmp_path)
     fails("object or style", kind="person")
     fails("max_train_steps", steps=0)
     fails("give images", images=None)
+    fails("images is", images=7)
+    fails("images is", images=[7])
+    fails("settings is", settings=["a=1"])
+    fails("placeholder is None", placeholder=None)
+    fails("no argument 'recipes'", recipes=())
+    fails("exclude each other", resume="latest")
     assert not Path("logs").exists()
     with pytest.raises(ldm.UserError, match="no learned word"):
         ldm.load(tmp_path)
@@ -136,18 +151,47 @@ def test_the_yaml_to_train_with_is_that_of_the_model(tiny_model):
 
 
 def test_a_repository_on_the_hub(monkeypatch, tmp_path, learned):
-    learned.save(tmp_path / "repository" / "learned_embeds.safetensors")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: tmp_path / "repository")
-    assert ldm.load("someone/cat").word == "<toy>"
+    repository, fetched = tmp_path / "repository", []
+    learned.save(repository / "learned_embeds.safetensors")
+    (repository / "learned_embeds-steps-500.safetensors").write_bytes(b"unfinished")
+    (repository / "token_identifier.txt").write_text("<cat>")
 
-    def offline(name, **options):
+    def download(name, local_files_only=False, allow_patterns=None):
+        if local_files_only:
+            raise OSError("nothing is here")
+        fetched.append(sorted(allow_patterns))
+        return repository
+
+    def listed(api, name, files_metadata):
+        entries = {path.name: path.stat().st_size for path in repository.iterdir()} | {
+            "unet.safetensors": 2**31
+        }
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in entries.items()])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", listed)
+    assert ldm.load("someone/cat").word == "<toy>"
+    assert "unet.safetensors" not in fetched[0] and "token_identifier.txt" in fetched[0]
+    assert ldm.load("someone/cat/learned_embeds.safetensors").word == "<toy>"
+    with pytest.raises(ldm.UserError, match="holds no file 'other.bin'"):
+        ldm.load("someone/cat/other.bin")
+
+    def offline(api, name, files_metadata):
         raise OSError("no network")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(
-        ldm.UserError, match="neither a file or folder here nor readable from the Hugging Face hub"
-    ):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    with pytest.raises(ldm.UserError, match="nor readable from the Hugging Face hub"):
         ldm.load("someone/cat")
+
+
+def test_folders_hold_several_words(learned, tmp_path):
+    other = learned.renamed("<other>")
+    for concept in (learned, other):
+        concept.save(tmp_path)
+    assert [concept.word for concept in ldm.load_all(tmp_path)] == ["<other>", "<toy>"]
+    assert [concept.word for concept in ldm.load_all([tmp_path, learned.run])][2:] == ["<toy>"]
+    with pytest.raises(ldm.UserError, match="holds 2 embedding files"):
+        ldm.load(tmp_path)
 
 
 def test_importing_the_package_is_light():

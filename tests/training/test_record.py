@@ -33,6 +33,7 @@ def test_a_run_records_its_progress_its_log_and_its_verdict(tiny_yaml):
     assert list(record.words) == ["*"] and record.message.startswith("ended at step 6")
     assert not record.live and record.seconds_left is None
     assert "learning '*'" in record.log() and record.message in record.log()
+    assert record.plot().width == 720 and str(record).startswith("finished at step 6 of 6")
     curves = record.curves()
     assert [step for step, _ in curves["fixed loss"]] == [0] and record.concepts().keys() >= {4, 6, "last"}
 
@@ -70,7 +71,8 @@ def test_a_killed_run_is_lost(tmp_path):
     assert (record.state, record.live, record.seconds_left) == ("lost", False, None)
     assert "continued" in record.message
     own = RunRecord.read(tmp_path, own=True)
-    assert own.live and own.seconds_left == 2.0
+    assert own.live and own.seconds_left == 2.0 and own.plot() is None
+    assert str(own) == "step 5 of 9, 2.0 steps/s, 2 s left"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"step": "x", "words": 3, "rate": "nan"}', "\x00"])

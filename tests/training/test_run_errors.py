@@ -33,7 +33,15 @@ from tests.training.runs import only_run, start
             1,
             "none of the captions contains the placeholder '*'",
         ),
-        (["lightning.trainer.precision=5"], 1, "lightning.trainer"),
+        (["lightning.trainer.precision=5"], 1, "lightning.trainer.precision is 5; it must be one of 64, 32"),
+        (
+            ["model.params.first_stage_key=pixels", "--actual_resume", "gone/x"],
+            1,
+            "hold image, caption; name one",
+        ),
+        (["--strategy", "dpp", "--actual_resume", "gone/x"], 1, "invalid strategy name"),
+        (["--max_time", "soon"], 1, "not a valid duration"),
+        (["--accelerator", "tpu"], 2, "choose one of auto, cpu"),
         (["-r", "nowhere"], 1, "does not exist"),
     ],
 )

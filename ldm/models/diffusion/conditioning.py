@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -69,6 +70,14 @@ class DiffusionWrapper(nn.Module):
             return dict(condition)
         parts = [condition] if isinstance(condition, Tensor) else list(condition)
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
+
+
+def without(captions: list[Any], dropped: Tensor) -> list[Any]:
+    """Return captions with the empty one where `dropped` [B] is true, in the same kind of list with all it holds."""
+    kept = copy.copy(captions)
+    for place in dropped.nonzero().flatten().tolist():
+        kept[place] = ""
+    return kept
 
 
 class Captioned:

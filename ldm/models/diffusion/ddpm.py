@@ -17,8 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import initialised, load_state, read_state_dict
-from ldm.models.diffusion.conditioning import Captioned, Condition, DiffusionWrapper, condition_map
-from ldm.models.diffusion.loss_weighting import check_loss_options, loss_weights, noise_bias, sample_timesteps
+from ldm.models.diffusion.conditioning import Captioned, Condition, DiffusionWrapper, condition_map, without
+from ldm.models.diffusion.loss_weighting import (
+    LOSS_WEIGHT,
+    check_loss_options,
+    loss_weights,
+    noise_bias,
+    sample_means,
+    sample_timesteps,
+)
 from ldm.models.diffusion.previews import preview_images
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.optimizers import build_optimizer
@@ -183,8 +190,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         if only_model:
             ignored = tuple(key.removeprefix("model.") for key in ignored)
             state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        model = self.model if only_model else self
-        load_state(model, state, source=f"ckpt_path '{path}'", filled=ignored)
+        load_state(self.model if only_model else self, state, source=f"ckpt_path '{path}'", filled=ignored)
 
     def on_weights_loaded(self, state: Mapping[str, Tensor]) -> None:
         """Start the averages at the weights that were loaded, if the checkpoint holds no averages."""
@@ -195,23 +201,23 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss, parts = self.shared_step(batch)
-        size = _batch_size(batch)
+        size = len(next(iter(batch.values())))
         self.log_dict(parts, prog_bar=False, logger=True, on_step=True, on_epoch=False, batch_size=size)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, batch_size=size)
         return loss
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch of training or validation, and its parts for the log."""
-        x, condition = self.get_input(batch, self.first_stage_key)
-        return self(x, condition)
+        weight = {"weight": batch[LOSS_WEIGHT]} if LOSS_WEIGHT in batch else {}
+        return self(*self.get_input(batch, self.first_stage_key), **weight)
 
     def get_input(self, batch: Mapping[str, Any], key: str) -> tuple[Tensor, Any]:
         """Return what is denoised and its condition, not yet encoded: images [B, C, H, W] of [B, H, W, C], and None."""
         return channels_first(batch[key], self.device), None
 
-    def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of x [B, C, H, W] at random timesteps, and its parts for the log."""
-        return self.p_losses(x, cond, self.random_timesteps(x.shape[0]))
+    def forward(self, x: Tensor, cond: Any = None, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of x [B, C, H, W] at random timesteps, and its parts; `options` are those of `p_losses`."""
+        return self.p_losses(x, cond, self.random_timesteps(x.shape[0]), **options)
 
     def random_timesteps(self, count: int) -> Tensor:
         """Return timesteps [count] for a training step, by `timestep_sampling` and `timestep_range`."""
@@ -221,13 +227,18 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         )
 
     def p_losses(
-        self, x_start: Tensor, cond: Condition | None, t: Tensor, noise: Tensor | None = None
+        self,
+        x_start: Tensor,
+        cond: Condition | None,
+        t: Tensor,
+        noise: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of x_start [B, C, h, w] at timesteps t [B] (Ho et al. 2020, equation 14), and its parts."""
+        """Return the loss of x_start [B, C, h, w] at t [B] (Ho et al. 2020, eq. 14); `weight`: see `sample_means`."""
         noise = torch.randn_like(x_start) if noise is None else noise
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         error = self.get_loss(output, self.training_target(x_start, t, noise))
-        simple = error.flatten(1).mean(dim=1)  # (B,)
+        simple = sample_means(error, weight)  # (B,)
         weights = loss_weights(self.loss_weighting, self.min_snr_gamma, self.snr(t), self.parameterization)
         logvar = self.logvar[t]
         loss = self.l_simple_weight * (weights * simple / logvar.exp() + logvar).mean()
@@ -262,7 +273,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        size = _batch_size(batch)
+        size = len(next(iter(batch.values())))
         _, parts = self.shared_step(batch)
         self.log_dict(parts, on_epoch=True, batch_size=size)
         if self.use_ema:
@@ -472,22 +483,19 @@ class LatentDiffusion(Captioned, DDPM):
         latent = encoded.sample() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         return self.scale_factor * latent
 
-    def forward(self, x: Tensor, cond: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, cond: Any = None, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of latents at random timesteps under a condition, which is encoded here, and its parts."""
         t = self.random_timesteps(x.shape[0])
         if cond is None:
-            return self.p_losses(x, None, t)
+            return self.p_losses(x, None, t, **options)
         if self.training and self.ucg_rate and isinstance(cond, list):
-            drop = torch.rand(len(cond)) < self.ucg_rate
-            cond = copy.copy(cond)  # it may be a kind of list that holds more than captions
-            for place in drop.nonzero().flatten().tolist():
-                cond[place] = ""
+            cond = without(cond, torch.rand(len(cond)) < self.ucg_rate)
         if self.training and self.personalised and isinstance(cond, list):
             self._captions_of_step.update(cond)
         trained = self.personalised or self.cond_stage_trainable
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             encoded = self.get_learned_conditioning(cond)
-        return self.p_losses(x, encoded, t)
+        return self.p_losses(x, encoded, t, **options)
 
     def get_learned_conditioning(self, c: Any) -> Any:
         """Return a condition encoded: prompts as [B, M, d], into which the personalization puts its vectors."""
@@ -510,11 +518,9 @@ class LatentDiffusion(Captioned, DDPM):
         rows = rows.to(self.device, non_blocking=True)
         return condition_map(lambda part: part.index_select(0, rows), encoded)
 
-    def p_losses(
-        self, x_start: Tensor, cond: Condition | None, t: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def p_losses(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `DDPM`, plus the distance of the vectors from their initial ones if it has a weight."""
-        loss, parts = super().p_losses(x_start, cond, t, noise)
+        loss, parts = super().p_losses(*arguments, **options)
         if self.embedding_manager is None or self.embedding_reg_weight <= 0:
             return loss, parts
         distance = self.embedding_manager.embedding_to_coarse_loss().mean()
@@ -592,7 +598,3 @@ class LatentDiffusion(Captioned, DDPM):
 
 def _holds(state: Mapping[str, Tensor], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state)
-
-
-def _batch_size(batch: Mapping[str, Any]) -> int:
-    return len(next(iter(batch.values())))

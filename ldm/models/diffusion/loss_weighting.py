@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ldm.util import ConfigError
 
 WEIGHTINGS = ("none", "min_snr", "min_snr_plus_one")
 SAMPLINGS = ("uniform", "stratified", "biased")
+# Under this key a batch may hold the weights [B, H, W] of its pixels, or of its latent's cells, in the loss.
+LOSS_WEIGHT = "loss_weight"
 
 
 def check_loss_options(weighting: str, sampling: str, span: Sequence[float] = (0.0, 1.0)) -> None:
@@ -27,6 +30,23 @@ def check_loss_options(weighting: str, sampling: str, span: Sequence[float] = (0
         raise ConfigError(
             f"timestep_range is {list(span)}; give two fractions of the schedule such as [0.5, 0.9]"
         )
+
+
+def cell_weights(weight: Tensor, height: int, width: int) -> Tensor:
+    """Return the weights [B, 1, height, width] of a latent's cells: the means of those of their pixels [B, H, W]."""
+    return functional.adaptive_avg_pool2d(weight[:, None], (height, width))
+
+
+def sample_means(error: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean [B] of each sample's error [B, C, h, w].
+
+    With `weight` [B, H, W] it is the weighted mean, sum(error * w) / (C * sum(w)), w the weights of the cells: a sample
+    counts as much as any other, however small its mask is.
+    """
+    if weight is None:
+        return error.flatten(1).mean(dim=1)
+    cells = cell_weights(weight.to(error), *error.shape[-2:])
+    return (error * cells).flatten(1).sum(dim=1) / (error.shape[1] * cells.flatten(1).sum(dim=1))
 
 
 def loss_weights(weighting: str, gamma: float, snr: Tensor, parameterization: str) -> Tensor | float:

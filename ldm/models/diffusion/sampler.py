@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldm.models.diffusion.conditioning import Condition, concat_conditions, condition_rows
-from ldm.models.diffusion.steps import Step, diffuse
+from ldm.models.diffusion.steps import Step, diffuse, steps_taken
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,15 @@ def to_eps(output: Tensor, x: Tensor, alpha: float, parameterization: str) -> Te
 class GuidedEps:
     """Classifier-free guidance: `eps(x, uncond) + scale * (eps(x, cond) - eps(x, uncond))` (Ho and Salimans 2022).
 
-    Guidance and the conversion of outputs to eps are both linear, so the guided output is converted once.
+    With a condition `base`, `eps(x, cond)` is replaced by `eps(x, base) + strength * (eps(x, cond) - eps(x, base))`,
+    which scales what the condition adds to the base. Guidance and the conversion of outputs to eps are both linear, so
+    the guided output is converted once.
 
     Attributes:
         model: see `Sampler`.
         cond, uncond: the conditions; without `uncond` there is no guidance.
         scale: 1 is no guidance.
+        base, strength: see above; without `base`, or with strength 1, there is none of it.
         corrector: an object with `modify_score(model, eps, x, t, cond, **corrector_kwargs) -> eps`.
     """
 
@@ -56,6 +60,8 @@ class GuidedEps:
     scale: float = 1.0
     corrector: Any = None
     corrector_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    base: Condition | None = None
+    strength: float = 1.0
 
     def __call__(self, x: Tensor, t: float, alpha: float) -> Tensor:
         """Return the guided noise in `x` [B, C, H, W] at timestep `t`, whose level is `alpha`."""
@@ -69,13 +75,19 @@ class GuidedEps:
         return eps
 
     def _output(self, x: Tensor, times: Tensor) -> Tensor:
-        if self.uncond is None or self.scale == 1.0:
+        guided = self.uncond is not None and self.scale != 1.0
+        dialled = self.base is not None and self.strength != 1.0
+        asked = [*([self.uncond] if guided else []), *([self.base] if dialled else []), self.cond]
+        if len(asked) == 1:
             return self.model.apply_model(x, times, self.cond)
-        both = self.model.apply_model(
-            torch.cat([x, x]), torch.cat([times, times]), concat_conditions(self.uncond, self.cond)
-        )
-        without, with_cond = both.chunk(2)
-        return without + self.scale * (with_cond - without)
+        count = len(asked)
+        outputs = self.model.apply_model(
+            torch.cat([x] * count), torch.cat([times] * count), reduce(concat_conditions, asked)
+        ).chunk(count)
+        output = outputs[-1]
+        if dialled:
+            output = outputs[-2] + self.strength * (output - outputs[-2])
+        return outputs[0] + self.scale * (output - outputs[0]) if guided else output
 
 
 # One generator for the batch, or one for each of its images.
@@ -190,6 +202,9 @@ class Sampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition | None = None,
         generator: Generators = None,
+        strength: float | None = None,
+        base_conditioning: Condition | None = None,
+        concept_strength: float = 1.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Sample `batch_size` latents of `shape` (C, H, W) in `S` steps.
 
@@ -208,6 +223,8 @@ class Sampler:
             log_every_t: interval of the intermediate results, in steps counted from the end.
             unconditional_guidance_scale, unconditional_conditioning: guidance; without the latter there is none.
             generator: source of random numbers, one for the batch or one per image.
+            strength: begin at `x0`, noised by `x_T`, and take only this share of the steps, the last ones (SDEdit).
+            base_conditioning, concept_strength: `base` and `strength` of `GuidedEps`.
 
         Returns:
             The latents [B, C, H, W], and {"x_inter", "pred_x0"}: the latent and the predicted x0 at the start, after
@@ -219,6 +236,11 @@ class Sampler:
         steps = self.schedule(S, eta)
         x = self._start(x_T, (batch_size, *shape), generator)
         self._check_sizes(batch_size, conditioning, unconditional_conditioning, mask, x0, normals_sequence, S)
+        if strength is not None:
+            if x0 is None:
+                raise UserError("strength is given without x0; give the latents to begin from")
+            steps = steps[len(steps) - steps_taken(strength, S) :]
+            x = diffuse(x0, x, steps[0].alpha) if steps else x0.expand_as(x)
         run = SamplingRun(
             steps=steps,
             eps=GuidedEps(
@@ -228,6 +250,8 @@ class Sampler:
                 unconditional_guidance_scale,
                 score_corrector,
                 corrector_kwargs or {},
+                base_conditioning,
+                concept_strength,
             ),
             quantize=self.model.first_stage_model.quantize if quantize_x0 else None,
             mask=mask,

@@ -44,6 +44,11 @@ def check_steps(steps: int, train_steps: int | None = None) -> None:
         )
 
 
+def steps_taken(strength: float, steps: int) -> int:
+    """Return how many of `steps` are taken at a strength in [0, 1]: that share of them, rounded up."""
+    return min(math.ceil(round(strength * steps, 6)), steps)
+
+
 def check_eta(eta: float) -> None:
     """Raise UserError unless 0 <= `eta` <= 1."""
     if not 0.0 <= eta <= 1.0:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from ldm import random_state
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.loss_weighting import LOSS_WEIGHT
 from ldm.training.callbacks.base import RunCallback, callbacks_of, datasets_of, is_personalization
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.util import UserError, check_integer, evaluating
@@ -63,6 +64,7 @@ class FixedNoiseLoss:
             self.samples = samples
             self.latents = [latents for latents, _ in inputs]
             self.captions = [captions for _, captions in inputs]
+            self.weights = [batch.get(LOSS_WEIGHT) for batch in batches]
             # Drawn on the CPU, so that every device measures with the same noise.
             self.noise = [torch.randn(latents.shape).to(latents.device) for latents in self.latents]
             positions = (torch.randperm(samples) + torch.rand(samples)) / samples
@@ -72,11 +74,11 @@ class FixedNoiseLoss:
     def measure(self, model: LatentDiffusion) -> float:
         """The mean loss; the model should be in evaluation mode. The random generators are not changed."""
         total = torch.zeros((), device=model.device)
-        chunks = zip(self.latents, self.captions, self.timesteps, self.noise, strict=True)
+        chunks = zip(self.latents, self.captions, self.timesteps, self.noise, self.weights, strict=True)
         with random_state.isolated(NOISE_SEED):
-            for latents, captions, timesteps, noise in chunks:
+            for latents, captions, timesteps, noise, weight in chunks:
                 condition = model.get_learned_conditioning(captions)
-                loss, _ = model.p_losses(latents, condition, timesteps, noise=noise)
+                loss, _ = model.p_losses(latents, condition, timesteps, noise=noise, weight=weight)
                 total += loss * len(latents)
         return float(total / self.samples)
 

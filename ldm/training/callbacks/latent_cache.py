@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.models.diffusion.ddpm import LATENT, POSTERIOR, LatentDiffusion
+from ldm.models.diffusion.loss_weighting import LOSS_WEIGHT, cell_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.training.callbacks.base import datasets_of
 from ldm.training.callbacks.progress import duration
@@ -34,7 +35,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
 
     Args:
         dataset: offers `variants()`, the arguments of `image(...)` for all images that its items can show, and
-            `draw(index)` with the fields variant and caption. Its other attributes can be read here too.
+            `draw(index)` with the fields variant and caption. It may offer `loss_weight(...)` with the same arguments,
+            the weights of the pixels in the loss [H, W] or None. Its other attributes can be read here too.
         encoded: one row per variant, [V, C, h, w].
         key: POSTERIOR or LATENT. A posterior is sampled at every step, so training sees the same distribution of
             latents as without the cache.
@@ -48,6 +50,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
         self.key = key
         self._variants = list(map(tuple, dataset.variants()))
         self._row = {variant: row for row, variant in enumerate(self._variants)}
+        self.weights = self._cell_weights()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -57,7 +60,17 @@ class CachedLatents(Dataset[dict[str, Any]]):
         row = self._row[drawn.variant]
         moments = torch.from_numpy(np.array(self.encoded[row]))
         item = {self.key: moments, "caption": drawn.caption, "row": torch.tensor(row)}
-        return item | ({"sizes": self.data.sizes(*drawn.variant)} if hasattr(self.data, "sizes") else {})
+        if hasattr(self.data, "sizes"):
+            item["sizes"] = self.data.sizes(*drawn.variant)
+        return item if self.weights is None else {**item, LOSS_WEIGHT: self.weights[row]}
+
+    def _cell_weights(self) -> Tensor | None:
+        """The weights in the loss of the cells of each row, [V, h, w]; None if the dataset has none."""
+        weight_of = getattr(self.data, "loss_weight", None)
+        pixels = [weight_of(*variant) for variant in self._variants] if callable(weight_of) else []
+        if not pixels or pixels[0] is None:
+            return None
+        return torch.cat([cell_weights(one[None], *self.encoded.shape[-2:])[0] for one in pixels])
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "data" not in self.__dict__:

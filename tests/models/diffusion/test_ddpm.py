@@ -67,6 +67,24 @@ def test_loss_is_the_squared_error_of_the_target() -> None:
     torch.testing.assert_close(weighted, plain + 0.5 * parts["train/loss_vlb"])
 
 
+def test_a_batch_may_weight_what_counts_in_the_loss() -> None:
+    model = latent()
+    weight = torch.zeros(4, 8, 8)
+    weight[:, :, :3] = 1
+
+    def loss(x: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model.shared_step({"image": x, **batch})[0]
+
+    torch.manual_seed(0)
+    z, _ = model.get_input({"image": images(4)}, "image")
+    t = model.random_timesteps(4)
+    noise = torch.randn_like(z)
+    error = model.get_loss(model.apply_model(model.q_sample(z, t, noise), t), noise)
+    torch.testing.assert_close(loss(images(4), loss_weight=weight), error[..., :3].mean())
+    torch.testing.assert_close(loss(images(4)), error.mean())
+
+
 def test_learned_variances_join_the_loss_and_the_optimizer() -> None:
     model = latent(learn_logvar=True, logvar_init=0.3)
     model.learning_rate = 1e-3

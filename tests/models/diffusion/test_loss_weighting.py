@@ -5,9 +5,11 @@ import torch
 
 from ldm.models.diffusion.loss_weighting import (
     WEIGHTINGS,
+    cell_weights,
     check_loss_options,
     loss_weights,
     noise_bias,
+    sample_means,
     sample_timesteps,
 )
 from ldm.util import ConfigError
@@ -27,6 +29,20 @@ def test_min_snr_truncates_at_gamma() -> None:
     assert loss_weights("min_snr", 5.0, SNR, "eps").tolist() == pytest.approx([1, 1, 1, 0.05])
     assert loss_weights("min_snr_plus_one", 5.0, SNR, "v").tolist() == pytest.approx([1, 1, 1, 6 / 101])
     assert loss_weights("none", 5.0, SNR, "v") == 1.0
+
+
+def test_a_weighted_mean_counts_cells_by_the_share_of_their_pixels() -> None:
+    error = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample_means(error), error.flatten(1).mean(1))
+    pixels = torch.zeros(2, 4, 4)
+    pixels[:, :2, :2] = 1  # the first cell
+    pixels[:, 0, 2] = 1  # a quarter of the second
+    cells = cell_weights(pixels, 2, 2)
+    assert cells[0, 0].tolist() == [[1, 0.25], [0, 0]]
+    expected = (error[:, :, 0, 0] + 0.25 * error[:, :, 0, 1]).sum(1) / (3 * 1.25)
+    torch.testing.assert_close(sample_means(error, pixels), expected)
+    torch.testing.assert_close(sample_means(error, cells[:, 0]), expected)
+    torch.testing.assert_close(sample_means(error, torch.full((2, 4, 4), 0.1)), sample_means(error))
 
 
 def test_stratified_draws_one_timestep_from_each_range() -> None:

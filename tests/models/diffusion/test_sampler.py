@@ -11,7 +11,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import GuidedEps, SamplingRun, gaussian, to_eps
-from ldm.models.diffusion.steps import Step
+from ldm.models.diffusion.steps import Step, steps_taken
 from ldm.util import UserError
 
 SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
@@ -67,6 +67,52 @@ def test_known_latents_have_the_noise_of_the_level_that_the_step_begins_at() -> 
     noise = gaussian(x, seeded(3))
     torch.testing.assert_close(kept[..., :2], (0.6 * 3.0 + 0.8 * noise)[..., :2])
     assert torch.equal(kept[..., 2:], x[..., 2:])
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+def test_a_strength_takes_the_last_steps_from_the_noised_latent(gaussian_model, sampler_class) -> None:
+    x0 = torch.full((1, *SHAPE), 1.0, dtype=torch.float64)
+    noise = torch.randn(2, *SHAPE, generator=seeded(0), dtype=torch.float64)
+    model = gaussian_model()
+    sampler = sampler_class(model)
+    done: list[int] = []
+    half, kept = sampler.sample(10, 2, SHAPE, x_T=noise, x0=x0, strength=0.5, callback=done.append)
+    assert done == [0, 1, 2, 3, 4]
+    step = sampler.schedule(10, 0.0)[5]
+    torch.testing.assert_close(
+        kept["x_inter"][0], math.sqrt(step.alpha) * x0 + math.sqrt(1 - step.alpha) * noise
+    )
+    assert max(t for _, t in model.calls) <= step.t
+    none, _ = sampler.sample(10, 2, SHAPE, x_T=noise, x0=x0, strength=0.0)
+    assert torch.equal(none, x0.expand(2, -1, -1, -1))
+    little, _ = sampler.sample(10, 2, SHAPE, x_T=noise, x0=x0, strength=0.1)
+    assert (little - x0).abs().mean() < (half - x0).abs().mean()
+    with pytest.raises(UserError, match="without x0"):
+        sampler.sample(10, 2, SHAPE, strength=0.5)
+
+
+def test_the_share_of_steps_is_rounded_up() -> None:
+    shares = {(0.0, 50): 0, (0.001, 50): 1, (0.6, 50): 30, (0.7, 10): 7, (0.75, 50): 38, (1.0, 7): 7}
+    assert {key: steps_taken(*key) for key in shares} == shares
+
+
+def test_a_condition_may_be_added_to_another_in_any_strength(gaussian_model) -> None:
+    model = gaussian_model()
+    x = torch.randn(2, *SHAPE, generator=seeded(0), dtype=torch.float64)
+    cond, base, uncond = (torch.full((2, 1), value) for value in (0.7, 0.2, -0.1))
+    times = torch.full((2,), 500)
+    alpha = model.alpha_at(500)
+    eps = {id(one): model.apply_model(x, times, one) for one in (cond, base, uncond)}
+    mixed = eps[id(base)] + 1.5 * (eps[id(cond)] - eps[id(base)])
+    guided = eps[id(uncond)] + 3 * (mixed - eps[id(uncond)])
+    model.calls.clear()
+    for scale, expected, count in ((3.0, guided, 6), (1.0, mixed, 4)):
+        found = GuidedEps(model, cond, uncond, scale, base=base, strength=1.5)(x, 500, alpha)
+        torch.testing.assert_close(found, expected)
+        assert model.calls.pop() == (count, 500.0), "one call"
+    plain = GuidedEps(model, cond, uncond, 3.0)(x, 500, alpha)
+    assert torch.equal(GuidedEps(model, cond, uncond, 3.0, base=base)(x, 500, alpha), plain)
+    assert [count for count, _ in model.calls] == [4, 4], "strength 1 costs nothing"
 
 
 @pytest.mark.parametrize("sampler_class", SAMPLERS)

@@ -58,6 +58,26 @@ def test_loss_at_fixed_timesteps_and_noise(model) -> None:
     assert fixed.measure(model) == fixed.measure(model)
 
 
+def test_the_fixed_loss_has_the_weights_of_the_training(model) -> None:
+    class Masked(Images):
+        def __getitem__(self, index: int) -> dict:
+            weight = torch.zeros(32, 32)
+            weight[:16] = 1
+            return {**super().__getitem__(index), "loss_weight": weight}
+
+    fixed = FixedNoiseLoss(model, Masked(), samples=3, chunk=2)
+    expected = 0.0
+    for latents, captions, t, noise in zip(
+        fixed.latents, fixed.captions, fixed.timesteps, fixed.noise, strict=True
+    ):
+        condition = model.get_learned_conditioning(captions)
+        output = model.apply_model(model.q_sample(latents, t, noise), t, condition)
+        half = (output - noise)[:, :, : latents.shape[2] // 2]
+        expected += (half**2).mean((1, 2, 3)).sum().item() / 3
+    assert fixed.measure(model) == pytest.approx(expected, rel=1e-4)
+    assert fixed.measure(model) != FixedNoiseLoss(model, Images(), samples=3, chunk=2).measure(model)
+
+
 def test_measuring_is_reproducible_and_changes_no_generator(model) -> None:
     state = torch.get_rng_state()
     first = FixedNoiseLoss(model, Images(), samples=4, chunk=4)

@@ -60,6 +60,35 @@ def batch(dataset, indices) -> dict:
     }
 
 
+class MaskedImages(Images):
+    """The same, and of each image only a part counts."""
+
+    def loss_weight(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
+        weight = torch.zeros(32, 32)
+        weight[:, : 4 * (image + 1)] = 1
+        return weight.flip(1) if flipped else weight
+
+
+def test_weights_in_the_loss_are_kept_by_cell_and_mirrored(model) -> None:
+    images = MaskedImages()
+    cached = LatentCache().cached(model, images, torch.device("cpu"))
+    assert "loss_weight" not in LatentCache().cached(model, Images(), torch.device("cpu"))[0]
+    items = batch(cached, [0, 1, 5])
+    cells = items["loss_weight"].shape[-1]
+    assert items["loss_weight"].shape[1:] == items[cached.key].shape[-2:] and cells < 32
+    drawn = [images.draw(i).variant for i in (0, 1, 5)]
+    pixels = torch.stack([images.loss_weight(*variant) for variant in drawn])
+    size = 32 // cells
+    expected = pixels.unfold(1, size, size).unfold(2, size, size).mean((-1, -2))
+    assert torch.equal(items["loss_weight"], expected)
+    direct = {**items, "loss_weight": pixels}
+    losses = []
+    for one in (items, direct):
+        torch.manual_seed(0)
+        losses.append(model.shared_step(one)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_cached_latents_equal_encoded_ones(model) -> None:
     images = Images()
     cached = LatentCache(batch_size=4).cached(model, images, torch.device("cpu"))
