@@ -55,7 +55,7 @@ def load(path: Path, encoder: Path, half: str, use: bool) -> None:
     from ldm.checkpoint import load_model_from_config
 
     node = OmegaConf.load(recognise(path).inference_config).model
-    _use_tokenizer(node, encoder)
+    use_tokenizer(node, encoder)
     before, start = peak(), time.perf_counter()
     model = load_model_from_config(node, path, half=None if half == "none" else getattr(torch, half))
     seconds = time.perf_counter() - start
@@ -67,22 +67,22 @@ def load(path: Path, encoder: Path, half: str, use: bool) -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-def _use_tokenizer(node: object, encoder: Path) -> None:
+def use_tokenizer(node: object, encoder: Path) -> None:
     """Name the folder in place of the hub's tokenizer and text encoder, wherever the node names one."""
     from omegaconf import DictConfig, ListConfig, OmegaConf
 
     if isinstance(node, ListConfig):
         for value in node:
-            _use_tokenizer(value, encoder)
+            use_tokenizer(value, encoder)
     if not isinstance(node, DictConfig):
         return
     target = str(node.get("target") or "").rpartition(".")[2]
-    if "CLIPEmbedder" in target:
+    if "CLIPEmbedder" in target or "SDXLEmbedder" in target:
         OmegaConf.update(node, "params.tokenizer", str(encoder), force_add=True)
         if "Open" not in target:
             OmegaConf.update(node, "params.version", str(encoder), force_add=True)
     for key in node:
-        _use_tokenizer(node[key], encoder)
+        use_tokenizer(node[key], encoder)
 
 
 def peak() -> int:

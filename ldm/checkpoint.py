@@ -38,6 +38,8 @@ __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_stat
 logger = logging.getLogger(__name__)
 
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.")
+# Layers whose products autocast computes in half precision.
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 # Where frozen linear and convolutional layers may be kept in half precision: the denoiser and the text encoders.
 _HALVED = ("model.", *TEXT_ENCODERS)
 
@@ -354,7 +356,7 @@ def _load(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
             f"'{missing[0]}'; {advice(True)}"
         )
-    types = dict.fromkeys(_halved(model), half) if half is not None else {}
+    types = dict.fromkeys(halved(model), half) if half is not None else {}
     fitting = {}
     for key in list(state):
         value = state.pop(key)
@@ -391,12 +393,12 @@ def _is_rounded_schedule(key: str, value: Tensor) -> bool:
     return "." not in key and value.ndim == 1 and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def _halved(model: nn.Module) -> list[str]:
+def halved(model: nn.Module) -> list[str]:
     """The weights that autocast converts at each use, because they are frozen."""
     return [
         f"{name}.{key}"
         for name, layer in model.named_modules()
-        if name.startswith(_HALVED) and isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        if name.startswith(_HALVED) and isinstance(layer, WEIGHTED)
         for key, parameter in layer.named_parameters(recurse=False)
         if not parameter.requires_grad
     ]

@@ -375,8 +375,13 @@ def _uniform(config: Mapping[str, Any], key: str) -> Any:
     return values[0]
 
 
-def unet_settings(params: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str, Any]:
-    """The config of diffusers' UNet2DConditionModel for the parameters of `UNetModel`, all given."""
+def unet_settings(
+    params: Mapping[str, Any], image_size: int | Sequence[int], size_width: int = 0
+) -> dict[str, Any]:
+    """The config of diffusers' UNet2DConditionModel for the parameters of `UNetModel`, all given.
+
+    `size_width` is how wide Stable Diffusion XL embeds each size.
+    """
     channels = [params["model_channels"] * factor for factor in params["channel_mult"]]
     attended = [2**level in params["attention_resolutions"] for level in range(len(channels))]
     heads: Any = params["num_heads"]
@@ -399,7 +404,7 @@ def unet_settings(params: Mapping[str, Any], image_size: int | Sequence[int]) ->
     if params.get("num_classes") == "sequential":
         settings |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
+            "addition_time_embed_dim": size_width,
             "projection_class_embeddings_input_dim": params["adm_in_channels"],
         }
     return settings
@@ -546,10 +551,20 @@ def _encoder_params(folder: Folder, family: str) -> dict[str, Any]:
     positions = config.get("max_position_embeddings", 77)
     params: dict[str, Any] = {"tokenizer": str(path), "max_length": min(int(own), positions)}
     if family == "sd2":
-        sizes = {"width": "hidden_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
-        arch = {name: config[key] for name, key in sizes.items()}
-        return params | {"arch": arch, "layer": "last"}
-    return params | {"version": str(folder.path / "text_encoder")}
+        return params | {"arch": _arch(config), "layer": "last"}
+    params["version"] = str(folder.path / "text_encoder")
+    if family == "sdxl":
+        second = folder.config("text_encoder_2")
+        if not second:
+            raise CheckpointError("it has no text_encoder_2; download it completely")
+        params["arch"] = _arch(second)
+    return params
+
+
+def _arch(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a text tower in OpenCLIP's layout, from the config.json of transformers' CLIP."""
+    sizes = {"width": "hidden_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
+    return {name: config[key] for name, key in sizes.items()}
 
 
 def read_vae(source: str | Path) -> dict[str, Tensor]:

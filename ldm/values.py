@@ -115,7 +115,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "linear_end": Range(1e-7, 1, below=True),
     "cosine_s": _SHARE,
     "given_betas": Range(0, 1, above=True, below=True),
-    "conditioning_key": ("concat", "crossattn", "hybrid", "adm"),
+    "conditioning_key": ("concat", "crossattn", "hybrid", "adm", "crossattn-adm"),
     "cond_stage_config": ("__is_first_stage__", "__is_unconditional__"),
     "parameterization": ("eps", "x0", "v"),
     "loss_type": ("l1", "l2"),
@@ -269,9 +269,9 @@ def contradictions(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "linear_start", f"is {start}, more than linear_end, which is {end}; exchange them"
     key = params.get("conditioning_key")
     learns = params.get("personalization_config") is not None and "conditioning_key" in params
-    if learns and key not in ("crossattn", "hybrid"):
+    if learns and key not in ("crossattn", "hybrid", "crossattn-adm"):
         yield "conditioning_key", f"is {key or 'null'}, but a learned word needs crossattn; set that"
-    for path in _CHANNELS if key == "crossattn" and "channels" in params else ():
+    for path in _CHANNELS if key in ("crossattn", "crossattn-adm") and "channels" in params else ():
         value: Any = params
         for part in path:
             value = value.get(part) if isinstance(value, Mapping) else None

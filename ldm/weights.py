@@ -166,7 +166,7 @@ def _flat(content: Any, prefix: str = "", depth: int = 4) -> dict[str, Tensor]:
 
 
 # Bytes of a file that are mapped at once: what a model copies from is given back in pieces of this size.
-_PIECE = 128 << 20
+_PIECE = 32 << 20
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ldm.util import instantiate_from_config, skip_pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = Path(__file__).parents[1] / "configs"
 CASES = ("clip_one_vector", "clip_three_vectors", "bert_one_vector", "vq_one_vector")
 
 
@@ -99,3 +101,25 @@ class Golden:
         torch.save({"state_dict": own}, folder / "model.ckpt")
         OmegaConf.save({"model": self.config()}, folder / "config.yaml")
         return folder / "model.ckpt"
+
+
+def sdxl_node(**params: Any) -> dict[str, Any]:
+    """Return the `model:` node of the YAML that trains a word on Stable Diffusion XL, with the sizes of the record."""
+    record = Golden("sdxl_tiny")
+    model: Any = OmegaConf.load(CONFIGS / "stable-diffusion" / "xl-finetune.yaml").model
+    unet = {k: v for k, v in record.meta["unet_params"].items() if k != "spatial_transformer_attn_type"}
+    tower = {name: record.meta["open_clip_text_cfg"][name] for name in ("width", "heads", "layers")}
+    tiny = {
+        "image_size": 8,
+        "unet_config": {"params": unet},
+        "first_stage_config": {
+            "params": {"ddconfig": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "resolution": 16}}
+        },
+        "cond_stage_config": {"params": {"version": str(GOLDEN / "clip_tiny"), "arch": tower}},
+    }
+    whole: Any = OmegaConf.merge(model, {"params": tiny}, {"params": params})
+    return {
+        "target": whole.target,
+        "base_learning_rate": whole.base_learning_rate,
+        "params": OmegaConf.to_container(whole.params),
+    }

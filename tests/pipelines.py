@@ -75,13 +75,13 @@ UNETS: dict[str, dict[str, Any]] = {
         "block_out_channels": (32, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 64,
+        "cross_attention_dim": 32 + 64,
         "attention_head_dim": (4, 8),
         "transformer_layers_per_block": (1, 2),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 16,
-        "projection_class_embeddings_input_dim": 6 * 16 + 32,
+        "projection_class_embeddings_input_dim": 6 * 16 + 64,
     },
 }
 
@@ -122,7 +122,7 @@ def make_pipeline(family: str, folder: Path, prediction: str = "epsilon") -> Any
         "tokenizer": tokenizer("tokenizer", exclamation if family == "sd2" else end),
     }
     if family == "sdxl":
-        parts["text_encoder_2"] = randomised(tower("gelu", projection=True), 4)
+        parts["text_encoder_2"] = randomised(tower("gelu", projection=True, width=64), 4)
         parts["tokenizer_2"] = tokenizer("tokenizer_2", exclamation)
         pipeline = diffusers.StableDiffusionXLPipeline(**parts)
     else:

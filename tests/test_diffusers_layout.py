@@ -214,7 +214,7 @@ def test_denoisers_of_diffusers_compute_the_same_here(family: str) -> None:
     time = torch.tensor([3, 700])
     vector, added = {}, {}
     if "adm_in_channels" in params:
-        pooled, sizes = torch.randn(2, 32, generator=generator), torch.tensor([[64, 48, 0, 4, 64, 64]] * 2)
+        pooled, sizes = torch.randn(2, 64, generator=generator), torch.tensor([[64, 48, 0, 4, 64, 64]] * 2)
         embedded = timestep_embedding(sizes.flatten(), 16).reshape(2, -1)
         vector = {"y": torch.cat([pooled, embedded], dim=1)}
         added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.checkpoint import uninitialised
+from ldm.checkpoint import family_of, uninitialised
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import check_config, instantiate_from_config, skip_pretrained
 from tests.golden_record import GOLDEN
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Published files hold it; transformers 5 counts positions itself, and loading passes over it.
-IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
+IGNORED = {
+    f"{encoder}.transformer.text_model.embeddings.position_ids"
+    for encoder in ("cond_stage_model", "conditioner.embedders.0")
+}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,103 @@ def test_keys_and_shapes_of_stable_diffusion_2(config: str) -> None:
     } == recorded
     assert model.parameterization == ("v" if config.endswith("v") else "eps")
     assert model.embedding_manager.width == 1024
+
+
+# The parameters that Stability's own YAMLs of Stable Diffusion 2 give; they train no word.
+STABILITYS: dict[str, Any] = {
+    "linear_start": 0.00085,
+    "linear_end": 0.0120,
+    "num_timesteps_cond": 1,
+    "log_every_t": 200,
+    "timesteps": 1000,
+    "first_stage_key": "jpg",
+    "cond_stage_key": "txt",
+    "image_size": 64,
+    "channels": 4,
+    "cond_stage_trainable": False,
+    "conditioning_key": "crossattn",
+    "monitor": "val/loss_simple_ema",
+    "scale_factor": 0.18215,
+    "use_ema": False,
+    "unet_config": {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {
+            "use_checkpoint": True,
+            "use_fp16": True,
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "attention_resolutions": [4, 2, 1],
+            "num_res_blocks": 2,
+            "channel_mult": [1, 2, 4, 4],
+            "num_head_channels": 64,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": True,
+            "transformer_depth": 1,
+            "context_dim": 1024,
+            "legacy": False,
+        },
+    },
+    "first_stage_config": {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {
+            "embed_dim": 4,
+            "monitor": "val/rec_loss",
+            "ddconfig": {
+                "double_z": True,
+                "z_channels": 4,
+                "resolution": 256,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 128,
+                "ch_mult": [1, 2, 4, 4],
+                "num_res_blocks": 2,
+                "attn_resolutions": [],
+                "dropout": 0.0,
+            },
+            "lossconfig": {"target": "torch.nn.Identity"},
+        },
+    },
+    "cond_stage_config": {
+        "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+        "params": {"freeze": True, "layer": "penultimate"},
+    },
+}
+
+
+@pytest.mark.parametrize("further", [{}, {"parameterization": "v"}], ids=["v2-inference", "v2-inference-v"])
+def test_stabilitys_own_yamls_load_unchanged(further: dict[str, str], tmp_path: Path) -> None:
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    node: Any = OmegaConf.create({"target": target, "params": STABILITYS | further})
+    check_config(node, "model")
+    assert family_of(node) == "sd2"
+    own = {"cond_stage_config": {"params": {"tokenizer": str(GOLDEN / "clip_tiny")}}}
+    node = OmegaConf.merge(node, {"params": own})  # the tokenizer that is fetched otherwise
+    with skip_pretrained(), torch.device("meta"):
+        model = instantiate_from_config(node)
+    recorded = json.loads((GOLDEN / "sd_v2.state_dict.json").read_text())
+    state = model.state_dict()
+    assert {name: list(value.shape) for name, value in state.items() if "." in name} == recorded
+    assert model.parameterization == further.get("parameterization", "eps")
+    assert not model.personalised
+
+
+@pytest.mark.parametrize("config", ["xl-finetune", "xl-inference"])
+def test_keys_and_shapes_of_stable_diffusion_xl(config: str, clip_vit_l: Path) -> None:
+    node = OmegaConf.load(CONFIGS / f"stable-diffusion/{config}.yaml").model
+    node.params.cond_stage_config.params = {"version": str(clip_vit_l)}
+    check_config({"target": node.target, "params": node.params})
+    with skip_pretrained(), torch.device("meta"):
+        model = instantiate_from_config({"target": node.target, "params": node.params})
+    recorded = json.loads((GOLDEN / "sdxl_base.state_dict.json").read_text())
+    assert len(recorded) == 2515
+    assert {
+        name: list(value.shape)
+        for name, value in model.state_dict().items()
+        if "." in name and not name.startswith("embedding_manager.")
+    } == {name: shape for name, shape in recorded.items() if name not in IGNORED}
+    assert (model.size_width, model.embedding_manager.width) == (256, 768 + 1280)
 
 
 # The `model:` nodes of the YAMLs beside the models that CompVis/latent-diffusion published.

@@ -185,6 +185,21 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         "--W", type=argument("width", int), metavar="PIXELS", help="width (default: the model's own)"
     )
 
+    told = parser.add_argument_group(
+        "what Stable Diffusion XL is told",
+        "By default the image is whole and has the size at which it is drawn.",
+    )
+    for name, pair, meaning in (
+        (
+            "original_size",
+            ("HEIGHT", "WIDTH"),
+            "size of the original image; a small one means a coarse picture",
+        ),
+        ("crop", ("TOP", "LEFT"), "where the image was cut from it; 0 0 keeps the subject in the middle"),
+        ("target_size", ("HEIGHT", "WIDTH"), "size of the image"),
+    ):
+        told.add_argument(f"--{name}", type=int, nargs=2, metavar=pair, help=meaning)
+
     how = parser.add_argument_group("sampling")
     how.add_argument(
         "--ddim_steps",
@@ -317,6 +332,7 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
             precision=options.precision,
             negative_prompt=found.negative_prompt,
             prompt_syntax=options.prompt_syntax,
+            sizes=sizes_of(options),
             init=init,
             concept_strength=options.concept_strength,
             class_words=classes,
@@ -344,8 +360,12 @@ def load(
     from ldm.generate.embeddings import load_embeddings, set_dials
     from ldm.generate.images import check_fits
     from ldm.generate.session import resolve, warn_truncated
+    from ldm.util import get_obj_from_str
 
     config = read_model_config(options.ckpt_path, options.config)
+    kind = get_obj_from_str(config["model"]["target"])
+    if hasattr(kind, "check_sizes"):
+        kind.check_sizes(sizes_of(options))
     check_fits(config, options.ddim_steps, options.H, options.W)
     found = resolve(
         config,
@@ -363,6 +383,12 @@ def load(
     set_dials(model, options.dial)
     warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
     return model, found, classes
+
+
+def sizes_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """What Stable Diffusion XL is to be told instead of the size of the image."""
+    given = {name: getattr(options, name) for name in ("original_size", "crop", "target_size")}
+    return {name: (pair[0], pair[1]) for name, pair in given.items() if pair is not None}
 
 
 @contextmanager

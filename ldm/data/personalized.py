@@ -56,8 +56,9 @@ class Sample(NamedTuple):
 class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
     """Images of a concept, with captions made from templates.
 
-    A sample is {"image": float32 [H, W, 3] in [-1, 1], "caption": str}. All images are read on construction. Raises
-    UserError for invalid parameters, folders and files. The parameters up to `coarse_class_text` are the original's.
+    A sample is {"image": float32 [H, W, 3] in [-1, 1], "caption": str, "sizes": int64 [6], see `sizes`}. All images are
+    read on construction. Raises UserError for invalid parameters, folders and files. The parameters up to
+    `coarse_class_text` are the original's.
 
     data_root: the folder with the images of one concept; or pairs `placeholder: folder` for several concepts in one
         run, which replace `placeholder_token`. All images are drawn equally often.
@@ -157,7 +158,11 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         sample = self.draw(index)
-        item: dict[str, Tensor | str] = {"image": self.image(*sample.variant), "caption": sample.caption}
+        item: dict[str, Tensor | str] = {
+            "image": self.image(*sample.variant),
+            "caption": sample.caption,
+            "sizes": self.sizes(*sample.variant),
+        }
         weight = self.loss_weight(*sample.variant)
         return item if weight is None else {**item, "loss_weight": weight}
 
@@ -188,6 +193,20 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         """Return the pixels of a view of an image, float32 [H, W, 3] in [-1, 1]."""
         pixels = self._images[image, view]
         return (pixels.flip(1) if flipped else pixels).float().div_(127.5).sub_(1)
+
+    def sizes(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
+        """Return what Stable Diffusion XL is told of a view, int64 [6] (Podell et al. 2023, section 2.2).
+
+        Height and width of the whole image, top and left of the view in the image at the view's scale (flipped like the
+        view), and height and width of the view.
+        """
+        (whole_width, whole_height), (left, top, right, bottom) = self._images.placement(image, view)
+        side = self._images.size
+        height, width = (bottom - top, right - left) if side is None else (side, side)
+        across, down = width / (right - left), height / (bottom - top)
+        beside = whole_width - right if flipped else left
+        numbers = whole_height, whole_width, round(top * down), round(beside * across), height, width
+        return torch.tensor(numbers)
 
     def loss_weight(self, image: int, flipped: bool = False, view: int = 0) -> Tensor | None:
         """Return the weight in the loss of the pixels of a view, float32 [H, W] in [0, 1]; None without masks."""
@@ -283,7 +302,7 @@ class ImageSet:
         self._in_memory: dict[tuple[int, int], Tensor] = {}
         self._masks = mask_files(self.paths) if masks else None
         self.masked = 0  # the number of images with a mask
-        self._boxes: list[list[Box]] = []
+        self._placements: list[tuple[tuple[int, int], list[Box]]] = []
         for i, path in enumerate(counted(self.paths, _tell_reading)):
             image, mask = self._open(path)
             boxes = self._boxes_of(image)
@@ -295,10 +314,10 @@ class ImageSet:
                         f"no square crop of image {path} shows anything of its mask; crop the image around what the "
                         "mask marks, or set center_crop: false"
                     )
-            self._boxes.append(boxes)
+            self._placements.append((image.size, boxes))
             for view, box in enumerate(boxes):
                 self._keep((i, view), self._view(image, mask, box))
-        views = sum(map(len, self._boxes))
+        views = sum(len(boxes) for _, boxes in self._placements)
         if len(self._in_memory) < views:
             logger.info("%d of %d views of the images are kept in memory", len(self._in_memory), views)
 
@@ -307,7 +326,12 @@ class ImageSet:
 
     def views(self, i: int) -> int:
         """Return the number of views of image `i`."""
-        return len(self._boxes[i])
+        return len(self._placements[i][1])
+
+    def placement(self, i: int, view: int) -> tuple[tuple[int, int], Box]:
+        """Return the size (width, height) of image `i`, and the box of a view in it."""
+        size, boxes = self._placements[i]
+        return size, boxes[view]
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         return self._read(key)[..., :3]
@@ -322,7 +346,7 @@ class ImageSet:
         if key in self._in_memory:
             return self._in_memory[key]
         i, view = key
-        return self._keep(key, self._view(*self._open(self.paths[i]), self._boxes[i][view]))
+        return self._keep(key, self._view(*self._open(self.paths[i]), self._placements[i][1][view]))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader's process that is spawned would get every image as a shared file, and soon have too many open. It

@@ -10,6 +10,7 @@ from ldm.embeddings.concept import (
     LearnedEmbeddings,
     Metadata,
     Progress,
+    concepts_of,
     encoder_kind,
 )
 from ldm.embeddings.merging import Rename, merge, plan_renames, renames_from, split
@@ -32,6 +33,7 @@ __all__ = [
     "Metadata",
     "Progress",
     "Rename",
+    "concepts_of",
     "encoder_kind",
     "files_of",
     "merge",

@@ -39,15 +39,22 @@ ENCODER_KINDS = {
     "t5": EncoderKind(4096, "the T5-XXL encoder of SD3 and Flux", "t5-xxl", 1024),
 }
 
-# The ModelSpec architecture for a CLIP or BERT text encoder whose width no published model has.
-FAMILIES = {"clip": "latent-diffusion-clip", "bert": "latent-diffusion-bert"}
+# The ModelSpec architecture for text encoders of a family whose width no published model has.
+FAMILIES = {
+    "clip": "latent-diffusion-clip",
+    "bert": "latent-diffusion-bert",
+    "sdxl": "latent-diffusion-clip-pair",
+}
+# The two kinds that an encoder of family "sdxl" consists of; its vectors are theirs side by side.
+PAIR = ("clip_l", "clip_g")
+PAIR_WIDTHS = tuple(ENCODER_KINDS[kind].width for kind in PAIR)
 
 
 def encoder_kind(family: str, width: int) -> str:
     """Return the kind of a text encoder, such as "clip_l" for family "clip" and width 768.
 
-    `family` is `TextEncoder.family` ("clip" or "bert"), or already a kind. A width that no published model has gives
-    the family itself.
+    `family` is `TextEncoder.family` ("clip", "bert" or "sdxl"), or already a kind. A width that no published model has
+    gives the family itself.
     """
     exact = [name for name, kind in ENCODER_KINDS.items() if kind.width == width and name.startswith(family)]
     return exact[0] if exact else family
@@ -78,7 +85,9 @@ def model_names(encoder: str | None, width: int) -> str:
     fitting = [kind.models for kind in ENCODER_KINDS.values() if kind.width == width]
     if fitting and encoder is None:
         return " or ".join(fitting)
-    family = {"clip": "CLIP ", "bert": "BERT "}.get(encoder or "", "")
+    if encoder == "sdxl" and width == sum(PAIR_WIDTHS):
+        return "Stable Diffusion XL"
+    family = {"clip": "CLIP ", "bert": "BERT ", "sdxl": "two-tower CLIP "}.get(encoder or "", "")
     return f"a model whose {family}text encoder has width {width}"
 
 
@@ -92,10 +101,9 @@ def architecture_of(encoder: str | None, width: int) -> str:
 def kind_of_architecture(architecture: str, width: int) -> str | None:
     """Return the encoder kind for a ModelSpec architecture and width; None if they do not determine it."""
     model = architecture.split("/")[0]
-    if model == FAMILIES["bert"]:
-        return "bert"
-    if model == FAMILIES["clip"]:
-        return "clip"
+    for family, name in FAMILIES.items():
+        if model == name:
+            return family
     if model.startswith("stable-diffusion-xl"):
         return {768: "clip_l", 1280: "clip_g"}.get(width)
     return only_kind_of_width(width)
@@ -225,6 +233,11 @@ class Concept:
         return self.vectors.shape[1]
 
     @property
+    def whole(self) -> Tensor:
+        """All vectors [N + M, d]: those in use, then those that are not."""
+        return self.vectors if self.unused is None else torch.cat([self.vectors, self.unused])
+
+    @property
     def models(self) -> str:
         return model_names(self.encoder, self.width)
 
@@ -345,12 +358,20 @@ class LearnedEmbeddings:
         concepts = tuple(dataclasses.replace(c, token=ids.get(c.trigger, c.token)) for c in self.concepts)
         return dataclasses.replace(self, concepts=concepts)
 
-    def vectors_for(self, width: int, encoder: str | None = None) -> dict[str, Tensor]:
+    def vectors_for(self, width: int, encoder: str | None = None, unused: bool = False) -> dict[str, Tensor]:
         """Return the vectors [N, width] in use, by trigger, that a text encoder of this width can use.
 
-        `encoder` is its family or kind, if the caller knows it. Raises EmbeddingError if a trigger has no such
-        vectors, or if the file does not state for which of two encoders of this width it was made.
+        Those of both encoders of Stable Diffusion XL are side by side, where `encoder` is "sdxl".
+
+        Args:
+            encoder: its family or kind, if the caller knows it.
+            unused: return the vectors that are not in use after those in use.
+        Raises:
+            EmbeddingError: a trigger has no such vectors, or the file does not state for which of two encoders of this
+                width it was made.
         """
+        if encoder == "sdxl" and width == sum(PAIR_WIDTHS):
+            return self._pairs(unused)
         kind = encoder and encoder_kind(encoder, width)
         usable = [c for c in self.concepts if c.width == width and c.part in ("", "negative")]
         usable = [c for c in usable if kind is None or c.encoder in (kind, None)]
@@ -370,7 +391,59 @@ class LearnedEmbeddings:
                 f"{name}vectors of width {width} are for {model_names(None, width)} and the file does not say which; "
                 "state it once with: scripts/embeddings.py convert FILE --to safetensors --encoder bert (or clip_g)"
             )
-        return {concept.trigger: concept.vectors for concept in usable}
+        return {concept.trigger: concept.whole if unused else concept.vectors for concept in usable}
+
+    def _pairs(self, unused: bool) -> dict[str, Tensor]:
+        """The vectors of both encoders of Stable Diffusion XL side by side, by trigger."""
+        name = f"'{shown(self.source)}': " if self.source else ""
+        pairs: dict[str, Tensor] = {}
+        for trigger in self.triggers:
+            own = [c for c in self.concepts if c.trigger == trigger and c.part in ("", "negative")]
+            parts = [next((c for c in own if _is_kind(c, kind)), None) for kind in PAIR]
+            lacking = [kind for kind, part in zip(PAIR, parts, strict=True) if part is None]
+            if lacking:
+                one = own[0] if own else self.concepts[0]
+                other = (
+                    "" if len(lacking) > 1 else f", without vectors for {ENCODER_KINDS[lacking[0]].models}"
+                )
+                raise EmbeddingError(
+                    f"{name}'{shown(trigger, 30)}' (width {one.width}) is for {one.models}{other}; Stable Diffusion XL "
+                    "needs vectors of both its text encoders (clip_l and clip_g): use a word that was trained on it"
+                )
+            rows = [part.whole if unused else part.vectors for part in parts if part is not None]
+            if len(rows[0]) != len(rows[1]):
+                raise EmbeddingError(
+                    f"{name}'{shown(trigger, 30)}' has {len(rows[0])} vectors for the first text encoder of Stable "
+                    f"Diffusion XL and {len(rows[1])} for the second; both must have as many"
+                )
+            pairs[trigger] = torch.cat(rows, dim=1)
+        return pairs
+
+
+def _is_kind(concept: Concept, kind: str) -> bool:
+    return concept.encoder in (kind, None) and concept.width == ENCODER_KINDS[kind].width
+
+
+def concepts_of(
+    trigger: str,
+    vectors: Tensor,
+    family: str,
+    token: int | None = None,
+    unused: Tensor | None = None,
+) -> tuple[Concept, ...]:
+    """Return the vectors [N, d] of a word in a text encoder of a family as they are kept in files.
+
+    It is one concept, or two for Stable Diffusion XL: one for each text encoder.
+    """
+    width = vectors.shape[1]
+    if family != "sdxl" or width != sum(PAIR_WIDTHS):
+        return (Concept(trigger, vectors, encoder_kind(family, width), token=token, unused=unused),)
+    rows = vectors.split(PAIR_WIDTHS, dim=1)
+    left = [None, None] if unused is None else unused.split(PAIR_WIDTHS, dim=1)
+    return tuple(
+        Concept(trigger, own, kind, token=token, unused=rest)
+        for kind, own, rest in zip(PAIR, rows, left, strict=True)
+    )
 
 
 # More than any word has; Unicode's composed form takes quadratic time for some texts.

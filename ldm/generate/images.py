@@ -55,6 +55,7 @@ def generate(
     precision: str = "full",
     negative_prompt: str = "",
     prompt_syntax: str = "plain",
+    sizes: Mapping[str, Sequence[int]] | None = None,
     x_T: Tensor | None = None,
     init: InitImage | None = None,
     concept_strength: float = 1.0,
@@ -76,6 +77,7 @@ def generate(
         height, width: in pixels; by default the size that the model was trained for.
         precision: "full", or "autocast" for half precision on an accelerator (on a CPU the same as "full").
         prompt_syntax: "plain", or "a1111" or "comfyui" for weighted prompts (see `ldm.generate.prompt_syntax`).
+        sizes: what Stable Diffusion XL is told of the sizes of images; see `LatentDiffusionXL.drawing_at`.
         x_T: the initial noise, [N, C, h, w] for N prompts.
         init: an image to begin from, or to edit where its mask is white.
         concept_strength: what learned words add to their class words, in this strength: 1 is the word as it is and
@@ -97,6 +99,8 @@ def generate(
     check_settings(steps, eta, sampler, height, width, batch_size, precision, scale, seed)
     check_value("concept_strength", concept_strength, "concept_strength", float)
     shape = latent_shape(model, height, width)
+    pixels_each = downsampling_factor(model)
+    size = shape[1] * pixels_each, shape[2] * pixels_each
     dialled = None if concept_strength == 1.0 else with_class_words(model, prompts, class_words or {})
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
@@ -112,8 +116,9 @@ def generate(
             generators = [noise_source(seed, number) for number in numbers[part]]
             blank = model.alphas_cumprod.new_empty((len(captions), *shape))
             guided = None if scale == 1.0 else negative_prompt
-            condition, unconditional = conditions(model, captions, guided, prompt_syntax)
-            base = None if dialled is None else conditions(model, dialled[part], None, prompt_syntax)[0]
+            with model.drawing_at(*size, sizes or {}):
+                condition, unconditional = conditions(model, captions, guided, prompt_syntax)
+                base = None if dialled is None else conditions(model, dialled[part], None, prompt_syntax)[0]
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
                 len(captions),
@@ -152,6 +157,7 @@ def generate(
                     eta=eta,
                     prompt_syntax=prompt_syntax,
                     labels={
+                        **_size_labels(sizes or {}),
                         **({} if init is None else init.labels()),
                         **({} if dialled is None else dial_labels(concept_strength, class_words or {})),
                         **({} if labels is None else labels(prompt)),
@@ -161,6 +167,11 @@ def generate(
                 if on_image is not None:
                     on_image(len(images) - 1, images[-1])
     return images
+
+
+def _size_labels(sizes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """The fields of the settings for sizes that Stable Diffusion XL is told, such as "Original size: 512x768"."""
+    return {name.replace("_", " ").capitalize(): f"{b}x{a}" for name, (a, b) in sizes.items()}
 
 
 def _batches(chunks: Sequence[int], size: int) -> list[slice]:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from ldm import words
-from ldm.models.diffusion.conditioning import TimedCondition, TimedPrompts
+from ldm.models.diffusion.conditioning import (
+    TimedCondition,
+    TimedPrompts,
+    concat_conditions,
+    context_of,
+    with_context,
+)
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError, shown
@@ -249,18 +255,22 @@ def conditions(
         if any(len(chunks) > 1 or any(part.weight != 1 for part in chunks[0]) for chunks in parsed):
             filled = [_filled(chunks, max(map(len, parsed))) for chunks in parsed]
             wanted, unwanted = filled[: len(prompts)], filled[len(prompts) :]
-            condition = _weighted_condition(encoder, manager, wanted, syntax)
-            return condition, _weighted_condition(encoder, manager, unwanted, syntax) if negatives else None
+            condition = model.completed(_weighted_condition(encoder, manager, wanted, syntax))
+            if not negatives:
+                return condition, None
+            return condition, model.completed(
+                _weighted_condition(encoder, manager, unwanted, syntax), negatives
+            )
         texts = ["".join(part.text for part in chunks[0]) for chunks in parsed]
         prompts, negatives = texts[: len(prompts)], texts[len(prompts) :]
     condition = model.get_learned_conditioning(list(prompts))
-    return condition, model.get_learned_conditioning(negatives) if negatives else None
+    return condition, model.get_unconditional_conditioning(negatives) if negatives else None
 
 
 def _weighted_condition(
     encoder: TextEncoder, manager: Personalization | None, prompts: Sequence[Chunks], syntax: str
-) -> Tensor | TimedCondition:
-    """The weighted context of prompts with equal numbers of chunks, or one that depends on the timestep."""
+) -> Any:
+    """The weighted condition of prompts with equal numbers of chunks, or one that depends on the timestep."""
     if manager is None or not manager.timed:
         return encode(encoder, manager, prompts, syntax)
     fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in prompts]
@@ -301,28 +311,29 @@ def encode(
     prompts: Sequence[Chunks],
     syntax: str = "a1111",
     times: Tensor | None = None,
-) -> Tensor:
-    """The weighted context of prompts in chunks: [B, n * L, d], n the largest number of chunks.
+) -> Any:
+    """The weighted condition of prompts in chunks: a context [B, n * L, d], n the largest number of chunks.
 
     It is layered as the personalization's own is; `times` [B] are the timesteps for one that depends on them.
 
-    With E the encoder's output of a chunk and w its weights [L], `a1111` gives w E, rescaled to the mean of E (as
-    AUTOMATIC1111's "Original" emphasis does, here for each chunk by itself); `comfyui` gives E0 + w (E - E0), with E0
-    the output of the empty prompt. Both are E where all weights are 1. Prompts with fewer chunks than others are
-    filled up with the empty prompt.
+    With E the encoder's context of a chunk and w its weights [L], `a1111` gives w E, rescaled to the mean of E (as
+    AUTOMATIC1111's "Original" emphasis does, here for each chunk and each text tower by itself); `comfyui` gives
+    E0 + w (E - E0), with E0 the context of the empty prompt. Both are E where all weights are 1. Prompts with fewer
+    chunks than others are filled up with the empty prompt. What an encoder gives beside the context, such as a pooled
+    vector, is that of the first chunk without weights.
     """
     count = max(map(len, prompts))
-    contexts = [
-        torch.cat(
-            [
-                _encode_chunk(encoder, manager, chunk, syntax, None if times is None else times[row, None])
-                for chunk in _filled(chunks, count)
-            ],
-            dim=-2,
-        )
-        for row, chunks in enumerate(prompts)
-    ]
-    return torch.stack(contexts)
+    encoded = []
+    for row, chunks in enumerate(prompts):
+        own = None if times is None else times[row, None]
+        filled = _filled(chunks, count)
+        encoded.append(_joined([_encode_chunk(encoder, manager, chunk, syntax, own) for chunk in filled]))
+    return functools.reduce(concat_conditions, encoded)
+
+
+def _joined(chunks: Sequence[Any]) -> Any:
+    """The conditions of one prompt's chunks as one: their contexts one after the other."""
+    return with_context(chunks[0], torch.cat([context_of(chunk) for chunk in chunks], dim=-2))
 
 
 def _filled(chunks: Chunks, count: int) -> Chunks:
@@ -335,8 +346,8 @@ def _encode_chunk(
     chunk: Sequence[Segment],
     syntax: str,
     times: Tensor | None,
-) -> Tensor:
-    """The context [..., L, d] of one chunk at a timestep [1]."""
+) -> Any:
+    """The condition of one chunk at a timestep [1], with a context [1, ..., L, d]."""
     ids: Mapping[str, int] = {}
     widths: Mapping[str, int] = {}
     if manager is not None:
@@ -344,15 +355,19 @@ def _encode_chunk(
         widths = manager.placeholders
     segments = [(segment.text, segment.weight) for segment in chunk]
     tokens, weights = encoder.prompt_tokenizer.encode_weighted(segments, ids, widths)
-    device = encoder.token_embedding.weight.device
-    row = tokens[None].to(device)
-    encoded = (encoder.embed_ids(row, None) if manager is None else manager.encode(encoder, row, times))[0]
+    row = tokens[None].to(encoder.device)
+    encoded = encoder.embed_ids(row, None) if manager is None else manager.encode(encoder, row, times)
     if bool((weights == 1).all()):
         return encoded
-    weights = weights.to(encoded)[:, None]
+    context = context_of(encoded)
+    weights = weights.to(context)[:, None]
     if syntax == "comfyui":
-        empty = encoder.encode([""], manager)[0]
-        return empty + weights * (encoded - empty)
-    weighted = weights * encoded
-    means = [states.mean(dim=(-2, -1), keepdim=True) for states in (encoded, weighted)]
-    return weighted * (means[0] / means[1])
+        empty = context_of(encoder.encode([""], manager))
+        return with_context(encoded, empty + weights * (context - empty))
+    towers = context.split(encoder.widths, dim=-1) if len(encoder.widths) > 1 else (context,)
+    rescaled = []
+    for tower in towers:
+        weighted = weights * tower
+        means = [states.mean(dim=(-2, -1), keepdim=True) for states in (tower, weighted)]
+        rescaled.append(weighted * (means[0] / means[1]))
+    return with_context(encoded, torch.cat(rescaled, dim=-1))

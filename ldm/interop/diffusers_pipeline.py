@@ -31,26 +31,32 @@ from ldm.diffusers_layout import (
     vae_settings,
 )
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.conditioning import condition_map, context_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.sdxl import LatentDiffusionXL
 from ldm.modules.diffusionmodules.model import Decoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.open_clip import LAYERS, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.sdxl import FrozenSDXLEmbedder
 from ldm.util import UserError
 
+ENCODERS = (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder, FrozenSDXLEmbedder)
+# What diffusers appends to the names of the parts of each text tower.
+ENDS = ("", "_2")
 TOLERANCE = 2e-3  # relative to the largest number compared: float32 sums in another order
 _PREDICTIONS: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
 @torch.no_grad()
 def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
-    """Convert a model to a StableDiffusionPipeline, in float32 on the CPU.
+    """Convert a model to a StableDiffusionPipeline or StableDiffusionXLPipeline, in float32 on the CPU.
 
     The averaged weights of the denoiser are used if the model has any. Learned vectors are not included; see
     `add_words`.
 
     Args:
-        model: a LatentDiffusion with FrozenCLIPEmbedder or FrozenOpenCLIPEmbedder, and AutoencoderKL.
+        model: a LatentDiffusion with one of `ENCODERS`, and AutoencoderKL.
         config: the model's YAML, with or without its `model:` node.
     Raises:
         UserError: diffusers is not installed, or the model is of another kind.
@@ -68,22 +74,24 @@ def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
         }
         weights = to_diffusers(state, family, skip_last=_unused_blocks(encoder))
         with _translating("denoiser"):
-            settings = unet_settings(unet_config, model.image_size)
+            settings = unet_settings(unet_config, model.image_size, getattr(model, "size_width", 0))
             unet = _filled(diffusers.UNet2DConditionModel, settings, weights["unet"])
         with _translating("first stage"):
             settings = vae_settings(first_stage["ddconfig"], float(model.scale_factor))
             vae = _filled(diffusers.AutoencoderKL, settings, weights["vae"])
+        parts: dict[str, Any] = {
+            "unet": unet,
+            "vae": vae,
+            "scheduler": _scheduler(diffusers.DDIMScheduler, model),
+        }
         with _translating("text encoder"):
-            text_encoder = _text_encoder(encoder, weights["text_encoder"])
+            for tower, end in zip(_towers(encoder), ENDS, strict=False):
+                parts[f"text_encoder{end}"] = _text_encoder(tower, weights[f"text_encoder{end}"])
+                parts[f"tokenizer{end}"] = _tokenizer(tower)
+    if family == "sdxl":
+        return diffusers.StableDiffusionXLPipeline(**parts)
     return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=_tokenizer(encoder),
-        unet=unet,
-        scheduler=_scheduler(diffusers.DDIMScheduler, model),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
 
 
@@ -92,16 +100,23 @@ def add_words(pipeline: Any, words: Mapping[str, Tensor]) -> None:
 
     Raises UserError for a word that is in the vocabulary already, as `*` is.
     """
-    _check_words(words, pipeline.tokenizer, pipeline.text_encoder.get_input_embeddings().num_embeddings)
+    ends = [end for end in ENDS if getattr(pipeline, f"text_encoder{end}", None) is not None]
+    encoders = [getattr(pipeline, f"text_encoder{end}") for end in ends]
+    tables = [encoder.get_input_embeddings() for encoder in encoders]
+    tokenizers = [getattr(pipeline, f"tokenizer{end}") for end in ends]
+    for tokenizer, table in zip(tokenizers, tables, strict=True):
+        _check_words(words, tokenizer, table.num_embeddings)
     for word, vectors in words.items():
-        with _translating(f"word '{word}'"):
-            pipeline.load_textual_inversion({word: vectors.detach().cpu().float()})
+        parts = vectors.detach().cpu().float().split([table.embedding_dim for table in tables], dim=1)
+        for tokenizer, encoder, part in zip(tokenizers, encoders, parts, strict=True):
+            with _translating(f"word '{word}'"):
+                pipeline.load_textual_inversion({word: part}, tokenizer=tokenizer, text_encoder=encoder)
 
 
 def check_supported(model: nn.Module, words: Iterable[str]) -> None:
     """Raise UserError for a model that `to_pipeline` cannot convert, or for words that `add_words` cannot add."""
-    _, encoder = _supported(model)
-    _check_words(words, encoder.tokenizer, encoder.token_embedding.num_embeddings)
+    for tower in _towers(_supported(model)[1]):
+        _check_words(words, tower.tokenizer, tower.token_embedding.num_embeddings)
 
 
 def _check_words(words: Iterable[str], tokenizer: Any, rows: int) -> None:
@@ -117,6 +132,11 @@ def _check_words(words: Iterable[str], tokenizer: Any, rows: int) -> None:
                 f"'{word}' is a word of the tokenizer already, and diffusers cannot replace it; give it another "
                 f"name, for example with --rename '{word}=<my-cat>'"
             )
+
+
+def _towers(encoder: Any) -> tuple[Any, ...]:
+    """The text towers of an encoder, in the order of `ENDS`."""
+    return encoder.towers if isinstance(encoder, FrozenSDXLEmbedder) else (encoder,)
 
 
 @torch.no_grad()
@@ -143,11 +163,22 @@ def compare_with_model(
     differences: dict[str, float] = {}
     with model.ema_scope():
         for prompt, translated in prompts.items():
-            ours = model.get_learned_conditioning([prompt]).cpu()
-            theirs, _ = pipeline.encode_prompt(translated, "cpu", 1, False)
+            condition = condition_map(lambda part: part.cpu(), model.get_learned_conditioning([prompt]))
+            theirs, _, *pooled = pipeline.encode_prompt(
+                translated, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            ours = context_of(condition)
             differences[f'prompt "{translated}"'] = _difference(ours, theirs)
-        denoised = model.apply_model(latent.to(device), time.to(device), ours.to(device)).cpu()
-        differences["denoiser"] = _difference(denoised, pipeline.unet(latent, time, ours).sample)
+            if pooled:
+                own = condition["c_adm"][0][:, : pooled[0].shape[1]]
+                differences[f'pooled prompt "{translated}"'] = _difference(own, pooled[0])
+        condition = condition_map(lambda part: part.to(device), condition)
+        denoised = model.apply_model(latent.to(device), time.to(device), condition).cpu()
+        added = None
+        if isinstance(model, LatentDiffusionXL):
+            added = {"text_embeds": own, "time_ids": torch.tensor([model.drawn_sizes()])}
+        theirs = pipeline.unet(latent, time, ours, added_cond_kwargs=added).sample
+        differences["denoiser"] = _difference(denoised, theirs)
     image = model.decode_first_stage(latent.to(device)).cpu()
     scaled = latent / pipeline.vae.config.scaling_factor
     differences["first stage"] = _difference(image, pipeline.vae.decode(scaled).sample)
@@ -189,15 +220,16 @@ def _supported(model: nn.Module) -> tuple[LatentDiffusion, Any]:
     """The model and its text encoder; UserError for a kind of model that this module cannot convert."""
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"{type(model).__name__} is not a LatentDiffusion; only such models are exported")
-    if model.model.conditioning_key != "crossattn":
-        raise UserError(
-            f"the model's conditioning_key is {model.model.conditioning_key}; only models with crossattn are exported"
-        )
     encoder, first_stage = model.cond_stage_model, model.first_stage_model
-    if not isinstance(encoder, (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder)):
+    key = "crossattn-adm" if isinstance(model, LatentDiffusionXL) else "crossattn"
+    if model.model.conditioning_key != key:
         raise UserError(
-            f"the model's cond_stage_model is {type(encoder).__name__}; only FrozenCLIPEmbedder and "
-            "FrozenOpenCLIPEmbedder are exported"
+            f"the model's conditioning_key is {model.model.conditioning_key}; only models with {key} are exported"
+        )
+    if not isinstance(encoder, ENCODERS):
+        known = ", ".join(kind.__name__ for kind in ENCODERS)
+        raise UserError(
+            f"the model's cond_stage_model is {type(encoder).__name__}; exported are only {known}"
         )
     if not isinstance(first_stage, AutoencoderKL):
         raise UserError(
@@ -208,6 +240,8 @@ def _supported(model: nn.Module) -> tuple[LatentDiffusion, Any]:
 
 def family_of_encoder(encoder: nn.Module) -> str:
     """The family in `ldm.diffusers_layout.TEXT_ENCODERS` that a text encoder belongs to."""
+    if isinstance(encoder, FrozenSDXLEmbedder):
+        return "sdxl"
     return "sd2" if isinstance(encoder, FrozenOpenCLIPEmbedder) else "sd1"
 
 
@@ -259,13 +293,17 @@ def _filled(factory: Any, settings: Mapping[str, Any], weights: Mapping[str, Ten
 
 
 def _text_encoder(encoder: Any, weights: Mapping[str, Tensor]) -> nn.Module:
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    projected = "text_projection.weight" in weights
     with uninitialised():
-        module = CLIPTextModel(_text_config(encoder, weights))
+        module = (CLIPTextModelWithProjection if projected else CLIPTextModel)(_text_config(encoder, weights))
     # CLIPTextModel holds a submodule `text_model` in transformers 4, and is that submodule itself in transformers 5.
-    inner: nn.Module = getattr(module, "text_model", module)
-    missing, unexpected = inner.load_state_dict(weights, strict=False)
+    inside = "text_model." if hasattr(module, "text_model") else ""
+    named = {
+        key if key.startswith("text_projection.") else inside + key: value for key, value in weights.items()
+    }
+    missing, unexpected = module.load_state_dict(named, strict=False)
     different = [key for key in (*missing, *unexpected) if not key.endswith("position_ids")]
     if different:
         raise ValueError(f"the weight {different[0]} is only in one of the two models")
@@ -279,13 +317,13 @@ def _text_config(encoder: Any, weights: Mapping[str, Tensor]) -> Any:
     if isinstance(encoder, FrozenCLIPEmbedder):
         return copy.deepcopy(encoder.transformer.text_model.config)
     vocabulary, width = weights["embeddings.token_embedding.weight"].shape
-    blocks = encoder.model.transformer["resblocks"]
+    blocks = encoder.model.blocks()
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
         num_attention_heads=blocks[0].attn.num_heads,
-        num_hidden_layers=len(blocks) - _unused_blocks(encoder),
+        num_hidden_layers=len({key.split(".")[2] for key in weights if key.startswith("encoder.layers.")}),
         max_position_embeddings=len(weights["embeddings.position_embedding.weight"]),
         hidden_act="gelu",
         projection_dim=width,

@@ -221,20 +221,37 @@ class SphereSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for vectors in group["params"]:
                 if vectors.grad is not None:
-                    self._turn(vectors, group["lr"], group["kappa"])
+                    self._turn(vectors, group)
         return loss
 
-    def _turn(self, vectors: Tensor, rate: float, kappa: float) -> None:
-        length = vectors.norm(dim=-1, keepdim=True)
-        direction = vectors / length.clamp_min(_TINY)
-        gradient, state = _gradient(vectors), self.state[vectors]
-        if kappa:
-            size = gradient.norm(dim=-1, keepdim=True)
-            if not state:
-                state["first"], state["size"] = direction.clone(), size.clone()
-            state["size"].lerp_(size, 0.1)
-            gradient = gradient - kappa * state["size"] * state["first"]
-        gradient = gradient - (direction * gradient).sum(dim=-1, keepdim=True) * direction
-        gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-        turned = direction - rate * gradient
-        vectors.copy_(length * turned / turned.norm(dim=-1, keepdim=True).clamp_min(_TINY))
+    def _turn(self, vectors: Tensor, group: Mapping[str, Any]) -> None:
+        """Turn a parameter [N, d] with its gradient; where the group names `parts` of d, each part by itself."""
+        parts = list(group.get("parts") or (vectors.shape[-1],))
+        state, sizes = self.state[vectors], [1] * len(parts)
+        if group["kappa"] and not state:
+            state["first"] = torch.cat([_directions(part) for part in vectors.split(parts, dim=-1)], dim=-1)
+            lengths = [part.norm(dim=-1, keepdim=True) for part in _gradient(vectors).split(parts, dim=-1)]
+            state["size"] = torch.cat(lengths, dim=-1)
+        firsts = state["first"].split(parts, dim=-1) if state else [None] * len(parts)
+        means = state["size"].split(sizes, dim=-1) if state else [None] * len(parts)
+        turning = zip(
+            vectors.split(parts, -1), _gradient(vectors).split(parts, -1), firsts, means, strict=True
+        )
+        for part, gradient, first, mean in turning:
+            if first is not None and mean is not None:
+                mean.lerp_(gradient.norm(dim=-1, keepdim=True), 0.1)
+                gradient = gradient - group["kappa"] * mean * first
+            _turn(part, gradient, group["lr"])
+
+
+def _turn(vectors: Tensor, gradient: Tensor, rate: float) -> None:
+    """Turn vectors [N, d] by `rate` radians along the gradient's part on the sphere."""
+    length, direction = vectors.norm(dim=-1, keepdim=True), _directions(vectors)
+    gradient = gradient - (direction * gradient).sum(dim=-1, keepdim=True) * direction
+    gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    turned = direction - rate * gradient
+    vectors.copy_(length * turned / turned.norm(dim=-1, keepdim=True).clamp_min(_TINY))
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(_TINY)

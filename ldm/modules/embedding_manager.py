@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.embeddings import Concept, LearnedEmbeddings, Progress, encoder_kind, read, write
+from ldm.embeddings import Concept, LearnedEmbeddings, Progress, concepts_of, read, write
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
@@ -82,7 +82,8 @@ class EmbeddingManager(nn.Module, Personalization):
         self.progressive_scale = progressive_scale
         self.seed, self.cross_init = seed, cross_init
         self.loaded = False
-        self._norms = NormControl(norm_control, norm_ratio)
+        self.widths = embedder.widths
+        self._norms = NormControl(norm_control, norm_ratio, self.widths)
         self._set_vectors({}, {})
 
         strings, self._counts, self._initializers = configured_words(
@@ -127,6 +128,11 @@ class EmbeddingManager(nn.Module, Personalization):
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters: one [N, d] for each placeholder."""
         return self.string_to_param_dict.parameters()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters as torch's group; `parts` are the widths in it of an encoder of several towers."""
+        parts = {"parts": self.widths} if len(self.widths) > 1 else {}
+        return [{"params": list(self.embedding_parameters()), **parts}]
 
     def absent_parameters(self, captions: Iterable[str]) -> list[nn.Parameter]:
         """The vectors of the placeholders that no caption contains."""
@@ -263,18 +269,18 @@ class EmbeddingManager(nn.Module, Personalization):
         progress = None
         if self.progressive_step is not None:
             progress = Progress(self.progressive_step, self.progressive_scale)
-        concepts = [
-            Concept(
+        concepts: list[Concept] = []
+        for (string, place), count in zip(
+            self.string_to_token_dict.items(), self.most_positions().values(), strict=True
+        ):
+            token, vectors = int(place), used[string]
+            concepts += concepts_of(
                 string,
-                used[string],
-                encoder=encoder_kind(self.family, self.width),
-                token=token if (token := int(place)) < self.tokenizer.vocab_size else None,
-                unused=self.vectors(string)[len(used[string]) :] if len(used[string]) < count else None,
+                vectors,
+                self.family,
+                token=token if token < self.tokenizer.vocab_size else None,
+                unused=self.vectors(string)[len(vectors) :] if len(vectors) < count else None,
             )
-            for (string, place), count in zip(
-                self.string_to_token_dict.items(), self.most_positions().values(), strict=True
-            )
-        ]
         write(LearnedEmbeddings(tuple(concepts), progress=progress), path, "original")
 
     def load(self, path: str | Path) -> None:
@@ -313,9 +319,7 @@ class EmbeddingManager(nn.Module, Personalization):
 
     def _hold(self, learned: LearnedEmbeddings, path: str | Path, present: Mapping[str, Tensor]) -> None:
         """Take the vectors of a file, and those at present of the words that it lacks, in the present order."""
-        vectors = learned.vectors_for(self.width, self.family)
-        unused = {c.trigger: c.unused for c in learned.concepts if c.unused is not None}
-        whole = {s: torch.cat([v, unused[s]]) if s in unused else v for s, v in vectors.items()}
+        whole = learned.vectors_for(self.width, self.family, unused=True)
         self.take({**present, **whole}, f"embedding file '{path}'")
         self.loaded = True
         if learned.progress is not None:
@@ -537,29 +541,40 @@ class NormControl:
     and learns only the direction v on the unit sphere. `fixed` projects to that norm after each optimizer step, which
     works with any optimizer; the paper's own step along the sphere (`ldm.models.optimizers.SphereSGD`) is better still
     (its ablation: text .463 and likeness .335 with AdamW and projection, .522 and .450 with its step). `limited`
-    projects only vectors that are longer, because words differ in norm.
+    projects only vectors that are longer, because words differ in norm. `widths` are the parts of the vectors for the
+    towers of an encoder; each part has the norm of its own vocabulary.
 
     Raises:
         UserError: an unknown kind, or a ratio that is not above 0.
     """
 
-    def __init__(self, kind: str | None, ratio: float = 1.0) -> None:
+    def __init__(self, kind: str | None, ratio: float = 1.0, widths: Sequence[int] | None = None) -> None:
         if kind not in NORM_CONTROLS:
             raise UserError(f"norm_control is '{kind}'; use fixed, limited or null")
         if not ratio > 0:
             raise UserError(f"norm_ratio is {ratio}; it must be above 0")
         self.kind = kind
         self.ratio = float(ratio)
-        self.norm = 1.0
+        self.widths = widths
+        self.norms = [1.0]
 
     def measure(self, table: Tensor) -> None:
-        """Take the mean norm from an embedding table [V, d]."""
+        """Take the mean norm, of each part, from an embedding table [V, d]."""
         if self.kind is not None:
-            self.norm = self.ratio * float(table.detach().float().norm(dim=1).mean())
+            self.norms = [
+                self.ratio * float(part.norm(dim=1).mean()) for part in self._parts(table.detach().float())
+            ]
 
     def applied(self, vectors: Tensor) -> Tensor:
-        """The vectors [N, d] with the norm that is allowed; a zero vector has no direction and stays zero."""
+        """The vectors [N, d] with the norms that are allowed; a zero vector has no direction and stays zero."""
         if self.kind is None:
             return vectors
-        factor = self.norm / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        parts = zip(self._parts(vectors), self.norms, strict=True)
+        return torch.cat([self._scaled(part, norm) for part, norm in parts], dim=1)
+
+    def _scaled(self, vectors: Tensor, norm: float) -> Tensor:
+        factor = norm / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return vectors * (factor.clamp(max=1.0) if self.kind == "limited" else factor)
+
+    def _parts(self, vectors: Tensor) -> Sequence[Tensor]:
+        return vectors.split(list(self.widths), dim=1) if self.widths else (vectors,)

@@ -59,7 +59,7 @@ class TextEncoder(Protocol):
     """What a frozen text encoder offers to models, personalizations and training.
 
     Attributes:
-        family: "clip" or "bert"; with the width it says which models can use learned vectors.
+        family: "clip", "bert" or "sdxl"; with the width it says which models can use learned vectors.
         max_length: L, the number of tokens of an encoded prompt, start and end included.
         prompt_tokenizer: text to token ids, placeholders included.
     """
@@ -78,18 +78,28 @@ class TextEncoder(Protocol):
         """The width d of a token embedding."""
         ...
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The parts of d: one for each text tower that the encoder consists of, such as (768, 1280)."""
+        return (self.width,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vocabulary's vectors are."""
+        return self.token_embedding.weight.device
+
     def token_ids(
         self, text: str | Sequence[str], embedding_manager: Personalization | None = None
     ) -> Tensor:
         """Token ids [B, L] on the encoder's device, with the personalization's placeholders found in the text."""
         ...
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Tensor:
-        """Token ids [B, L] as the context [B, L, d] of the denoiser."""
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Any:
+        """Token ids [B, L] as the condition of the denoiser: a context [B, L, d], or a mapping that holds one."""
         ...
 
-    def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
-        """Prompts as the context [B, L, d] of the denoiser; the personalization replaces token embeddings."""
+    def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Any:
+        """Prompts as the condition of the denoiser; the personalization replaces token embeddings."""
         ...
 
 

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
+from ldm.checkpoint import WEIGHTED
 from ldm.util import UserError, best_device
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ _KINDS = {
     "bf16-mixed": "bf16-mixed",
     "bf16-true": "bf16-mixed",
 }
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class FrozenHalf(MixedPrecision):
@@ -44,7 +44,7 @@ class FrozenHalf(MixedPrecision):
         parts = [getattr(module, name, None) for name in ("model", "cond_stage_model")]
         for part in [part for part in parts if isinstance(part, nn.Module)]:
             for layer in part.modules():
-                if isinstance(layer, _WEIGHTED) and not any(p.requires_grad for p in layer.parameters()):
+                if isinstance(layer, WEIGHTED) and not any(p.requires_grad for p in layer.parameters()):
                     self._converted.append(layer.to(self.dtype))
         return module
 

@@ -406,7 +406,8 @@ def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
     """How other programs load the first word of a run; nothing for a text encoder that they do not have."""
     manager = personalization_of(model)
     words = [] if manager is None else [word for word in manager.export() if word not in PER_IMAGE_TOKENS]
-    if not words or getattr(model.cond_stage_model, "family", "") != "clip":
+    family = getattr(model.cond_stage_model, "family", "")
+    if not words or family not in ("clip", "sdxl"):
         return []
     stem = run.word_stems(words)[words[0]]
     path = run.checkpoints / f"{stem}.safetensors"
@@ -414,9 +415,15 @@ def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
         return []
     token = hub.diffusers_token(words[0], stem)
     reason = "" if token == words[0] else " (diffusers refuses words of its vocabulary, such as *)"
+    call = f'pipe.load_textual_inversion("{path.as_posix()}", token="{token}")'
+    if family == "sdxl":  # the pipeline of diffusers is given the vectors of each text encoder by itself
+        call = (
+            f'v = safetensors.torch.load_file("{path.as_posix()}"), then for both (key, end) of ("clip_l", ""), '
+            f'("clip_g", "_2"): pipe.load_textual_inversion(v[key], token="{token}", tokenizer=getattr(pipe, '
+            '"tokenizer" + end), text_encoder=getattr(pipe, "text_encoder" + end))'
+        )
     return [
-        f'diffusers:  pipe.load_textual_inversion("{path.as_posix()}", token="{token}"), then the prompt '
-        f'"a photo of {token}"{reason}',
+        f'diffusers:  {call}, then the prompt "a photo of {token}"{reason}',
         f'AUTOMATIC1111: copy {path.name} to embeddings/, then the prompt "a photo of {stem}"',
         f'ComfyUI:    copy {path.name} to models/embeddings/, then the prompt "a photo of embedding:{stem}"',
     ]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint import load_model_from_config
+from ldm.base_models import recognise
+from ldm.checkpoint import complete_config, load_model_from_config
 from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.generate.embeddings import load_embeddings
 from ldm.generate.images import generate
@@ -22,6 +23,7 @@ from tests.golden_record import Golden, fill
 pytest.importorskip("diffusers")
 
 from ldm.interop import diffusers_pipeline  # noqa: E402
+from tests.pipelines import make_pipeline  # noqa: E402
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "ldm" / "creatures"
 
@@ -184,7 +186,7 @@ def test_other_kinds_of_models_are_refused() -> None:
     bert = Golden("bert_one_vector")
     with pytest.raises(
         UserError,
-        match="cond_stage_model is BERTEmbedder; only FrozenCLIPEmbedder and FrozenOpenCLIPEmbedder are",
+        match="cond_stage_model is BERTEmbedder; exported are only FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder",
     ):
         diffusers_pipeline.to_pipeline(bert.model(load_embeddings=False), bert.config())
     with pytest.raises(UserError, match="Linear is not a LatentDiffusion"):
@@ -235,3 +237,19 @@ def test_the_embedded_model(tmp_path, monkeypatch) -> None:
     again = opened(diffusers_pipeline.save_pipeline(pipeline, tmp_path / "pipeline"))
     again.load_textual_inversion(str(tmp_path), weight_name=path.name)
     assert_same_images(model, again, "a photo of <thing>", "a photo of <thing>", steps=20, scale=5.0)
+
+
+def test_words_of_stable_diffusion_xl_enter_both_text_encoders(tmp_path) -> None:
+    make_pipeline("sdxl", tmp_path / "tokenizers").save_pretrained(tmp_path / "pipeline")
+    base = recognise(tmp_path / "pipeline")
+    model = load_model_from_config(base.finetune_config, base.path)
+    config, _ = complete_config(base.inference_config, base.path)
+    rows = 0.05 * torch.randn(2, 32 + 64, generator=torch.Generator().manual_seed(1))
+    model.embedding_manager.take({"<cat>": rows}, "the test")
+    diffusers_pipeline.check_supported(model, ["<cat>"])
+    pipeline = diffusers_pipeline.to_pipeline(model, config)
+    diffusers_pipeline.add_words(pipeline, {"<cat>": rows})
+    differences = diffusers_pipeline.compare_with_model(model, pipeline, {"<cat>": "<cat>"})
+    assert 'pooled prompt "a photo of <cat>, small"' in differences
+    with pytest.raises(UserError, match="is a word of the tokenizer already"):
+        diffusers_pipeline.check_supported(model, ["*"])

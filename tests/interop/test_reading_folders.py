@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.base_models import CONFIGS, recognise
+from ldm.base_models import recognise
 from ldm.checkpoint import complete_config, load_model_from_config, save_state_dict
 from ldm.commands import generate as generate_command
 from ldm.generate.images import generate
+from ldm.models.diffusion.conditioning import context_of
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.sdxl import SizedCaptions
 
 pytest.importorskip("diffusers")
 
@@ -28,8 +30,9 @@ CASES = {
     ("sd1", "v_prediction"): "v1-finetune.yaml",
     ("sd2", "epsilon"): "v2-finetune.yaml",
     ("sd2", "v_prediction"): "v2-finetune_v.yaml",
+    ("sdxl", "epsilon"): "xl-finetune.yaml",
 }
-CASES = {key: name for key, name in CASES.items() if (CONFIGS / "stable-diffusion" / name).is_file()}
+SIZES = (16, 16, 0, 0, 16, 16)
 PROMPTS = ["a photo of a dog, on the beach", "a painting"]
 
 
@@ -53,12 +56,19 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> 
 @torch.no_grad()
 def test_every_part_computes_the_same(case) -> None:
     pipeline, model, _ = case
-    theirs, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
-    context = model.get_learned_conditioning(PROMPTS)
-    close(context, theirs)
+    theirs, _, *pooled = pipeline.encode_prompt(
+        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    condition = model.get_learned_conditioning(PROMPTS)
+    close(context_of(condition), theirs)
+    added = None
+    if pooled:
+        close(condition["c_adm"][0][:, :64], pooled[0])
+        added = {"text_embeds": pooled[0], "time_ids": torch.tensor([SIZES] * 2)}
     generator = torch.Generator().manual_seed(0)
     latent, time = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700])
-    close(model.apply_model(latent, time, context), pipeline.unet(latent, time, context).sample)
+    expected = pipeline.unet(latent, time, theirs, added_cond_kwargs=added).sample
+    close(model.apply_model(latent, time, condition), expected)
     image = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
     posterior = pipeline.vae.encode(image).latent_dist
     ours = model.encode_first_stage(image)
@@ -71,33 +81,44 @@ def test_every_part_computes_the_same(case) -> None:
 
 def test_loss_and_gradient_of_the_vectors_are_the_same(case) -> None:
     pipeline, model, folder = case
-    word, vector = "<cat>", torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.05
+    encoder = model.cond_stage_model
+    word, vector = "<cat>", torch.randn(1, encoder.width, generator=torch.Generator().manual_seed(5)) * 0.05
     model.embedding_manager.take({word: vector}, "the test")
     generator = torch.Generator().manual_seed(1)
     latent, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
     time = torch.tensor([100, 800])
     prompts = [f"a photo of {word}", f"a painting of a {word}, on the beach"]
-    loss, _ = model.p_losses(latent, model.get_learned_conditioning(prompts), time, noise=noise)
+    sizes = torch.tensor([[40, 20, 0, 8, 16, 16], [300, 300, 5, 0, 16, 16]])
+    is_xl = encoder.family == "sdxl"
+    captions = SizedCaptions(prompts, sizes) if is_xl else prompts
+    loss, _ = model.p_losses(latent, model.get_learned_conditioning(captions), time, noise=noise)
     (parameter,) = model.embedding_manager.embedding_parameters()
     (gradient,) = torch.autograd.grad(loss, parameter)
 
     theirs = type(pipeline).from_pretrained(folder)
-    tokenizer, encoder = theirs.tokenizer, theirs.text_encoder
-    tokenizer.add_tokens(word)
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    table = encoder.get_input_embeddings().weight
-    with torch.no_grad():
-        table[-1] = vector[0]
-    ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    tables, states, added = [], [], None
+    for end, part in zip(diffusers_pipeline.ENDS, vector.split(encoder.widths, dim=1), strict=False):
+        tokenizer, tower = getattr(theirs, f"tokenizer{end}"), getattr(theirs, f"text_encoder{end}")
+        tokenizer.add_tokens(word)
+        tower.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        tables.append(tower.get_input_embeddings().weight)
+        with torch.no_grad():
+            tables[-1][-1] = part[0]
+        ids = tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        output = tower(ids, output_hidden_states=True)
+        states.append(output.hidden_states[-2] if is_xl else output[0])
+        if end:
+            added = {"text_embeds": output[0], "time_ids": sizes}
     noisy = pipeline.scheduler.add_noise(latent, noise, time)
     target = noise
     if pipeline.scheduler.config.prediction_type == "v_prediction":
         target = pipeline.scheduler.get_velocity(latent, noise, time)
-    their_loss = F.mse_loss(pipeline.unet(noisy, time, encoder(ids)[0]).sample, target)
-    (their_gradient,) = torch.autograd.grad(their_loss, table)
+    output = pipeline.unet(noisy, time, torch.cat(states, dim=-1), added_cond_kwargs=added).sample
+    their_loss = F.mse_loss(output, target)
+    their_gradient = torch.cat([grad[-1] for grad in torch.autograd.grad(their_loss, tables)])
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
-    assert gradient.abs().max() > 0
-    close(gradient[0], their_gradient[-1], 2e-3)
+    assert all(part.abs().max() > 0 for part in gradient[0].split(encoder.widths))
+    close(gradient[0], their_gradient, 2e-3)
     model.embedding_manager.take({}, "the test")
 
 
@@ -111,7 +132,7 @@ def same_image(model: Any, pipeline: Any, steps: int = 10, scale: float = 3.0) -
         conditioning=model.get_learned_conditioning(PROMPTS[:1]),
         x_T=noise,
         unconditional_guidance_scale=scale,
-        unconditional_conditioning=model.get_learned_conditioning([""]),
+        unconditional_conditioning=model.get_unconditional_conditioning([""]),
     )
     options = {"num_inference_steps": steps, "guidance_scale": scale, "latents": noise}
     close(latents, pipeline(PROMPTS[0], **options, output_type="latent").images, 2e-3)
@@ -135,14 +156,15 @@ def test_an_exported_folder_and_a_single_file_are_read_by_diffusers(case, tmp_pa
     again = type(pipeline).from_pretrained(written, safety_checker=None)
     again.set_progress_bar_config(disable=True)
     same_image(model, again)
-    for part in ("unet", "vae", "text_encoder"):
+    parts = [name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+    for part in parts:
         ours, theirs = getattr(again, part).state_dict(), getattr(pipeline, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("embedding_manager.")}
     file = save_state_dict(state, tmp_path / "model.safetensors")
     single = type(pipeline).from_single_file(str(file), config=str(folder), local_files_only=True)
-    for part in ("unet", "vae", "text_encoder"):
+    for part in parts:
         ours, theirs = getattr(single, part).state_dict(), getattr(pipeline, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), part
 

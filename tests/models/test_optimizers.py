@@ -130,6 +130,26 @@ def test_the_pull_to_the_first_direction_does_not_depend_on_the_scale_of_the_los
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_the_parts_of_a_vector_turn_as_if_they_were_alone(kappa: float) -> None:
+    """The towers of an encoder differ in the size of their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(2, 7, generator=generator) for _ in range(2))
+    gradient[:, 3:] *= 100
+
+    def turned(vectors: Tensor, gradients: Tensor, **group) -> Tensor:
+        parameter = nn.Parameter(vectors.clone())
+        optimizer = SphereSGD([{"params": [parameter], **group}], lr=0.1, kappa=kappa)
+        for _ in range(3):
+            parameter.grad = gradients.clone()
+            optimizer.step()
+        return parameter.detach()
+
+    together = turned(start, gradient, parts=(3, 4))
+    for part in (slice(0, 3), slice(3, 7)):
+        assert torch.equal(together[:, part], turned(start[:, part], gradient[:, part]))
+
+
 def test_without_a_gradient_nothing_turns() -> None:
     vectors = rows(1.0)
     before = vectors.detach().clone()

@@ -6,9 +6,13 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings import Concept, LearnedEmbeddings, merge, read, write
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.personalization import TextEncoder
+from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
 from tests.modules.conftest import manager_of
@@ -143,3 +147,95 @@ def test_a_state_dict_brings_its_vector_count(clip):
     assert not any(holder.load_state_dict(state))
     assert fresh.placeholders == {"*": 3, "<cat>": 1}
     assert torch.equal(fresh.vectors("*"), trained.vectors("*"))
+
+
+class TwoTowers(nn.Module, TextEncoder):
+    """A text encoder as wide as Stable Diffusion XL's two, without their weights."""
+
+    family, width, widths, max_length = "sdxl", 2048, (768, 1280), 77
+
+    def __init__(self, tokenizer: PromptTokenizer) -> None:
+        super().__init__()
+        self.prompt_tokenizer = tokenizer
+        generator = torch.Generator().manual_seed(0)
+        scale = torch.cat([torch.full((768,), 0.01), torch.full((1280,), 0.03)])
+        self.table = nn.Embedding.from_pretrained(scale * torch.randn(9, 2048, generator=generator))
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.table
+
+
+@pytest.fixture
+def towers(clip) -> TwoTowers:
+    return TwoTowers(clip.prompt_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["word.pt", "word.safetensors"])
+def test_a_word_of_stable_diffusion_xl_has_a_part_for_each_tower(towers, tmp_path, name: str) -> None:
+    manager = EmbeddingManager(towers, ["<cat>"], num_vectors_per_token=3)
+    manager.save(tmp_path / "word.pt")
+    held = read(tmp_path / "word.pt")
+    assert [(c.encoder, tuple(c.vectors.shape)) for c in held.concepts] == [
+        ("clip_l", (3, 768)),
+        ("clip_g", (3, 1280)),
+    ]
+    path = write(held, tmp_path / name, "original" if name.endswith("pt") else "safetensors")
+    if path.suffix == ".safetensors":
+        assert sorted(load_file(path)) == [
+            "clip_g",
+            "clip_l",
+        ]  # as kohya, AUTOMATIC1111 and ComfyUI name them
+    other = EmbeddingManager(towers, ["<cat>"], seed=5, embedding_manager_ckpt=path)
+    assert torch.equal(other.vectors("<cat>"), manager.vectors("<cat>"))
+
+
+def test_unused_vectors_of_both_towers_come_back(towers, tmp_path) -> None:
+    options = {"num_vectors_per_token": 3, "progressive_words": True, "progressive_scale": 10}
+    manager = EmbeddingManager(towers, ["<cat>", "<dog>"], **options)
+    manager.on_optimizer_step(10)
+    manager.save(tmp_path / "words.pt")
+    other = EmbeddingManager(towers, ["<cat>", "<dog>"], seed=5, **options)
+    other.load(tmp_path / "words.pt")
+    assert other.placeholders == {"<cat>": 2, "<dog>": 2}
+    for word in ("<cat>", "<dog>"):
+        assert torch.equal(other.vectors(word), manager.vectors(word))
+
+
+def test_files_of_diffusers_with_a_tower_each_are_joined(towers, tmp_path) -> None:
+    manager = EmbeddingManager(towers, ["<cat>"])
+    manager.save(tmp_path / "word.pt")
+    first = write(read(tmp_path / "word.pt"), tmp_path / "cat.safetensors", "diffusers")
+    merged = merge([read(first), read(tmp_path / "cat_2.safetensors")])
+    assert torch.equal(merged.vectors_for(2048, "sdxl")["<cat>"], manager.vectors("<cat>"))
+
+
+def test_a_word_without_vectors_for_one_tower_is_one_line(towers, tmp_path) -> None:
+    manager = EmbeddingManager(towers, ["<cat>"])
+    for kind, width, message in (
+        ("clip_l", 768, r"is for Stable Diffusion 1.x.*without vectors for the second encoder of SDXL"),
+        ("clip_g", 1280, r"second encoder of SDXL, without vectors for Stable Diffusion 1.x"),
+        ("clip_h", 1024, r"is for Stable Diffusion 2.x; Stable Diffusion XL needs"),
+    ):
+        concept = Concept("<cat>", torch.ones(1, width), kind)
+        write(LearnedEmbeddings((concept,)), tmp_path / "one.safetensors")
+        with pytest.raises(UserError, match=message) as error:
+            manager.load(tmp_path / "one.safetensors")
+        assert len(str(error.value)) < 300
+    pair = (Concept("<cat>", torch.ones(1, 768), "clip_l"), Concept("<cat>", torch.ones(2, 1280), "clip_g"))
+    write(LearnedEmbeddings(pair), tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match="has 1 vectors for the first .* and 2 for the second"):
+        manager.load(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["fixed", "limited"])
+def test_the_norm_of_each_tower_is_controlled(towers, kind: str) -> None:
+    manager = EmbeddingManager(towers, ["<cat>"], norm_control=kind)
+    with torch.no_grad():
+        manager.vectors("<cat>").mul_(9)
+    manager.on_optimizer_step(1)
+    words = towers.table.weight.split((768, 1280), dim=1)
+    for part, word in zip(manager.vectors("<cat>").split((768, 1280), dim=1), words, strict=True):
+        assert part.norm().item() == pytest.approx(word.norm(dim=1).mean().item(), rel=1e-5)
+    (group,) = manager.parameter_groups()
+    assert group["parts"] == (768, 1280)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from ldm.training.callbacks.checkpoint import LastCheckpoint
 from tests.golden_record import Golden, golden_state
 
 GOLDEN = Golden("clip_one_vector")
@@ -65,6 +66,20 @@ def tiny_yaml(tiny_model: Path, image_folder: Path, tmp_path: Path, monkeypatch:
     OmegaConf.save(config, path)
     monkeypatch.chdir(tmp_path)
     return path
+
+
+@pytest.fixture
+def copy_states(monkeypatch):
+    """Copies the state of every step, as a run that is killed after this step leaves it."""
+    save = LastCheckpoint.save_now
+
+    def save_and_copy(self, trainer):
+        save(self, trainer)
+        copy = self.path.with_name(f"step{trainer.global_step}.ckpt")
+        if self.path.exists() and not copy.exists():
+            copy.write_bytes(self.path.read_bytes())
+
+    monkeypatch.setattr(LastCheckpoint, "save_now", save_and_copy)
 
 
 class Line(pl.LightningModule):

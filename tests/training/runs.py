@@ -33,6 +33,28 @@ def state_of(folder: str | Path = "logs") -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+def killed_at(run: Path, step: int) -> Path:
+    """A copy of a run that was killed after a step, of which `copy_states` copied the state."""
+    killed = run.with_name(f"killed-{step}")
+    for part in ("configs", "checkpoints"):
+        (killed / part).mkdir(parents=True)
+    for saved in (run / "configs").iterdir():
+        (killed / "configs" / saved.name).write_bytes(saved.read_bytes())
+    state = (run / "checkpoints" / f"step{step}.ckpt").read_bytes()
+    (killed / "checkpoints" / "last.ckpt").write_bytes(state)
+    return killed
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def fit_line(
     model: pl.LightningModule,
     numbers: type[Dataset[Any]],

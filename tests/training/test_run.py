@@ -18,20 +18,9 @@ from safetensors.torch import load_file
 import main
 from ldm import embeddings
 from ldm.training import run as run_module
-from ldm.training.callbacks.checkpoint import LastCheckpoint
-from tests.training.runs import only_run, start, state_of
+from tests.training.runs import equal, killed_at, only_run, start, state_of
 
 ROOT = Path(main.__file__).parent
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_files_of_a_run(tiny_yaml, image_folder, capsys):
@@ -119,20 +108,6 @@ def test_without_t_the_run_is_only_checked(tiny_yaml, capsys):
     assert not Path("logs").exists()
 
 
-@pytest.fixture
-def copy_states(monkeypatch):
-    """Copies the state of every step, as a run that is killed after this step leaves it."""
-    save = LastCheckpoint.save_now
-
-    def save_and_copy(self, trainer):
-        save(self, trainer)
-        copy = self.path.with_name(f"step{trainer.global_step}.ckpt")
-        if self.path.exists() and not copy.exists():
-            copy.write_bytes(self.path.read_bytes())
-
-    monkeypatch.setattr(LastCheckpoint, "save_now", save_and_copy)
-
-
 @pytest.mark.parametrize(
     ("steps", "options"),
     [
@@ -158,14 +133,7 @@ def test_resumed_run_equals_the_uninterrupted_run(tiny_yaml, copy_states, steps,
     uninterrupted = state_of(run)
     assert uninterrupted["global_step"] == 6
     for step in steps:
-        killed = run.with_name(f"killed-{step}")
-        for part in ("configs", "checkpoints"):
-            (killed / part).mkdir(parents=True)
-        for saved in (run / "configs").iterdir():
-            (killed / "configs" / saved.name).write_bytes(saved.read_bytes())
-        (killed / "checkpoints" / "last.ckpt").write_bytes(
-            (run / "checkpoints" / f"step{step}.ckpt").read_bytes()
-        )
+        killed = killed_at(run, step)
         assert start("-r", killed, "-t") == 0
         resumed = state_of(killed)
         for part in (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeAlias
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from ldm.util import ConfigError, UserError, instantiate_from_config
 
 # A tensor such as a context [B, M, d] or a layered one [B, layers, 1 or 2, M, d] (see ldm.modules.personalization),
-# several of them, {"c_crossattn": [...], "c_concat": [...]}, or a TimedCondition.
+# several of them, a mapping of `DiffusionWrapper.forward`'s arguments to such, or a TimedCondition.
 Condition: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any] | TimedCondition"
 
-CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm")
+CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "crossattn-adm")
 
 
 class DiffusionWrapper(nn.Module):
@@ -25,7 +27,7 @@ class DiffusionWrapper(nn.Module):
     Args:
         diff_model_config: node of the UNet.
         conditioning_key: where the condition enters: `concat` as channels, `crossattn` as context, `hybrid` as both,
-            `adm` as class, or None.
+            `adm` as class, `crossattn-adm` as context and vector, or None.
     Raises:
         ConfigError: `conditioning_key` is none of these.
     """
@@ -41,13 +43,24 @@ class DiffusionWrapper(nn.Module):
         self.conditioning_key = conditioning_key
 
     def forward(
-        self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] = (), c_crossattn: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Sequence[Tensor] = (),
+        c_crossattn: Sequence[Tensor] = (),
+        c_adm: Sequence[Tensor] = (),
     ) -> Tensor:
-        """x: [B, C, H, W]; t: [B]; c_concat: [B, C', H, W] each; c_crossattn: [B, M, d] each (adm: ids [B])."""
+        """Return the UNet's output for x [B, C, H, W] at t [B].
+
+        c_concat: [B, C', H, W] each; c_crossattn: [B, M, d] each (adm: ids [B]); c_adm: [B, d'] each.
+        """
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *c_concat], dim=1)
         if self.conditioning_key in ("crossattn", "hybrid"):
             return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=-2))
+        if self.conditioning_key == "crossattn-adm":
+            context, vector = torch.cat(list(c_crossattn), dim=-2), torch.cat(list(c_adm), dim=1)
+            return self.diffusion_model(x, t, context=context, y=vector)
         if self.conditioning_key == "adm":
             return self.diffusion_model(x, t, y=c_crossattn[0])
         return self.diffusion_model(x, t)
@@ -61,6 +74,60 @@ class DiffusionWrapper(nn.Module):
         assert not isinstance(condition, TimedCondition), "see at_timesteps"
         parts = [condition] if isinstance(condition, Tensor) else list(condition)
         return {"c_concat" if self.conditioning_key == "concat" else "c_crossattn": parts}
+
+
+def without(captions: list[Any], dropped: Tensor) -> list[Any]:
+    """Return captions with the empty one where `dropped` [B] is true, in the same kind of list with all it holds."""
+    kept = copy.copy(captions)
+    for place in dropped.nonzero().flatten().tolist():
+        kept[place] = ""
+    return kept
+
+
+class Captioned:
+    """What a model that learns from captions does with them, for subclasses that encode more than their words."""
+
+    cond_stage_key: str
+
+    def captions_of(self, batch: Mapping[str, Any]) -> list[Any]:
+        """Return the captions of a batch as a list, which may hold more that is encoded with them."""
+        return list(batch[self.cond_stage_key])
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Return a condition encoded."""
+        raise NotImplementedError
+
+    def get_unconditional_conditioning(self, negatives: Sequence[str]) -> Any:
+        """Return the condition that guidance steers away from, for negative prompts."""
+        return self.get_learned_conditioning(list(negatives))
+
+    def completed(self, encoded: Any, negatives: Sequence[str] | None = None) -> Any:
+        """Return what the text encoder gave for prompts, with all else that the denoiser is told.
+
+        `negatives` are the texts of negative prompts that guidance steers away from.
+        """
+        return encoded
+
+    @classmethod
+    def check_sizes(cls, sizes: Mapping[str, Sequence[int]]) -> None:
+        """Check sizes that the model is to be told of; see `LatentDiffusionXL.drawing_at`.
+
+        Raises:
+            UserError: they are out of range, or the model is not told of any.
+        """
+        if sizes:
+            raise UserError(
+                f"--{next(iter(sizes))} is for Stable Diffusion XL, and this model is not told of sizes; leave it out"
+            )
+
+    @contextmanager
+    def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """Within this block prompts are for images of this size in pixels, for models that are told of it.
+
+        Raises UserError as `check_sizes`.
+        """
+        self.check_sizes(sizes)
+        yield
 
 
 def concat_conditions(first: Condition | None, second: Condition | None) -> Condition:
@@ -220,6 +287,27 @@ def at_timesteps(cond: Condition | None, times: Tensor) -> Condition | None:
     if isinstance(cond, (list, tuple)):
         return [at_timesteps(value, times) for value in cond]
     return cond
+
+
+def condition_map(function: Callable[[Tensor], Tensor], cond: Condition) -> Any:
+    """Return a condition of the same form with a function applied to each of its tensors."""
+    if isinstance(cond, Tensor):
+        return function(cond)
+    if isinstance(cond, Mapping):
+        return {key: condition_map(function, part) for key, part in cond.items()}
+    assert not isinstance(cond, TimedCondition), "see at_timesteps"
+    return [condition_map(function, part) for part in cond]
+
+
+def context_of(cond: Condition) -> Tensor:
+    """Return the context [B, M, d] of what a text encoder gave."""
+    context: Tensor = cond["c_crossattn"][0] if isinstance(cond, Mapping) else cond  # type: ignore[assignment]
+    return context
+
+
+def with_context(cond: Condition, context: Tensor) -> Any:
+    """Return what a text encoder gave, with another context [B, M, d]."""
+    return {**cond, "c_crossattn": [context]} if isinstance(cond, Mapping) else context
 
 
 def condition_rows(cond: Condition | None) -> int | None:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_state, read_state_dict
 from ldm.models.diffusion.conditioning import (
+    Captioned,
     Condition,
     DiffusionWrapper,
     GuidedCondition,
     at_timesteps,
     guided,
+    without,
 )
 from ldm.models.diffusion.loss_weighting import (
     LOSS_WEIGHT,
@@ -317,7 +319,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
         return {"inputs": channels_first(batch[self.first_stage_key][:N], self.device)}
 
 
-class LatentDiffusion(Personalised, DDPM):
+class LatentDiffusion(Captioned, Personalised, DDPM):
     """Diffusion in the latent space of a first stage, under a condition (Rombach et al. 2022).
 
     With `personalization_config` everything but the personalization's parameters is frozen, and the denoiser too
@@ -465,7 +467,7 @@ class LatentDiffusion(Personalised, DDPM):
             return z, batch
         condition = batch[self.cond_stage_key]
         if not isinstance(condition, Tensor):
-            return z, list(condition)
+            return z, self.captions_of(batch)
         return z, condition if condition.ndim < 3 else channels_first(condition, self.device)
 
     @torch.no_grad()
@@ -485,8 +487,7 @@ class LatentDiffusion(Personalised, DDPM):
         if cond is None:
             return self.p_losses(x, None, t, **options)
         if self.training and self.ucg_rate and isinstance(cond, list):
-            drop = torch.rand(len(cond)) < self.ucg_rate
-            cond = ["" if dropped else caption for caption, dropped in zip(cond, drop.tolist(), strict=True)]
+            cond = without(cond, torch.rand(len(cond)) < self.ucg_rate)
         self.note_captions(cond)
         trained = self.personalised or self.cond_stage_trainable
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):

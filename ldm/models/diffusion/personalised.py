@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import initialised
-from ldm.models.diffusion.conditioning import DiffusionWrapper, GuidedCondition, TimedCondition, TimedPrompts
+from ldm.models.diffusion.conditioning import (
+    DiffusionWrapper,
+    GuidedCondition,
+    TimedCondition,
+    TimedPrompts,
+    condition_map,
+)
 from ldm.modules.personalization import DenoiserShape, Personalization
 from ldm.util import ConfigError, accepts, get_obj_from_str, instantiate_from_config
 
@@ -46,6 +52,11 @@ class Personalised(_Base):
             raise ConfigError(
                 f"personalization_config: {config['target']} is no Personalization; derive it from the class in "
                 "ldm/modules/personalization.py"
+            )
+        if personalization.shapes_context and len(self.cond_stage_model.widths) > 1:
+            raise ConfigError(
+                f"personalization_config: {config['target']} learns more than vectors, which is not possible for "
+                "Stable Diffusion XL yet; use ldm.modules.embedding_manager.EmbeddingManager"
             )
         return personalization
 
@@ -94,7 +105,8 @@ class Personalised(_Base):
             return encoded
         rows = torch.tensor([unique.index(caption) for caption in captions])
         # Do not wait for the device, which may still compute earlier steps.
-        return encoded.index_select(0, rows.to(encoded.device, non_blocking=True))
+        rows = rows.to(self.device, non_blocking=True)
+        return condition_map(lambda part: part.index_select(0, rows), encoded)
 
     def _encode_shaped(self, captions: Sequence[str], times: Tensor | None = None) -> Tensor:
         """Encode captions as the personalization does, at timesteps [B]."""

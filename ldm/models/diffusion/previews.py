@@ -58,12 +58,13 @@ def preview_images(
     x = channels_first(torch.as_tensor(batch[model.first_stage_key])[:N], model.device)
     shown: dict[str, Tensor] = {"inputs": x}
     first = {key: value[: len(x)] for key, value in batch.items()}
-    with random_state.isolated(seed), model.first_stage_on(model.device):
+    size = x.shape[-2], x.shape[-1]
+    with random_state.isolated(seed), model.first_stage_on(model.device), model.drawing_at(*size, {}):
         z, raw = model.get_input(first, model.first_stage_key)
         shown["reconstruction"] = model.decode_first_stage(z)
         if isinstance(raw, list) and raw and isinstance(raw[0], str):
-            size = x.shape[-1]
-            shown["conditioning"] = torch.stack([to_tensor(text_image(text, size, size)) for text in raw])
+            side = size[-1]
+            shown["conditioning"] = torch.stack([to_tensor(text_image(text, side, side)) for text in raw])
         if raw is not None and (not prompts if sample is None else sample):
             noise = torch.randn(z.shape)
             shown["samples"] = _samples(model, raw, noise, ddim_steps, ddim_eta)
@@ -103,7 +104,7 @@ def _samples(
     guidance: dict[str, Any] = {}
     if scale != 1.0:
         texts = raw if isinstance(raw, list) else [""] * len(noise)
-        empty = model.get_learned_conditioning(model.negative_prompts(texts))
+        empty = model.get_unconditional_conditioning(model.negative_prompts(texts))
         guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": empty}
     with model.ema_scope("previews"):
         latents, _ = sampler.sample(

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -47,8 +48,18 @@ class PromptEncoder(nn.Module):
         """The width d of a token embedding."""
         return self.token_embedding.embedding_dim
 
-    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None) -> Tensor:
-        """Token ids [B, L] to the context [B, L, d] of the denoiser."""
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The parts of d: one for each text tower that the encoder consists of."""
+        return (self.width,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vocabulary's vectors are."""
+        return self.token_embedding.weight.device
+
+    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Any:
+        """Token ids [B, L] to the condition of the denoiser: a context [B, L, d], or a mapping that holds one."""
         raise NotImplementedError
 
     def token_ids(
@@ -63,17 +74,17 @@ class PromptEncoder(nn.Module):
             }
         ids = self.prompt_tokenizer.encode(text, placeholders)
         # Non-blocking: a GPU may still be busy with the steps before.
-        return ids.to(self.token_embedding.weight.device, non_blocking=True)
+        return ids.to(self.device, non_blocking=True)
 
-    def forward(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
-        """Encode prompts as [B, max_length, d].
+    def forward(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Any:
+        """Encode prompts as the condition of the denoiser, see `embed_ids`.
 
         The manager is called with the token ids [B, L] and the token embeddings [B, L, d] before position
         embeddings are added, and returns the token embeddings to continue with.
         """
         return self.embed_ids(self.token_ids(text, embedding_manager), embedding_manager)
 
-    def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Tensor:
+    def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Any:
         """The same as calling the encoder."""
         return self(text, embedding_manager=embedding_manager)
 

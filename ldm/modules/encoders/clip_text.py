@@ -6,6 +6,7 @@ This is the only file that knows how transformers lays its CLIP text model out: 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -41,12 +42,15 @@ class CLIPText(nn.Module):
         self.text_model.embeddings.forward = partial(_embeddings_forward, self.text_model.embeddings)
         self.text_model.forward = partial(_text_model_forward, self.text_model)
 
-    def forward(self, input_ids: Tensor, embedding_manager: Manager | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, embedding_manager: Manager | None = None, skip_last: int = 0
+    ) -> Tensor:
         """Token ids [B, L] to the last hidden state after the final norm, [B, L, d].
 
         Ids beyond the vocabulary stand for placeholders without a token of their own; only the manager sees them.
+        With `skip_last` it is the hidden state before so many of the last layers, without the final norm.
         """
-        return self.text_model(input_ids, embedding_manager=embedding_manager)
+        return self.text_model(input_ids, embedding_manager=embedding_manager, skip_last=skip_last)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Checkpoints of older transformers hold the constant positions.
@@ -60,17 +64,30 @@ def _embeddings_forward(self: Any, input_ids: Tensor, embedding_manager: Manager
     return embedded + self.position_embedding.weight[: embedded.shape[1]].to(embedded.dtype)
 
 
-def _text_model_forward(self: Any, input_ids: Tensor, embedding_manager: Manager | None = None) -> Tensor:
+def _text_model_forward(
+    self: Any, input_ids: Tensor, embedding_manager: Manager | None = None, skip_last: int = 0
+) -> Tensor:
     """Replaces the forward of the text model: embeddings, causal transformer, final norm."""
     embedded = self.embeddings(input_ids, embedding_manager=embedding_manager)
     length = embedded.shape[1]
     fused = _choose_attention(self, length, embedded.device)
-    if "causal_attention_mask" in inspect.signature(self.encoder.forward).parameters:  # transformers 4
-        encoded = self.encoder(inputs_embeds=embedded, causal_attention_mask=_causal_mask(length, embedded))
+    encoder = _without_last(self.encoder, skip_last)
+    if "causal_attention_mask" in inspect.signature(encoder.forward).parameters:  # transformers 4
+        encoded = encoder(inputs_embeds=embedded, causal_attention_mask=_causal_mask(length, embedded))
     else:
         mask = None if fused else _causal_mask(length, embedded)
-        encoded = self.encoder(inputs_embeds=embedded, attention_mask=mask, is_causal=True)
-    return self.final_layer_norm(encoded.last_hidden_state)
+        encoded = encoder(inputs_embeds=embedded, attention_mask=mask, is_causal=True)
+    hidden = encoded.last_hidden_state
+    return hidden if skip_last else self.final_layer_norm(hidden)
+
+
+def _without_last(encoder: Any, layers: int) -> Any:
+    """The same encoder, sharing its weights, without so many of its last layers."""
+    if not layers:
+        return encoder
+    shorter = copy.copy(encoder)
+    shorter._modules = {**encoder._modules, "layers": encoder.layers[:-layers]}
+    return shorter
 
 
 def _choose_attention(text_model: Any, length: int, device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,15 +73,34 @@ class OpenCLIPText(nn.Module):
     ) -> Tensor:
         """The hidden states before `ln_final`, without the last `skip_last` blocks; ids [B, L] -> [B, L, d]."""
         x = embed_tokens(self.token_embedding, ids, embedding_manager)
-        length = x.shape[1]
-        x = x + self.positional_embedding[:length].to(x.dtype)
-        blocks = list(self.transformer["resblocks"].children())
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(
-            1
-        )  # True is not attended to
-        for block in blocks[: len(blocks) - skip_last]:
-            x = block(x, mask)
-        return x
+        x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)
+        blocks = self.blocks()
+        return _run(blocks[: len(blocks) - skip_last], x)
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks in order."""
+        return list(self.transformer["resblocks"].children())
+
+    def pooled(self, hidden: Tensor, places: Tensor, skipped: int = 0) -> Tensor:
+        """The projected output at one place of each prompt: [B, L, d] and [B] -> [B, d].
+
+        Args:
+            hidden: hidden states without the last `skipped` blocks, as `forward` returns them.
+            places: of the end tokens.
+        """
+        blocks = self.blocks()
+        hidden = self.ln_final(_run(blocks[len(blocks) - skipped :], hidden))
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, places] @ self.text_projection.to(hidden.dtype)
+
+
+def _run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Hidden states [B, L, d] through blocks, in which no token looks ahead."""
+    length = x.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)  # True is not attended to
+    for block in blocks:
+        x = block(x, mask)
+    return x
 
 
 class FrozenOpenCLIPEmbedder(PromptEncoder):
@@ -131,7 +150,7 @@ class FrozenOpenCLIPEmbedder(PromptEncoder):
         self.model = OpenCLIPText(**(ARCHITECTURES[arch] if isinstance(arch, str) else dict(arch)))
         if pretrained_wanted():
             logger.warning(
-                "OpenCLIP's weights come with a Stable Diffusion 2 checkpoint; until then they are random"
+                "OpenCLIP's weights come with the checkpoint of a diffusion model; until then they are random"
             )
         self.prompt_tokenizer = PromptTokenizer(
             self.tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -190,12 +191,9 @@ class EmbeddingSaver(RunCallback):
         for name in self.formats:
             paths = embeddings.paths_for([stems[word] for word in exported], folder, name)
             for (word, rows), path in zip(exported.items(), paths, strict=True):
-                concept = embeddings.Concept(
-                    word,
-                    rows,
-                    encoder=embeddings.encoder_kind(family, rows.shape[1]),
-                    part="negative" if negatives.get(word) in exported else "",
-                    token=int(manager.string_to_token_dict[word]),
-                )
-                learned = embeddings.LearnedEmbeddings((concept,), metadata)
+                token = int(manager.string_to_token_dict[word])
+                concepts = embeddings.concepts_of(word, rows, family, token=token)
+                if negatives.get(word) in exported:
+                    concepts = tuple(replace(concept, part="negative") for concept in concepts)
+                learned = embeddings.LearnedEmbeddings(concepts, metadata)
                 embeddings.write(learned, path.with_stem(f"{path.stem}{suffix}"), name)

@@ -46,7 +46,8 @@ class VectorStats(RunCallback):
         self.every_n_train_steps = every_n_train_steps
         self.rows: list[VectorRow] = []
         self._initial: dict[str, Tensor] = {}
-        self._vocabulary_norm = 0.0
+        self._widths: tuple[int, ...] = ()
+        self._vocabulary_norms: list[float] = []
         self._measured_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,8 +55,9 @@ class VectorStats(RunCallback):
         if manager is None:
             return
         self._initial = self._initial or manager.export()
-        table = cast(TextEncoder, pl_module.cond_stage_model).token_embedding.weight
-        self._vocabulary_norm = float(table.detach().float().norm(dim=1).mean())
+        encoder = cast(TextEncoder, pl_module.cond_stage_model)
+        table, self._widths = encoder.token_embedding.weight.detach().float(), encoder.widths
+        self._vocabulary_norms = [float(part.norm(dim=1).mean()) for part in self._parts(table)]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,18 +70,30 @@ class VectorStats(RunCallback):
         if not current:
             return
         self._measured_step = step
-        norms = torch.cat([vectors.norm(dim=1) for vectors in current.values()])
-        ratio = norms.mean().item() / self._vocabulary_norm
+        norms = [torch.stack([part.norm(dim=1) for part in self._parts(v)]) for v in current.values()]
+        ratios = (torch.cat(norms, dim=1).mean(dim=1) / torch.tensor(self._vocabulary_norms)).tolist()
+        ratio = sum(ratios) / len(ratios)
         cosines = [
-            torch.cosine_similarity(vectors[: len(first)], first[: len(vectors)], dim=1)
+            torch.cosine_similarity(one, other, dim=1)
             for word, vectors in current.items()
             if (first := self._initial.get(word)) is not None
+            for one, other in zip(
+                self._parts(vectors[: len(first)]), self._parts(first[: len(vectors)]), strict=True
+            )
         ]
         cosine = torch.cat(cosines).mean().item() if cosines else float("nan")
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.rows.append(VectorRow(step, ratio, cosine, rate))
+        metrics = {"vectors/norm_ratio": ratio, "vectors/cosine_to_initial": cosine}
+        if len(ratios) > 1:
+            metrics |= {f"vectors/norm_ratio_{tower}": own for tower, own in enumerate(ratios, start=1)}
         for log in trainer.loggers:
-            log.log_metrics({"vectors/norm_ratio": ratio, "vectors/cosine_to_initial": cosine}, step=step)
+            log.log_metrics(metrics, step=step)
+
+    def _parts(self, vectors: Tensor) -> Sequence[Tensor]:
+        """The parts of vectors [N, d] for the towers of the text encoder, which differ in the norm of words."""
+        whole = vectors.shape[1] != sum(self._widths)
+        return (vectors,) if whole else vectors.split(list(self._widths), dim=1)
 
     def figures(self) -> list[str]:
         if not self.rows:

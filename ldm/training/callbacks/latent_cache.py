@@ -60,6 +60,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
         row = self._row[drawn.variant]
         moments = torch.from_numpy(np.array(self.encoded[row]))
         item = {self.key: moments, "caption": drawn.caption, "row": torch.tensor(row)}
+        if hasattr(self.data, "sizes"):
+            item["sizes"] = self.data.sizes(*drawn.variant)
         return item if self.weights is None else {**item, LOSS_WEIGHT: self.weights[row]}
 
     def _cell_weights(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from ldm import embeddings
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.callbacks.guard import TrainingGuard, VectorStats
-from ldm.util import UserError
+from ldm.util import UserError, instantiate_from_config, skip_pretrained
+from tests.golden_record import fill, sdxl_node
 from tests.training.runs import only_run, start, state_of
 
 OFTEN = [
@@ -192,3 +194,26 @@ def test_personalization_without_vectors_to_export_has_no_statistics(tiny_yaml):
     assert rows_of("logs") == []
     assert not list((only_run() / "checkpoints").glob("embedding.*"))
     assert (only_run() / "checkpoints" / "embeddings.pt").is_file()
+
+
+def test_norms_of_an_encoder_of_two_towers_are_compared_tower_by_tower() -> None:
+    with skip_pretrained():
+        model = fill(instantiate_from_config(sdxl_node()))
+    with torch.no_grad():
+        for tower, factor in zip(model.cond_stage_model.towers, (1, 50), strict=True):
+            tower.token_embedding.weight.mul_(factor)  # words of the second are 50 times as long
+    manager = model.embedding_manager
+    manager.reset(model.cond_stage_model)
+    logged: dict[str, float] = {}
+    log = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics))
+    optimizers = [SimpleNamespace(param_groups=[{"lr": 0.1}])]
+    trainer = SimpleNamespace(global_step=1, optimizers=optimizers, loggers=[log])
+    stats = VectorStats(every_n_train_steps=1)
+    stats.on_train_start(trainer, model)
+    with torch.no_grad():
+        manager.vectors("*")[:, :32] *= -2
+    stats.on_train_batch_end(trainer, model, None, None, 0)
+    first, second = logged["vectors/norm_ratio_1"], logged["vectors/norm_ratio_2"]
+    assert first == pytest.approx(2, rel=0.5) and second == pytest.approx(1, rel=0.5)
+    assert logged["vectors/norm_ratio"] == pytest.approx((first + second) / 2)
+    assert logged["vectors/cosine_to_initial"] == pytest.approx(0, abs=1e-5)  # -1 and 1
