@@ -63,7 +63,8 @@ def compare(options: argparse.Namespace) -> None:
     after: list[float] = []
     for number in range(options.rounds):
         sides = [(options.before.resolve(), before), (ROOT, after)]
-        for folder, times in sides if number % 2 else reversed(sides):  # whoever is first may be favoured
+        order = sides if number % 2 else sides[::-1]  # whoever is first may be favoured
+        for folder, times in order:
             times.append(median_step(folder, options.steps, options.threads or 1))
     quotient = ratio(after, before)
     report = Report(

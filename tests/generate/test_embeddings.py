@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.generate import check_mentions, check_prompts, load_embeddings
-from ldm.generate.embeddings import warn_unused
+from ldm.generate.embeddings import set_dials, warn_unused
 from ldm.generate.prompt_syntax import parse
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
@@ -268,3 +268,16 @@ def test_prompts_are_checked_against_the_placeholders_of_the_model(model) -> Non
     model.embedding_manager = EmbeddingManager(model.cond_stage_model, ["sculpture"])
     with pytest.raises(UserError, match="mentions 'sculpture'"):
         check_prompts(model, ["a sculpture"], learned=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("truncation", "write it as NAME=NUMBER"),
+        ("a=b", "write it as NAME=NUMBER"),
+        ("a=1", "there is no dial 'a'"),
+    ],
+)
+def test_a_wrong_dial_is_one_line(model, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        set_dials(model, [text])
