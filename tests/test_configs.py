@@ -62,7 +62,9 @@ def build(node: DictConfig, clip_vit_l: Path) -> torch.nn.Module:
     node = node.copy()
     encoder = OmegaConf.select(node, "params.cond_stage_config") or {}
     kind = str(encoder.get("target", "")).rpartition(".")[2]
-    if kind == "FrozenCLIPEmbedder" and "version" not in (encoder.get("params") or {}):
+    if kind in ("FrozenCLIPEmbedder", "FrozenSDXLEmbedder") and "version" not in (
+        encoder.get("params") or {}
+    ):
         OmegaConf.update(node, "params.cond_stage_config.params.version", str(clip_vit_l), force_add=True)
     elif kind == "FrozenCLIPEmbedder":
         home = ROOT / "models" / "ldm" / "creatures" / "text_encoder"
