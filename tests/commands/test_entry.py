@@ -102,8 +102,9 @@ sys.exit("main was imported" if "main" in sys.modules else code)
 
 def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    config = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
     ended = subprocess.run(
-        [sys.executable, ROOT / "main.py", "--base", "x.yaml", "-t"],
+        [sys.executable, ROOT / "main.py", "--base", config, "-t"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -51,7 +51,7 @@ def test_files_of_a_run(tiny_yaml, image_folder, capsys):
         n.endswith("metrics.csv") for n in files
     )
     shown = capsys.readouterr()
-    assert shown.out.count("no GPU here") == (0 if torch.cuda.is_available() else 1)
+    assert shown.out.count("no CUDA device here") == (0 if torch.cuda.is_available() else 1)
     assert "learning '*' (1 vector) from 3 images" in shown.out
     assert "learning rate 1.00e-02 = 5.00e-03 x 2 (batch)" in shown.out
     assert f"embeddings: {run}/checkpoints/embeddings.pt" in shown.out
