@@ -170,11 +170,14 @@ class Service:
         """All settings of the run, merged from its YAMLs and flags."""
         from omegaconf import OmegaConf
 
+        return OmegaConf.to_yaml(self._merged(self.arguments(form | {"yaml": ""})))
+
+    def _merged(self, words: Sequence[str]) -> Any:
+        """The configuration of a command line."""
         from ldm.training import command_line, config
 
-        options = command_line.parse(self.arguments(form | {"yaml": ""}))
-        merged = config.load_run_config(options, [self.workspace.root / base for base in options.base])
-        return OmegaConf.to_yaml(merged)
+        options = command_line.parse(words)
+        return config.load_run_config(options, [self.workspace.root / base for base in options.base])
 
     def tokens(self, model: str, text: str) -> list[str]:
         """The tokens of a text as the model's text encoder sees them."""
@@ -196,7 +199,8 @@ class Service:
     def check(self, form: dict[str, Any]) -> Checked:
         """Train a few steps in a folder that is removed again: on what device, how fast, with how much memory."""
         words = self.arguments(form)
-        steps = _whole(form.get("steps"), "steps", 1, 10**7)
+        trainer = (self._merged(words).get("lightning") or {}).get("trainer") or {}
+        steps = trainer.get("max_steps")
         trial = self.workspace.logs / STATE_FOLDER / f"trial-{time.time_ns()}"
         begun = time.monotonic()
         quick = ["-l", str(trial), "--max_train_steps", str(TRIAL_STEPS)]

@@ -37,7 +37,7 @@ from tests.training.runs import only_run, start
         (
             ["model.params.first_stage_key=pixels", "--actual_resume", "gone/x"],
             1,
-            "hold image, caption; name one",
+            "hold image, caption, sizes; name one",
         ),
         (["--strategy", "dpp", "--actual_resume", "gone/x"], 1, "invalid strategy name"),
         (["--max_time", "soon"], 1, "not a valid duration"),
