@@ -38,7 +38,7 @@ ROOMS = {
     "scripts": EVERYTHING | {"main", "benchmarks"},
 }
 
-MOST_FILES, MOST_LINES = 142, 600
+MOST_FILES, MOST_LINES = 140, 600
 SMALL = 5  # lines; files of at most so many are not counted
 
 

@@ -102,13 +102,28 @@ def check_captions(model: pl.LightningModule, dataset: Any) -> None:
 def check_token_limit(
     captions: list[str], tokenizer: PromptTokenizer, ids: Mapping[str, int], positions: Mapping[str, int]
 ) -> None:
-    """Raise UserError for a caption in which a placeholder with its `positions` exceeds the token limit."""
+    """Check captions against the token limit; other text beyond it is one warning.
+
+    Raises:
+        UserError: a placeholder with its `positions` exceeds the limit.
+    """
+    lost = []
     for caption in captions:
         if cut := tokenizer.truncated(caption, ids, positions):
             raise UserError(
                 f"the token limit of {tokenizer.max_length} cuts off the placeholder '{cut[0].placeholder}' in the "
                 f"caption '{caption[:120]}'; shorten the caption or use fewer vectors"
             )
+        if beyond := tokenizer.overflow(caption, ids, positions):
+            lost.append(beyond)
+    if lost:
+        logger.warning(
+            "%d of %d captions are longer than the token limit of %d: '%s' and what follows it has no effect",
+            len(lost),
+            len(captions),
+            tokenizer.max_length,
+            lost[0][:80],
+        )
 
 
 def check_progress(model: pl.LightningModule, max_steps: int | None) -> None:

@@ -91,3 +91,14 @@ def test_samples_of_a_dataset_that_cannot_list_its_captions(model) -> None:
     samples = [{"caption": "a *"}, {"caption": "a *"}, {"caption": "the *"}, {"image": 1}]
     assert preflight.captions_of(samples) == ["a *", "the *"]
     assert preflight.captions_of(iter(samples)) == []
+
+
+def test_text_beyond_the_token_limit_is_a_warning(model, caplog):
+    room = model.cond_stage_model.prompt_tokenizer.max_length - 2
+    with caplog.at_level(logging.WARNING):
+        preflight.check_captions(model, Captions("a *", "* " + "the " * (room - 1)))
+        assert not caplog.records
+        preflight.check_captions(model, Captions("a *", "* " + "the " * room + "toy"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("1 of 2 captions are longer than the token limit of")
+    assert "the toy" in record.getMessage()
