@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import shutil
@@ -13,8 +14,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -269,6 +272,74 @@ def test_dark_mode(page: Any) -> None:
     for name in ("Train", "Runs", "Generate", "Words"):
         tab(page, name)
         shot(page, f"dark-{name.lower()}")
+
+
+def ask(
+    server: Server, method: str, path: str, headers: dict[str, str], body: Any = None
+) -> tuple[int, bytes]:
+    """Send a request whose path is not tidied up, as a browser would; the status and body of the answer."""
+    connection = http.client.HTTPConnection("localhost", server.port, timeout=60)
+    connection.putrequest(method, path, skip_accept_encoding=True)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    try:
+        for part in body or ():
+            connection.send(part)
+    except OSError:  # the server has answered and closed
+        pass
+    try:
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def test_nothing_outside_is_served(server: Server, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the secret")
+    images = server.root / "logs" / "linked" / "images" / "train"
+    images.mkdir(parents=True)
+    (images.parents[1] / "checkpoints").mkdir()
+    (images / "prompts_gs-000001_e-000000_b-000000.jpg").symlink_to(secret)
+    up = "/".join([".."] * 12)
+    places = [
+        str(secret),
+        f"{up}{secret}",
+        quote(f"{up}{secret}", safe=""),
+        quote(quote(str(secret), safe="")),
+    ]
+    paths = [f"/gradio_api/file={place}" for place in places]
+    paths += [
+        f"/file={secret}",
+        f"/{up}{secret}",
+        f"/static/{up}{secret}",
+        f"/assets/{quote(up + str(secret), safe='')}",
+    ]
+    paths += [f"/view/run/{quote(up, safe='')}/1", "/view/run/../1", "/view/run/linked/1"]
+    for path in paths:
+        status, body = ask(server, "GET", path, {})
+        assert status in (400, 403, 404, 405, 422, 307) and b"the secret" not in body, (path, status)
+    shutil.rmtree(images.parents[1])
+
+
+def test_large_uploads_and_other_sites_are_refused(server: Server) -> None:
+    upload, gigabyte = "/gradio_api/upload", 2**30
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    status, body = ask(server, "POST", upload, form | {"Content-Length": str(gigabyte)})
+    assert status == 413 and b"MB at once" in body
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    block = b"%x\r\n" % 2**20 + b"0" * 2**20 + b"\r\n"
+    chunks = chain([b"%x\r\n" % len(head) + head + b"\r\n"], repeat(block, 1024))
+    status, _ = ask(server, "POST", upload, form | {"Transfer-Encoding": "chunked"}, chunks)
+    assert status in (0, 413)  # 0: the connection was closed in the middle
+    kept = sum(path.stat().st_size for path in server.root.rglob("*") if path.is_file())
+    assert kept < gigabyte / 2
+    for path in (upload, "/gradio_api/queue/join"):
+        status, body = ask(server, "POST", path, {"Origin": "http://evil.example", "Content-Length": "0"})
+        assert status == 403 and b"another site" in body
 
 
 def test_listening_needs_a_password(tmp_path: Path, browser: Any) -> None:

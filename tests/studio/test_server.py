@@ -1,0 +1,152 @@
+"""The guard in front of the page, and its command line; no gradio is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import pytest
+
+from ldm.studio import server
+from ldm.studio.server import Guard, is_local, make_parser, read_users, serve
+from ldm.util import UsageError
+
+MOST = 1000
+
+
+class Page:
+    """The application behind the guard: it reads the whole request and says so."""
+
+    def __init__(self) -> None:
+        self.bodies: list[int] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+        while True:
+            event = await receive()
+            size += len(event.get("body") or b"")
+            if event["type"] == "http.disconnect" or not event.get("more_body"):
+                break
+        self.bodies.append(size)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"page"})
+
+
+def answer(
+    headers: dict[str, str],
+    *,
+    method: str = "POST",
+    users: dict[str, str] | None = None,
+    local: bool = True,
+    chunks: int = 1,
+    kind: str = "http",
+) -> tuple[int, str, dict[bytes, bytes]]:
+    """The status, text and headers of the answer to a request in chunks of 100 bytes."""
+    left = [chunks]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        left[0] -= 1
+        return {"type": "http.request", "body": b"x" * 100, "more_body": left[0] > 0}
+
+    async def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+
+    pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
+    scope = {"type": kind, "method": method, "path": "/", "headers": pairs}
+    asyncio.run(Guard(Page(), users or {}, local=local, most=MOST)(scope, receive, send))
+    if kind == "websocket":
+        return int(sent[0]["code"]), "", {}
+    return sent[0]["status"], sent[-1]["body"].decode(), dict(sent[0]["headers"])
+
+
+def basic(text: str) -> str:
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:7860"}, 200),
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "[::1]:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:7860", "origin": "http://localhost:7861"}, 403),
+        ({"host": "localhost:7860", "origin": "null"}, 403),
+        ({"host": "localhost:7860", "sec-fetch-site": "cross-site"}, 403),
+        ({"host": "evil.example:7860"}, 403),  # a name that was pointed at this machine
+        ({"host": "localhost.evil.example"}, 403),
+        ({}, 403),
+        ({"host": "localhost", "content-length": str(MOST + 1)}, 413),
+        ({"host": "localhost", "content-length": "many"}, 413),
+    ],
+)
+def test_what_is_let_through(headers, status):
+    assert answer(headers)[0] == status
+    if status == 403:
+        assert answer(headers, kind="websocket")[0] == 4403
+
+
+def test_a_link_from_another_site_opens_the_page():
+    link = {"host": "localhost", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert answer(link, method="GET")[0] == 200
+    assert answer(link | {"sec-fetch-mode": "no-cors"}, method="GET")[0] == 403
+
+
+def test_an_upload_without_a_length_ends_at_the_limit():
+    status, _, _ = answer({"host": "localhost", "transfer-encoding": "chunked"}, chunks=10**6)
+    assert status == 413
+    assert answer({"host": "localhost"}, chunks=MOST // 100)[0] == 200
+
+
+def test_a_password(monkeypatch):
+    monkeypatch.setattr(server, "_FAILED_LOGIN_SECONDS", 0)
+    users = {"ann": "secret", "bob": "påss:word"}
+    for given, status in (
+        (None, 401),
+        (basic("ann:secret"), 200),
+        (basic("bob:påss:word"), 200),
+        (basic("ann:wrong"), 401),
+        (basic("eve:-"), 401),
+        (basic("ann:"), 401),
+        ("Basic !!!", 401),
+        ("Bearer " + basic("ann:secret").split()[1], 401),
+    ):
+        headers = {"host": "house:7860"} | ({"authorization": given} if given else {})
+        got, _, told = answer(headers, users=users, local=False)
+        assert got == status, given
+        assert (b"www-authenticate" in told) is (status == 401)
+
+
+def test_answers_forbid_frames_and_other_sites():
+    _, _, told = answer({"host": "localhost"}, method="GET")
+    assert {key for key, _ in server._HEADERS.items()} <= told.keys()
+
+
+def test_users_of_a_file(tmp_path):
+    (tmp_path / "users").write_text("ann:one\n\nbob:two:three\n")
+    assert read_users(str(tmp_path / "users")) == {"ann": "one", "bob": "two:three"}
+    for text in ("ann", "ann:", ":one", ""):
+        with pytest.raises(UsageError, match="NAME:PASSWORD"):
+            read_users(text)
+    (tmp_path / "none").write_text("\n")
+    with pytest.raises(UsageError, match="is empty"):
+        read_users(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [("localhost", True), ("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("x.example", False)],
+)  # fmt: skip
+def test_addresses_of_this_machine(address, local):
+    assert is_local(address) is local
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--listen"], "needs --auth"), (["--port", "70000"], "between 1 and 65535")]
+)
+def test_wrong_options_are_said_before_anything_starts(words, message):
+    with pytest.raises(UsageError, match=message):
+        serve(make_parser("studio.py").parse_args(words))
