@@ -114,6 +114,7 @@ class Personalization(Protocol):
         method: the name of the method in files of its own; "" for one whose files are vectors of any tool.
         shapes_context: whether `encode` does more than replace token embeddings.
         timed: whether `encode` depends on the timestep.
+        adds_loss: whether a training step adds `context_loss` to its loss.
         training_guidance: the scale at which a training step is guided against the negative prompt; 1 is no guidance.
     """
 
@@ -122,6 +123,7 @@ class Personalization(Protocol):
     method: str = ""
     shapes_context: bool = False
     timed: bool = False
+    adds_loss: bool = False
     training_guidance: float = 1.0
 
     # Without default: what makes a personalization.
@@ -181,9 +183,9 @@ class Personalization(Protocol):
         """What guidance steers away from under `prompt`, where the user wrote `negative`, which may be empty."""
         return negative
 
-    def context_loss(self, embedder: TextEncoder) -> Tensor | None:
-        """A scalar, weight included, that a training step adds to its loss; None for nothing."""
-        return None
+    def context_loss(self, embedder: TextEncoder) -> Tensor:
+        """A scalar, weight included, that a training step adds to its loss; asked for with `adds_loss`."""
+        return torch.zeros(())
 
     def dials(self) -> dict[str, float | int]:
         """What can be set when generating, by name, with the present values."""

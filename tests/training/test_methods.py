@@ -17,12 +17,10 @@ METHODS = {
     "CoRe": {"initializer_words": ["cat"]},
     "DreamArtist": {"negative_vectors": 2},
 }
-QUICK = "NeTI"  # has all there is: timesteps, layers, keys and values, random numbers of its own
 
 
-@pytest.mark.parametrize(
-    "method", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_resumed_bit_for_bit(tiny_yaml, method, capsys) -> None:
     node = {
         "target": f"ldm.modules.methods.{method}",

@@ -268,8 +268,8 @@ def test_measurements_of_the_fixed_loss_stay_comparable(copy_of, capsys) -> None
     "word",
     [
         "data_root=others",
-        "model.params.loss_weighting=min_snr",
-        "data.params.train.params.use_captions=true",
+        pytest.param("model.params.loss_weighting=min_snr", marks=pytest.mark.slow),
+        pytest.param("data.params.train.params.use_captions=true", marks=pytest.mark.slow),
     ],
 )
 def test_the_fixed_loss_of_other_samples_begins_anew(copy_of, image_folder, capsys, word) -> None:

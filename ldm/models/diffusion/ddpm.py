@@ -516,10 +516,8 @@ class LatentDiffusion(Captioned, Personalised, DDPM):
             distance = self.embedding_manager.embedding_to_coarse_loss().mean()
             parts[f"{self.stage}/loss_emb_reg"] = distance.detach()
             loss = loss + self.embedding_reg_weight * distance
-        if (
-            self.training
-            and (further := self.embedding_manager.context_loss(self.cond_stage_model)) is not None
-        ):
+        if self.training and self.embedding_manager.adds_loss:
+            further = self.embedding_manager.context_loss(self.cond_stage_model)
             parts[f"{self.stage}/loss_context"] = further.detach()
             loss = loss + further
         return loss, parts

@@ -53,7 +53,8 @@ class Personalised(_Base):
                 f"personalization_config: {config['target']} is no Personalization; derive it from the class in "
                 "ldm/modules/personalization.py"
             )
-        if personalization.shapes_context and len(self.cond_stage_model.widths) > 1:
+        more = personalization.shapes_context or personalization.adds_loss
+        if more and len(self.cond_stage_model.widths) > 1:
             raise ConfigError(
                 f"personalization_config: {config['target']} learns more than vectors, which is not possible for "
                 "Stable Diffusion XL yet; use ldm.modules.embedding_manager.EmbeddingManager"

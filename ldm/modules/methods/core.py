@@ -84,6 +84,7 @@ class CoRe(EmbeddingManager):
                     f"personalization_config: the prompt '{prompt[:60]}' has no {{}} for the word"
                 )
         super().__init__(embedder, **vectors)
+        self.adds_loss = self.context_weight > 0
         without = [word for word in self._counts if word not in self._initializers]
         if without:
             raise UserError(
@@ -91,10 +92,8 @@ class CoRe(EmbeddingManager):
                 "initializer_words (--init_word)"
             )
 
-    def context_loss(self, embedder: TextEncoder) -> Tensor | None:
+    def context_loss(self, embedder: TextEncoder) -> Tensor:
         """The weighted mean of one minus the cosine, over the other words of some prompts and over placeholders."""
-        if not self.context_weight:
-            return None
         drawn = torch.randint(len(self.prompts), (self.prompts_per_step,), device="cpu").tolist()
         losses = [
             self._distance(embedder, string, [self.prompts[number] for number in drawn])
