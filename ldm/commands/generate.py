@@ -185,8 +185,8 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         "--W", type=argument("width", int), metavar="PIXELS", help="width (default: the model's own)"
     )
 
-    told = parser.add_argument_group(
-        "what Stable Diffusion XL is told",
+    conditions = parser.add_argument_group(
+        "size conditions of Stable Diffusion XL",
         "By default the image is whole and has the size at which it is drawn.",
     )
     for name, pair, meaning in (
@@ -198,7 +198,7 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         ("crop", ("TOP", "LEFT"), "where the image was cut from it; 0 0 keeps the subject in the middle"),
         ("target_size", ("HEIGHT", "WIDTH"), "size of the image"),
     ):
-        told.add_argument(f"--{name}", type=int, nargs=2, metavar=pair, help=meaning)
+        conditions.add_argument(f"--{name}", type=int, nargs=2, metavar=pair, help=meaning)
 
     how = parser.add_argument_group("sampling")
     how.add_argument(
@@ -386,7 +386,7 @@ def load(
 
 
 def sizes_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
-    """What Stable Diffusion XL is to be told instead of the size of the image."""
+    """Size conditions of Stable Diffusion XL in place of the size of the image."""
     given = {name: getattr(options, name) for name in ("original_size", "crop", "target_size")}
     return {name: (pair[0], pair[1]) for name, pair in given.items() if pair is not None}
 

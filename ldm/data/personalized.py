@@ -195,7 +195,7 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         return (pixels.flip(1) if flipped else pixels).float().div_(127.5).sub_(1)
 
     def sizes(self, image: int, flipped: bool = False, view: int = 0) -> Tensor:
-        """Return what Stable Diffusion XL is told of a view, int64 [6] (Podell et al. 2023, section 2.2).
+        """Return the size conditions of Stable Diffusion XL for a view, int64 [6] (Podell et al. 2023, section 2.2).
 
         Height and width of the whole image, top and left of the view in the image at the view's scale (flipped like the
         view), and height and width of the view.

@@ -77,7 +77,7 @@ def generate(
         height, width: in pixels; by default the size that the model was trained for.
         precision: "full", or "autocast" for half precision on an accelerator (on a CPU the same as "full").
         prompt_syntax: "plain", or "a1111" or "comfyui" for weighted prompts (see `ldm.generate.prompt_syntax`).
-        sizes: what Stable Diffusion XL is told of the sizes of images; see `LatentDiffusionXL.drawing_at`.
+        sizes: size conditions of Stable Diffusion XL; see `LatentDiffusionXL.drawing_at`.
         x_T: the initial noise, [N, C, h, w] for N prompts.
         init: an image to begin from, or to edit where its mask is white.
         concept_strength: what learned words add to their class words, in this strength: 1 is the word as it is and
@@ -170,7 +170,7 @@ def generate(
 
 
 def _size_labels(sizes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """The fields of the settings for sizes that Stable Diffusion XL is told, such as "Original size: 512x768"."""
+    """The fields of the settings for size conditions of Stable Diffusion XL, such as "Original size: 512x768"."""
     return {name.replace("_", " ").capitalize(): f"{b}x{a}" for name, (a, b) in sizes.items()}
 
 

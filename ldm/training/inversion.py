@@ -29,6 +29,7 @@ from ldm.images import open_image
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
 from ldm.training.config import training_yaml
+from ldm.training.flags import TEMPLATES
 from ldm.training.record import RunRecord, is_run
 from ldm.training.run_folder import existing_run_folder
 from ldm.util import ConfigError, UserError, cut, shown
@@ -42,10 +43,6 @@ Images: TypeAlias = "str | Path | Image.Image | Sequence[str | Path | Image.Imag
 
 RECIPES = "configs/recipes"
 _YAML_END = "...\n"  # what the YAML of a single value ends with
-KINDS = {
-    "object": "ldm.data.personalized.PersonalizedBase",
-    "style": "ldm.data.personalized_style.PersonalizedBase",
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Inversion:
         Raises:
             UserError: there is no such kind.
         """
-        if self.kind is not None and self.kind not in KINDS:
+        if self.kind is not None and self.kind not in TEMPLATES:
             raise UserError(f"kind is '{self.kind}'; choose object or style")
         train = "data.params.train.params"
         given: list[tuple[str, Any]] = [

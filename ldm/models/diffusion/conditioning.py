@@ -102,7 +102,7 @@ class Captioned:
         return self.get_learned_conditioning(list(negatives))
 
     def completed(self, encoded: Any, negatives: Sequence[str] | None = None) -> Any:
-        """Return what the text encoder gave for prompts, with all else that the denoiser is told.
+        """Return what the text encoder gave for prompts, with all other conditions of the denoiser.
 
         `negatives` are the texts of negative prompts that guidance steers away from.
         """
@@ -110,19 +110,19 @@ class Captioned:
 
     @classmethod
     def check_sizes(cls, sizes: Mapping[str, Sequence[int]]) -> None:
-        """Check sizes that the model is to be told of; see `LatentDiffusionXL.drawing_at`.
+        """Check size conditions; see `LatentDiffusionXL.drawing_at`.
 
         Raises:
-            UserError: they are out of range, or the model is not told of any.
+            UserError: they are out of range, or the model has no size conditions.
         """
         if sizes:
             raise UserError(
-                f"--{next(iter(sizes))} is for Stable Diffusion XL, and this model is not told of sizes; leave it out"
+                f"--{next(iter(sizes))} is for Stable Diffusion XL, and this model has no size conditions; leave it out"
             )
 
     @contextmanager
     def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]]) -> Iterator[None]:
-        """Within this block prompts are for images of this size in pixels, for models that are told of it.
+        """Within this block prompts are for images of this size in pixels, for models with size conditions.
 
         Raises UserError as `check_sizes`.
         """
@@ -257,17 +257,23 @@ class GuidedCondition:
     scale: float
 
 
-def guided(
-    apply: Callable[[Tensor, Tensor, Condition], Tensor], x: Tensor, times: Tensor, condition: GuidedCondition
-) -> Tensor:
-    """Return uncond + scale * (cond - uncond) of the outputs for x [B, ...], in one pass of the denoiser.
+def outputs_under(
+    apply: Callable[[Tensor, Tensor, Any], Tensor],
+    x: Tensor,
+    times: Tensor,
+    conditions: Sequence[Condition | None],
+) -> Sequence[Tensor]:
+    """Return the output for x [B, ...] under each of the conditions, in one pass of the denoiser `apply`."""
+    if len(conditions) == 1:
+        return [apply(x, times, conditions[0])]
+    count = len(conditions)
+    joined = reduce(concat_conditions, conditions)
+    return apply(torch.cat([x] * count), torch.cat([times] * count), joined).chunk(count)
 
-    Args:
-        apply: the denoiser, for twice as many rows.
-    """
-    both = concat_conditions(condition.uncond, condition.cond)
-    without, with_cond = apply(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
-    return without + condition.scale * (with_cond - without)
+
+def extrapolated(start: Tensor, end: Tensor, scale: float) -> Tensor:
+    """Return start + scale * (end - start), the rule of guidance (Ho and Salimans 2022)."""
+    return start + scale * (end - start)
 
 
 def _timed_parts(cond: Condition | None, other: Condition | None) -> Sequence[TimedPrompts | Tensor]:

@@ -23,7 +23,8 @@ from ldm.models.diffusion.conditioning import (
     DiffusionWrapper,
     GuidedCondition,
     at_timesteps,
-    guided,
+    extrapolated,
+    outputs_under,
     without,
 )
 from ldm.models.diffusion.loss_weighting import (
@@ -260,7 +261,8 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """Return the denoiser's prediction for x_noisy [B, C, h, w] at timesteps t [B] under a condition."""
         if isinstance(cond, GuidedCondition):
-            return guided(self.apply_model, x_noisy, t, cond)
+            outputs = outputs_under(self.apply_model, x_noisy, t, [cond.uncond, cond.cond])
+            return extrapolated(*outputs, cond.scale)
         return self.model(x_noisy, t, **self.model.keywords(at_timesteps(cond, t)))
 
     def get_loss(self, prediction: Tensor, target: Tensor) -> Tensor:

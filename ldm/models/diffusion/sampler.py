@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.models.diffusion.conditioning import Condition, concat_conditions, condition_rows
+from ldm.models.diffusion.conditioning import Condition, condition_rows, extrapolated, outputs_under
 from ldm.models.diffusion.steps import Step, diffuse, steps_taken
 from ldm.util import UserError
 
@@ -78,16 +77,11 @@ class GuidedEps:
         guided = self.uncond is not None and self.scale != 1.0
         dialled = self.base is not None and self.strength != 1.0
         asked = [*([self.uncond] if guided else []), *([self.base] if dialled else []), self.cond]
-        if len(asked) == 1:
-            return self.model.apply_model(x, times, self.cond)
-        count = len(asked)
-        outputs = self.model.apply_model(
-            torch.cat([x] * count), torch.cat([times] * count), reduce(concat_conditions, asked)
-        ).chunk(count)
+        outputs = outputs_under(self.model.apply_model, x, times, asked)
         output = outputs[-1]
         if dialled:
-            output = outputs[-2] + self.strength * (output - outputs[-2])
-        return outputs[0] + self.scale * (output - outputs[0]) if guided else output
+            output = extrapolated(outputs[-2], output, self.strength)
+        return extrapolated(outputs[0], output, self.scale) if guided else output
 
 
 # One generator for the batch, or one for each of its images.

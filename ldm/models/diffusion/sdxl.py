@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023): latent diffusion that is told the sizes of its images."""
+"""Stable Diffusion XL (Podell et al. 2023): latent diffusion conditioned on the sizes of its images."""
 
 from __future__ import annotations
 
@@ -144,13 +144,13 @@ class LatentDiffusionXL(LatentDiffusion):
 
         Args:
             sizes: `original_size` and `target_size` (height, width; by default that of the image) and `crop` (top,
-                left; by default 0, 0), which the model is told instead.
+                left; by default 0, 0), which replace these size conditions.
         Raises:
             UserError: as `check_sizes`.
         """
         self.check_sizes(sizes)
-        told = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width), **sizes}
-        (a, b), (c, d), (e, f) = (told[name] for name in OPTIONS)
+        given = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width), **sizes}
+        (a, b), (c, d), (e, f) = (given[name] for name in OPTIONS)
         before, self._drawn = self._drawn, (a, b, c, d, e, f)
         try:
             yield
@@ -158,7 +158,7 @@ class LatentDiffusionXL(LatentDiffusion):
             self._drawn = before
 
     def drawn_sizes(self) -> Sizes:
-        """Return what prompts are told: the sizes of `drawing_at`, else of a whole image of the model's own size."""
+        """Return the size conditions of prompts: of `drawing_at`, else of a whole image of the model's own size."""
         if self._drawn is not None:
             return self._drawn
         own = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
