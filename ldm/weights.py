@@ -229,8 +229,16 @@ def weight_files(names: Iterable[str], variant: str | None = None) -> list[str]:
         for suffix in ("safetensors", "bin"):
             if found := sets.get((wanted, suffix)):
                 whole = [name for name in found if "-of-" not in name]
-                return whole[:1] or found
+                return whole[:1] or _one_set(found)
     return []
+
+
+def _one_set(shards: list[str]) -> list[str]:
+    """Of the shards of one or more sets, those of a complete set, else of the one that most are there of."""
+    sets: dict[str, list[str]] = {}
+    for name in shards:
+        sets.setdefault(name[name.index("-of-") :][4:9], []).append(name)
+    return max(sets.items(), key=lambda item: (len(item[1]) == int(item[0]), len(item[1])))[1]
 
 
 def check_variant(source: str, names: Iterable[str], variant: str | None) -> None:

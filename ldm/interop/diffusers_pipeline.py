@@ -20,16 +20,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.checkpoint import uninitialised
-from ldm.diffusers_layout import (
-    PREDICTIONS,
-    SCHEDULES,
-    TEXT_ENCODERS,
-    UNET,
-    VAE,
-    to_diffusers,
-    unet_settings,
-    vae_settings,
-)
+from ldm.diffusers_layout import TEXT_ENCODERS, UNET, VAE, to_diffusers
+from ldm.diffusers_settings import PREDICTIONS, SCHEDULES, unet_settings, vae_settings
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.conditioning import condition_map, context_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
