@@ -319,8 +319,12 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
     if settings:
         try:
             sizes = vae_params(settings)
-        except (CheckpointError, KeyError) as error:
+        except CheckpointError as error:
             raise CheckpointError(f"'{source}': {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"'{source}': its config.json is damaged ({error}); download it again"
+            ) from error
         if settings.get("scaling_factor", scale) != scale:
             raise CheckpointError(
                 f"'{source}' is a first stage with the scaling_factor {settings['scaling_factor']}, and the model's is "

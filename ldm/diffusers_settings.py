@@ -26,7 +26,7 @@ def unet_params(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_usual("unet", config, _USUAL_UNET)
     if config.get("addition_embed_type") not in (None, "text_time"):
         raise CheckpointError(
-            f"the unet's addition_embed_type is {config['addition_embed_type']!r}, of another family"
+            f"the unet's addition_embed_type is {config['addition_embed_type']!r}; {OTHER_MODEL}"
         )
     channels = list(config["block_out_channels"])
     if any(count % channels[0] for count in channels):

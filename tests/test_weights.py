@@ -47,6 +47,12 @@ def test_one_set_of_weights_is_chosen(names, variant, chosen) -> None:
     assert weight_files(names, variant) == chosen
 
 
+def test_shards_left_over_from_another_download_are_passed_over() -> None:
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert weights.weight_files(["model-00001-of-00002.safetensors", *names]) == names
+    assert weights.weight_files(["model-00001-of-00009.safetensors", *names[:2]]) == names[:2]
+
+
 def test_shards_are_read_together_and_a_missing_one_is_named(tmp_path: Path) -> None:
     part = tmp_path / "unet"
     part.mkdir()
