@@ -192,8 +192,8 @@ def ask_for_prediction(model: BaseModel) -> None:
     if model.known_by == "guess":
         other = _YAMLS[model.family, model.prediction != "v"]
         logger.warning(
-            "'%s': its weights do not tell whether this %s predicts v (768) or noise (512 base); %s is assumed. If that "
-            "is wrong, name configs/%s to train, configs/%s to generate",
+            "'%s': its weights do not tell whether this %s predicts v (768) or noise (512 base); %s is assumed. If "
+            "that is wrong, name configs/%s to train, configs/%s to generate",
             model.source,
             FAMILIES[model.family],
             model.prediction,

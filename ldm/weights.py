@@ -307,14 +307,24 @@ class Folder:
         return [self.path / prefix / name for name in chosen]
 
     def missing(self) -> list[str]:
-        """The parts that model_index.json names and the folder lacks."""
+        """The parts of a model that model_index.json names and the folder lacks; nothing of a first stage alone."""
         index = self.index()
-        wanted = [part for part in (*PARTS, *_TOKENIZERS, "scheduler") if (index.get(part) or [None])[0]]
-        return [
-            part
-            for part in wanted or PARTS[:1]
-            if not (self.weights(part) if part in PARTS else list((self.path / part).glob("*")))
-        ]
+        if not index and self.own_weights() and self.config(""):
+            return []
+        usual = ("unet", "vae", "text_encoder", "tokenizer")
+        parts = (*PARTS, *_TOKENIZERS, "scheduler")
+        wanted = [part for part in parts if (index.get(part) or [None])[0]] if index else usual
+        return [part for part in wanted if not self._has(part)]
+
+    def _has(self, part: str) -> bool:
+        if part in _TOKENIZERS:
+            return any((self.path / part / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        if part == "scheduler":
+            return (self.path / part / "scheduler_config.json").is_file()
+        try:
+            return bool(self.weights(part)) and (self.path / part / "config.json").is_file()
+        except CheckpointError:  # some of the shards
+            return False
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -362,14 +372,19 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     """
     import huggingface_hub as hub
 
+    missing: list[str] = []
     try:
         cached = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # what the hub raises if nothing is there
+        pass
+    else:
         missing = Folder(cached, variant).missing()
-        check_variant(repository, Folder(cached).names, variant)
+        try:
+            check_variant(repository, Folder(cached).names, variant)
+        except CheckpointError:
+            missing.append(f"variant {variant}")
         if not missing:
             return cached
-    except (OSError, ValueError, CheckpointError):  # what the hub raises if nothing is there
-        missing = []
     try:
         siblings = hub.HfApi().model_info(repository, revision=revision).siblings or []
         names = [entry.rfilename for entry in siblings]

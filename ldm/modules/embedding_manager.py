@@ -514,7 +514,9 @@ def encoded_tokens(embedder: TextEncoder, tokens: Sequence[int]) -> Tensor:
     row = [tokenizer.start_id, *tokens][: tokenizer.max_length - 1] + [tokenizer.end_id]
     row += [tokenizer.pad_id] * (tokenizer.max_length - len(row))
     ids = torch.tensor([row], device=embedder.token_embedding.weight.device)
-    encoded = embedder.embed_ids(ids, None)[0, 1 : 1 + len(tokens)].float()
+    output = embedder.embed_ids(ids, None)
+    states = output["c_crossattn"][0] if isinstance(output, dict) else output
+    encoded: Tensor = states[0, 1 : 1 + len(tokens)].float()
     if encoded.shape[-1] != embedder.width:
         raise UserError(
             f"cross_init: the text encoder's output is {encoded.shape[-1]} wide and its embeddings {embedder.width}; "
