@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.files import is_hub_id
-from ldm.weights import CheckpointError, Folder, fetch, read_shards, read_state_dict
+from ldm.weights import CheckpointError, Folder, located, read_shards, read_state_dict
 
 Modules = dict[str, str]
 Direction = Literal["ldm", "diffusers"]
@@ -577,9 +576,7 @@ def read_vae(source: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it holds no first stage.
     """
-    path = Path(source)
-    if not path.exists() and is_hub_id(str(source)):
-        path = fetch(str(source))
+    path = located(source)
     if path.is_dir():
         folder = Folder(path)
         state = read_shards(folder.weights("vae") or folder.own_weights())
