@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_settings import PREDICTIONS, Prediction
-from ldm.files import NO_TENSORS, file_kind, is_hub_id
+from ldm.files import NO_TENSORS, file_kind
 from ldm.model_kinds import (
     ADAPTER,
     BY_BYTES,
@@ -25,7 +25,7 @@ from ldm.model_kinds import (
     UNKNOWN,
     Kind,
 )
-from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, fetch, read_header
+from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
 from ldm.yaml_files import CHECKOUT
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,7 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
     Raises:
         CheckpointError: it is missing or no base model that can be read; the message says what it is and what to do.
     """
-    path = Path(source)
-    if not path.exists() and is_hub_id(str(source)):
-        path = fetch(str(source), variant, revision)
+    path = located(source, variant, revision)
     if path.is_dir():
         return _of_folder(str(source), Folder(path, variant))
     header = checked_header(path)

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldm.files import is_hub_id
-from ldm.weights import CheckpointError, Folder, fetch, read_shards, read_state_dict
+from ldm.weights import CheckpointError, Folder, located, read_shards, read_state_dict
 
 Modules = dict[str, str]
 Direction = Literal["ldm", "diffusers"]
@@ -314,9 +313,7 @@ def read_vae(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: it holds no first stage.
     """
-    path, settings = Path(source), dict[str, Any]()
-    if not path.exists() and is_hub_id(str(source)):
-        path = fetch(str(source))
+    path, settings = located(source), dict[str, Any]()
     if path.is_dir():
         folder = Folder(path)
         files = folder.weights("vae")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import pickles
-from ldm.files import NO_TENSORS, atomic_write, file_kind
+from ldm.files import NO_TENSORS, atomic_write, file_kind, is_hub_id
 from ldm.util import UserError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -204,8 +204,10 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.
 
 # -- folders of diffusers, and the hub -----------------------------------------------------------------------
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+PARTS = ("unet", "vae", *TEXT_ENCODERS)
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_ALWAYS = ("unet", "vae", "text_encoder", "tokenizer")  # in a folder of whatever family
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)"
     r"(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?(?:\.(?P<late>[\w-]+))?"
@@ -306,14 +308,16 @@ class Folder:
             )
         return [self.path / prefix / name for name in chosen]
 
-    def missing(self) -> list[str]:
-        """The parts of a model that model_index.json names and the folder lacks; nothing of a first stage alone."""
+    def missing(self, parts: Sequence[str] = PARTS) -> list[str]:
+        """Those of the parts, and of what belongs to them, that model_index.json names and the folder lacks.
+
+        Nothing is missing in a folder of a first stage or a text encoder alone.
+        """
         index = self.index()
         if not index and self.own_weights() and self.config(""):
             return []
-        usual = ("unet", "vae", "text_encoder", "tokenizer")
-        parts = (*PARTS, *_TOKENIZERS, "scheduler")
-        wanted = [part for part in parts if (index.get(part) or [None])[0]] if index else usual
+        every = (*parts, *_TOKENIZERS, "scheduler")
+        wanted = [part for part in every if ((index.get(part) or [None])[0] if index else part in _ALWAYS)]
         return [part for part in wanted if not self._has(part)]
 
     def _has(self, part: str) -> bool:
@@ -345,15 +349,20 @@ def read_shards(files: Iterable[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def needed_files(names: Collection[str], variant: str | None = None) -> list[str]:
-    """Those files of a repository in the layout of diffusers that are read here; empty if it has another layout."""
+def needed_files(
+    names: Collection[str], variant: str | None = None, parts: Sequence[str] = PARTS
+) -> list[str]:
+    """Those files of a repository in the layout of diffusers that are read here; empty if it has another layout.
+
+    `parts` are those whose weights are needed.
+    """
     wanted = [name for name in names if name.startswith(tuple(f"{part}/" for part in _TOKENIZERS))]
+    weights: dict[str, list[str]] = {}
     for part in PARTS:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        wanted += [f"{part}/{name}" for name in weight_files(inside, variant)]
-    if not any(
-        name.startswith("unet/") for name in wanted
-    ):  # a first stage alone may be a repository of its own
+        weights[part] = [f"{part}/{name}" for name in weight_files(inside, variant)]
+    wanted += [name for part in parts for name in weights[part]]
+    if not weights["unet"]:  # a first stage or a text encoder may be a repository of its own
         alone = weight_files([name for name in names if "/" not in name], variant)
         return ["config.json", *alone] if alone and "config.json" in names else []
     settings = [
@@ -364,8 +373,28 @@ def needed_files(names: Collection[str], variant: str | None = None) -> list[str
     return sorted([*wanted, *(name for name in settings if name in names)])
 
 
-def fetch(repository: str, variant: str | None = None, revision: str | None = None) -> Path:
+def located(
+    source: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Path:
+    """Return the file or folder that was named, or the folder that a hub id was fetched to (see `fetch`)."""
+    path = Path(source)
+    if path.exists() or not is_hub_id(str(source)):
+        return path
+    return fetch(str(source), variant, revision, parts)
+
+
+def fetch(
+    repository: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Path:
     """Return the folder of a model of the hub, downloaded with a progress bar unless it is there already.
+
+    `parts` are those whose weights are needed; the others are not downloaded.
 
     Raises:
         CheckpointError: there is no such model, it has another layout, or the hub cannot be reached.
@@ -378,7 +407,7 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
     except (OSError, ValueError):  # what the hub raises if nothing is there
         pass
     else:
-        missing = Folder(cached, variant).missing()
+        missing = Folder(cached, variant).missing(parts)
         try:
             check_variant(repository, Folder(cached).names, variant)
         except CheckpointError:
@@ -389,7 +418,7 @@ def fetch(repository: str, variant: str | None = None, revision: str | None = No
         siblings = hub.HfApi().model_info(repository, revision=revision).siblings or []
         names = [entry.rfilename for entry in siblings]
         check_variant(repository, names, variant)
-        wanted = needed_files(names, variant)
+        wanted = needed_files(names, variant, parts)
         if wanted:
             return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except CheckpointError:

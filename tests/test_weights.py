@@ -224,6 +224,23 @@ def test_a_model_of_the_hub_is_fetched_once(hub) -> None:
     assert made.downloads == 1
 
 
+def test_a_first_stage_of_the_hub_is_fetched_once(hub) -> None:
+    made = hub(names=["config.json", f"{BASE}.safetensors"])
+    folder = fetch("someone/vae")
+    made.online = False
+    assert fetch("someone/vae") == folder and made.downloads == 1
+
+
+def test_only_the_asked_parts_are_fetched(hub) -> None:
+    made = hub()
+    folder = fetch("someone/model", parts=["text_encoder"])
+    assert Folder(folder).weights("text_encoder") and not Folder(folder).weights("unet")
+    fetch("someone/model", parts=["text_encoder"])
+    assert made.downloads == 1
+    fetch("someone/model")  # the whole model is asked for later
+    assert Folder(folder).weights("unet") and made.downloads == 2
+
+
 def test_a_variant_that_is_not_there_is_an_error_before_anything_is_fetched(hub) -> None:
     made = hub()
     with pytest.raises(
@@ -270,13 +287,6 @@ def test_a_download_that_was_cut_off_is_completed(hub, lost, missing) -> None:
         fetch("someone/model")
     made.online = True
     assert (fetch("someone/model") / lost).is_file()
-
-
-def test_a_first_stage_of_the_hub_is_fetched_once(hub) -> None:
-    made = hub(names=["config.json", f"{BASE}.safetensors", "README.md"])
-    folder = fetch("someone/vae")
-    made.online = False
-    assert fetch("someone/vae") == folder and made.downloads == 1
 
 
 def test_a_repository_in_another_layout_names_its_file(hub) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
@@ -398,11 +399,101 @@ def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
             refused(models["b"], models["a"]),
             "width 48: name the model that the word was trained on with --from",
         ),
-        (refused(tmp_path / "absent", models["b"]), "absent' does not exist; name a checkpoint"),
+        (refused(tmp_path / "absent", models["b"]), "absent' does not exist; check the path"),
         (refused(models["a"], word), "has no text encoder"),
     ):
         assert words in line and line.count("\n") == 1 and len(line) < 308
     assert not (tmp_path / "o.pt").exists()
+
+
+class Hub:
+    """In place of the hub: a repository of a model in the layout of diffusers, whose downloads write tables."""
+
+    def __init__(self, root: Path, tables: dict[str, torch.Tensor]) -> None:
+        self.root, self.tables, self.online = root, tables, True
+        self.fetched: list[str] = []
+
+    def snapshot_download(self, repository, revision=None, local_files_only=False, allow_patterns=()):
+        folder = self.root / repository.replace("/", "--")
+        if local_files_only and not folder.is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        for name in allow_patterns:
+            self.fetched.append(f"{repository}/{name}")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".safetensors"):
+                key = "text_model.embeddings.token_embedding.weight"
+                save_file({key: self.tables[repository]}, folder / name)
+            elif name == "model_index.json":
+                parts = ("unet", "text_encoder", "tokenizer")
+                (folder / name).write_text(json.dumps({part: ["x", "y"] for part in parts}))
+            else:
+                words = {f"w{i}</w>": i for i in range(600)}
+                (folder / name).write_text(json.dumps(words))
+        return str(folder)
+
+    def model_info(self, repository, revision=None):
+        if not self.online or repository not in self.tables:
+            raise ConnectionError("Name or service not known")
+        names = ["model_index.json", "tokenizer/vocab.json", "unet/diffusion_pytorch_model.safetensors"]
+        names += ["text_encoder/config.json", "text_encoder/model.safetensors", "v1-5.ckpt"]
+        return type("Info", (), {"siblings": [type("File", (), {"rfilename": name}) for name in names]})
+
+
+@pytest.fixture
+def hub(models, tmp_path, monkeypatch) -> Hub:
+    tables = {
+        f"someone/{name}": next(iter(load_file(models[name]).values())).contiguous() for name in ("a", "b")
+    }
+    made = Hub(tmp_path / "hub", tables)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def test_a_transfer_between_models_of_the_hub_fetches_their_text_encoders(models, hub, tmp_path, capsys):
+    word = write(learned("<cat>", count=2, width=32), tmp_path / "cat.safetensors")
+    for name, source, target in (
+        ("here", models["a"], models["b"]),
+        ("hub", "someone/a", "someone/b"),
+        ("both", models["a"], "someone/b"),
+    ):
+        command = [
+            "transfer",
+            word,
+            "--from",
+            source,
+            "--to",
+            target,
+            "--out",
+            tmp_path / f"{name}.safetensors",
+        ]
+        run(list(map(str, command)))
+    here, *others = (read(tmp_path / f"{name}.safetensors") for name in ("here", "hub", "both"))
+    for other in others:
+        assert torch.equal(other.concepts[0].vectors, here.concepts[0].vectors)
+        assert other.metadata.base_model == "b"
+    assert hub.fetched.count("someone/b/text_encoder/model.safetensors") == 1
+    assert not any("unet" in name or "ckpt" in name for name in hub.fetched)
+    hub.online = False  # what was fetched is enough
+    run(["inspect", str(tmp_path / "hub.safetensors"), "--ckpt_path", "someone/b", "--words", "1"])
+    assert "nearest 1   w" in capsys.readouterr().out
+
+
+def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_path, capsys):
+    word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
+    out = tmp_path / "out.safetensors"
+    for source, said in (
+        (
+            "someone/else",
+            "'someone/else': it is no file or folder here nor readable from the Hugging Face hub",
+        ),
+        ("https://x.org/a.safetensors", "'https://x.org/a.safetensors' does not exist"),
+    ):
+        line = fails(capsys, 1, "transfer", word, "--from", source, "--to", models["b"], "--out", out)
+        assert said in line and line.count("\n") == 1 and len(line) < 308
+    assert "does not exist" in fails(capsys, 1, "inspect", word, "--ckpt_path", "absent.ckpt")
+    assert not out.exists()
 
 
 def test_the_word_that_other_tools_take_is_said(tmp_path, capsys):
