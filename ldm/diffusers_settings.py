@@ -315,6 +315,8 @@ def folder_params(folder: Folder, family: str) -> dict[str, Any]:
                     "again"
                 )
         params["cond_stage_config"] = {"params": _encoder_params(folder, family)}
+        if family == "sdxl":
+            params["zero_empty_negative"] = folder.index().get("force_zeros_for_empty_prompt") is not False
     except CheckpointError as error:
         raise CheckpointError(f"'{folder.path}': {error}") from error
     except KeyError as error:
