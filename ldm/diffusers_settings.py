@@ -141,6 +141,8 @@ _OWNERS = {
 
 def _check_usual(part: str, config: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
     """Check that no option of a part's config.json changes what is computed; CheckpointError names the first."""
+    if config.get("quantization_config"):
+        raise CheckpointError(f"the {part} is quantised; name a folder with its weights in half precision")
     for key, value in usual.items():
         own = config.get(key, value)
         if (own or None) != (value or None):

@@ -164,6 +164,10 @@ KINDS = {
     "PixArt": ({"t_block.1.weight": (9, 9, 9), "y_embedder.y_proj.fc1.weight": (9, 9)}, "PixArt"),
     "Cascade": ({"down_blocks.0.0.depthwise.weight": (9, 9, 9), "clip_txt_mapper.weight": (9,)}, "Würstchen"),
     "AuraFlow": ({"model.double_layers.0.attn.w1k.weight": (9, 9, 9)}, "AuraFlow"),
+    "NF4": (
+        denoiser(4, 2048, 2816) | {f"{UNET}input_blocks.1.1.proj_in.weight.absmax": (9,)},
+        "a model with quantised weights",
+    ),
     "LCM": (
         denoiser() | {f"{UNET}time_embed.cond_proj.weight": (320, 256)},
         "a latent consistency model",

@@ -132,6 +132,7 @@ MISFITS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "continuous": ("sdxl", "scheduler", {"timestep_type": "continuous"}, "not by betas"),
     "activation": ("sd2", "text_encoder", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
     "second": ("sdxl", "text_encoder_2", {"hidden_act": "quick_gelu"}, "text_encoder_2's hidden_act"),
+    "quantised": ("sdxl", "unet", {"quantization_config": {"load_in_4bit": True}}, "the unet is quantised"),
     "T5": ("sd1", "text_encoder", {"architectures": ["T5EncoderModel"]}, "is a T5EncoderModel and not CLIP"),
     "no heads": ("sd2", "text_encoder", {"num_attention_heads": ...}, "lack 'num_attention_heads'"),
     "null": ("sd1", "unet", {"block_out_channels": None}, "settings are damaged"),
