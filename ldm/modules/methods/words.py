@@ -330,8 +330,7 @@ def _renamed(content: MethodFile, strings: Sequence[str]) -> MethodFile:
     if set(content.words) == set(strings):
         return content
     if len(content.words) == len(strings) == 1:
-        words = dict(zip(strings, content.words.values(), strict=True))
-        return MethodFile(**{**vars(content), "words": words})
+        return content.renamed(dict(zip(content.words, strings, strict=True)))
     held = "', '".join(check_text(word, "word")[:30] for word in list(content.words)[:4])
     raise UserError(
         f"'{content.source}' holds '{held}', and placeholder_strings are '{', '.join(strings)[:100]}'; name the same "
