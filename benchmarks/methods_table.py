@@ -8,11 +8,11 @@
         --variant "prospect_slow=prospect model.base_learning_rate=1e-3"
 
 Every cell, a method on a creature with a seed, is a run of main.py and one line of cells.jsonl. It is measured again
-when the model, the YAMLs or the settings have changed. All methods of a creature follow each other, so that a table
-that was stopped compares the same creatures. Time is the processor time of main.py's process, which other programs on
-the machine change little. Edits are judged on prompts that no training uses. Differences from one vector are paired by
-creature; their p values are those of a sign-flip test, corrected by Holm's method. Nothing is tuned on creatures of the
-table: `--tuning` has creatures of its own.
+when the model, the YAMLs or the settings have changed; a change of code is not seen. All methods of a creature follow
+each other, so that a table that was stopped compares the same creatures; a run that fails does not stop the others.
+Time is the processor time of main.py's process, which other programs on the machine change little. Edits are judged on
+prompts that no training uses. Differences from one vector are paired by creature; their p values are those of a
+sign-flip test, corrected by Holm's method. Nothing is tuned on creatures of the table: `--tuning` has its own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 
 from benchmarks import runs
@@ -248,7 +249,7 @@ class Bench:
     def _digest(self, method: Method) -> str:
         options, trained = self.options, self._trained(method)
         parts = [BASE, *(ROOT / "configs" / path for path in trained.yamls)]
-        values: list[Any] = [path.read_text(encoding="utf-8") for path in parts]
+        values: list[Any] = [OmegaConf.to_container(OmegaConf.load(path)) for path in parts]  # no comments
         values += [*trained.overrides, dict(method.dials), method.reference, options.steps]
         values += [options.samples, options.edit_samples, file_hash(options.model / "model.safetensors")]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -270,18 +271,23 @@ class Bench:
     def measure(self) -> None:
         """Measure what is missing, until the hours are over."""
         check_disjoint([concept_of(self.work, index) for index in self.indices])
-        print("{} cells are missing, about {:.1f} hours of processor time".format(*self.left()))
+        print("{} cells are missing, about {:.1f} hours of processor time".format(*self.left()), flush=True)
         started, present = time.monotonic(), self.cells()
         for key in (key for key in self.wanted if key not in present):
             if self.options.hours and time.monotonic() - started > self.options.hours * 3600:
                 print("the hours are over; the same command goes on from here")
                 return
-            cell = self._measured(*key)
+            try:
+                cell = self._measured(*key)
+            except UserError as error:
+                print(f"not measured: {error}", flush=True)
+                continue
             with cells_of(self.work).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(cell) + "\n")
             print(
                 f"{key[2]} on {key[1]}, seed {key[0]}: identity {cell['identity']:.3f}"
-                + (f", edits {cell['edits']:.3f}" if cell["edits"] is not None else "")
+                + (f", edits {cell['edits']:.3f}" if cell["edits"] is not None else ""),
+                flush=True,
             )
 
     def _measured(self, seed: int, index: int, name: str) -> dict[str, Any]:

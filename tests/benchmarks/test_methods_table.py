@@ -122,6 +122,8 @@ def measured(tmp_path, monkeypatch):
 
     def cell(bench, seed, index, name):
         seen.append((seed, index, name))
+        if name == "grid":
+            raise UserError("grid on creature failed: no memory")
         found = {
             "seed": seed,
             "creature": index,
@@ -158,6 +160,11 @@ def test_it_goes_on_where_it_was_stopped(measured, monkeypatch, capsys, tmp_path
     # One cell of words is missing and one of xti, and three of the second seed, which words do not have.
     assert "6 cells are missing, about 0.1 hours" in capsys.readouterr().out
     monkeypatch.undo()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(measured, capsys):
+    code, seen = measured("--methods", BASELINE, "grid", "xti", "--seeds", "1")
+    assert code == 0 and len(seen) == 6 and capsys.readouterr().out.count("not measured: grid") == 2
 
 
 def test_all_cells_and_none_again(measured, tmp_path):
