@@ -109,6 +109,9 @@ METHODS: dict[str, Method] = {
     "prospect_2_vectors": _own("prospect", _vectors(2)),
     "prospect_core": _own("prospect_core"),
     "prospect_residual": _own("prospect_residual"),
+    "prospect_residual_core": _own(
+        "prospect_core", "model.params.personalization_config.params.residual_layers=true"
+    ),
     "xti": _own("xti"),
     "grid": _own("grid"),
     "neti": _own("neti"),

@@ -39,6 +39,9 @@ class Grid(LearnedWords):
         layers: own vectors for each layer with cross-attention; the text encoder runs once for each of them.
         residual: also learn a residual on the encoder's output at the word, which begins at zero.
         residual_layers: an own residual for each layer.
+        residual_keys: the residuals are for keys and values; if not, for values alone, as NeTI's bypass is, so that
+            they do not change where an image attends to the word. They are then in units of the output's length over
+            the root of the width, which is about 1 after a layer norm.
         learn_input: learn the vectors before the text encoder; if not, they stay the initializer's.
         residual_rate: the learning rate of the residuals; by default that of the run.
         strength: multiplies the residuals. A dial, if there are any.
@@ -56,6 +59,7 @@ class Grid(LearnedWords):
         layers: bool = False,
         residual: bool = False,
         residual_layers: bool = False,
+        residual_keys: bool = True,
         learn_input: bool = True,
         residual_rate: float | None = None,
         strength: float = 1.0,
@@ -73,7 +77,7 @@ class Grid(LearnedWords):
         # Whole numbers, because a file has these as numbers; no stages are 0.
         self.stages = 0 if stages is None else check_integer(stages, "personalization_config: stages")
         self.layers, self.residual_layers = int(layers), int(residual_layers)
-        self.residual = int(residual or residual_layers)
+        self.residual, self.residual_keys = int(residual or residual_layers), int(residual_keys)
         self.learn_input, self.residual_rate = learn_input, residual_rate
         self._strength = 1.0
         super().__init__(embedder, denoiser=denoiser, **words)
@@ -111,7 +115,7 @@ class Grid(LearnedWords):
         return [group for group in groups if group["params"]]
 
     def options(self) -> dict[str, float | int]:
-        names = ("stages", "layers", "residual", "residual_layers")
+        names = ("stages", "layers", "residual", "residual_layers", "residual_keys")
         return {name: getattr(self, name) for name in names}
 
     def dials(self) -> dict[str, float | int]:
@@ -140,10 +144,15 @@ class Grid(LearnedWords):
                 values = values[self.stage_of(times)]
             return values if layers else values[:, None]
 
-        residual = None
-        if self.residual:
-            residual = cells(word.residual, self.residual_layers) * self._strength
-        return Rows(cells(word.vectors, self.layers), residual)
+        vectors = cells(word.vectors, self.layers)
+        if not self.residual:
+            return Rows(vectors)
+        residual = cells(word.residual, self.residual_layers) * self._strength
+        return (
+            Rows(vectors, residual)
+            if self.residual_keys
+            else Rows(vectors, bypass=residual * self.width**-0.5)
+        )
 
     def _check(self) -> None:
         if self.stages > self.denoiser.timesteps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.generate import load_embeddings
 from ldm.models.diffusion.conditioning import TimedCondition
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import XTI, Grid, OutputResidual, ProSpect
@@ -113,6 +114,20 @@ def test_residuals_of_all_layers_take_one_pass_of_the_encoder(model, monkeypatch
     cells = made.word("*").residual
     torch.testing.assert_close(added[0, :, 0, 4], cells[2, :, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(added[1, :, 0, 2], cells[0, :, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_residuals_of_values_alone_leave_the_keys(model, tmp_path):
+    made, encoder = words(model, "grid", layers=False, residual_keys=False), model.cond_stage_model
+    ids, times = encoder.token_ids(["a photo of *"], made), torch.tensor([900.0])
+    keys, values = made.encode(encoder, ids, times).unbind(dim=2)
+    plain = words(model, "grid", layers=False, residual_layers=False)
+    plain.word("*").vectors.data.copy_(made.word("*").vectors)
+    assert torch.equal(keys[:, 0], plain.encode(encoder, ids, times))
+    added = (values - keys)[0, :, 4] / keys[0, 0, 4].norm() * 32**0.5
+    torch.testing.assert_close(added, made.word("*").residual[2, :, 0], rtol=1e-3, atol=1e-4)
+    made.save(tmp_path / "a.safetensors")
+    load_embeddings(model, tmp_path / "a.safetensors")
+    assert torch.equal(model.embedding_manager.encode(encoder, ids, times)[:, :, 1], values)
 
 
 def test_stages_and_layers_have_their_own_vectors(model):
