@@ -66,6 +66,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Report on every file; a file that cannot be read does not prevent the report on the others."""
     from ldm.embeddings import read
     from ldm.embeddings.inspection import inspect_concepts, words_of
+    from ldm.embeddings.method_files import read_method_file
     from ldm.weights import TEXT_ENCODERS, located
 
     check_model(options.ckpt_path)
@@ -80,6 +81,12 @@ def inspect(options: argparse.Namespace) -> None:
         try:
             learned = read(file)
         except UserError as error:
+            if method := read_method_file(file):
+                record = {"method": method.method, "words": dict(method.words), "dials": dict(method.dials)}
+                reports.append({"file": str(file), **record})
+                if not options.json:
+                    write_line(f"{file}: {method.described()}")
+                continue
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue

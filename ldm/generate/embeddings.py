@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ldm.embeddings import LearnedEmbeddings, merge, read
-from ldm.embeddings.method_files import read_method_file
+from ldm.embeddings.method_files import MethodFile, read_method_file
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import words_of
@@ -29,7 +29,7 @@ _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 
 
 # What holds words: a file, or what was read from one.
-Words = str | Path | LearnedEmbeddings
+Words = str | Path | LearnedEmbeddings | MethodFile
 
 
 def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> list[str]:
@@ -46,12 +46,12 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
         UserError: a file cannot be read or is for another text encoder, or two files have different vectors for one
             placeholder.
     """
-    paths = [paths] if isinstance(paths, (str, Path, LearnedEmbeddings)) else list(paths)
+    paths = [paths] if isinstance(paths, (str, Path, LearnedEmbeddings, MethodFile)) else list(paths)
     encoder, personalization = text_encoder_of(model), personalization_of(model)
-    methods = [None if isinstance(path, LearnedEmbeddings) else read_method_file(path) for path in paths]
-    if any(methods):
-        pairs = zip(paths, methods, strict=True)
-        files = [method or (p if isinstance(p, LearnedEmbeddings) else read(p)) for p, method in pairs]
+    held = [path if not isinstance(path, (str, Path)) else read_method_file(path) or path for path in paths]
+    others = [one for one in held if not isinstance(one, MethodFile)]
+    if len(others) < len(held):
+        files = [read(one) if isinstance(one, (str, Path)) else one for one in held]
         words = words_of(files, encoder, model.denoiser_shape)
         model.embedding_manager = words.to(model.alphas_cumprod.device).train(model.training)
         return list(words.placeholders)
@@ -59,13 +59,13 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
         model.embedding_manager = personalization = EmbeddingManager(encoder)
     if not takes_vectors(type(personalization)):
         kind = type(personalization).__name__
-        if len(paths) != 1:
-            raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
-        if isinstance(paths[0], LearnedEmbeddings):
+        if len(others) != 1:
+            raise UserError(f"{kind} loads one embedding file, not {len(others)}; name one")
+        if isinstance(others[0], LearnedEmbeddings):
             raise UserError(f"{kind} has files of its own; name the file instead of vectors")
-        personalization.load(paths[0])
+        personalization.load(others[0])
         return list(personalization.placeholders)
-    merged = merge([path if isinstance(path, LearnedEmbeddings) else read(path) for path in paths])
+    merged = merge([one if isinstance(one, LearnedEmbeddings) else read(one) for one in others])
     vectors = merged.vectors_for(encoder.width, encoder.family)
     personalization.take(vectors, source=f"'{merged.source}'")
     # All vectors of a file that are in use there are used here, even if the config adds vectors during training.

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL.Image import Image
+from torch import Tensor
 
 from ldm.checkpoint import load_model_from_config, read_config
-from ldm.embeddings import LearnedEmbeddings, read
-from ldm.embeddings.method_files import triggers_of
+from ldm.embeddings import LearnedEmbeddings
+from ldm.embeddings.method_files import MethodFile, read_words, triggers_of
 from ldm.files import file_hash
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
@@ -136,11 +137,11 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
 
 
 def _name(word: Words) -> str:
-    return (word.source or word.triggers[0]) if isinstance(word, LearnedEmbeddings) else str(word)
+    return str(word) if isinstance(word, (str, Path)) else word.source or word.triggers[0]
 
 
 def _triggers(word: Words) -> list[str]:
-    return word.triggers if isinstance(word, LearnedEmbeddings) else triggers_of(word)
+    return triggers_of(word) if isinstance(word, (str, Path)) else word.triggers
 
 
 def checkpoint_of(model: str | Path) -> str:
@@ -199,7 +200,7 @@ class Labels:
         """The words of the images to come; those that were not read from a file have no hash."""
         self._words: dict[str, str] = {}
         for word in words:
-            if not isinstance(word, LearnedEmbeddings) and (digest := _hash(Path(word))):
+            if isinstance(word, (str, Path)) and (digest := _hash(Path(word))):
                 self._words.update(dict.fromkeys(triggers_of(word), digest[:12]))
 
     def __call__(self, prompt: str) -> Mapping[str, str]:
@@ -337,16 +338,21 @@ def text_to_image(
 def _file_or_vectors(word: Any) -> Words:
     """The file of a concept, whose hash is part of the settings, or its vectors if they are no longer in that file."""
     path, held = getattr(word, "path", None), getattr(word, "embeddings", word)
-    if path is None or not isinstance(held, LearnedEmbeddings):
+    if path is None or not isinstance(held, (LearnedEmbeddings, MethodFile)):
         return held
     try:
-        there = read(path).concepts
+        there = read_words(path)
     except UserError:
         return held
-    same = [one.trigger for one in there] == [one.trigger for one in held.concepts] and all(
-        torch.equal(one.vectors, other.vectors) for one, other in zip(there, held.concepts, strict=True)
-    )
-    return path if same else held
+    ours, theirs = _tensors(held), _tensors(there)
+    same = there.triggers == held.triggers and ours.keys() == theirs.keys()
+    return path if same and all(torch.equal(ours[name], theirs[name]) for name in ours) else held
+
+
+def _tensors(held: LearnedEmbeddings | MethodFile) -> Mapping[str, Tensor]:
+    if isinstance(held, MethodFile):
+        return held.tensors
+    return {f"{number} {one.trigger} {one.part}": one.vectors for number, one in enumerate(held.concepts)}
 
 
 def release() -> None:

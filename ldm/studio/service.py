@@ -22,7 +22,7 @@ from ldm import files
 from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
-from ldm.embeddings.method_files import triggers_of
+from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, write_method_file
 from ldm.generate.images import SAMPLERS, ImageFolder, OutputError, Settings
 from ldm.generate.session import WEIGHTS, Session, checkpoint_of
 from ldm.images import enlarged, image_grid, labelled, open_image
@@ -287,19 +287,26 @@ class Service:
         source = self.run(run).concepts().get(step)
         if source is None:
             raise UserError(f"step {step} of '{run}' has no saved vectors; the nearest saved one is offered")
-        learned = read(source).without_progress()
+        held = read_words(source)
+        learned = held if isinstance(held, MethodFile) else held.without_progress()
         word = name.strip() or learned.triggers[0]
         if len(learned.triggers) == 1 and word != learned.triggers[0]:
             learned = learned.renamed({learned.triggers[0]: check_word(word)})
         stem, number = file_stem(word), 1
         suffix, format = (
-            (".safetensors", "safetensors") if len(learned.triggers) == 1 else (".pt", "original")
+            (".safetensors", "safetensors")
+            if len(learned.triggers) == 1 or isinstance(learned, MethodFile)
+            else (".pt", "original")
         )
         while (
             path := self.workspace.embeddings / f"{stem if number == 1 else f'{stem}-{number}'}{suffix}"
         ).exists():
             number += 1
-        return write(learned, path, format)
+        return (
+            write_method_file(learned, path)
+            if isinstance(learned, MethodFile)
+            else write(learned, path, format)
+        )
 
     def nearest_saved(self, run: RunRecord, step: int) -> int | None:
         """The step with saved vectors that is nearest to a step with a preview."""

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from ldm import files
-from ldm.embeddings import LearnedEmbeddings, read
+from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.concept import model_names
-from ldm.embeddings.method_files import MethodFile, read_method_file
+from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.images import ImageError, list_images, open_image
 from ldm.util import UserError
 from ldm.words import file_stem
@@ -240,7 +240,7 @@ class Workspace:
 
 @functools.lru_cache(maxsize=512)
 def _read_once(path: Path, changed: int) -> LearnedEmbeddings | MethodFile:
-    return read_method_file(path) or read(path)
+    return read_words(path)
 
 
 def check_upload(path: Path) -> str:

@@ -22,10 +22,12 @@ from ldm.console import ConsoleHandler, Interrupted
 from ldm.data.captions import CaptionFiles
 from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, merge, read, write
 from ldm.embeddings import Concept as ConceptVectors
+from ldm.embeddings.method_files import MethodFile, read_words, write_method_file
 from ldm.embeddings.tensor_formats import SECOND_FILE
 from ldm.embeddings.writer import format_named
 from ldm.generate.session import WEIGHTS, checkpoint_of
 from ldm.images import open_image
+from ldm.modules.embedding_manager import NEGATIVE
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
 from ldm.training.config import training_yaml
@@ -135,10 +137,11 @@ def recipe_yaml(name: str) -> Path:
 class Concept:
     """A learned word: its vectors, the file they are in, and the run that they come from.
 
-    `ldm.generate(..., words=concept)` uses it.
+    `ldm.generate(..., words=concept)` uses it. A word of a method (see `ldm.modules.methods`) is more than vectors, and
+    is saved as a file of its method alone.
     """
 
-    embeddings: LearnedEmbeddings
+    embeddings: LearnedEmbeddings | MethodFile
     path: Path | None = None
     run: Path | None = None
 
@@ -149,8 +152,17 @@ class Concept:
 
     @property
     def vectors(self) -> Tensor:
-        """The vectors [N, d] of the word, float32 on the CPU."""
-        return self.embeddings.concepts[0].vectors
+        """The vectors [N, d] of the word, float32 on the CPU; UserError for a word of a method."""
+        return self._plain.concepts[0].vectors
+
+    @property
+    def _plain(self) -> LearnedEmbeddings:
+        if isinstance(self.embeddings, LearnedEmbeddings):
+            return self.embeddings
+        raise UserError(
+            f"'{shown(self.word)}' is of the method '{shown(self.embeddings.method)}' and more than vectors; it can be "
+            "generated with, renamed and saved in the default format"
+        )
 
     @property
     def record(self) -> RunRecord | None:
@@ -158,8 +170,11 @@ class Concept:
         return None if self.run is None else RunRecord.read(self.run, own=True)
 
     def renamed(self, word: str) -> Concept:
-        """The same vectors for another word."""
-        return replace(self, embeddings=self.embeddings.renamed({self.word: word}), path=None)
+        """The same vectors for another word; a negative that was learned with it goes along."""
+        names = {self.word: word}
+        if f"{self.word}{NEGATIVE}" in self.embeddings.triggers:
+            names[f"{self.word}{NEGATIVE}"] = f"{word}{NEGATIVE}"
+        return replace(self, embeddings=self.embeddings.renamed(names), path=None)
 
     def save(
         self,
@@ -179,9 +194,13 @@ class Concept:
         place = Path() if path is None else Path(path)
         if place.is_dir():
             place /= f"{file_stem(self.word)}{format_named(format).suffix}"
-        return write(self.embeddings, place, format, preview)
+        if isinstance(self.embeddings, MethodFile) and format == DEFAULT_FORMAT:
+            return write_method_file(self.embeddings, place)
+        return write(self._plain, place, format, preview)
 
     def __repr__(self) -> str:
+        if isinstance(self.embeddings, MethodFile):
+            return f"<Concept {self.word!r}: by the method '{self.embeddings.method}'>"
         count, width = self.vectors.shape
         return f"<Concept {self.word!r}: {count} vector{'s' * (count > 1)} of width {width}>"
 
@@ -224,7 +243,7 @@ def _concepts_of(source: str | Path) -> list[Concept]:
     if not path.exists() and (match := _HUB.fullmatch(str(source))):
         path = _from_hub(match["repository"], match["file"])
     if not path.is_dir():
-        return [Concept(read(path), path)]
+        return [Concept(read_words(path), path)]
     if is_run(path):
         return [_of_run(path)]
     files_there = _embedding_files(path)
@@ -260,7 +279,10 @@ def _is_second(path: Path, others: Sequence[Path]) -> bool:
 
 def _of_file(path: Path, others: Sequence[Path]) -> Concept:
     second = [other for other in others if other.stem == f"{path.stem}{SECOND_FILE}"]
-    learned = merge([read(file) for file in (path, *second)])
+    held = read_words(path)
+    if isinstance(held, MethodFile):
+        return Concept(held, path)
+    learned = merge([held, *(read(file) for file in second)])
     identifier = path.with_name(_IDENTIFIER)
     # Some formats hold no word, and the file's name takes its place.
     if learned.triggers == [path.stem] and identifier.is_file():
@@ -318,7 +340,7 @@ def interpolate(first: Concept, second: Concept, share: float, word: str | None 
     """
     if not isinstance(share, (int, float)):
         raise UserError(f"share is {share!r}; give a number, from 0 for the first to 1 for the second")
-    a, b = first.embeddings.concepts, second.embeddings.concepts
+    a, b = first._plain.concepts, second._plain.concepts
     if [c.vectors.shape for c in a] != [c.vectors.shape for c in b] or [c.encoder for c in a] != [
         c.encoder for c in b
     ]:
@@ -483,7 +505,7 @@ def _of_run(folder: Path) -> Concept:
         raise UserError(
             f"'{folder}' holds no learned word yet; name a run folder with checkpoints/embeddings.pt"
         )
-    return Concept(read(found[0]), found[0], folder)
+    return Concept(read_words(found[0]), found[0], folder)
 
 
 def _files_of_run(folder: Path) -> list[Path]:

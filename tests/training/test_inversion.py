@@ -12,11 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import ldm
+from ldm.embeddings import Concept as ConceptVectors
+from ldm.embeddings import LearnedEmbeddings
 from ldm.training.config import training_yaml
-from ldm.training.inversion import Inversion, recipe_yaml
+from ldm.training.inversion import Concept, Inversion, recipe_yaml
 from ldm.yaml_files import CHECKOUT
 from tests.golden_record import Golden
 from tests.training.runs import only_run
@@ -54,6 +57,44 @@ def test_a_concept_is_learned_saved_and_generated_with(learned, tiny_model, tmp_
         ldm.generate("a <toy>", model=model, steps=1)
     again = ldm.generate("a photo of <toy>", words=ldm.load(file), model=model, steps=1, seed=3)[0]
     assert again.tobytes() == first.tobytes()
+
+
+def test_a_word_of_a_method_is_a_concept_too(tiny_yaml, tiny_model, image_folder, tmp_path):
+    params = {"placeholder_strings": ["*"], "stages": 3, "residual_layers": True}
+    node = {"personalization_config": {"target": "ldm.modules.methods.Grid", "params": params}}
+    OmegaConf.save(OmegaConf.create({"model": {"params": node}}), "own.yaml")
+    concept = ldm.invert(
+        image_folder,
+        placeholder="<toy>",
+        model=tiny_model,
+        base=tiny_yaml,
+        personalization="own.yaml",
+        steps=1,
+        settings=STEPS,
+    )
+    assert concept.word == "<toy>" and "by the method 'grid'" in repr(concept)
+    for wrong in (lambda: concept.vectors, lambda: ldm.interpolate(concept, concept, 0.5)):
+        with pytest.raises(ldm.UserError, match="is of the method 'grid' and more than vectors"):
+            wrong()
+    with pytest.raises(ldm.UserError, match="more than vectors"):
+        concept.save(format="a1111")
+    (tmp_path / "model").mkdir()
+    Golden("clip_one_vector").write_model(tmp_path / "model")
+    options = {"model": tmp_path / "model" / "model.ckpt", "steps": 1, "seed": 3}
+    first = ldm.generate("a <toy>", words=concept, **options)[0]
+    assert "TI hashes" in first.info["parameters"]
+    renamed = concept.renamed("<bear>")
+    file = renamed.save()
+    for words in (renamed, file, ldm.load(file), *ldm.load_all(file)):
+        again = ldm.generate("a <bear>", words=words, **options)[0]
+        assert again.tobytes() == first.tobytes()
+    with pytest.raises(ldm.UserError, match="the class word of '<bear>' is not in its file"):
+        ldm.generate("a <bear>", words=file, concept_strength=0.5, **options)
+
+
+def test_a_negative_goes_along_with_its_word():
+    pair = LearnedEmbeddings(tuple(ConceptVectors(word, torch.ones(1, 32)) for word in ("*", "*-neg")))
+    assert Concept(pair).renamed("<a>").embeddings.triggers == ["<a>", "<a>-neg"]
 
 
 def test_images_may_be_files_or_loaded(image_folder, tiny_yaml, tiny_model):
