@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.embeddings.concept import EmbeddingError, is_possible_width, model_names
+from ldm.embeddings.concept import (
+    EmbeddingError,
+    LearnedEmbeddings,
+    is_possible_width,
+    model_names,
+    quoted,
+)
 from ldm.embeddings.file_metadata import METHOD, RECORD_KEY
 from ldm.embeddings.payload import Payload, open_payload, save_tensors
 from ldm.embeddings.reader import read
@@ -50,6 +57,20 @@ class MethodFile:
     encoder: str | None = None
     width: int = 0
     source: str = ""
+
+    @property
+    def triggers(self) -> list[str]:
+        return list(self.words)
+
+    def renamed(self, names: Mapping[str, str]) -> MethodFile:
+        """Return the same words with new names, `names` by old name; unknown ones raise EmbeddingError."""
+        for old in names:
+            if old not in self.words:
+                raise EmbeddingError(f"there is no word '{shown(old)}'; there is {quoted(self.triggers)}")
+        kept = [(check_word(names.get(word, word), "trigger"), count) for word, count in self.words.items()]
+        if len(dict(kept)) < len(kept):
+            raise EmbeddingError("two words would have the same name; choose another")
+        return dataclasses.replace(self, words=dict(kept))
 
     def check_encoder(self, encoder: str, width: int) -> None:
         """Raise EmbeddingError if it is for another text encoder than this one."""
@@ -107,8 +128,12 @@ def read_method_file(path: str | Path) -> MethodFile | None:
 
 def triggers_of(path: str | Path) -> list[str]:
     """The words in a file of vectors or of a method; EmbeddingError if it is neither."""
-    found = read_method_file(path)
-    return read(path).triggers if found is None else list(found.words)
+    return read_words(path).triggers
+
+
+def read_words(path: str | Path) -> LearnedEmbeddings | MethodFile:
+    """Read a file of vectors of any tool, or of a method; EmbeddingError if it is neither."""
+    return read_method_file(path) or read(path)
 
 
 def _of_another_tool(path: Path) -> MethodFile:
