@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm import console
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
 from ldm.embeddings import FORMATS, read, write
@@ -125,6 +130,36 @@ def test_inspect_as_json_and_a_bad_file_among_good_ones(tmp_path, cat, capsys):
     assert "web page" in bad["error"] and good["format"] == "a1111"
     assert good["concepts"][0]["width"] == 768 and good["metadata"]["steps"] == 499
     assert output.err.count("\n") == 1 and output.err.startswith("error: ")
+
+
+@pytest.mark.refused_first
+@pytest.mark.parametrize(("reason", "code"), [(errno.ENOSPC, 1), (errno.EPIPE, 0)])
+def test_results_that_are_lost_are_no_success(cat, monkeypatch, capsys, reason, code):
+    """A reader that has seen enough and closed its pipe is one."""
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(reason, os.strerror(reason))
+
+    stream = io.TextIOWrapper(io.BufferedWriter(console._LastingStream(Full())), "utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["inspect", str(cat)]) == code
+    said = "error: the results cannot be written: No space left on device; send them elsewhere\n"
+    assert capsys.readouterr().err == (said if code else "")
+
+
+@pytest.mark.refused_first
+def test_json_is_valid_in_a_console_of_another_code_page(tmp_path, monkeypatch):
+    file = write(learned("caf\u00e9 \U0001f600 \u05e7"), tmp_path / "x.safetensors")
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(["inspect", str(file), "--json"])
+    stream.flush()
+    found = json.loads(stream.buffer.getvalue())
+    assert found[0]["concepts"][0]["trigger"] == "caf\u00e9 \U0001f600 \u05e7"
 
 
 def test_convert(cat, tmp_path, capsys):
