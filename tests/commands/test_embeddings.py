@@ -56,6 +56,7 @@ def fails(capsys, code: int, *arguments: object) -> str:
     "option",
     [["convert", "{}", "--to", "a1111", "--trigger", "a\u202eb"], ["merge", "{}", "--rename", "x=a\u202eb"]],
 )
+@pytest.mark.refused_first
 def test_a_word_that_cannot_be_kept_is_refused_before_the_file_is_read(tmp_path, capsys, option):
     (tmp_path / "cat.pt").write_text("no embedding")
     arguments = [text.format(tmp_path / "cat.pt") for text in option]
@@ -197,6 +198,7 @@ def test_convert_overwrites_only_with_the_flag(cat, capsys):
     assert read(cat).format == "original"
 
 
+@pytest.mark.client_files
 def test_convert_of_width_1280_needs_the_encoder(tmp_path, capsys):
     save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
     command = ["convert", tmp_path / "x.safetensors", "--to", "safetensors", "-o", tmp_path / "y.safetensors"]
@@ -235,6 +237,7 @@ def test_merge_and_split(cat, tmp_path, capsys):
     ]
 
 
+@pytest.mark.refused_first
 def test_mistakes_end_in_one_line(cat, tmp_path, capsys):
     assert fails(capsys, 1, "inspect", tmp_path / "absent.pt").count("\n") == 1
     assert "old=new" in fails(capsys, 2, "merge", cat, "-o", tmp_path / "b", "--rename", "x")
@@ -292,6 +295,7 @@ def test_a_missing_argument_is_a_usage_error(capsys):
 # -- words for other tools and models ------------------------------------------------------------------------
 
 
+@pytest.mark.client_files
 def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: None)
     run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "a.pt")])
@@ -304,6 +308,7 @@ def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path,
     assert "'cat': no token id" in capsys.readouterr().out
 
 
+@pytest.mark.client_files
 def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     torch.save({"cat": vectors()}, tmp_path / "cat.bin")
     torch.save({"<my-cat>": vectors(seed=1)}, tmp_path / "my-cat.bin")
@@ -322,6 +327,7 @@ def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     assert read(tmp_path / "d.pt").concepts[0].token == 2368
 
 
+@pytest.mark.client_files
 def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys):
     save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
     command = ["convert", tmp_path / "x.safetensors", "--to", "original", "-o", tmp_path / "y.pt"]
@@ -334,6 +340,7 @@ def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys
     assert "clip_l (768), clip_h (1024)" in fails(capsys, 1, *command, "--encoder", "clip-g", "--overwrite")
 
 
+@pytest.mark.client_files
 def test_sdxl_words_in_the_two_files_of_diffusers(tmp_path, capsys):
     save_file({"clip_l": vectors(), "clip_g": vectors(width=1280)}, tmp_path / "my cat.safetensors")
     run(
@@ -419,6 +426,7 @@ def test_a_transferred_word_is_a_start_for_training(models, tmp_path, capsys):
     assert torch.equal(manager.vectors("<cat>").detach(), read(out).concepts[0].vectors)
 
 
+@pytest.mark.refused_first
 def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
     word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
 
@@ -515,6 +523,7 @@ def test_a_transfer_between_models_of_the_hub_fetches_their_text_encoders(models
     assert "nearest 1   w" in capsys.readouterr().out
 
 
+@pytest.mark.refused_first
 def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_path, capsys):
     word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
     out = tmp_path / "out.safetensors"
@@ -531,6 +540,7 @@ def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.client_files
 def test_the_word_that_other_tools_take_is_said(tmp_path, capsys):
     word = write(learned("<my cat>", width=768), tmp_path / "x.safetensors")
     for format in ("safetensors", "a1111"):
