@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.commands.base import check_files, check_model, guarded, write_error
-from ldm.console import Parser, positive, write_line
+from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
 
@@ -103,7 +104,10 @@ def inspect(options: argparse.Namespace) -> None:
             for line in _report_lines(file, learned, concepts, tables):
                 write_line(line)
     if options.json:
-        write_line(json.dumps(reports, indent=2, ensure_ascii=False))
+        # Python's escapes of what a console lacks are not those of JSON.
+        narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
+        write_line(json.dumps(reports, indent=2, ensure_ascii=narrow))
+    check_results_written()
     if failures:
         for failure in failures[:-1]:
             write_error(failure)

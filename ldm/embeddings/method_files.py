@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, is_possible_width, model_names
+from ldm.embeddings.concept import (
+    EmbeddingError,
+    LearnedEmbeddings,
+    is_possible_width,
+    model_names,
+    quoted,
+)
 from ldm.embeddings.file_metadata import METHOD, RECORD_KEY
 from ldm.embeddings.payload import Payload, open_payload, save_tensors
 from ldm.embeddings.reader import read
@@ -66,11 +72,14 @@ class MethodFile:
         )
 
     def renamed(self, names: Mapping[str, str]) -> MethodFile:
-        """The same with new words for old ones; UserError for a word that is not possible or there twice."""
-        words = [check_word(names.get(word, word)) for word in self.words]
-        if twice := next((word for word in words if words.count(word) > 1), None):
-            raise EmbeddingError(f"'{self.source}' would hold '{shown(twice)}' twice; choose another word")
-        return replace(self, words=dict(zip(words, self.words.values(), strict=True)))
+        """Return the same words with new names, `names` by old name; unknown ones raise EmbeddingError."""
+        for old in names:
+            if old not in self.words:
+                raise EmbeddingError(f"there is no word '{shown(old)}'; there is {quoted(self.triggers)}")
+        kept = [(check_word(names.get(word, word), "trigger"), count) for word, count in self.words.items()]
+        if len(dict(kept)) < len(kept):
+            raise EmbeddingError("two words would have the same name; choose another")
+        return replace(self, words=dict(kept))
 
     def only(self, word: str) -> MethodFile:
         """One of the words alone."""

@@ -154,11 +154,11 @@ def class_words(
     found: dict[str, str | None] = {}
     for one in held:
         learned = read_words(one) if isinstance(one, (str, Path)) else one
-        known = learned.metadata.initializer if isinstance(learned, LearnedEmbeddings) else None
         # A run of several placeholders writes their initializers in one line, in the same order.
-        initializers: list[str | None] = [*(known or "").split(", ")]
+        noted = learned.metadata.initializer if isinstance(learned, LearnedEmbeddings) else None
+        initializers: list[str | None] = [*(noted or "").split(", ")]
         several = len(initializers) == len(learned.triggers) and all(initializers)
-        alone = known if len(learned.triggers) == 1 else None
+        alone = noted if len(learned.triggers) == 1 else None
         for number, trigger in enumerate(learned.triggers):
             found[trigger] = initializers[number] if several else alone
     for text in given:
@@ -186,6 +186,9 @@ def with_class_words(model: LatentDiffusion, prompts: Sequence[str], class_words
     manager = model.embedding_manager
     names = [] if manager is None else list(manager.placeholders)
     ignores_case = model.cond_stage_model.prompt_tokenizer.ignores_case if names else True
+
+    if not isinstance(class_words, (str, Mapping)):
+        raise UserError(f"class_words is {shown(class_words)}; give a word, or a dictionary by placeholder")
 
     def word_of(name: str) -> str:
         word = class_words if isinstance(class_words, str) else class_words.get(name)
