@@ -5,6 +5,7 @@ The layout is not formatted by ruff, which would give every argument of a compon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ldm.embeddings import FORMATS
 from ldm.generate.images import SAMPLER_NAMES
 from ldm.generate.session import WEIGHTS
 from ldm.studio import views
-from ldm.studio.service import AXES, Service
+from ldm.studio.generation import AXES
+from ldm.studio.service import Service
 from ldm.util import UserError
 from ldm.yaml_files import CHECKOUT, in_checkout
 
@@ -28,6 +30,7 @@ SAMPLERS = [(name, key) for key, name in SAMPLER_NAMES.items()]
 def or_line(action: Callable[..., Any]) -> Callable[..., Any]:
     """An action whose UserError becomes a line on the page instead of a traceback."""
 
+    @functools.wraps(action)  # gradio reads from the signature what it passes
     def act(*values: Any) -> Any:
         try:
             return action(*values)
@@ -35,6 +38,24 @@ def or_line(action: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(str(error), duration=12, print_exception=False, title="") from error
 
     return act
+
+
+def shown_error(action: Callable[..., str]) -> Callable[..., str]:
+    """An action that returns HTML, and whose UserError is shown in its place."""
+
+    def act(*values: Any) -> str:
+        try:
+            return action(*values)
+        except UserError as error:
+            return views.message(str(error), "bad")
+
+    return act
+
+
+def yamls(folder: str) -> list[str]:
+    """The YAMLs of a folder of configs, as commands of the checkout name them."""
+    place = Path(in_checkout(folder))
+    return [f"{folder}/{path.name}" for path in sorted(place.glob("*.yaml"))]
 
 
 def in_root(service: Service, path: str) -> str:
@@ -140,7 +161,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     def generate(*values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
         try:
             asked = form(values)
-            made = service.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
+            made = service.generation.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
         except UserError as error:
             return gr.skip(), [], views.message(str(error), "bad"), ""
         where = work.shown(made[0][1].parent)
@@ -152,7 +173,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             asked = form(values)
             if "word" in (x, y):
                 asked["prompt"] = str(values[0])
-            sheet, path = service.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
+            sheet, path = service.generation.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
         except UserError as error:
             return gr.skip(), [], views.message(str(error), "bad"), ""
         settings = sheet.info["parameters"]
@@ -165,7 +186,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     def settings_back(path: str | None, chosen: list[str]) -> Any:
         if not path:
             return [gr.skip()] * 10
-        found = service.settings_of(Path(path))
+        found = service.generation.settings_of(Path(path))
         gr.Info("the settings are those of the image")
         return (
             found.prompt, found.negative_prompt, found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(),
@@ -199,7 +220,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
         show_progress="minimal", show_progress_on=status,
     )
     assert event is not None
-    stop.click(lambda: service.stop_generating.set(), show_progress="hidden", queue=False)
+    stop.click(lambda: service.generation.stop.set(), show_progress="hidden", queue=False)
     gallery.select(choose, texts, text, show_progress="hidden")
     dropped.upload(
         or_line(settings_back), [dropped, words],
