@@ -137,8 +137,8 @@ def _runs_tab(service: Service) -> RunsTab:
         with gr.Column(scale=4, min_width=380):
             table = gr.Dataframe(
                 headers=["state", "word", "step", "time", "run"], datatype="str", type="array", interactive=False,
-                max_height=330, column_widths=["98px", "72px", "80px", "98px", "120px"], elem_id="runs-table",
-                show_label=False, buttons=[], wrap=False,
+                max_height=330, column_widths=["17%", "14%", "16%", "18%", "35%"], elem_id="runs-table",
+                show_label=False, buttons=[], wrap=True,
             )
             compare = gr.Dropdown(
                 [], value=[], multiselect=True, label="Compare with", info="its curves and previews beside"
@@ -213,8 +213,8 @@ def _runs_tab(service: Service) -> RunsTab:
         slider = gr.Slider(0, max(last, 1), at, visible=count > 1)
         return views.run_head(run), views.curves(several), shown, slider, run.log()
 
-    def choose(rows: list[list[str]], event: gr.SelectData) -> str:
-        return str(rows[event.index[0]][4])
+    def choose(event: gr.SelectData) -> str:
+        return str(event.row_value[4])
 
     def do_keep(name: str, number: float, word: str) -> None:
         run = service.workspace.run(_current(service, name))
@@ -223,9 +223,9 @@ def _runs_tab(service: Service) -> RunsTab:
         if previews:
             step = service.nearest_saved(run, previews[min(int(number), len(previews) - 1)][0])
         path = service.keep(run.folder.name, "last" if step is None else step, word or "")
-        gr.Info(f"step {step} is saved as {service.workspace.shown(path)}")
+        gr.Info(f"{'the last step' if step == 'last' else f'step {step}'} is saved as {service.workspace.shown(path)}")
 
-    table.select(choose, table, chosen, show_progress="hidden").then(
+    table.select(choose, None, chosen, show_progress="hidden").then(
         lambda name, others: detail(name, others, 10**9), [chosen, compare], details, show_progress="hidden"
     )
     compare.change(detail, [chosen, compare, place], details, show_progress="hidden")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -10,18 +11,19 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from ldm import files
 from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
-from ldm.embeddings.method_files import triggers_of
+from ldm.embeddings.method_files import read_method_file, triggers_of, write_method_file
 from ldm.generate.session import checkpoint_of
 from ldm.studio.generation import Generation, whole
 from ldm.studio.queue import STATE_FOLDER, Job, Queue, train_command
@@ -113,6 +115,13 @@ class Service:
         word = check_word(str(form.get("placeholder") or "").strip())
         words = {key: str(form.get(key) or "").strip() for key in ("name", "init", "model", "rate", "kind")}
         personalization = str(form.get("personalization") or "").strip()
+        if personalization and isinstance(
+            _setting(work.path(in_checkout(personalization)), "data_root"), Mapping
+        ):
+            raise UserError(
+                f"'{personalization[:80]}' has words and image folders of its own; the page trains one word, so run it "
+                "by main.py --base"
+            )
         template = str(form.get("template_file") or "").strip()
         settings = _settings(str(form.get("settings") or ""))
         base = None
@@ -311,23 +320,30 @@ class Service:
         return sorted(runs_in(self.workspace.logs), key=lambda run: not run.live)
 
     def keep(self, run: str, step: int | str, name: str) -> Path:
-        """Save the vectors of a step of a run as a concept in `embeddings`."""
+        """Save what a step of a run learned as a concept in `embeddings`."""
         source = self.workspace.run(run).concepts().get(step)
         if source is None:
             raise UserError(f"step {step} of '{run}' has no saved vectors; the nearest saved one is offered")
+        triggers = triggers_of(source)
+        word = name.strip() or triggers[0]
+        if len(triggers) > 1 and word != triggers[0]:
+            raise UserError(f"the run learned {len(triggers)} words; a new name fits one word only")
+        check_word(word)
+        if (method := read_method_file(source)) is not None:
+            words = {word: method.words[triggers[0]]} if len(triggers) == 1 else method.words
+            return write_method_file(replace(method, words=words), self._free_file(word, ".safetensors"))
         learned = read(source).without_progress()
-        word = name.strip() or learned.triggers[0]
-        if len(learned.triggers) == 1 and word != learned.triggers[0]:
-            learned = learned.renamed({learned.triggers[0]: check_word(word)})
-        stem, number = file_stem(word), 1
-        suffix, format = (
-            (".safetensors", "safetensors") if len(learned.triggers) == 1 else (".pt", "original")
-        )
-        while (
-            path := self.workspace.embeddings / f"{stem if number == 1 else f'{stem}-{number}'}{suffix}"
-        ).exists():
-            number += 1
-        return write(learned, path, format)
+        if len(triggers) == 1:
+            learned = learned.renamed({triggers[0]: word})
+            return write(learned, self._free_file(word, ".safetensors"), "safetensors")
+        return write(learned, self._free_file(word, ".pt"), "original")
+
+    def _free_file(self, word: str, suffix: str) -> Path:
+        """A file in `embeddings` that is not there yet, named after a word."""
+        stem = file_stem(word)
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        paths = (self.workspace.embeddings / f"{name}{suffix}" for name in names)
+        return next(path for path in paths if not path.exists())
 
     def nearest_saved(self, run: RunRecord, step: int) -> int | None:
         """The step with saved vectors that is nearest to a step with a preview."""
@@ -351,7 +367,7 @@ class Service:
         ckpt = checkpoint_of(self.workspace.root / self.workspace.model(model))
         tables, words = None, None
         try:
-            tables = token_tables(ckpt)
+            tables = _tables(ckpt)
             folder = known_folder(str(Path(ckpt).parent / "text_encoder"))
             words = words_of(folder) if folder else None
         except UserError as error:
@@ -361,6 +377,11 @@ class Service:
     def metadata(self, file: str) -> dict[str, Any]:
         """What a file says about how its words were learned."""
         return read(self.workspace.word_file(file)).metadata.known()
+
+    def method(self, file: str) -> dict[str, Any]:
+        """The method of a file of words that are more than vectors, with its options; empty for vectors."""
+        found = read_method_file(self.workspace.word_file(file))
+        return {} if found is None else {"method": found.method, **found.options, **found.dials}
 
     def convert(self, sources: Sequence[str], format: str, word: str = "") -> list[Path]:
         """Write the words of one file, or several merged ones, in the format of a tool, renamed if `word` is given."""
@@ -380,17 +401,26 @@ class Service:
         return write_all(learned, folder / f"{time.time_ns():x}", format)
 
     def lines(self, file: str, word: str) -> str:
-        """How to load a word in this repository and in other tools."""
+        """How to load a word in this repository and, if it is vectors, in other tools."""
         name = file_stem(word)
-        return "\n".join(
-            f"# {tool}\n{line.format(file=file, name=name, word=word)}" for tool, line in LINES.items()
-        )
+        tools = ("this repository", "Python") if self.method(file) else tuple(LINES)
+        return "\n".join(f"# {tool}\n{LINES[tool].format(file=file, name=name, word=word)}" for tool in tools)
 
 
 def device() -> str:
     """The device that a run of the page takes."""
     best = best_device()
     return "cuda:0" if best == "cuda" else best
+
+
+@functools.lru_cache(maxsize=2)
+def _tables(ckpt: str) -> dict[str, Tensor]:
+    return token_tables(ckpt)
+
+
+def _setting(yaml_file: Path, name: str) -> Any:
+    """A value at the top of a YAML."""
+    return read_yaml(yaml_file).get(name)
 
 
 def _about(yaml_file: str) -> str:
@@ -404,7 +434,7 @@ def _about(yaml_file: str) -> str:
         for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
     ]
     first = itertools.takewhile(lambda line: not line.startswith(("python ", "Use:", "Then:")), said)
-    return " ".join(first).partition("; lay it over")[0]
+    return " ".join(first).partition("; lay it over")[0].replace("`", "")
 
 
 def _settings(text: str) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             )
             words = gr.Dropdown(
                 [], value=[], multiselect=True, label="Words", elem_id="words-chosen",
-                info="click the learned words that the prompt uses",
+                info="click the learned words; they are written into the prompt",
             )
             negative = gr.Textbox(
                 label="Negative prompt", info="what guidance steers away from", elem_id="negative"
@@ -204,7 +204,14 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             kept = [choices[0][1]]
         return gr.Dropdown(choices, value=kept)
 
+    def write_in(asked: str, chosen: list[str]) -> str:
+        triggers = [str(value).partition("|")[0] for value in chosen or []]
+        held = triggers[:1] if "{}" in asked else []
+        new = [word for word in triggers if word not in asked and word not in held]
+        return " and ".join([asked, *new]) if asked.strip() else ", ".join(new)
+
     outputs = [gallery, texts, status, text]
+    words.input(write_in, [prompt, words], prompt, show_progress="hidden")
     event = gr.on(
         [go.click],
         generate,
@@ -248,7 +255,7 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             table = gr.Dataframe(
                 headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
                 max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
-                column_widths=["96px", "76px", "64px", "150px", "200px"],
+                column_widths=["15%", "11%", "10%", "22%", "42%"],
             )
             problems = gr.HTML(padding=False)
             upload = gr.File(
@@ -257,6 +264,10 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             )
         with gr.Column(scale=5, min_width=420):
             about = gr.HTML(views.message("choose a word in the table"), padding=False, elem_id="about-word")
+            named = gr.Dropdown(
+                models(service), value=in_root(service, WEIGHTS), allow_custom_value=True, label="Compared with",
+                info="the model whose vocabulary the nearest words are from", elem_id="vocabulary",
+            )
             with gr.Row():
                 new_name = gr.Textbox(label="Rename to", info="empty: as it is", elem_id="rename")
                 format = gr.Dropdown(
@@ -267,11 +278,8 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
                     elem_id="format",
                 )
             also = gr.Dropdown(
-                [],
-                value=[],
-                multiselect=True,
-                label="Merge with",
-                info="files whose words go into the same file",
+                [], value=[], multiselect=True, label="Merge with", info="files whose words go into the same file",
+                elem_id="merge-with",
             )
             convert = gr.Button("Convert", variant="primary", elem_id="convert")
             result = gr.File(
@@ -283,26 +291,30 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
 
     def refresh() -> Any:
         listed, bad = work.words()
-        rows = [[one.trigger, str(one.vectors), f"{one.norm:.3f}", one.models, one.source] for one in listed]
+        rows = [views.word_row(one) for one in listed]
         said = "".join(views.message(line, "warn") for line in bad[:5])
         if not listed and not bad:
             said = views.message("no words yet: learn one in Train, or drop a file of any tool")
         return rows, said, gr.Dropdown(list(dict.fromkeys(one.source for one in listed)))
 
-    def choose(rows: list[list[str]], event: gr.SelectData) -> Any:
-        row = rows[event.index[0]]
+    def choose(named: str, event: gr.SelectData) -> Any:
+        row = [str(value) for value in event.row_value]
+        return row[4], row[0], *show_word(row[4], row[0], named)
+
+    def show_word(file: str, word: str, named: str) -> Any:
+        if not file:
+            return gr.skip(), gr.skip()
         try:
-            reports = service.inspect(row[4])
-            shown = "".join(views.nearest(one.trigger, one.norms, one.nearest) for one in reports)
-            metadata = service.metadata(row[4])
+            method = service.method(file)
+            if method:
+                shown = views.message("more than vectors: it is used here, not in other tools") + views.facts(method)
+            else:
+                reports = service.inspect(file, named)
+                shown = "".join(views.nearest(one.trigger, one.norms, one.nearest) for one in reports[:8])
+                shown += views.facts(service.metadata(file))
         except UserError as error:
-            return row[4], row[0], views.message(str(error), "bad"), ""
-        return (
-            row[4],
-            row[0],
-            shown + (views.facts(metadata) if metadata else ""),
-            service.lines(row[4], row[0]),
-        )
+            return views.message(str(error), "bad"), ""
+        return shown, service.lines(file, word)
 
     def do_convert(file: str, others: list[str], kind: str, name: str) -> Any:
         made = service.convert([*filter(None, [file]), *(others or [])], kind, name or "")
@@ -313,7 +325,8 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             service.take_word(Path(file))
         return (*refresh(), None)
 
-    table.select(choose, table, [chosen, trigger, about, lines], show_progress="hidden")
+    named.change(show_word, [chosen, trigger, named], [about, lines], show_progress="hidden")
+    table.select(choose, named, [chosen, trigger, about, lines], show_progress="hidden")
     convert.click(or_line(do_convert), [chosen, also, format, new_name], result)
     upload.upload(or_line(take), upload, [table, problems, also, upload])
     return refresh, [table, problems, also]

@@ -8,7 +8,7 @@ from html import escape
 from urllib.parse import quote
 
 from ldm.studio.queue import Job
-from ldm.studio.workspace import Finding, Thumbnail
+from ldm.studio.workspace import Finding, Thumbnail, Word
 from ldm.training.callbacks.progress import duration
 from ldm.training.record import RunRecord
 
@@ -220,6 +220,12 @@ def nearest(trigger: str, norms: Sequence[float], rows: Sequence[Sequence[tuple[
     )
     head = "<tr><th>vector<th>norm<th>nearest words</tr>"
     return f'<table class="near"><caption>{escape(trigger)}</caption>{head}{body}</table>'
+
+
+def word_row(word: Word) -> list[str]:
+    """A line of the table of words."""
+    norm = "" if word.norm is None else f"{word.norm:.3f}"
+    return [word.trigger, str(word.vectors), norm, word.models.removeprefix("a model whose "), word.source]
 
 
 def facts(values: Mapping[str, object]) -> str:

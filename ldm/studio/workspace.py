@@ -24,6 +24,7 @@ from ldm.embeddings.concept import model_names
 from ldm.embeddings.method_files import MethodFile, read_method_file
 from ldm.generate.session import WEIGHTS
 from ldm.images import CAPTION_SUFFIXES, ImageError, list_images, open_image
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.record import RunRecord
 from ldm.util import UserError
 from ldm.words import file_stem
@@ -66,14 +67,14 @@ class Thumbnail(NamedTuple):
 
 @dataclass(frozen=True)
 class Word:
-    """A learned word in a file."""
+    """A learned word in a file; `norm` is the mean of its vectors, None for a word that is more than vectors."""
 
     path: Path
     trigger: str
     vectors: int
     width: int
     models: str
-    norm: float
+    norm: float | None
     source: str
 
 
@@ -258,11 +259,13 @@ class Workspace:
             if isinstance(learned, MethodFile):
                 models = f"{model_names(learned.encoder, learned.width)}, by {learned.method}"
                 words += [
-                    Word(path, trigger, count, learned.width, models, 0.0, self.shown(path))
+                    Word(path, trigger, count, learned.width, models, None, self.shown(path))
                     for trigger, count in learned.words.items()
                 ]
                 continue
             for concept in learned.concepts:
+                if concept.trigger in PER_IMAGE_TOKENS and len(learned.triggers) > 1:
+                    continue  # the words of single images
                 words.append(
                     Word(
                         path,
