@@ -16,6 +16,7 @@ from ldm.studio import views
 from ldm.studio.service import Service
 from ldm.studio.tabs import generate_tab, or_line, words_tab
 from ldm.studio.train import train_tab
+from ldm.training.record import RunRecord
 from ldm.util import UserError
 
 # fmt: off
@@ -56,8 +57,11 @@ def make_page(service: Service) -> gr.Blocks:
                 refresh_words, word_choices = generate_tab(service)
             with gr.Tab("Words", id="words") as fourth:
                 refresh_table, table_outputs = words_tab(service)
+        def look(found: list[RunRecord]) -> list[Any]:
+            return [*runs.refresh(found), *_now(found)]
+
         looks: dict[str, Any] = {
-            "fn": lambda: [*runs.refresh(), *_now(service)], "outputs": [*runs.outputs, *train.strip],
+            "fn": lambda: look(service.runs()), "outputs": [*runs.outputs, *train.strip],
             "show_progress": "hidden", "queue": False,
         }
         for event in (page.load, runs_tab.select, gr.Timer(PERIOD).tick):
@@ -89,9 +93,8 @@ def first_kinds(page: gr.Blocks) -> set[str]:
     return kinds
 
 
-def _now(service: Service) -> list[Any]:
+def _now(runs: list[RunRecord]) -> list[Any]:
     """What the tab Train shows of the run that goes on or was stopped last, and whether its buttons are there."""
-    runs = service.runs()
     if not runs:
         return ["", gr.Button(visible=False), gr.Button(visible=False)]
     ends = runs[0].state in ("stopped", "failed", "lost")
@@ -124,7 +127,7 @@ def _current(service: Service, name: str) -> str:
 class RunsTab:
     """What refreshes the tab of runs, the run that is chosen in it, and the event of a saved concept."""
 
-    refresh: Callable[[], Any]
+    refresh: Callable[[list[RunRecord]], Any]
     outputs: list[Any]
     chosen: gr.State
     kept: Any
@@ -137,12 +140,14 @@ def _runs_tab(service: Service) -> RunsTab:
         with gr.Column(scale=4, min_width=380):
             table = gr.Dataframe(
                 headers=["state", "word", "step", "time", "run"], datatype="str", type="array", interactive=False,
-                max_height=330, column_widths=["17%", "14%", "16%", "18%", "35%"], elem_id="runs-table",
+                max_height=250, column_widths=["17%", "14%", "16%", "18%", "35%"], elem_id="runs-table",
                 show_label=False, buttons=[], wrap=True,
             )
             compare = gr.Dropdown(
-                [], value=[], multiselect=True, label="Compare with", info="its curves and previews beside"
+                [], value=[], multiselect=True, label="Compare with", info="its curves and previews beside",
+                elem_id="compare",
             )
+            curves = gr.HTML(elem_id="curves")
             with gr.Column(visible=False, elem_id="queue") as queued:
                 queue = gr.Dataframe(
                     headers=["state", "word", "device", "message", "id"], datatype="str", type="array",
@@ -150,8 +155,8 @@ def _runs_tab(service: Service) -> RunsTab:
                 )
                 with gr.Row(elem_classes="line-of-buttons"):
                     job = gr.Dropdown([], label="Queued run", show_label=False, container=False, scale=3)
-                    earlier = gr.Button("Earlier", size="sm", min_width=60)
-                    later = gr.Button("Later", size="sm", min_width=60)
+                    earlier = gr.Button("Earlier", size="sm", min_width=60, elem_id="earlier")
+                    later = gr.Button("Later", size="sm", min_width=60, elem_id="later")
                     remove = gr.Button("Remove", size="sm", min_width=70, elem_id="remove")
         with gr.Column(scale=6, min_width=480):
             head = gr.HTML(
@@ -164,7 +169,6 @@ def _runs_tab(service: Service) -> RunsTab:
                     show_label=False, container=False, min_width=150, placeholder="up to step (empty: its own)",
                     elem_id="until",
                 )
-            curves = gr.HTML(padding=False, elem_id="curves")
             previews = gr.HTML(padding=False, elem_id="previews")
             place = gr.Slider(
                 0, 1, 0, step=1, label="Preview", info="step through the previews", elem_id="preview"
@@ -178,10 +182,9 @@ def _runs_tab(service: Service) -> RunsTab:
                 log = gr.Textbox(lines=10, max_lines=10, show_label=False, interactive=False, elem_id="log")
 
     outputs = [table, queued, queue, job, compare]
-    details = [head, curves, previews, place, log]
+    details = [head, curves, previews, place, log, stop, resume]
 
-    def refresh() -> Any:
-        runs = service.runs()
+    def refresh(runs: list[RunRecord]) -> Any:
         rows = [views.run_row(run) for run in runs]
         jobs = [one for one in service.queue.jobs() if one.folder is None or one.state != "running"]
         waiting = [(f"{one.title} ({one.id})", one.id) for one in jobs]
@@ -198,7 +201,7 @@ def _runs_tab(service: Service) -> RunsTab:
         try:
             run = service.workspace.run(name)
         except UserError as error:
-            return views.message(f"{error}: its folder vanished", "bad"), "", "", gr.skip(), ""
+            return views.message(f"{error}: its folder vanished", "bad"), "", "", gr.skip(), "", gr.skip(), gr.skip()
         several = [run]
         for other in others or []:
             try:
@@ -211,7 +214,8 @@ def _runs_tab(service: Service) -> RunsTab:
         at = min(int(number or 0), last) if choose_place or int(number or 0) < last - 1 else last
         shown = views.preview(several, at) + views.strip(run)
         slider = gr.Slider(0, max(last, 1), at, visible=count > 1)
-        return views.run_head(run), views.curves(several), shown, slider, run.log()
+        ends = gr.Button(interactive=run.live), gr.Button(interactive=not run.live)
+        return views.run_head(run), views.curves(several), shown, slider, run.log(), *ends
 
     def choose(event: gr.SelectData) -> str:
         return str(event.row_value[4])
@@ -241,7 +245,7 @@ def _runs_tab(service: Service) -> RunsTab:
         (remove, service.queue.remove),
     ):
         button.click(or_line(action), job, show_progress="hidden").then(
-            refresh, outputs=outputs, show_progress="hidden"
+            lambda: refresh(service.runs()), outputs=outputs, show_progress="hidden"
         )
     table.change(
         detail, [chosen, compare, place], details, show_progress="hidden", trigger_mode="always_last"

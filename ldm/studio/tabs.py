@@ -105,7 +105,9 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                 number = gr.Textbox(label="Image number", info="of a dropped image", min_width=90)
             with gr.Accordion("X/Y plot", open=False, elem_id="plot-settings"):
                 with gr.Row():
-                    x_axis = gr.Dropdown(AXES, value="guidance", label="X", elem_id="x-axis")
+                    x_axis = gr.Dropdown(
+                        AXES, value="guidance", label="X", info="what changes from left to right", elem_id="x-axis"
+                    )
                     x_values = gr.Textbox(
                         "1, 3, 7",
                         label="X values",
@@ -113,7 +115,9 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                         elem_id="x-values",
                     )
                 with gr.Row():
-                    y_axis = gr.Dropdown(AXES, value="nothing", label="Y", elem_id="y-axis")
+                    y_axis = gr.Dropdown(
+                        AXES, value="nothing", label="Y", info="what changes from row to row", elem_id="y-axis"
+                    )
                     y_values = gr.Textbox(
                         "", label="Y values", info="for words: the triggers", elem_id="y-values"
                     )
@@ -255,7 +259,7 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             table = gr.Dataframe(
                 headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
                 max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
-                column_widths=["15%", "11%", "10%", "22%", "42%"],
+                column_widths=["14%", "14%", "11%", "22%", "39%"],
             )
             problems = gr.HTML(padding=False)
             upload = gr.File(

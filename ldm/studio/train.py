@@ -118,7 +118,7 @@ def train_tab(service: Service, page: gr.Blocks) -> TrainTab:
             result = gr.HTML(elem_id="check-result")
     with gr.Row(elem_classes="actions"):
         now = gr.HTML(elem_id="now", scale=1)
-        stop = gr.Button("Stop (saves)", elem_id="train-stop", min_width=120, visible=False)
+        stop = gr.Button("Stop (saves)", elem_id="train-stop", min_width=150, visible=False)
         resume = gr.Button("Continue", elem_id="train-continue", min_width=120, visible=False)
         check = gr.Button("Check", elem_id="check", min_width=120)
         start = gr.Button("Start", variant="primary", elem_id="start", min_width=120)
@@ -170,7 +170,8 @@ def train_tab(service: Service, page: gr.Blocks) -> TrainTab:
         try:
             path, refused = work.take_images(word, uploaded)
         except UserError as error:
-            raise gr.Error(str(error), duration=12, print_exception=False, title="") from error
+            gr.Warning(str(error), duration=12, title="")
+            return gr.skip(), None, gr.skip()
         for line in refused:
             gr.Warning(line, duration=12, title="")
         captioned = any(Path(file).suffix.lower() == ".txt" for file in uploaded)

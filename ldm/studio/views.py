@@ -23,7 +23,7 @@ STATES = {
     "waiting": "waiting",
     "running": "starting",
 }
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 132, 46, 18
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 116, 50, 20
 
 
 def message(text: str, kind: str = "note") -> str:
