@@ -126,11 +126,21 @@ def test_the_content_decides_the_format(tmp_path):
 
 def test_captions_are_written_and_removed(work):
     folder = work.root / "data" / "cat"
-    for name in ("a", "b"):
+    for name in ("a", "b", "c", "d"):
         photo(folder / f"{name}.png")
-    assert work.write_captions(folder, ["a [name]\nhere", ""]) == 1
-    assert list(work.captions(folder).values()) == ["a [name] here", ""]
-    assert work.write_captions("data/cat", ["", "x"]) == 2 and not (folder / "a.txt").exists()
+    (folder / "b.caption").write_text("of another tool")
+    (folder / "c.TXT").write_text("in capitals")
+    (folder / "d.txt").write_bytes(b"\xff\xfe\x00")
+    work.write_caption(folder, "a.png", "a [name]\nhere")
+    *texts, damaged = work.captions(folder).values()
+    assert texts == ["a [name] here", "of another tool", "in capitals"]
+    assert isinstance(damaged, UserError) and "UTF-8" in str(damaged)
+    work.write_caption("data/cat", "a.png", " ")
+    work.write_caption("data/cat", "b.png", "new")
+    assert not (folder / "a.txt").exists() and (folder / "b.caption").read_text() == "new\n"
+    for name in ("e.png", "../cat/a.png", "a.txt"):
+        with pytest.raises(UserError, match="no image"):
+            work.write_caption(folder, name, "x")
 
 
 def test_findings(tmp_path):
