@@ -120,7 +120,8 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
     if not isinstance(found, Kind):
         return BaseModel(str(source), path, *found)
     denoiser = Denoiser.of(Names(header.shapes))
-    if wanted is None or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
+    alone = wanted is None and found != _EMBEDDING
+    if alone or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
         return None
     raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
 
@@ -272,7 +273,10 @@ _OTHER_MODEL = f"it cannot be used here: {_READ}"
 _ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
 _PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
 EMBEDDING = "a textual inversion embedding"
-_EMBEDDING = Kind(EMBEDDING, "name the base model here and the embedding with --embedding_path")
+_EMBEDDING = Kind(
+    EMBEDDING,
+    "name the base model here, and the embedding with --embedding_path to generate, --embedding_manager_ckpt to train",
+)
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
 
 # What a file is, what to do, and expressions that must all be found in its names; the first row that fits counts.

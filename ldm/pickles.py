@@ -34,7 +34,6 @@ def load(
     *,
     classes: Sequence[type | tuple[type, str]] = (),
     mmap: bool = False,
-    meta: bool = False,
     what: str = "",
 ) -> Any:
     """Read a `torch.save` file onto the CPU without running code from it.
@@ -43,7 +42,6 @@ def load(
         path: of the file.
         classes: allowed in addition to torch's own list, as a class or as (class, "dotted.name in the file").
         mmap: map the tensors into memory instead of reading them, where the file's layout allows it.
-        meta: return tensors on the meta device, which have a shape and no numbers.
         what: how messages name the file; default: its path.
 
     Raises:
@@ -60,8 +58,7 @@ def load(
         )
     try:
         with torch.serialization.safe_globals(list(classes)):
-            device = "meta" if meta else "cpu"
-            return torch.load(str(path), map_location=device, weights_only=True, mmap=mmap or None)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap or None)
     except UserError:
         raise
     except pickle.UnpicklingError as error:

@@ -75,7 +75,7 @@ def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder) -> Non
     was, now = _begun_from(saved), _begun_from(wanted)
     if now is None or now == was:
         return
-    if Path(now).resolve().parent == folder.checkpoints.resolve():
+    if folder.is_latest(Path(now)):
         logger.info("--embedding_manager_ckpt is not needed: the vectors are in the state that -r reads")
         return
     raise UsageError(
@@ -275,10 +275,15 @@ class Resumption(Callback):
         notes = differences(was, self.settings)
         notes += self._update_optimizers(trainer, pl_module, checkpoint, was)
         self._update_position(trainer, checkpoint, was)
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if (
+            trainer.max_epochs is not None and 0 <= trainer.max_epochs < epochs
+        ):  # Lightning refuses this state
+            raise UsageError(_no_epochs_left(epochs, trainer.max_epochs))
         if trainer.is_global_zero:
-            self._log(trainer, checkpoint, notes)
+            self._log(trainer, checkpoint, notes, epochs)
 
-    def _log(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any], notes: list[str]) -> None:
+    def _log(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any], notes: list[str], epochs: int) -> None:
         step = checkpoint["global_step"]
         limit = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
         rates = [group["lr"] for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
@@ -288,7 +293,6 @@ class Resumption(Callback):
             logger.info("changed since then: %s", ", ".join(notes))
         else:
             logger.info("all settings are those of the saved state")
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         if 0 <= trainer.max_steps <= step:
             logger.warning(
                 "nothing is left to train: the run is at step %d and max_steps is %d; go on with --max_steps %d",
@@ -297,12 +301,7 @@ class Resumption(Callback):
                 step + max(1, trainer.max_steps),
             )
         elif trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
-            logger.warning(
-                "nothing is left to train: %d of %d epochs are done; go on with --max_epochs %d",
-                epochs,
-                trainer.max_epochs,
-                epochs + max(1, trainer.max_epochs),
-            )
+            logger.warning("%s", _no_epochs_left(epochs, trainer.max_epochs))
 
     def _settings_before(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a state was saved with, as far as it tells."""
@@ -434,6 +433,13 @@ class _Batches:
         return cls(
             settings["batches"], settings["batch"] * settings["processes"], settings.get("accumulation") or 1
         )
+
+
+def _no_epochs_left(done: int, limit: int) -> str:
+    return (
+        f"nothing is left to train: {done} of {limit} epochs are done; go on with --max_epochs "
+        f"{done + max(1, limit)}"
+    )
 
 
 def _schedule_of(model: pl.LightningModule) -> Any:
