@@ -64,14 +64,14 @@ def load(
     except pickle.UnpicklingError as error:
         raise PickleError(f"{name} is refused: {_reason(error)}") from error
     except Exception as error:  # a damaged stream can fail anywhere inside the unpickler
-        raise PickleError(f"{name} is damaged or not a PyTorch file ({_detail(error)})") from error
+        raise PickleError(f"{name} is damaged or not a PyTorch file ({_detail(error)}); download it again") from error
 
 
 def _reason(error: Exception) -> str:
     asked = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([A-Za-z_][\w.]*)", str(error))
     if asked:
-        return f"it asks for '{shown(asked[1].rstrip('.'))}', which tensors never need"
-    return f"it is damaged or not a file of tensors ({_detail(error)})"
+        return f"it asks for '{shown(asked[1].rstrip('.'))}', which tensors never need; name another file"
+    return f"it is damaged or not a file of tensors ({_detail(error)}); name another file"
 
 
 def _detail(error: Exception) -> str:

@@ -101,7 +101,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         for dataset in _datasets(config):
             if str(dataset["target"]).startswith("ldm.data.personalized"):
                 own = (dataset.get("params") or {}).get("data_root")
-                roots = options.data_root or own or config.get("data_root")
+                roots = config["data_root"] if options.data_root else own or config.get("data_root")
                 for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
                     check_image_folder(root)
     hub.check(options)
