@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from ldm.diffusers_layout import (
     unet_settings,
     vae_settings,
 )
+from ldm.files import write_text
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.conditioning import condition_map, context_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -200,12 +202,24 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             pipeline.save_pretrained(Path(temporary) / "pipeline")
+            _save_vocabularies(pipeline, Path(temporary) / "pipeline")
             if folder.is_dir():
                 folder.rmdir()
             (Path(temporary) / "pipeline").rename(folder)
     except OSError as error:
         raise UserError(f"cannot write '{folder}' ({error.strerror or error})") from error
     return folder
+
+
+def _save_vocabularies(pipeline: Any, folder: Path) -> None:
+    """Write the files of tokenizers that transformers 4 reads, beside the one file of transformers 5."""
+    for name, tokenizer in pipeline.components.items():
+        if name.startswith("tokenizer"):
+            tokenizer.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt
+            vocabulary = json.loads((folder / name / "vocab.json").read_text(encoding="utf-8"))
+            added = {word: row for word, row in tokenizer.get_added_vocab().items() if word not in vocabulary}
+            if added:
+                write_text(folder / name / "added_tokens.json", json.dumps(added, ensure_ascii=False))
 
 
 def _diffusers() -> Any:
