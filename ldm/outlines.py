@@ -71,9 +71,7 @@ def _of_zip(path: Path) -> Outline:
         if order is not None and order.file_size < 16 and archive.read(order) == b"big":
             raise PickleError("it was written on a big-endian machine; write it again on a little-endian one")
         if by_name[pickled[0]].file_size > min(MAX_PICKLE, _MAX_RATIO * size):
-            raise PickleError(
-                "its data.pkl is larger than any embedding's or model's; it may be malicious"
-            )
+            raise PickleError("its data.pkl is larger than any embedding's or model's; it may be malicious")
         places: dict[str, int | str] = {
             name.removeprefix(f"{root}data/"): name for name in by_name if name.startswith(f"{root}data/")
         }

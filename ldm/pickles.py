@@ -64,7 +64,9 @@ def load(
     except pickle.UnpicklingError as error:
         raise PickleError(f"{name} is refused: {_reason(error)}") from error
     except Exception as error:  # a damaged stream can fail anywhere inside the unpickler
-        raise PickleError(f"{name} is damaged or not a PyTorch file ({_detail(error)}); download it again") from error
+        raise PickleError(
+            f"{name} is damaged or not a PyTorch file ({_detail(error)}); download it again"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

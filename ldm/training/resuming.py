@@ -84,6 +84,17 @@ def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder) -> Non
     )
 
 
+def check_epochs(state: Mapping[str, Any], wanted: DictConfig) -> None:
+    """Check that a state has no more epochs than are wanted, which Lightning refuses after everything is built.
+
+    Raises:
+        UsageError: it has.
+    """
+    limit = OmegaConf.select(wanted, "lightning.trainer.max_epochs")
+    if limit is not None and 0 <= limit < (done := _epochs(state)):
+        raise UsageError(_no_epochs_left(done, limit))
+
+
 def forget_first_vectors(config: DictConfig) -> None:
     """Remove the file that a run began from, in place: a resumed run has its vectors, and the file may be gone."""
     config.pop(_FILE, None)
@@ -275,15 +286,10 @@ class Resumption(Callback):
         notes = differences(was, self.settings)
         notes += self._update_optimizers(trainer, pl_module, checkpoint, was)
         self._update_position(trainer, checkpoint, was)
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        if (
-            trainer.max_epochs is not None and 0 <= trainer.max_epochs < epochs
-        ):  # Lightning refuses this state
-            raise UsageError(_no_epochs_left(epochs, trainer.max_epochs))
         if trainer.is_global_zero:
-            self._log(trainer, checkpoint, notes, epochs)
+            self._log(trainer, checkpoint, notes)
 
-    def _log(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any], notes: list[str], epochs: int) -> None:
+    def _log(self, trainer: pl.Trainer, checkpoint: Mapping[str, Any], notes: list[str]) -> None:
         step = checkpoint["global_step"]
         limit = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
         rates = [group["lr"] for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
@@ -300,7 +306,7 @@ class Resumption(Callback):
                 trainer.max_steps,
                 step + max(1, trainer.max_steps),
             )
-        elif trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        elif trainer.max_epochs is not None and 0 <= trainer.max_epochs <= (epochs := _epochs(checkpoint)):
             logger.warning("%s", _no_epochs_left(epochs, trainer.max_epochs))
 
     def _settings_before(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -433,6 +439,10 @@ class _Batches:
         return cls(
             settings["batches"], settings["batch"] * settings["processes"], settings.get("accumulation") or 1
         )
+
+
+def _epochs(state: Mapping[str, Any]) -> int:
+    return int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
 def _no_epochs_left(done: int, limit: int) -> str:

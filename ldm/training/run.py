@@ -161,7 +161,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     check_rate(merged)
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)
-        check_is_state(state, folder)
+        resuming.check_epochs(check_is_state(state, folder), merged)
         resuming.forget_first_vectors(merged)
     else:
         preflight.check_first_vectors(merged)
