@@ -137,7 +137,8 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
     if not isinstance(found, Kind):
         return _of_file(source, header, found)
     denoiser = Denoiser.of(Names(header.shapes))
-    if wanted is None or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
+    alone = wanted is None and found != EMBEDDING_KIND
+    if alone or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
         return None
     raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
 

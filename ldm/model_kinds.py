@@ -49,7 +49,10 @@ OTHER_MODEL = f"it cannot be used here: {READ}"
 ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
 PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
 EMBEDDING = "a textual inversion embedding"
-EMBEDDING_KIND = Kind(EMBEDDING, "name the base model here and the embedding with --embedding_path")
+EMBEDDING_KIND = Kind(
+    EMBEDDING,
+    "name the base model here, and the embedding with --embedding_path to generate, --embedding_manager_ckpt to train",
+)
 _DISTILLED = "name the model it was distilled from"
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.commands.base import check_files, check_model, guarded, write_error
-from ldm.console import Parser, positive, write_line
+from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
 
@@ -66,6 +67,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Report on every file; a file that cannot be read does not prevent the report on the others."""
     from ldm.embeddings import read
     from ldm.embeddings.inspection import inspect_concepts, words_of
+    from ldm.embeddings.method_files import read_method_file
     from ldm.weights import TEXT_ENCODERS, located
 
     check_model(options.ckpt_path)
@@ -80,6 +82,12 @@ def inspect(options: argparse.Namespace) -> None:
         try:
             learned = read(file)
         except UserError as error:
+            if method := read_method_file(file):
+                record = {"method": method.method, "words": dict(method.words), "dials": dict(method.dials)}
+                reports.append({"file": str(file), **record})
+                if not options.json:
+                    write_line(f"{file}: {method.described()}")
+                continue
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue
@@ -96,7 +104,10 @@ def inspect(options: argparse.Namespace) -> None:
             for line in _report_lines(file, learned, concepts, tables):
                 write_line(line)
     if options.json:
-        write_line(json.dumps(reports, indent=2, ensure_ascii=False))
+        # Python's escapes of what a console lacks are not those of JSON.
+        narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
+        write_line(json.dumps(reports, indent=2, ensure_ascii=narrow))
+    check_results_written()
     if failures:
         for failure in failures[:-1]:
             write_error(failure)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,9 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm import console
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
 from ldm.embeddings import FORMATS, read, write
+from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.images import open_image
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
 
@@ -51,6 +57,7 @@ def fails(capsys, code: int, *arguments: object) -> str:
     "option",
     [["convert", "{}", "--to", "a1111", "--trigger", "a\u202eb"], ["merge", "{}", "--rename", "x=a\u202eb"]],
 )
+@pytest.mark.refused_first
 def test_a_word_that_cannot_be_kept_is_refused_before_the_file_is_read(tmp_path, capsys, option):
     (tmp_path / "cat.pt").write_text("no embedding")
     arguments = [text.format(tmp_path / "cat.pt") for text in option]
@@ -72,6 +79,18 @@ def test_inspect_as_text(cat, capsys):
     ):
         assert words in output
     assert "embeddings.pt: original" in output and "1 vector, 32 wide" in output
+
+
+def test_inspect_a_file_of_a_method(tmp_path, capsys):
+    tensors = {"vectors": torch.zeros(4, 1, 768)}
+    file = tmp_path / "a.safetensors"
+    write_method_file(MethodFile("grid", {"*": 1}, tensors, {}, {"strength": 0.8}, "clip", 768), file)
+    assert main(["inspect", str(file)]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{file}: words of the method 'grid': '*' (1), for a model whose CLIP text")
+    assert line.endswith("dials: strength=0.8")
+    assert main(["inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["dials"] == {"strength": 0.8}
 
 
 def test_inspect_against_a_vocabulary(tmp_path, checkpoint, capsys):
@@ -127,6 +146,36 @@ def test_inspect_as_json_and_a_bad_file_among_good_ones(tmp_path, cat, capsys):
     assert output.err.count("\n") == 1 and output.err.startswith("error: ")
 
 
+@pytest.mark.refused_first
+@pytest.mark.parametrize(("reason", "code"), [(errno.ENOSPC, 1), (errno.EPIPE, 0)])
+def test_results_that_are_lost_are_no_success(cat, monkeypatch, capsys, reason, code):
+    """A reader that has seen enough and closed its pipe is one."""
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(reason, os.strerror(reason))
+
+    stream = io.TextIOWrapper(io.BufferedWriter(console._LastingStream(Full())), "utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["inspect", str(cat)]) == code
+    said = "error: the results cannot be written: No space left on device; send them elsewhere\n"
+    assert capsys.readouterr().err == (said if code else "")
+
+
+@pytest.mark.refused_first
+def test_json_is_valid_in_a_console_of_another_code_page(tmp_path, monkeypatch):
+    file = write(learned("caf\u00e9 \U0001f600 \u05e7"), tmp_path / "x.safetensors")
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(["inspect", str(file), "--json"])
+    stream.flush()
+    found = json.loads(stream.buffer.getvalue())
+    assert found[0]["concepts"][0]["trigger"] == "caf\u00e9 \U0001f600 \u05e7"
+
+
 def test_convert(cat, tmp_path, capsys):
     run(["convert", str(cat), "--to", "safetensors", "--trigger", "<my-cat>"])
     assert f"wrote {tmp_path / 'my-cat.safetensors'}" in capsys.readouterr().out
@@ -162,6 +211,7 @@ def test_convert_overwrites_only_with_the_flag(cat, capsys):
     assert read(cat).format == "original"
 
 
+@pytest.mark.client_files
 def test_convert_of_width_1280_needs_the_encoder(tmp_path, capsys):
     save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
     command = ["convert", tmp_path / "x.safetensors", "--to", "safetensors", "-o", tmp_path / "y.safetensors"]
@@ -200,6 +250,7 @@ def test_merge_and_split(cat, tmp_path, capsys):
     ]
 
 
+@pytest.mark.refused_first
 def test_mistakes_end_in_one_line(cat, tmp_path, capsys):
     assert fails(capsys, 1, "inspect", tmp_path / "absent.pt").count("\n") == 1
     assert "old=new" in fails(capsys, 2, "merge", cat, "-o", tmp_path / "b", "--rename", "x")
@@ -257,6 +308,7 @@ def test_a_missing_argument_is_a_usage_error(capsys):
 # -- words for other tools and models ------------------------------------------------------------------------
 
 
+@pytest.mark.client_files
 def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: None)
     run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "a.pt")])
@@ -269,6 +321,7 @@ def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path,
     assert "'cat': no token id" in capsys.readouterr().out
 
 
+@pytest.mark.client_files
 def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     torch.save({"cat": vectors()}, tmp_path / "cat.bin")
     torch.save({"<my-cat>": vectors(seed=1)}, tmp_path / "my-cat.bin")
@@ -287,6 +340,7 @@ def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     assert read(tmp_path / "d.pt").concepts[0].token == 2368
 
 
+@pytest.mark.client_files
 def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys):
     save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
     command = ["convert", tmp_path / "x.safetensors", "--to", "original", "-o", tmp_path / "y.pt"]
@@ -299,6 +353,7 @@ def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys
     assert "clip_l (768), clip_h (1024)" in fails(capsys, 1, *command, "--encoder", "clip-g", "--overwrite")
 
 
+@pytest.mark.client_files
 def test_sdxl_words_in_the_two_files_of_diffusers(tmp_path, capsys):
     save_file({"clip_l": vectors(), "clip_g": vectors(width=1280)}, tmp_path / "my cat.safetensors")
     run(
@@ -384,6 +439,7 @@ def test_a_transferred_word_is_a_start_for_training(models, tmp_path, capsys):
     assert torch.equal(manager.vectors("<cat>").detach(), read(out).concepts[0].vectors)
 
 
+@pytest.mark.refused_first
 def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
     word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
 
@@ -480,6 +536,7 @@ def test_a_transfer_between_models_of_the_hub_fetches_their_text_encoders(models
     assert "nearest 1   w" in capsys.readouterr().out
 
 
+@pytest.mark.refused_first
 def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_path, capsys):
     word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
     out = tmp_path / "out.safetensors"
@@ -496,6 +553,7 @@ def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.client_files
 def test_the_word_that_other_tools_take_is_said(tmp_path, capsys):
     word = write(learned("<my cat>", width=768), tmp_path / "x.safetensors")
     for format in ("safetensors", "a1111"):
