@@ -110,7 +110,7 @@ def inspect(options: argparse.Namespace) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Write one file in the format of another tool."""
     check_files(options.file, options.preview)
-    trigger = check_word(options.trigger, "--trigger") if options.trigger else None
+    trigger = check_word(options.trigger, "--trigger") if options.trigger is not None else None
 
     from ldm.embeddings import read
     from ldm.images import open_image
