@@ -86,6 +86,13 @@ def check_files(*paths: str | Path | None) -> None:
             )
 
 
+def model_path(text: str) -> str:
+    """Argument type: a model; the shipped one is found from every folder (see `ldm.yaml_files.in_checkout`)."""
+    from ldm.yaml_files import in_checkout
+
+    return in_checkout(text)
+
+
 def check_model(*sources: str | None) -> None:
     """Raise UserError for the first that was given but is neither a file, a folder nor a possible hub id."""
     for source in sources:

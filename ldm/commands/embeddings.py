@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.commands.base import check_files, check_model, guarded, write_error
+from ldm.commands.base import check_files, check_model, guarded, model_path, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
@@ -339,7 +339,9 @@ def _make_parser(prog: str) -> Parser:
 
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    command.add_argument("--ckpt_path", help="model (file, folder or hub id) to compare with its vocabulary")
+    command.add_argument(
+        "--ckpt_path", type=model_path, help="model (file, folder or hub id) to compare with its vocabulary"
+    )
     command.add_argument(
         "--tokenizer",
         type=Path,
@@ -385,9 +387,16 @@ def _make_parser(prog: str) -> Parser:
     command = commands.add_parser("transfer", help="move a word to another model, as a start for training")
     command.add_argument("file", type=Path, metavar="FILE")
     model = "a checkpoint, a folder as diffusers writes it, or a hub id"
-    command.add_argument("--from", dest="source", required=True, metavar="MODEL", help=f"its model: {model}")
     command.add_argument(
-        "--to", dest="target", required=True, metavar="MODEL", help="the model that it will be for"
+        "--from", dest="source", type=model_path, required=True, metavar="MODEL", help=f"its model: {model}"
+    )
+    command.add_argument(
+        "--to",
+        dest="target",
+        type=model_path,
+        required=True,
+        metavar="MODEL",
+        help="the model that it will be for",
     )
     command.add_argument(
         "-o",

@@ -16,6 +16,7 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
+    model_path,
     read_model_config,
 )
 from ldm.console import Parser, write_line
@@ -53,7 +54,14 @@ def make_parser(prog: str) -> Parser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--ckpt_path", "--ckpt", default=WEIGHTS, metavar="MODEL", help="default: %(default)s")
+    what.add_argument(
+        "--ckpt_path",
+        "--ckpt",
+        type=model_path,
+        default=WEIGHTS,
+        metavar="MODEL",
+        help="default: %(default)s",
+    )
     what.add_argument("--config", metavar="YAML", help="default: config.yaml beside the model")
     what.add_argument(
         "--concept",

@@ -13,6 +13,7 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
+    model_path,
     read_model_config,
 )
 from ldm.console import Parser, write_line
@@ -89,6 +90,7 @@ def _make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--ckpt_path",
         "--ckpt",
+        type=model_path,
         default=WEIGHTS,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",

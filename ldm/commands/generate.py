@@ -16,6 +16,7 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
+    model_path,
     read_model_config,
 )
 from ldm.console import Parser, write_line
@@ -115,6 +116,7 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     model.add_argument(
         "--ckpt_path",
         "--ckpt",
+        type=model_path,
         default=profile.ckpt,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
