@@ -185,7 +185,7 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(f"cannot read image {path}: {_why_unidentified(_format_of(path))}") from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error ... on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError(f"cannot read image {path}: {reason}") from None
 
 
