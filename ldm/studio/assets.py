@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_PREFIX = "/assets/"
+_PREFIX, _THEME = "/assets/", "/theme.css"
 # A list of chunks that a script may fetch, as vite writes it: m.f=["./a.js","./b.css"]
 _CHUNKS = re.compile(r'm\.f=\[((?:"\./[^"]+",?)+)\]')
 # The chunks of one kind of component, as places in that list: textbox:{... component:()=>...__vite__mapDeps([1,2])
@@ -33,12 +33,18 @@ class Assets:
         app: the application behind.
         folder: the files; their names hold a digest of their content, so that a browser may keep them.
         first: names of the files that the page needs at once, for hints beside its first answer.
+        theme: the theme's style, and the digest by which the page asks for it.
     """
 
-    def __init__(self, app: App, folder: Path, first: Iterable[str] = ()) -> None:
+    def __init__(
+        self, app: App, folder: Path, first: Iterable[str] = (), theme: tuple[str, str] = ("", "")
+    ) -> None:
         self.app = app
+        self.theme = theme[0].encode()
         self.files = {path.name: path for path in folder.iterdir() if path.is_file()}
-        self.hints = ", ".join(map(_hint, filter(self.files.__contains__, first))).encode()
+        hints = [_hint(name) for name in first if name in self.files]
+        hints += [f"<{_THEME}?v={theme[1]}>; rel=preload; as=style"] if self.theme else []
+        self.hints = ", ".join(hints).encode()
         self.read = functools.lru_cache(maxsize=256)(Path.read_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,12 +54,12 @@ class Assets:
         if path == "/" and self.hints:
             return await self.app(scope, receive, self._with_hints(send))
         file = self.files.get(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else None
-        if file is None:
+        if file is None and (path != _THEME or not self.theme):
             return await self.app(scope, receive, send)
-        content = self.read(file)
-        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        content = self.read(file) if file else self.theme
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers = [
-            (b"content-type", ("text/javascript" if file.suffix == ".js" else kind).encode()),
+            (b"content-type", ("text/javascript" if path.endswith(".js") else kind).encode()),
             (b"content-length", str(len(content)).encode()),
             (b"cache-control", b"private, max-age=31536000, immutable"),
         ]

@@ -321,4 +321,5 @@ def make_app(service: Any, users: dict[str, str], *, local: bool, most: int = MO
         head=page_script(),
     )
     folder = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
-    return Guard(Assets(app, folder, needed(folder, first_kinds(page))), users, local=local, most=most)
+    style = page.theme_css, page.theme_hash
+    return Guard(Assets(app, folder, needed(folder, first_kinds(page)), style), users, local=local, most=most)

@@ -23,11 +23,12 @@ from ldm.yaml_files import in_checkout
 # fmt: off
 
 SAMPLE = "data/concepts/bobo"
-# A caption that was edited is saved when its field is left.
+# A caption that was edited is saved when its field is left, beside the image that it was shown with.
 SAVE_CAPTION = """
 element.addEventListener("change", (event) => {
   const field = event.target.closest("textarea");
-  if (field) trigger("submit", {image: field.name, text: field.value});
+  const folder = element.querySelector("[data-folder]")?.dataset.folder;
+  if (field) trigger("submit", {folder, image: field.name, text: field.value});
 });
 """
 
@@ -159,7 +160,7 @@ def train_tab(service: Service, page: gr.Blocks) -> TrainTab:
             images, found_in_set = service.thumbnails(asked)
         except UserError as error:
             return "", views.message(str(error), "bad")
-        return views.thumbnails(images), views.finding_list(found_in_set, len(images))
+        return views.thumbnails(path, images), views.finding_list(found_in_set, len(images))
 
     def show_all(*values: Any) -> Any:
         return *show_plan(*values), *show_images(*values)
@@ -178,7 +179,7 @@ def train_tab(service: Service, page: gr.Blocks) -> TrainTab:
         return work.shown(path), None, True if captioned else gr.skip()
 
     def save(event: gr.EventData, *values: Any) -> Any:
-        work.write_caption(form(values)["folder"], str(event.image), str(event.text))
+        work.write_caption(str(event.folder), str(event.image), str(event.text))
         if not form(values)["use_captions"]:
             gr.Info("the caption is saved, and captions are used now", title="")
         return True, *show_images(*values)
@@ -209,6 +210,6 @@ def train_tab(service: Service, page: gr.Blocks) -> TrainTab:
         lambda: views.message("checking: training a few steps in a folder of its own ..."), outputs=result,
         show_progress="hidden",
     ).then(shown_error(run_check), inputs, result, show_progress="hidden", concurrency_limit=1)
-    page.load(show_all, inputs, [*planned, *seen], show_progress="hidden")
+    page.load(show_all, inputs, [*planned, *seen], show_progress="hidden", queue=False)
     started = start.click(or_line(run_start), inputs, result, show_progress="hidden", concurrency_limit=1)
     return TrainTab(started.success(lambda: None), [now, stop, resume], stop, resume)

@@ -61,16 +61,19 @@ def test_files_are_answered_from_memory(folder):
         await send({"type": "http.response.start", "status": 404, "headers": []})
         await send({"type": "http.response.body", "body": b"behind"})
 
-    app = Assets(behind, folder, ["index.js", "index.css", "gone.js"])
+    app = Assets(behind, folder, ["index.js", "index.css", "gone.js"], ("b{}", "0a1"))
     status, body, headers = answer(app, "/assets/text.css")
     assert (status, body, headers[b"content-type"]) == (200, b"1", b"text/css")
     assert answer(app, "/assets/index.js", "HEAD")[1] == b""
     assert answer(app, "/assets/index.js")[2][b"content-type"] == b"text/javascript"
     for path in ("/assets/../secret.txt", "/assets/", "/assets/none.js", "/assets//index.js", "/other"):
         assert answer(app, path)[:2] == (404, b"behind"), path
+    assert answer(app, "/theme.css")[:2] == (200, b"b{}")
+    assert answer(Assets(behind, folder), "/theme.css")[0] == 404
     assert answer(app, "/assets/index.js", "POST")[0] == 404
     link = answer(app, "/")[2][b"link"].decode()
     assert "</assets/index.js>; rel=modulepreload" in link and "as=style" in link and "gone" not in link
+    assert link.endswith("</theme.css?v=0a1>; rel=preload; as=style")
 
 
 def test_the_lists_of_gradio_are_read():
