@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes of `make test`, about 1.5 GB each; all tests of a file run in one of them.
+TEST_PROCESSES ?= 2
 
 ifdef PY
 READY :=
@@ -46,7 +48,7 @@ studio: $(READY)  ## open the page to train and generate in, on this machine
 	$(PY) scripts/studio.py --open
 
 test: $(READY)  ## the fast tests: no network, no GPU
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(PY) -m pytest -m 'slow and not gpu'

@@ -42,7 +42,15 @@ setup(
     ],
     # The quantiser of VQ first stages is missing here because it requires torchvision: requirements-no-deps.txt.
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm", "diffusers>=0.31"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "types-tqdm",
+            "diffusers>=0.31",
+        ],
         "ui": ["gradio>=6.0", "fastapi>=0.115", "uvicorn>=0.30"],
         "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
         "browser": ["playwright>=1.45"],  # drives the system's Chromium in the tests of the page

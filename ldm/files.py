@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from ldm.util import UserError
+from ldm.util import UserError, shown
 
 FileKind = Literal[
     "safetensors",
@@ -59,6 +59,15 @@ def file_kind(path: str | Path) -> FileKind:
         return "special"
     with path.open("rb") as file:
         return content_kind(file.read(512))
+
+
+def why_no_file(path: str | Path) -> str:
+    """The rest of the message, after the path, for what is not an ordinary file; of a run folder it names its file."""
+    path = Path(path)
+    kind: FileKind = "folder" if path.is_dir() else "special" if path.exists() else "missing"
+    names = ("embeddings.pt", "checkpoints/embeddings.pt", "learned_embeds.safetensors", "learned_embeds.bin")
+    there = next((path / name for name in names if (path / name).is_file()), None)
+    return f"is a folder; name the file in it, '{there}'" if there else NO_TENSORS[kind]
 
 
 def content_kind(head: bytes) -> FileKind:
@@ -111,12 +120,18 @@ _REMEDY = {
 def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
     """Write a temporary file, sync it and rename it to `path`: a reader sees the old file or the complete new one.
 
-    `writer` is called with the open binary file. Parent folders are created. Returns the path.
-    Raises UserError with the path and the remedy; the old file is then unchanged.
+    `writer` is called with the open binary file. Parent folders are created; a device or pipe is written to. Returns
+    the path. Raises UserError with the path and the remedy; the old file is then unchanged.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise UserError(f"cannot write '{shown(str(path))}': names hold no null character; choose another")
     temporary: str | None = None
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:  # renaming would remove the device
+                writer(file)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:

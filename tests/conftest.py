@@ -7,7 +7,12 @@ import platform
 from pathlib import Path
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several processes: threads of torch, which counts processors when it is imported, would only compete.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
-from ldm.files import is_hub_id
+from ldm.files import is_hub_id, why_no_file
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def check_files(*paths: str | Path | None) -> None:
     """Raise UserError for the first path that was given but is not a file."""
     for path in paths:
         if path and not Path(path).is_file():
-            raise UserError(f"'{path}' does not exist; check the path")
+            raise UserError(f"'{path}' {why_no_file(path)}")
 
 
 def check_model(*sources: str | None) -> None:

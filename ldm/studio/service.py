@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ldm import files
 from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
-from ldm.embeddings.method_files import read_method_file, triggers_of, write_method_file
+from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, write_method_file
 from ldm.generate.session import checkpoint_of
 from ldm.studio.generation import Generation, whole
 from ldm.studio.queue import STATE_FOLDER, Job, Queue, train_command
@@ -324,19 +324,17 @@ class Service:
         source = self.workspace.run(run).concepts().get(step)
         if source is None:
             raise UserError(f"step {step} of '{run}' has no saved vectors; the nearest saved one is offered")
-        triggers = triggers_of(source)
-        word = name.strip() or triggers[0]
-        if len(triggers) > 1 and word != triggers[0]:
-            raise UserError(f"the run learned {len(triggers)} words; a new name fits one word only")
-        check_word(word)
-        if (method := read_method_file(source)) is not None:
-            words = {word: method.words[triggers[0]]} if len(triggers) == 1 else method.words
-            return write_method_file(replace(method, words=words), self._free_file(word, ".safetensors"))
-        learned = read(source).without_progress()
-        if len(triggers) == 1:
-            learned = learned.renamed({triggers[0]: word})
-            return write(learned, self._free_file(word, ".safetensors"), "safetensors")
-        return write(learned, self._free_file(word, ".pt"), "original")
+        learned = read_words(source)
+        word = name.strip() or learned.triggers[0]
+        if len(learned.triggers) > 1 and word != learned.triggers[0]:
+            raise UserError(f"the run learned {len(learned.triggers)} words; a new name fits one word only")
+        if len(learned.triggers) == 1:
+            learned = learned.renamed({learned.triggers[0]: check_word(word)})
+        if isinstance(learned, MethodFile):
+            return write_method_file(learned, self._free_file(word, ".safetensors"))
+        several = len(learned.triggers) > 1
+        file = self._free_file(word, ".pt" if several else ".safetensors")
+        return write(learned.without_progress(), file, "original" if several else "safetensors")
 
     def _free_file(self, word: str, suffix: str) -> Path:
         """A file in `embeddings` that is not there yet, named after a word."""
@@ -380,8 +378,10 @@ class Service:
 
     def method(self, file: str) -> dict[str, Any]:
         """The method of a file of words that are more than vectors, with its options; empty for vectors."""
-        found = read_method_file(self.workspace.word_file(file))
-        return {} if found is None else {"method": found.method, **found.options, **found.dials}
+        found = read_words(self.workspace.word_file(file))
+        return (
+            {"method": found.method, **found.options, **found.dials} if isinstance(found, MethodFile) else {}
+        )
 
     def convert(self, sources: Sequence[str], format: str, word: str = "") -> list[Path]:
         """Write the words of one file, or several merged ones, in the format of a tool, renamed if `word` is given."""

@@ -19,9 +19,9 @@ from PIL import Image
 from ldm import files
 from ldm.data.captions import CaptionFiles
 from ldm.data.personalized import squares
-from ldm.embeddings import LearnedEmbeddings, read
+from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.concept import model_names
-from ldm.embeddings.method_files import MethodFile, read_method_file
+from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.generate.session import WEIGHTS
 from ldm.images import CAPTION_SUFFIXES, ImageError, list_images, open_image
 from ldm.prompts import PER_IMAGE_TOKENS
@@ -282,7 +282,7 @@ class Workspace:
 
 @functools.lru_cache(maxsize=512)
 def _read_once(path: Path, changed: int) -> LearnedEmbeddings | MethodFile:
-    return read_method_file(path) or read(path)
+    return read_words(path)
 
 
 def check_upload(path: Path) -> str:

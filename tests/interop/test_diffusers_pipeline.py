@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
     pipeline = diffusers_pipeline.to_pipeline(model, config)
     diffusers_pipeline.add_words(pipeline, words)
     again = opened(diffusers_pipeline.save_pipeline(pipeline, tmp_path / "pipeline"))
+    # The files that transformers 4 reads, which knows no tokenizer.json for this class.
+    own, saved = Path(config.params.cond_stage_config.params.version), tmp_path / "pipeline" / "tokenizer"
+    for name in ("vocab.json", "added_tokens.json"):
+        assert json.loads((saved / name).read_text()).items() <= again.tokenizer.get_vocab().items()
+    assert len(json.loads((saved / "added_tokens.json").read_text())) == 4
+    assert (saved / "merges.txt").read_text().split("\n")[1:] == (own / "merges.txt").read_text().split("\n")[
+        1:
+    ]
     found = diffusers_pipeline.compare_with_model(model, again, {word: word for word in words})
     assert sum(part.startswith("prompt") for part in found) == 3
     with pytest.raises(UserError, match=r'its prompt "a photo of a cat, small" is off by'):

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
+from ldm.studio.service import Service
 from ldm.studio.workspace import MOST_BYTES, Workspace, check_upload, check_yaml, findings
 from ldm.util import UserError
 
@@ -203,3 +205,14 @@ def test_a_yaml_of_this_repository_passes(work):
 
     for path in sorted(Path(__file__).parents[2].glob("configs/*/*finetune*.yaml")):
         check_yaml(yaml.safe_load(path.read_text()), work)
+
+
+def test_a_word_of_a_method_is_kept_as_its_file(tmp_path):
+    service = Service(Workspace(tmp_path))
+    checkpoints = service.workspace.logs / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    content = MethodFile("grid", {"*": 1}, {"vectors": torch.zeros(4, 1, 32)}, {"stages": 4}, {}, "clip", 32)
+    write_method_file(content, checkpoints / "embeddings.pt")
+    path = service.keep("run", "last", "<toy>")
+    assert path.name == "toy.safetensors" and read_method_file(path).words == {"<toy>": 1}
+    assert "<toy>" in [word.trigger for word in service.workspace.words()[0]]

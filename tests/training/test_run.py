@@ -21,8 +21,11 @@ from ldm.training import run as run_module
 from tests.training.runs import equal, killed_at, only_run, start, state_of
 
 ROOT = Path(main.__file__).parent
+# What two states must have in common for their runs to be the same.
+PARTS = ("state_dict", "optimizer_states", "random_states", "DataModuleFromConfig", "global_step")
 
 
+@pytest.mark.client_files
 def test_files_of_a_run(tiny_yaml, image_folder, capsys):
     images = "lightning.callbacks.image_logger.params"
     kwargs = f"{images}.log_images_kwargs.ddim_steps=1"
@@ -136,13 +139,7 @@ def test_resumed_run_equals_the_uninterrupted_run(tiny_yaml, copy_states, steps,
         killed = killed_at(run, step)
         assert start("-r", killed, "-t") == 0
         resumed = state_of(killed)
-        for part in (
-            "state_dict",
-            "optimizer_states",
-            "random_states",
-            "DataModuleFromConfig",
-            "global_step",
-        ):
+        for part in PARTS:
             assert equal(resumed[part], uninterrupted[part]), (step, part)
 
 
@@ -155,11 +152,19 @@ def test_a_run_with_the_old_file_name_keeps_it(tiny_yaml):
     assert embeddings.read(folder / "embedding.safetensors").metadata.steps == 3 and not latest.exists()
 
 
-def test_resume_for_more_steps(tiny_yaml):
-    assert start("--base", tiny_yaml, "-t", "--max_steps", 2) == 0
-    assert start("-r", only_run(), "-t", "--max_steps", 4) == 0
-    assert state_of(only_run())["global_step"] == 4
-    assert (only_run() / "checkpoints" / "embeddings_gs-4.pt").is_file()
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_run_extended_in_any_epoch_equals_the_uninterrupted_run(tiny_yaml, accumulated):
+    options = ["-t", f"lightning.trainer.accumulate_grad_batches={accumulated}"]
+    assert start("--base", tiny_yaml, *options, "--max_steps", 5, "-l", "whole") == 0
+    uninterrupted = state_of("whole")
+    assert start("--base", tiny_yaml, *options, "--max_steps", 1, "-l", "extended") == 0
+    run = only_run("extended")
+    for steps in (2, 5):
+        assert start("-r", run, "-t", "--max_steps", steps) == 0
+        assert state_of(run)["global_step"] == steps
+        assert (run / "checkpoints" / f"embeddings_gs-{steps}.pt").is_file()
+    for part in PARTS:
+        assert equal(state_of(run)[part], uninterrupted[part]), part
 
 
 SENDER = '''
@@ -262,7 +267,7 @@ def test_killed_runs_resume_exactly(tiny_yaml):
         process.wait()
         subprocess.run([*program, "-r", str(only_run(folder)), "-t"], check=True, capture_output=True)
         resumed = state_of(only_run(folder))
-        for part in ("state_dict", "optimizer_states", "random_states", "global_step"):
+        for part in PARTS:
             assert equal(resumed[part], uninterrupted[part]), (number, part)
 
 

@@ -14,6 +14,8 @@ import main
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from tests.training.runs import only_run, start
 
+pytestmark = pytest.mark.refused_first
+
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
@@ -101,7 +103,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
         ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a web page"),
         ("--actual_resume stranger.safetensors", 1, "use the config that belongs to it"),
-        ("--actual_resume wide.pt", 1, "is it an embedding file?"),
+        ("--actual_resume wide.pt", 1, "is a textual inversion embedding"),
         ("--actual_resume .", 1, "is a folder"),
         ("model.params.unet_config.params.model_channels=64", 1, "does not fit the config"),
         ("model.params.unet_config.params.chanel_mult=[1]", 1, "did you mean 'channel_mult'?"),

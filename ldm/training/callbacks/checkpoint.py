@@ -71,7 +71,9 @@ class LastCheckpoint(Checkpoint):
         due = self.every_n_train_steps > 0 and trainer.global_step % self.every_n_train_steps == 0
         # Save before a validation, so that interrupting it does not lose the steps before it.
         validates = batch_idx + 1 == trainer.num_training_batches and trainer.enable_validation
-        if due or (validates and is_personalization(pl_module)):
+        # Lightning counts the epoch in which a run ends as finished, so a state of later would continue with the next.
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if due or ends or (validates and is_personalization(pl_module)):
             self.save_now(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
