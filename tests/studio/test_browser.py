@@ -223,7 +223,7 @@ def test_captions_and_all_settings_are_edited(page: Any, server: Server) -> None
     (written,) = (server.root / "data" / "uploads").glob("*/*.txt")
     assert written.read_text() == caption.input_value() + "\n" == "<b>[name]</b> & a friend\n"
     page.locator("#personalization input").click()
-    page.get_by_role("option", name="prospect").click()
+    page.get_by_role("option", name="/prospect.yaml").click()
     until_shown(page, "tokens", "quarter of the denoising")
     page.get_by_role("button", name="More").click()
     page.locator("#merge").click()
