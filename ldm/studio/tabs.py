@@ -168,7 +168,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             asked = form(values)
             made = service.generation.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
         except UserError as error:
-            return gr.skip(), [], views.message(str(error), "bad"), ""
+            return gr.skip(), gr.skip(), views.message(str(error), "bad"), gr.skip()
         where = work.shown(made[0][1].parent)
         said = views.message(f"{len(made)} image{'s' * (len(made) > 1)}, saved in {where}", "good")
         return [_for_gallery(image) for image, _, _ in made], [text for _, _, text in made], said, made[0][2]
@@ -180,7 +180,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                 asked["prompt"] = str(values[0])
             sheet, path = service.generation.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
         except UserError as error:
-            return gr.skip(), [], views.message(str(error), "bad"), ""
+            return gr.skip(), gr.skip(), views.message(str(error), "bad"), gr.skip()
         settings = sheet.info["parameters"]
         return [sheet], [settings], views.message(f"saved as {work.shown(path)}", "good"), settings
 
