@@ -113,7 +113,14 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
     """
     path = located(source, variant, revision)
     if path.is_dir():
-        return _of_folder(str(source), Folder(path, variant))
+        try:
+            return _of_folder(str(source), Folder(path, variant))
+        except CheckpointError:
+            raise
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"'{source}': its settings are damaged ({error}); download it again"
+            ) from error
     header = checked_header(path)
     found = _of_header(header, path.name)
     if isinstance(found, Kind):
@@ -137,7 +144,8 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
     if not isinstance(found, Kind):
         return _of_file(source, header, found)
     denoiser = Denoiser.of(Names(header.shapes))
-    if wanted is None or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
+    alone = wanted is None and found != EMBEDDING_KIND
+    if alone or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
         return None
     raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
 

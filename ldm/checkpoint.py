@@ -31,9 +31,9 @@ from ldm.base_models import (
 from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
 from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
 from ldm.files import is_hub_id
-from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
+from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
-from ldm.yaml_files import check_interpolations, place_in, read_yaml
+from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
@@ -92,7 +92,12 @@ def load_model_from_config(
             stack.enter_context(skip_pretrained())
             stack.enter_context(_without_memory())
         stack.enter_context(uninitialised())
-        model: nn.Module = instantiate_from_config(node)
+        try:
+            model: nn.Module = instantiate_from_config(node)
+        except UserError as error:
+            if complete or isinstance(error, ConfigError):
+                raise
+            raise CheckpointError(f"'{ckpt}' has no text encoder, and the {error}") from error
     filled = () if complete else TEXT_ENCODERS
     source = f"checkpoint '{ckpt}'"
     _load(
@@ -116,8 +121,8 @@ def complete_config(
 ) -> tuple[Any, BaseModel | None]:
     """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
 
-    Paths are found (see `find_paths`); the settings of a folder of diffusers, and what a file notes of itself, replace
-    those of the YAML. Raises as `load_model_from_config`.
+    Paths are found (see `ldm.yaml_files.find_paths`); the settings of a folder of diffusers, and what a file notes of
+    itself, replace those of the YAML. Raises as `load_model_from_config`.
     """
     places = [Path(ckpt).parent]
     whole: Any = config
@@ -131,6 +136,11 @@ def complete_config(
     if not isinstance(node, Mapping) or "target" not in node:
         name = f"'{config}'" if files else "the config"
         raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
+    if str(node["target"]).startswith("sgm."):
+        raise ConfigError(
+            f"'{config}' is a YAML of Stability's generative-models, whose classes are not here; leave it out, and the "
+            "YAML follows from the model"
+        )
     check_config(node, "model", place)
     find_paths(node, places)
     path = Path(ckpt)
@@ -161,38 +171,6 @@ def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
 
 
 # -- a YAML and a checkpoint ---------------------------------------------------------------------------------
-
-# Keys of a YAML that hold the path of a file or folder, or a hub id.
-_PATH_KEYS = ("version", "tokenizer", "image_tower", "ckpt_path", "embedding_manager_ckpt")
-
-
-def find_paths(node: Any, places: list[Path]) -> None:
-    """Replace relative paths in a node that lead nowhere from the working directory, in place.
-
-    They are looked for from each of `places` and from the folders above it, so that a model and its YAML can be used
-    from any working directory; then by their last parts in `places`, so that a model's folder can be moved.
-    """
-    keys = list(node) if isinstance(node, Mapping) else range(len(node)) if _is_list(node) else ()
-    for key in keys:
-        value = node[key]
-        if isinstance(value, Mapping) or _is_list(value):
-            find_paths(value, places)
-        elif key in _PATH_KEYS and isinstance(value, str) and not Path(value).exists():
-            found = next((path for path in _candidates(value, places) if path.exists()), None)
-            if found is not None:
-                node[key] = str(found)
-
-
-def _candidates(value: str, places: list[Path]) -> Iterator[Path]:
-    for place in places:
-        yield from (folder / value for folder in (place.resolve(), *place.resolve().parents))
-    parts = Path(value).parts
-    for start in range(1, len(parts)):
-        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or type(value).__name__ == "ListConfig"
 
 
 def _select(node: Any, path: str) -> Any:
@@ -304,7 +282,7 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
         ) from error
     family = base.family if base is not None else family_of(node)
     own = family_of_first_stage(Path(source)) if Path(source).is_file() else None
-    if own is not None and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
+    if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
         raise CheckpointError(
             f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
             "family"

@@ -49,7 +49,10 @@ OTHER_MODEL = f"it cannot be used here: {READ}"
 ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
 PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
 EMBEDDING = "a textual inversion embedding"
-EMBEDDING_KIND = Kind(EMBEDDING, "name the base model here and the embedding with --embedding_path")
+EMBEDDING_KIND = Kind(
+    EMBEDDING,
+    "name the base model here, and the embedding with --embedding_path to generate, --embedding_manager_ckpt to train",
+)
 _DISTILLED = "name the model it was distilled from"
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
 
@@ -76,6 +79,11 @@ KINDS: tuple[tuple[str, ...], ...] = (
     ("a T2I adapter", ADAPTER, r"^(adapter\.)?body\.0\.(block1|resnets|in_conv)"),
     ("a motion module of AnimateDiff", ADAPTER, r"motion_modules\.|temporal_transformer\."),
     ("a hypernetwork", ADAPTER, r"^(320|640|768|1024|1280)\.\d+\..*linear"),
+    (
+        "a model with quantised weights (NF4, int8 or scaled fp8)",
+        "name the file in half precision that it was made from",
+        r"\.(absmax|quant_map|SCB|scale_weight|weight_scale)$|^scaled_fp8$",
+    ),
     # Models of Stable Diffusion's architecture that compute something else.
     ("a latent consistency model (LCM), which is told the guidance scale", _DISTILLED, r"\.cond_proj\."),
     ("Playground 2.5, whose noise and latents are scaled otherwise (EDM)", OTHER_MODEL, r"^edm_(mean|std)$"),

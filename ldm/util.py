@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-MOST_CHARACTERS = 299  # of a message to a user
+MOST_CHARACTERS = 299 - len("warning: ")  # of a message to a user, which a console shows after such a word
 
 
 class UserError(ValueError):

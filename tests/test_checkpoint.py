@@ -132,7 +132,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "no.ckpt")
     with pytest.raises(CheckpointError, match="folder"):
         read_state_dict(tmp_path)
-    with pytest.raises(CheckpointError, match="embedding file"):
+    with pytest.raises(CheckpointError, match="holds no weights of a model"):
         read_state_dict(CASE.embeddings)
     (tmp_path / "t.safetensors").write_bytes((100).to_bytes(8, "little") + b"{" + b"x" * 200)
     with pytest.raises(CheckpointError, match="damaged"):
@@ -368,6 +368,15 @@ def test_a_first_stage_in_a_file_of_another_family_or_width_is_refused(tmp_path:
         save_file({"decoder.conv_in.weight": torch.ones(1, channels, 1, 1)}, tmp_path / name)
         with pytest.raises(CheckpointError, match=message):
             load_model_from_config(config, tmp_path / "model.safetensors", vae=tmp_path / name)
+
+
+def test_stabilitys_yaml_of_stable_diffusion_xl_is_not_needed(tmp_path: Path) -> None:
+    config = tmp_path / "sd_xl_base.yaml"
+    config.write_text(
+        "model: {target: sgm.models.diffusion.DiffusionEngine, params: {scale_factor: 0.13025}}"
+    )
+    with pytest.raises(ConfigError, match="a YAML of Stability's generative-models.*leave it out"):
+        complete_config(config, tmp_path / "model.safetensors")
 
 
 def test_the_mark_of_zero_terminal_snr_changes_the_noise_schedule(tmp_path: Path) -> None:

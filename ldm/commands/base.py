@@ -6,6 +6,7 @@ folder import heavy packages only inside functions.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
-from ldm.files import is_hub_id
+from ldm.files import is_hub_id, why_no_file
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ def guarded(command: Callable[[], int | None], debug: bool = False, less_memory:
         if is_out_of_files(error):
             write_error("too many open files; raise the limit with 'ulimit -n 4096', or use num_workers: 0")
             return 1
+        if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and not debug:
+            name = os.fsdecode(error.filename)
+            write_error(UserError(f"'{name}': {error.strerror}; check the path, or choose another"))
+            return 1
         from ldm.training.fitting import is_out_of_memory
 
         if not is_out_of_memory(error):
@@ -68,7 +73,7 @@ def check_files(*paths: str | Path | None) -> None:
     """Raise UserError for the first path that was given but is not a file."""
     for path in paths:
         if path and not Path(path).is_file():
-            raise UserError(f"'{path}' does not exist; check the path")
+            raise UserError(f"'{path}' {why_no_file(path)}")
 
 
 def check_model(*sources: str | None) -> None:
