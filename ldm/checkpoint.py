@@ -23,15 +23,17 @@ from ldm.base_models import (
     BaseModel,
     Family,
     ask_for_prediction,
+    family_of_first_stage,
     recognise,
     recognise_for,
     what_is,
 )
-from ldm.diffusers_layout import UNET, VAE, folder_params, read_folder, read_vae
+from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
+from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
 from ldm.files import is_hub_id
-from ldm.util import ConfigError, check_config, instantiate_from_config, skip_pretrained
+from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
-from ldm.yaml_files import check_interpolations, place_in, read_yaml
+from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
@@ -76,19 +78,26 @@ def load_model_from_config(
         CheckpointError: the checkpoint does not fit, or leaves parameters without a value.
     """
     node, base = complete_config(config, ckpt, variant, revision)
+    first_stage = None if vae is None else _first_stage(vae, node, base)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
-    if vae is None and not any(key.startswith(VAE) for key in state):
+    if first_stage is None and not any(key.startswith(VAE) for key in state):
         vae = _select(node, "params.first_stage_config.params.ckpt_path")
-    if vae is not None:
+        first_stage = None if vae is None else _first_stage(vae, node, base)
+    if first_stage is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
-        state |= {VAE + key: value for key, value in _first_stage(vae).items()}
+        state |= {VAE + key: value for key, value in first_stage.items()}
     complete = _check_parts(state, node, ckpt)
     with contextlib.ExitStack() as stack:
         if complete:
             stack.enter_context(skip_pretrained())
             stack.enter_context(_without_memory())
         stack.enter_context(uninitialised())
-        model: nn.Module = instantiate_from_config(node)
+        try:
+            model: nn.Module = instantiate_from_config(node)
+        except UserError as error:
+            if complete or isinstance(error, ConfigError):
+                raise
+            raise CheckpointError(f"'{ckpt}' has no text encoder, and the {error}") from error
     filled = () if complete else TEXT_ENCODERS
     source = f"checkpoint '{ckpt}'"
     _load(
@@ -112,8 +121,8 @@ def complete_config(
 ) -> tuple[Any, BaseModel | None]:
     """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
 
-    Paths are found (see `find_paths`); the settings of a folder of diffusers, and what a file notes of itself, replace
-    those of the YAML. Raises as `load_model_from_config`.
+    Paths are found (see `ldm.yaml_files.find_paths`); the settings of a folder of diffusers, and what a file notes of
+    itself, replace those of the YAML. Raises as `load_model_from_config`.
     """
     places = [Path(ckpt).parent]
     whole: Any = config
@@ -127,6 +136,11 @@ def complete_config(
     if not isinstance(node, Mapping) or "target" not in node:
         name = f"'{config}'" if files else "the config"
         raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
+    if str(node["target"]).startswith("sgm."):
+        raise ConfigError(
+            f"'{config}' is a YAML of Stability's generative-models, whose classes are not here; leave it out, and the "
+            "YAML follows from the model"
+        )
     check_config(node, "model", place)
     find_paths(node, places)
     path = Path(ckpt)
@@ -157,38 +171,6 @@ def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
 
 
 # -- a YAML and a checkpoint ---------------------------------------------------------------------------------
-
-# Keys of a YAML that hold the path of a file or folder, or a hub id.
-_PATH_KEYS = ("version", "tokenizer", "image_tower", "ckpt_path", "embedding_manager_ckpt")
-
-
-def find_paths(node: Any, places: list[Path]) -> None:
-    """Replace relative paths in a node that lead nowhere from the working directory, in place.
-
-    They are looked for from each of `places` and from the folders above it, so that a model and its YAML can be used
-    from any working directory; then by their last parts in `places`, so that a model's folder can be moved.
-    """
-    keys = list(node) if isinstance(node, Mapping) else range(len(node)) if _is_list(node) else ()
-    for key in keys:
-        value = node[key]
-        if isinstance(value, Mapping) or _is_list(value):
-            find_paths(value, places)
-        elif key in _PATH_KEYS and isinstance(value, str) and not Path(value).exists():
-            found = next((path for path in _candidates(value, places) if path.exists()), None)
-            if found is not None:
-                node[key] = str(found)
-
-
-def _candidates(value: str, places: list[Path]) -> Iterator[Path]:
-    for place in places:
-        yield from (folder / value for folder in (place.resolve(), *place.resolve().parents))
-    parts = Path(value).parts
-    for start in range(1, len(parts)):
-        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or type(value).__name__ == "ListConfig"
 
 
 def _select(node: Any, path: str) -> Any:
@@ -233,6 +215,9 @@ def _adapt(node: Any, base: BaseModel) -> None:
     if base.known_by == "notes" and params.get("parameterization", "eps") != base.prediction:
         logger.info("'%s' predicts %s, whatever the config says", base.source, base.prediction)
         params["parameterization"] = base.prediction
+    if base.zero_snr and "linear_start" in params and not params.get("given_betas"):
+        logger.info("'%s' leaves no signal at the last step (zero terminal SNR)", base.source)
+        params.update(zero_snr_params(params))
     if base.folder is None:
         return
     for key, value in folder_params(base.folder, base.family).items():
@@ -280,9 +265,14 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     return False
 
 
-def _first_stage(source: str | Path) -> dict[str, Tensor]:
+def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[str, Tensor]:
+    """The weights of another first stage for the model of a node, whose sizes become those of the first stage.
+
+    Raises:
+        CheckpointError: it is none, or one of another family: its latents have other channels or another scale.
+    """
     try:
-        return read_vae(source)
+        state, settings = read_vae(source)
     except CheckpointError as error:
         kind = what_is(source) if Path(source).is_file() else None
         if kind is None:
@@ -290,6 +280,41 @@ def _first_stage(source: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"'{source}' is {kind.name} without a first stage (VAE); name the file or folder of one"
         ) from error
+    family = base.family if base is not None else family_of(node)
+    own = family_of_first_stage(Path(source)) if Path(source).is_file() else None
+    if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
+        raise CheckpointError(
+            f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
+            "family"
+        )
+    params = node["params"]
+    channels, scale = params.get("channels"), params.get("scale_factor")
+    latent = state["decoder.conv_in.weight"].shape[1]
+    if family is not None and latent != channels:
+        raise CheckpointError(
+            f"'{source}' is a first stage of {latent} channels, and the model needs {channels}; name one of its family"
+        )
+    if settings:
+        try:
+            sizes = vae_params(settings)
+        except CheckpointError as error:
+            raise CheckpointError(f"'{source}': {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"'{source}': its config.json is damaged ({error}); download it again"
+            ) from error
+        if settings.get("scaling_factor", scale) != scale:
+            raise CheckpointError(
+                f"'{source}' is a first stage with the scaling_factor {settings['scaling_factor']}, and the model's is "
+                f"{scale}; name one of its family"
+            )
+        part = params.get("first_stage_config") or {}
+        params["first_stage_config"] = {**part, "params": {**(part.get("params") or {}), **sizes}}
+    return state
+
+
+# What the latents of a family are multiplied by; another number belongs to another first stage.
+_SCALES: dict[str | None, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
 # -- a state dict and a model --------------------------------------------------------------------------------
@@ -356,6 +381,12 @@ def _load(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
             f"'{missing[0]}'; {advice(True)}"
         )
+    foreign = [key for key in state if key.startswith(_COMPUTING) and key not in own and ".loss." not in key]
+    if foreign and shared & {key for key in own if key.startswith(foreign[0].partition(".")[0])}:
+        raise CheckpointError(
+            f"{source} does not fit the config: the model has no '{foreign[0]}' ({len(foreign)} such keys); "
+            f"{advice(False)}"
+        )
     types = dict.fromkeys(halved(model), half) if half is not None else {}
     fitting = {}
     for key in list(state):
@@ -416,6 +447,8 @@ def _give_memory(model: nn.Module, device: torch.device | None) -> None:
                     module._buffers[name] = zeros
 
 
+# Of these every weight takes part in what is computed.
+_COMPUTING = (UNET, f"{VAE}encoder.", f"{VAE}decoder.")
 # Averaged copies of the weights, and a buffer of older releases of transformers.
 _IGNORED = (
     "model_ema.",

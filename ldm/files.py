@@ -61,6 +61,15 @@ def file_kind(path: str | Path) -> FileKind:
         return content_kind(file.read(512))
 
 
+def why_no_file(path: str | Path) -> str:
+    """The rest of the message, after the path, for what is not an ordinary file; of a run folder it names its file."""
+    path = Path(path)
+    kind: FileKind = "folder" if path.is_dir() else "special" if path.exists() else "missing"
+    names = ("embeddings.pt", "checkpoints/embeddings.pt", "learned_embeds.safetensors", "learned_embeds.bin")
+    there = next((path / name for name in names if (path / name).is_file()), None)
+    return f"is a folder; name the file in it, '{there}'" if there else NO_TENSORS[kind]
+
+
 def content_kind(head: bytes) -> FileKind:
     """Return what a file is by its first bytes; 512 of them are enough."""
     if not head:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
 from ldm.files import NO_TENSORS, content_kind
 from ldm.util import UserError, brief, check_integer, cut, shown
@@ -148,7 +148,7 @@ def _looks_like_image(path: Path) -> bool:
         with Image.open(path):
             return True
     except Exception:  # a decoder may raise anything for a file that is not of its format
-        return False
+        return _format_of(path) in _PLUGINS
 
 
 def open_image(path: str | Path | Image.Image) -> Image.Image:
@@ -178,8 +178,7 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
         try:
             return _read(path)
         except UnidentifiedImageError:
-            format = _format_of(path)
-            if not _register_plugin(format):
+            if not _register_plugin(_format_of(path)):
                 raise
             return _read(path)
     except FileNotFoundError:
@@ -293,6 +292,8 @@ def _format_of(path: Path) -> str:
 def _why_unidentified(format: str) -> str:
     if format in _PLUGINS:
         package = _PLUGINS[format][2]
+        if (format == "AVIF" and features.check("avif")) or _register_plugin(format):
+            return f"it is {format}, but damaged or of an unknown kind; {EXPORT}"
         return f"{format} needs a plugin of Pillow: pip install {package}, or {EXPORT}"
     if format.startswith("is "):
         return f"it {format}"

@@ -34,7 +34,6 @@ def load(
     *,
     classes: Sequence[type | tuple[type, str]] = (),
     mmap: bool = False,
-    meta: bool = False,
     what: str = "",
 ) -> Any:
     """Read a `torch.save` file onto the CPU without running code from it.
@@ -43,7 +42,6 @@ def load(
         path: of the file.
         classes: allowed in addition to torch's own list, as a class or as (class, "dotted.name in the file").
         mmap: map the tensors into memory instead of reading them, where the file's layout allows it.
-        meta: return tensors on the meta device, which have a shape and no numbers.
         what: how messages name the file; default: its path.
 
     Raises:
@@ -60,21 +58,22 @@ def load(
         )
     try:
         with torch.serialization.safe_globals(list(classes)):
-            device = "meta" if meta else "cpu"
-            return torch.load(str(path), map_location=device, weights_only=True, mmap=mmap or None)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap or None)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         raise PickleError(f"{name} is refused: {_reason(error)}") from error
     except Exception as error:  # a damaged stream can fail anywhere inside the unpickler
-        raise PickleError(f"{name} is damaged or not a PyTorch file ({_detail(error)})") from error
+        raise PickleError(
+            f"{name} is damaged or not a PyTorch file ({_detail(error)}); download it again"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
     asked = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([A-Za-z_][\w.]*)", str(error))
     if asked:
-        return f"it asks for '{shown(asked[1].rstrip('.'))}', which tensors never need"
-    return f"it is damaged or not a file of tensors ({_detail(error)})"
+        return f"it asks for '{shown(asked[1].rstrip('.'))}', which tensors never need; name another file"
+    return f"it is damaged or not a file of tensors ({_detail(error)}); name another file"
 
 
 def _detail(error: Exception) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm import pickles
 from ldm.files import NO_TENSORS, atomic_write, file_kind, is_hub_id
+from ldm.outlines import outline_of
 from ldm.util import UserError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -73,9 +74,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         return _read_safetensors(path)
     tensors = _tensors(_unpickled(path), path)
     if not tensors:
-        raise CheckpointError(
-            f"checkpoint '{path}' holds no weights; is it an embedding file? name a model's file"
-        )
+        raise CheckpointError(f"checkpoint '{path}' holds no weights of a model; name another file")
     return tensors
 
 
@@ -85,16 +84,22 @@ def read_header(path: str | Path) -> Header:
     Of a mapping of mappings, as a file of AUTOMATIC1111 holds, the names are joined by dots. Raises UserError if the
     file is missing, damaged or truncated.
     """
-    if file_kind(path) != "safetensors":
-        content = _unpickled(path, meta=True)
+    kind = file_kind(path)
+    if kind in NO_TENSORS:
+        raise CheckpointError(f"checkpoint '{path}' {NO_TENSORS[kind]}")
+    if kind != "safetensors":
+        try:
+            content = outline_of(Path(path), kind).pickle.content
+        except pickles.PickleError as error:
+            raise CheckpointError(f"checkpoint '{path}': {error}") from error
         step = content.get("global_step") if isinstance(content, Mapping) else None
         return Header(
-            {key: tuple(value.shape) for key, value in _flat(_state_of(content)).items()},
+            {_current(key): shape for key, shape in pickles.shapes_of(_state_of(content)).items()},
             {"global_step": str(step)} if isinstance(step, int) else {},
         )
     entries = _entries(path)
     notes = entries.pop("__metadata__", None) or {}
-    shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+    shapes = {_current(key): tuple(entry["shape"]) for key, entry in entries.items()}
     return Header(shapes, {str(key): str(value) for key, value in notes.items()})
 
 
@@ -123,14 +128,23 @@ def _entries(path: str | Path) -> dict[str, Any]:
     return dict(ordered) | {"__metadata__": header.get("__metadata__")}
 
 
-def _unpickled(path: str | Path, meta: bool = False) -> Any:
+def _unpickled(path: str | Path) -> Any:
     # ParameterDict is what embedding files hold: with it they are recognised, and not called damaged.
     classes = [*_LIGHTNING_CLASSES, *_numpy_classes(), nn.ParameterDict]
-    return pickles.load(path, classes=classes, mmap=not meta, meta=meta, what=f"checkpoint '{path}'")
+    return pickles.load(path, classes=classes, mmap=True, what=f"checkpoint '{path}'")
+
+
+# Where checkpoints hold the weights of a model, if not at the top.
+_STATES = ("state_dict", "model", "module")
 
 
 def _state_of(content: Any) -> Any:
-    return content.get("state_dict", content) if isinstance(content, Mapping) else content
+    """The mapping with the weights in a checkpoint."""
+    for name in _STATES:
+        inside = content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(inside, Mapping):
+            return inside
+    return content
 
 
 def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
@@ -139,30 +153,20 @@ def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"checkpoint '{path}' holds {type(content).__name__}, not a state dict; name a model's file"
         )
-    return {_current(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {_current(str(key)): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+# What training on several devices puts before each name.
+_WRAPPERS = ("module.", "_forward_module.")
 
 
 def _current(key: str) -> str:
-    """The name of today: older anime models leave out one level of the text encoder."""
+    """The name of today: without a training's wrapper, and with a level that older anime models leave out."""
+    key = next((key.removeprefix(start) for start in _WRAPPERS if key.startswith(start)), key)
     start, _, rest = key.partition("cond_stage_model.transformer.")
     if start or not rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return key
     return f"cond_stage_model.transformer.text_model.{rest}"
-
-
-def _flat(content: Any, prefix: str = "", depth: int = 4) -> dict[str, Tensor]:
-    """The tensors in nested mappings and sequences, by the path of their keys."""
-    if isinstance(content, Tensor):
-        return {prefix: content}
-    if isinstance(content, nn.Module):
-        content = dict(content.state_dict()) or vars(content)
-    if isinstance(content, (list, tuple)):
-        content = dict(enumerate(content))
-    found: dict[str, Tensor] = {}
-    if isinstance(content, Mapping) and depth:
-        for key, value in content.items():
-            found |= _flat(value, f"{prefix}.{key}" if prefix else str(key), depth - 1)
-    return found
 
 
 # Bytes of a file that are mapped at once: what a model copies from is given back in pieces of this size.
@@ -207,6 +211,7 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", *TEXT_ENCODERS)
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_ALWAYS = ("unet", "vae", "text_encoder", "tokenizer")  # in a folder of whatever family
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)"
     r"(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?(?:\.(?P<late>[\w-]+))?"
@@ -230,8 +235,16 @@ def weight_files(names: Iterable[str], variant: str | None = None) -> list[str]:
         for suffix in ("safetensors", "bin"):
             if found := sets.get((wanted, suffix)):
                 whole = [name for name in found if "-of-" not in name]
-                return whole[:1] or found
+                return whole[:1] or _one_set(found)
     return []
+
+
+def _one_set(shards: list[str]) -> list[str]:
+    """Of the shards of one or more sets, those of a complete set, else of the one that most are there of."""
+    sets: dict[str, list[str]] = {}
+    for name in shards:
+        sets.setdefault(name[name.index("-of-") :][4:9], []).append(name)
+    return max(sets.items(), key=lambda item: (len(item[1]) == int(item[0]), len(item[1])))[1]
 
 
 def check_variant(source: str, names: Iterable[str], variant: str | None) -> None:
@@ -300,16 +313,26 @@ class Folder:
         return [self.path / prefix / name for name in chosen]
 
     def missing(self, parts: Sequence[str] = PARTS) -> list[str]:
-        """Those of the parts, and of what belongs to them, that model_index.json names and the folder lacks."""
+        """Those of the parts, and of what belongs to them, that model_index.json names and the folder lacks.
+
+        Nothing is missing in a folder of a first stage or a text encoder alone.
+        """
         index = self.index()
-        wanted = [part for part in (*parts, *_TOKENIZERS, "scheduler") if (index.get(part) or [None])[0]]
-        if not wanted and self.own_weights():
+        if not index and self.own_weights() and self.config(""):
             return []
-        return [
-            part
-            for part in wanted or PARTS[:1]
-            if not (self.weights(part) if part in PARTS else list((self.path / part).glob("*")))
-        ]
+        every = (*parts, *_TOKENIZERS, "scheduler")
+        wanted = [part for part in every if ((index.get(part) or [None])[0] if index else part in _ALWAYS)]
+        return [part for part in wanted if not self._has(part)]
+
+    def _has(self, part: str) -> bool:
+        if part in _TOKENIZERS:
+            return any((self.path / part / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        if part == "scheduler":
+            return (self.path / part / "scheduler_config.json").is_file()
+        try:
+            return bool(self.weights(part)) and (self.path / part / "config.json").is_file()
+        except CheckpointError:  # some of the shards
+            return False
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -382,14 +405,19 @@ def fetch(
     """
     import huggingface_hub as hub
 
+    missing: list[str] = []
     try:
         cached = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # what the hub raises if nothing is there
+        pass
+    else:
         missing = Folder(cached, variant).missing(parts)
-        check_variant(repository, Folder(cached).names, variant)
+        try:
+            check_variant(repository, Folder(cached).names, variant)
+        except CheckpointError:
+            missing.append(f"variant {variant}")
         if not missing:
             return cached
-    except (OSError, ValueError, CheckpointError):  # what the hub raises if nothing is there
-        missing = []
     try:
         siblings = hub.HfApi().model_info(repository, revision=revision).siblings or []
         names = [entry.rfilename for entry in siblings]

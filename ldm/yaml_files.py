@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationKeyError,
@@ -25,16 +25,18 @@ LARGEST = 2**20  # bytes of a YAML; the largest shipped one has 6 KB
 
 
 def read_yaml(path: str | Path) -> DictConfig:
-    """Read one YAML file.
+    """Read one YAML file; paths in it that lead nowhere from here are found (see `find_paths`).
 
     Raises:
         ConfigError: it does not exist or is not a YAML; with the line and column, and what to write instead.
     """
-    path = Path(path)
+    path = Path(in_checkout(str(path)))
     if not path.is_file():
         kind = "is a folder, not a YAML" if path.is_dir() else "does not exist"
         raise ConfigError(f"no such YAML: '{path}' {kind}; check the path")
-    return _found(parse_yaml(_text_of(path), f"'{path}'"), path.parent)
+    node = parse_yaml(_text_of(path), f"'{path}'")
+    find_paths(node, [path.parent])
+    return node
 
 
 def _text_of(path: Path) -> str:
@@ -261,47 +263,63 @@ def place_in(paths: Sequence[str | Path], key: str) -> str:
     """Where the last of some YAMLs has a key, as " (a.yaml, line 3)"; "" if none has it."""
     for path in reversed(paths):
         with suppress(OSError, UnicodeDecodeError):
-            if line := line_of(Path(path).read_text("utf-8-sig"), key):
+            if line := line_of(Path(in_checkout(str(path))).read_text("utf-8-sig"), key):
                 return f" ({path}, line {line})"
     return ""
 
 
-# The repository's root, or in an installation what takes its place, and its folders that YAMLs name.
+# The repository's root, or in an installation what takes its place, and its folders that YAMLs and commands name.
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 _FOLDERS = ("models", "configs", "data")
+# Keys of a YAML that hold the path of a file or folder, or a hub id.
+_PATH_KEYS = ("version", "tokenizer", "image_tower", "ckpt_path", "embedding_manager_ckpt")
 
 
-def in_checkout(path: str) -> str:
-    """The path, or where it is in the checkout: if it begins with models/, configs/ or data/ and is not here.
+def in_checkout(path: str, places: Iterable[Path] = ()) -> str:
+    """The path, or where it is if it leads nowhere from the working directory.
 
-    So the shipped YAMLs work from every folder, not only from the root of the checkout.
+    It is looked for from each of `places` and from the folders above it, so that a model and its YAML can be used from
+    any working directory; then by its last parts in `places`, so that a model's folder can be moved; then, if it begins
+    with models/, configs/ or data/, in the checkout.
     """
-    there = CHECKOUT / path
-    known = path.split("/")[0] in _FOLDERS and "/" in path
-    return str(there) if known and not Path(path).exists() and there.exists() else path
+    with suppress(OSError, ValueError):  # no system has such a name
+        if path and not Path(path).exists():
+            return next((str(place) for place in _candidates(path, list(places)) if place.exists()), path)
+    return path
 
 
-def _found(node: DictConfig, folder: Path) -> DictConfig:
-    """The same configuration with every such path as an absolute one.
+def _candidates(path: str, places: list[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from (folder / path for folder in (place.resolve(), *place.resolve().parents))
+    parts = Path(path).parts
+    for start in range(1, len(parts)):
+        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
+    if len(parts) > 1 and parts[0] in _FOLDERS:
+        yield CHECKOUT / path
 
-    What lies in `folder`, that of the YAML, comes first: the folder of a model can be copied elsewhere.
-    """
 
-    def visit(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: visit(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [visit(item) for item in value]
-        if not isinstance(value, str) or (found := in_checkout(value)) == value:
-            return value
-        parts = Path(value).parts
-        beside = (folder.resolve().joinpath(*parts[start:]) for start in range(1, len(parts)))
-        return next((str(place) for place in beside if place.exists()), found)
+def find_paths(node: Any, places: Sequence[Path]) -> None:
+    """Replace the paths in a node by where they are (see `in_checkout`), in place; `places` are those of its YAMLs."""
+    for key, value in _entries(node):
+        if isinstance(value, str):
+            if key in _PATH_KEYS or value.startswith(tuple(f"{folder}/" for folder in _FOLDERS)):
+                found = in_checkout(value, places)
+                if found != value:
+                    node[key] = found
+        else:
+            find_paths(value, places)
 
-    plain = OmegaConf.to_container(node, resolve=False)
-    moved = visit(plain)
-    return node if moved == plain else cast(DictConfig, OmegaConf.create(moved))
+
+def _entries(node: Any) -> list[tuple[Any, Any]]:
+    """The entries of a mapping or list as they are written, without interpolation; of anything else, none."""
+    if isinstance(node, DictConfig):
+        return list(node.items_ex(resolve=False))
+    if isinstance(node, ListConfig):
+        return list(enumerate(node._iter_ex(resolve=False)))
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, list) else []
 
 
 def yaml_value(text: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm import weights
-from ldm.base_models import ask_for_prediction, recognise, recognise_for, what_is
+from ldm.base_models import ask_for_prediction, family_of_first_stage, recognise, recognise_for, what_is
 from ldm.weights import CheckpointError
 from tests.golden_record import GOLDEN
 
@@ -97,6 +97,7 @@ def test_what_weights_cannot_tell_is_asked_for_in_one_line(tmp_path, caplog) -> 
         ("m.safetensors", {}, {"v_pred": ()}, "v"),
         ("v2-1_512-ema-pruned.safetensors", {}, {}, "eps"),
         ("768-v-ema.safetensors", {}, {}, "v"),
+        ("sd_turbo.safetensors", {}, {}, "eps"),
     ],
 )
 def test_notes_in_a_file_tell_the_prediction(tmp_path, caplog, name, notes, more, prediction) -> None:
@@ -163,6 +164,20 @@ KINDS = {
     "PixArt": ({"t_block.1.weight": (9, 9, 9), "y_embedder.y_proj.fc1.weight": (9, 9)}, "PixArt"),
     "Cascade": ({"down_blocks.0.0.depthwise.weight": (9, 9, 9), "clip_txt_mapper.weight": (9,)}, "Würstchen"),
     "AuraFlow": ({"model.double_layers.0.attn.w1k.weight": (9, 9, 9)}, "AuraFlow"),
+    "NF4": (
+        denoiser(4, 2048, 2816) | {f"{UNET}input_blocks.1.1.proj_in.weight.absmax": (9,)},
+        "a model with quantised weights",
+    ),
+    "LCM": (
+        denoiser() | {f"{UNET}time_embed.cond_proj.weight": (320, 256)},
+        "a latent consistency model",
+    ),
+    "Playground": (denoiser(4, 2048, 2816) | {"edm_mean": (1, 4, 1, 1)}, "Playground 2.5"),
+    "CosXL": (denoiser(4, 2048, 2816) | {"edm_vpred.sigma_max": (), "v_pred": ()}, "CosXL"),
+    "SSD-1B": (
+        denoiser(4, 2048, 2816) | {f"{UNET}output_blocks.0.0.in_layers.0.weight": (1280,)},
+        "a distilled Stable Diffusion XL",
+    ),
     "video": ({f"{UNET}input_blocks.1.0.time_stack.x": (9, 9, 9)} | denoiser(8, 1024, 768), "Stable Video"),
     "something else": ({"layer.weight": (3, 3, 3)}, "no model that is known here"),
 }
@@ -269,6 +284,14 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
     "coreml": ({"Unet.mlmodelc/model": ""}, "a Core ML model"),
     "flux": ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "Flux"),
     "sd3": ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}'}, "Stable Diffusion 3"),
+    "transformer": (
+        {"model_index.json": '{"_class_name": "ZImagePipeline", "transformer": ["diffusers", "Z"]}'},
+        "a model of ZImagePipeline, whose denoiser is a transformer; it cannot be used",
+    ),
+    "no settings": (
+        {"model_index.json": "{}", "unet/diffusion_pytorch_model.safetensors": ""},
+        "has no unet/config.json; download it completely",
+    ),
     "unfinished": ({"model_index.json": "{}", "unet/config.json": "{}"}, "without the weights of its unet"),
     "one file": ({"v1-5.ckpt": ""}, "name the file in it, such as"),
     "run": ({"checkpoints/last.ckpt": ""}, "the folder of a training run"),
@@ -286,6 +309,24 @@ def test_folders_that_are_no_model_are_named(tmp_path, case) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         recognise(tmp_path)
     assert len(str(error.value).replace(str(tmp_path), "")) < 300
+    assert "settings are damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler"),
+    [
+        ({"in_channels": "four"}, {}),
+        ({"cross_attention_dim": {"a": 1}}, {}),
+        ({"in_channels": 4}, {"prediction_type": ["epsilon"]}),
+    ],
+)
+def test_settings_of_wrong_types_are_damaged(tmp_path, unet, scheduler) -> None:
+    for part, name, content in (("unet", "config", unet), ("scheduler", "scheduler_config", scheduler)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="its settings are damaged .*; download it again"):
+        recognise(tmp_path)
 
 
 def test_a_part_in_a_whole_folder_names_the_folder_above(tmp_path) -> None:
@@ -325,3 +366,35 @@ def test_a_folder_without_a_scheduler_does_not_pretend_to_know(tmp_path, linear,
     save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     found = recognise(tmp_path)
     assert (found.family, found.prediction, found.known_by) == expected
+
+
+@pytest.mark.parametrize(
+    ("marks", "prediction", "zero_snr"),
+    [
+        ((), "eps", False),
+        (("v_pred",), "v", False),
+        (("v_pred", "ztsnr"), "v", True),
+        (("ztsnr",), "eps", False),
+    ],
+)
+def test_the_marks_of_v_prediction_in_files_of_stable_diffusion_xl(
+    tmp_path, marks, prediction, zero_snr
+) -> None:
+    shapes = denoiser(context=2048, added=2816) | dict.fromkeys(marks, (0,))
+    found = recognise(write(tmp_path / "noob.safetensors", shapes))
+    assert (found.family, found.prediction, found.zero_snr) == ("sdxl", prediction, zero_snr)
+
+
+@pytest.mark.parametrize(
+    ("name", "notes", "more", "family"),
+    [
+        ("vae.safetensors", {}, {}, None),
+        ("sdxl_vae.safetensors", {}, {}, "sdxl"),
+        ("v.safetensors", {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, {}, "sdxl"),
+        ("model.safetensors", {}, denoiser(), "sd1"),
+        ("model.safetensors", {}, denoiser(context=2048, added=2816), "sdxl"),
+    ],
+)
+def test_the_family_of_a_first_stage(tmp_path, name, notes, more, family) -> None:
+    path = write(tmp_path / name, {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)} | more, notes)
+    assert family_of_first_stage(path) == family

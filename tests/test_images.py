@@ -195,6 +195,7 @@ def test_what_is_no_readable_image_is_named_for_what_it_is(tmp_path, monkeypatch
         monkeypatch.setitem(sys.modules, module, None)  # as if it was not installed
     if name == "a.avif":
         monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+        monkeypatch.setattr(features, "check", lambda name: False)
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ImageError, match=reason) as caught:
@@ -217,6 +218,16 @@ def test_an_installed_plugin_is_used(tmp_path, monkeypatch):
     path = tmp_path / "a.heic"
     path.write_bytes(FTYP + b"heic\0\0\0\0mif1heic")
     assert open_image(path).getpixel((0, 0)) == RED
+    plugin.register_heif_opener = lambda: None  # it does not know this one
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "TOY"])
+    with pytest.raises(ImageError, match="it is HEIC, but damaged or of an unknown kind; export it as PNG"):
+        open_image(path)
+
+
+def test_a_photo_of_a_phone_without_a_suffix_is_an_image(tmp_path):
+    path = tmp_path / "IMG_0001"  # as some programs copy them
+    path.write_bytes(FTYP + b"heic\0\0\0\0mif1heic")
+    assert list_images(tmp_path) == [path]
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
@@ -224,6 +235,9 @@ def test_avif_is_read(tmp_path):
     path = saved(tmp_path / "a.avif", Image.new("RGB", (16, 16), RED), quality=100)
     assert list_images(tmp_path) == [path]
     assert np.allclose(open_image(path).getpixel((3, 3)), RED, atol=4)
+    path.write_bytes(FTYP + b"avif\0\0\0\0mif1avif")
+    with pytest.raises(ImageError, match="it is AVIF, but damaged"):
+        open_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
-from ldm.files import is_hub_id
+from ldm.files import is_hub_id, why_no_file
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -73,24 +73,7 @@ def check_files(*paths: str | Path | None) -> None:
     """Raise UserError for the first path that was given but is not a file."""
     for path in paths:
         if path and not Path(path).is_file():
-            if Path(path).is_dir():
-                raise UserError(f"'{path}' is a folder; name the file in it")
-            exists = Path(path).exists()
-            raise UserError(
-                f"'{path}' "
-                + (
-                    "is not an ordinary file; name a file on disk"
-                    if exists
-                    else "does not exist; check the path"
-                )
-            )
-
-
-def model_path(text: str) -> str:
-    """Argument type: a model; the shipped one is found from every folder (see `ldm.yaml_files.in_checkout`)."""
-    from ldm.yaml_files import in_checkout
-
-    return in_checkout(text)
+            raise UserError(f"'{path}' {why_no_file(path)}")
 
 
 def check_model(*sources: str | None) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.commands.base import check_files, check_model, guarded, model_path, write_error
+from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
+from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,6 +68,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Report on every file; a file that cannot be read does not prevent the report on the others."""
     from ldm.embeddings import read
     from ldm.embeddings.inspection import inspect_concepts, words_of
+    from ldm.embeddings.method_files import read_method_file
     from ldm.weights import TEXT_ENCODERS, located
 
     check_model(options.ckpt_path)
@@ -81,6 +83,12 @@ def inspect(options: argparse.Namespace) -> None:
         try:
             learned = read(file)
         except UserError as error:
+            if method := read_method_file(file):
+                record = {"method": method.method, "words": dict(method.words), "dials": dict(method.dials)}
+                reports.append({"file": str(file), **record})
+                if not options.json:
+                    write_line(f"{file}: {method.described()}")
+                continue
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue
@@ -340,7 +348,7 @@ def _make_parser(prog: str) -> Parser:
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument(
-        "--ckpt_path", type=model_path, help="model (file, folder or hub id) to compare with its vocabulary"
+        "--ckpt_path", type=in_checkout, help="model (file, folder or hub id) to compare with its vocabulary"
     )
     command.add_argument(
         "--tokenizer",
@@ -388,12 +396,12 @@ def _make_parser(prog: str) -> Parser:
     command.add_argument("file", type=Path, metavar="FILE")
     model = "a checkpoint, a folder as diffusers writes it, or a hub id"
     command.add_argument(
-        "--from", dest="source", type=model_path, required=True, metavar="MODEL", help=f"its model: {model}"
+        "--from", dest="source", type=in_checkout, required=True, metavar="MODEL", help=f"its model: {model}"
     )
     command.add_argument(
         "--to",
         dest="target",
-        type=model_path,
+        type=in_checkout,
         required=True,
         metavar="MODEL",
         help="the model that it will be for",

@@ -16,12 +16,12 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
-    model_path,
     read_model_config,
 )
 from ldm.console import Parser, write_line
 from ldm.util import UsageError, UserError
 from ldm.values import argument
+from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
     from ldm.evaluation.concepts import ConceptFolder
@@ -57,12 +57,14 @@ def make_parser(prog: str) -> Parser:
     what.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=model_path,
+        type=in_checkout,
         default=WEIGHTS,
         metavar="MODEL",
         help="default: %(default)s",
     )
-    what.add_argument("--config", metavar="YAML", help="default: config.yaml beside the model")
+    what.add_argument(
+        "--config", type=in_checkout, metavar="YAML", help="default: config.yaml beside the model"
+    )
     what.add_argument(
         "--concept",
         required=True,
@@ -149,12 +151,12 @@ def features_of(options: argparse.Namespace) -> list[str]:
 
 def judge_of(options: argparse.Namespace) -> str | None:
     """The folder of --judge, by default the shipped judge if it is there; None for no judge."""
-    folder = options.judge
-    if folder == NONE or (folder is None and not JUDGE.is_dir()):
+    folder, shipped = options.judge, in_checkout(str(JUDGE))
+    if folder == NONE or (folder is None and not Path(shipped).is_dir()):
         return None
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"--judge '{folder}' does not exist; name a folder with a judge, or {NONE}")
-    return folder or str(JUDGE)
+    return folder or shipped
 
 
 def load_model(ckpt: str, config: str | None) -> tuple[LatentDiffusion, int]:

@@ -13,11 +13,11 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
-    model_path,
     read_model_config,
 )
 from ldm.console import Parser, write_line
-from ldm.util import UserError
+from ldm.util import UserError, shown
+from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +51,17 @@ def export(options: argparse.Namespace) -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
     from ldm.embeddings import renames_from
+    from ldm.embeddings.method_files import read_method_file
     from ldm.generate.embeddings import load_embeddings, personalization_of
     from ldm.interop import diffusers_pipeline
 
     renames = renames_from(options.rename)
+    for path in options.embedding_path:
+        if held := read_method_file(path):
+            raise UserError(
+                f"'{path}' is of the method '{shown(held.method)}', whose words are more than vectors, and diffusers "
+                "has none for them; export without it"
+            )
     config = read_model_config(options.ckpt_path, options.config)
     model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
     placeholders: list[str] = []
@@ -90,16 +97,20 @@ def _make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=model_path,
+        type=in_checkout,
         default=WEIGHTS,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
     )
     parser.add_argument(
-        "--vae", metavar="MODEL", help="first stage in place of the model's: a file, a folder or a hub id"
+        "--vae",
+        type=in_checkout,
+        metavar="MODEL",
+        help="first stage in place of the model's: a file, a folder or a hub id",
     )
     parser.add_argument(
         "--config",
+        type=in_checkout,
         metavar="YAML",
         help="default: config.yaml beside the model, or that of the published model",
     )

@@ -16,12 +16,12 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
-    model_path,
     read_model_config,
 )
 from ldm.console import Parser, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.values import argument
+from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,16 +116,23 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     model.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=model_path,
+        type=in_checkout,
         default=profile.ckpt,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
     )
     own_config = profile.config or "config.yaml beside the model, or that of the published model it is"
-    model.add_argument("--config", default=profile.config, metavar="YAML", help=f"default: {own_config}")
     model.add_argument(
-        "--vae", metavar="MODEL", help="first stage in place of the model's: a file, a folder or a hub id"
+        "--config", type=in_checkout, default=profile.config, metavar="YAML", help=f"default: {own_config}"
     )
+    model.add_argument(
+        "--vae",
+        type=in_checkout,
+        metavar="MODEL",
+        help="first stage in place of the model's: a file, a folder or a hub id",
+    )
+    model.add_argument("--variant", metavar="NAME", help="of a hub id: fetch these weights, such as fp16")
+    model.add_argument("--revision", metavar="NAME", help="of a hub id: a branch, a tag or a commit")
     model.add_argument(
         "--embedding_path",
         nargs="+",
@@ -291,6 +298,14 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
         )
     check_model(options.ckpt_path, options.vae)
     check_files(options.config, options.from_file, *options.embedding_path)
+    if options.variant or options.revision:
+        if Path(options.ckpt_path).exists():
+            raise UsageError(
+                f"--variant and --revision are for a hub id; '{options.ckpt_path}' is here: leave them out"
+            )
+        from ldm.weights import located
+
+        options.ckpt_path = str(located(options.ckpt_path, options.variant, options.revision))
     lines = read_lines(options.from_file) if options.from_file else None
 
     from tqdm import tqdm

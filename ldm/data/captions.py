@@ -60,7 +60,14 @@ class Captions:
             text or _words_of_name(image.path) for text, image in zip(texts, images, strict=True)
         ]
         self._from_file: list[str | None] = [None] * len(images)
+        for image, text in zip(images, texts, strict=True):
+            if "[filewords]" in (text or ""):
+                raise UserError(
+                    f"the caption of {image.path} holds [filewords], which is itself; remove that word"
+                )
         if use_captions:
+            for file in beside.unusable:
+                logger.warning("%s", brief(f"{file} {_kind_of(file)}: it is not read as a caption"))
             self._from_file = [self._own_caption(i, text) for i, text in enumerate(texts)]
             if not any(texts):
                 raise UserError(_no_captions(images))
@@ -114,15 +121,20 @@ class CaptionFiles:
     """
 
     def __init__(self, images: Iterable[Path]) -> None:
+        images = list(images)
         self._files: dict[Path, dict[str, Path]] = {}
         for folder in dict.fromkeys(image.parent for image in images):
             for file in sorted(folder.iterdir()):  # ".txt" comes after ".TXT" and replaces it
-                if file.suffix.lower() in CAPTION_SUFFIXES and file.is_file():
+                if file.suffix.lower() in CAPTION_SUFFIXES:
                     self._files.setdefault(file.with_suffix(""), {})[file.suffix.lower()] = file
+        beside = [file for image in images for file in self._files.get(image.with_suffix(""), {}).values()]
+        # Folders, pipes and links that lead nowhere, named like the caption of an image.
+        self.unusable = [file for file in dict.fromkeys(beside) if not file.is_file()]
 
     def text(self, image: Path) -> str | None:
         """Return the caption of an image as one line; None if there is none or it is empty."""
-        found = self._files.get(image.with_suffix(""), {})
+        named = self._files.get(image.with_suffix(""), {})
+        found = {suffix: file for suffix, file in named.items() if file not in self.unusable}
         texts = {suffix: _line(found[suffix]) for suffix in CAPTION_SUFFIXES if suffix in found}
         used = next((suffix for suffix, text in texts.items() if text), None)
         if used is None:
@@ -130,6 +142,15 @@ class CaptionFiles:
         if len(set(filter(None, texts.values()))) > 1:
             logger.info("%s", brief(f"{image} has two captions: {found[used].name} is used"))
         return texts[used]
+
+
+def _kind_of(path: Path) -> str:
+    """Why a path with the name of a caption file has no caption."""
+    if path.is_file():
+        return "is empty or of no image"
+    if path.is_dir():
+        return "is a folder"
+    return "is not an ordinary file" if path.exists() else "is a link that leads nowhere"
 
 
 def _line(path: Path) -> str | None:
@@ -148,7 +169,8 @@ def _no_captions(images: Sequence[ConceptImage]) -> str:
     ]
     what = "no image has a caption beside it"
     if others:
-        what += f" with a text ('{shown(others[0].relative_to(first.parent).as_posix())}' is none)"
+        named = shown(others[0].relative_to(first.parent).as_posix())
+        what += f" with a text ('{named}' {_kind_of(others[0])})"
     return f"use_captions: {what}; write {own} in {shown(str(first.parent), 100)}, or remove use_captions"
 
 

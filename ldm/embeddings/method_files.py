@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,7 +59,17 @@ class MethodFile:
 
     @property
     def triggers(self) -> list[str]:
+        """The words, as `LearnedEmbeddings` has them."""
         return list(self.words)
+
+    def described(self) -> str:
+        """One line for people: the method, the words, what the file is for, and its dials."""
+        words = ", ".join(f"'{shown(word)}' ({count})" for word, count in self.words.items())
+        dials = ", ".join(f"{shown(name)}={value:g}" for name, value in self.dials.items()) or "none"
+        return (
+            f"words of the method '{shown(self.method)}': {words}, for {model_names(self.encoder, self.width)}; dials: "
+            f"{dials}"
+        )
 
     def renamed(self, names: Mapping[str, str]) -> MethodFile:
         """Return the same words with new names, `names` by old name; unknown ones raise EmbeddingError."""
@@ -70,7 +79,15 @@ class MethodFile:
         kept = [(check_word(names.get(word, word), "trigger"), count) for word, count in self.words.items()]
         if len(dict(kept)) < len(kept):
             raise EmbeddingError("two words would have the same name; choose another")
-        return dataclasses.replace(self, words=dict(kept))
+        return replace(self, words=dict(kept))
+
+    def only(self, word: str) -> MethodFile:
+        """One of the words alone."""
+        if len(self.words) == 1:
+            return self
+        start = f"{self.triggers.index(word)}."
+        tensors = {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+        return replace(self, words={word: self.words[word]}, tensors=tensors)
 
     def check_encoder(self, encoder: str, width: int) -> None:
         """Raise EmbeddingError if it is for another text encoder than this one."""
@@ -126,14 +143,14 @@ def read_method_file(path: str | Path) -> MethodFile | None:
     return None
 
 
+def read_words(path: str | Path) -> LearnedEmbeddings | MethodFile:
+    """What is in a file of vectors of any tool, or of a method; EmbeddingError if it is neither."""
+    return read_method_file(path) or read(path)
+
+
 def triggers_of(path: str | Path) -> list[str]:
     """The words in a file of vectors or of a method; EmbeddingError if it is neither."""
     return read_words(path).triggers
-
-
-def read_words(path: str | Path) -> LearnedEmbeddings | MethodFile:
-    """Read a file of vectors of any tool, or of a method; EmbeddingError if it is neither."""
-    return read_method_file(path) or read(path)
 
 
 def _of_another_tool(path: Path) -> MethodFile:

@@ -19,7 +19,7 @@ from ldm.embeddings import image_files
 from ldm.embeddings.concept import EmbeddingError, check_shape
 from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord
 from ldm.embeddings.torch_files import TorchFile
-from ldm.files import NO_TENSORS, file_kind
+from ldm.files import NO_TENSORS, file_kind, why_no_file
 from ldm.pickles import shapes_of
 from ldm.util import shown
 from ldm.words import cleaned
@@ -154,7 +154,7 @@ def open_payload(path: Path) -> Payload:
         shapes = shapes_of(state if isinstance(state, dict) else held)
         return Payload(path, "torch", file.load, _text_keys(held), shapes)
     if kind in NO_TENSORS:
-        raise EmbeddingError(f"it {NO_TENSORS[kind]}")
+        raise EmbeddingError(f"it {why_no_file(path) if kind == 'folder' else NO_TENSORS[kind]}")
     if (what := what_begins(path)) is not None:
         raise EmbeddingError(f"it is {what}; name the embedding's own file")
     raise EmbeddingError("it is not an embedding file: not safetensors, torch.save, or a PNG or WebP image")

@@ -46,13 +46,29 @@ _TOKEN = re.compile(
 _NUMBER_AT_END = re.compile(r":\s*([^\s:]+)\s*$")
 _LIKE_A_NUMBER = re.compile(r"(?<!\\):\s*([+-]?[\d.,]*\d[\d.,]*)\s*\)")
 _WHEN = re.compile(r":\s*[\d.]+\s*$")
-# Syntax of other tools that has no meaning here -> what it is and the remedy.
+# Syntax of other tools that has no meaning here -> what it is and the remedy. Placeholders are private characters.
 _FOREIGN = (
     (re.compile(r"\{[^{}]*\|[^{}]*\}"), "random choices are not supported; write one of them"),
+    (re.compile(r"\{\}"), "this is the slot of templates; write the word"),
+    (re.compile(r"\{[^{}]+\}"), "weights of NovelAI are written (words) or (words:1.05) here"),
     (re.compile(r"__[\w/-]+__"), "wildcards are not supported; write the words"),
     (
-        re.compile(r"(?<!\\)\)(?:\d*\.\d+|[+-]{1,9}(?=[\s,.)]|$))"),
+        re.compile(
+            r"""(?<!\\)\)(?:\d*\.\d+|[+-]{1,9}(?=[\s,.)]|$))   # (words)1.3 and (words)++
+            | (?:[^\W\d_]{2,}|[\U000F0000-\U000FFFFD])(?:\+{1,9}|-{2,9})(?=[\s,.;)]|$)  # word++ and word--
+            """,
+            re.VERBOSE,
+        ),
         "weights of InvokeAI are written (words:1.3) here",
+    ),
+    (re.compile(r"\.(?:blend|swap|and)\("), "prompts of InvokeAI are not combined here; write one prompt"),
+    (
+        re.compile(r"(?:[^\W\d_]|[\U000F0000-\U000FFFFD]):\d*\.\d+(?=\s*(?:[^\s\d)\]]|$))|::-?\d"),
+        "weights of words without parentheses are written (words:1.3) here",
+    ),
+    (
+        re.compile(r"(?<!\S)--(?:ar|v|q|s|no|iw|niji|seed|stylize|chaos)\s+\S+"),
+        "options of Midjourney are not supported; remove them",
     ),
 )
 _AND = re.compile(r"\bAND\b")

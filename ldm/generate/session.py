@@ -118,8 +118,12 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
     """Replace each embedding:NAME of a prompt by the placeholder of that file, which is added to `words`.
 
     Raises:
-        UserError: there is no such file, or it holds several placeholders.
+        UserError: there is no such file, or it holds several placeholders, or NAME is missing.
     """
+    if re.search(r"\bembedding:(?=\s|$)", prompt, re.IGNORECASE):
+        raise UserError(
+            "the prompt contains 'embedding:' without a name; write embedding:NAME without a space"
+        )
 
     def placeholder(match: re.Match[str]) -> str:
         name = match[1]
@@ -140,7 +144,8 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
         return triggers[0]
 
     # A name ends where ComfyUI's does, or at the end of a sentence; it may hold the letters of any language.
-    return re.sub(r"""embedding:([^\s,:;|"'()\[\]{}<>]*[^\s,:;|"'()\[\]{}<>.!?])""", placeholder, prompt)
+    named = r"""\bembedding:([^\s,:;|"'()\[\]{}<>]*[^\s,:;|"'()\[\]{}<>.!?])"""
+    return re.sub(named, placeholder, prompt, flags=re.IGNORECASE)
 
 
 def _name(word: Words) -> str:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
-from ldm.files import NO_TENSORS, is_hub_id
+from ldm.files import NO_TENSORS, is_hub_id, why_no_file
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import flags, hub, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -36,7 +36,7 @@ from ldm.util import (
     shown_value,
 )
 from ldm.words import check_word
-from ldm.yaml_files import check_interpolations, place_in, read_yaml, yaml_value
+from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml, yaml_value
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         base = [*folder.saved_configs(), *base]
     config = _merged(options, base, None)
-    _check_base(base, config)
+    _check_base(base, config, options.resume)
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
         trainer = OmegaConf.select(config, "lightning.trainer") or {}
         lengths = {f"lightning.trainer.{key}": trainer.get(key) for key in ("max_steps", "max_epochs")}
@@ -101,7 +101,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         for dataset in _datasets(config):
             if str(dataset["target"]).startswith("ldm.data.personalized"):
                 own = (dataset.get("params") or {}).get("data_root")
-                roots = options.data_root or own or config.get("data_root")
+                roots = config["data_root"] if options.data_root else own or config.get("data_root")
                 for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
                     check_image_folder(root)
     hub.check(options)
@@ -114,7 +114,7 @@ def complete_base(options: argparse.Namespace) -> list[str | Path]:
         UserError: no model is named, or it is none that can be read.
     """
     config = _merged(options, options.base, None)
-    _check_base(options.base, config)
+    _check_base(options.base, config, options.resume)
     source = config.get("actual_resume")
     if OmegaConf.select(config, "model.target") or not source:
         return list(options.base)
@@ -123,11 +123,12 @@ def complete_base(options: argparse.Namespace) -> list[str | Path]:
     return [path, *options.base]
 
 
-def _check_base(base: Sequence[str | Path], config: DictConfig) -> None:
+def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> None:
     if not base and not config.get("actual_resume"):
         raise UsageError(
-            "give a YAML with --base, such as configs/latent-diffusion/txt2img-finetune.yaml, or a model with "
-            "--pretrained_model_name_or_path (--actual_resume), whose YAML is then used"
+            f"{'there is no run to resume; for a new one ' if resume else ''}give a YAML with --base, such as "
+            "configs/latent-diffusion/txt2img-finetune.yaml, or a model with --pretrained_model_name_or_path "
+            "(--actual_resume), whose YAML is then used"
         )
 
 
@@ -154,8 +155,8 @@ def _check_files(config: DictConfig) -> None:
     for source, shown in ((model, f"checkpoint '{model}'"), (vae, f"checkpoint '{vae}'")):
         if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
-    if vectors and not Path(vectors).exists():
-        raise UserError(f"'{vectors}': it {NO_TENSORS['missing']}")
+    if vectors and not Path(vectors).is_file():
+        raise UserError(f"'{vectors}': it {why_no_file(vectors)}")
 
 
 def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
@@ -188,6 +189,7 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
     _take_run_flags(config, options)
     place = places(options, base)
     check_interpolations(config, place)
+    find_paths(config, [])  # those of flags and overrides
     raise_problems(list(_run_key_problems(config)), place)
     return config
 
@@ -275,7 +277,9 @@ def _check_shape(config: DictConfig, place: Callable[[str], str] = lambda key: "
                 continue
             # The condition of an unconditional model is a text; a callback is switched off by null.
             wanted = str(key).endswith("_config") and key != "cond_stage_config"
-            if key in _MAPPINGS or path in _SPLITS or wanted or where == "lightning.callbacks":
+            # The options of Lightning's Trainer are no mappings, whatever their names.
+            named = key in _MAPPINGS and where != "lightning.trainer"
+            if named or path in _SPLITS or wanted or where == "lightning.callbacks":
                 later = value is None or (isinstance(value, str) and value.startswith(("???", "${")))
                 if not later:
                     kind = "a list" if isinstance(value, list) else shown_value(value)

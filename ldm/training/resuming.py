@@ -75,13 +75,24 @@ def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder) -> Non
     was, now = _begun_from(saved), _begun_from(wanted)
     if now is None or now == was:
         return
-    if Path(now).resolve().parent == folder.checkpoints.resolve():
+    if folder.is_latest(Path(now)):
         logger.info("--embedding_manager_ckpt is not needed: the vectors are in the state that -r reads")
         return
     raise UsageError(
         f"--embedding_manager_ckpt '{now}' and -r exclude each other: a resumed run goes on with its own vectors; "
         "leave one of them out"
     )
+
+
+def check_epochs(state: Mapping[str, Any], wanted: DictConfig) -> None:
+    """Check that a state has no more epochs than are wanted, which Lightning refuses after everything is built.
+
+    Raises:
+        UsageError: it has.
+    """
+    limit = OmegaConf.select(wanted, "lightning.trainer.max_epochs")
+    if limit is not None and 0 <= limit < (done := _epochs(state)):
+        raise UsageError(_no_epochs_left(done, limit))
 
 
 def forget_first_vectors(config: DictConfig) -> None:
@@ -288,7 +299,6 @@ class Resumption(Callback):
             logger.info("changed since then: %s", ", ".join(notes))
         else:
             logger.info("all settings are those of the saved state")
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         if 0 <= trainer.max_steps <= step:
             logger.warning(
                 "nothing is left to train: the run is at step %d and max_steps is %d; go on with --max_steps %d",
@@ -296,13 +306,8 @@ class Resumption(Callback):
                 trainer.max_steps,
                 step + max(1, trainer.max_steps),
             )
-        elif trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
-            logger.warning(
-                "nothing is left to train: %d of %d epochs are done; go on with --max_epochs %d",
-                epochs,
-                trainer.max_epochs,
-                epochs + max(1, trainer.max_epochs),
-            )
+        elif trainer.max_epochs is not None and 0 <= trainer.max_epochs <= (epochs := _epochs(checkpoint)):
+            logger.warning("%s", _no_epochs_left(epochs, trainer.max_epochs))
 
     def _settings_before(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a state was saved with, as far as it tells."""
@@ -434,6 +439,17 @@ class _Batches:
         return cls(
             settings["batches"], settings["batch"] * settings["processes"], settings.get("accumulation") or 1
         )
+
+
+def _epochs(state: Mapping[str, Any]) -> int:
+    return int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+def _no_epochs_left(done: int, limit: int) -> str:
+    return (
+        f"nothing is left to train: {done} of {limit} epochs are done; go on with --max_epochs "
+        f"{done + max(1, limit)}"
+    )
 
 
 def _schedule_of(model: pl.LightningModule) -> Any:

@@ -161,7 +161,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     check_rate(merged)
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)
-        check_is_state(state, folder)
+        resuming.check_epochs(check_is_state(state, folder), merged)
         resuming.forget_first_vectors(merged)
     else:
         preflight.check_first_vectors(merged)
@@ -188,7 +188,8 @@ def _check_names(options: argparse.Namespace, folder: RunFolder) -> None:
     Raises:
         UsageError: --project is a run too.
     """
-    if options.project and Path(options.project).resolve() != folder.path.resolve():
+    # Without --resume, --project is the run or a place in it.
+    if options.resume and options.project and Path(options.project).resolve() != folder.path.resolve():
         if run_folder.is_run_folder(options.project):
             raise UsageError(
                 f"--project '{options.project}' and {options.resume_flag} '{options.resume}' are two runs; leave one "

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.images import IMAGE_SUFFIXES
 from ldm.util import UserError
 from ldm.words import file_stem, folder_name
 
@@ -61,6 +62,16 @@ class RunFolder:
         """The latest `.safetensors` of each word; `<name>_gs-N` and `<name>_best` beside them are not among these."""
         found = sorted(self.checkpoints.glob("*.safetensors"))
         return [path for path in found if not re.search(r"_(gs-\d+|best)$", path.stem)]
+
+    def is_latest(self, path: Path) -> bool:
+        """Whether a file of the run holds its latest vectors, and not those of an earlier step or of the best one."""
+        steps = {
+            file.resolve(): int(found[1])
+            for file in self.checkpoints.glob("*_gs-*")
+            if (found := re.search(r"_gs-(\d+)$", file.stem))
+        }
+        latest = [one for one, step in steps.items() if step == max(steps.values())]
+        return path.resolve() in [*latest, *(one.resolve() for one in (self.embeddings, *self.word_files()))]
 
     def word_stems(self, words: Sequence[str]) -> dict[str, str]:
         """The name without suffix of the files of each word.
@@ -133,18 +144,24 @@ def new_run_folder(
 def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
     """What to resume, "" for a new run, and the name of a new run."""
     # diffusers' script begins anew where there is nothing to resume: a job can be started again by the same command.
-    begins = options.resume == "latest" and options.resume_flag == "--resume_from_checkpoint"
+    begins = options.resume in _NEWEST and options.resume_flag == "--resume_from_checkpoint"
     if begins and latest_run(options.logdir) is None:
         logger.info(
-            "--resume_from_checkpoint latest: no run in '%s' to resume; a new one begins", options.logdir
+            "--resume_from_checkpoint %s: no run in '%s' to resume; a new one begins",
+            options.resume,
+            options.logdir,
         )
         return "", options.name
     if options.resume or not options.project:
         return options.resume, options.name
-    if Path(options.project).is_dir():
+    if Path(options.project).exists():
         options.resume_flag = "--project"
         return options.project, options.name
     return "", options.project
+
+
+# What names the newest run: the word of diffusers' script, and Lightning's.
+_NEWEST = ("latest", "last")
 
 
 def latest_run(logdir: str | Path) -> Path | None:
@@ -164,15 +181,24 @@ def existing_run_folder(
     Raises:
         UserError: there is nothing to resume, or `place` holds vectors or a model.
     """
-    if place == "latest":
-        place = latest_run(logdir) or place
-        if place == "latest":
-            raise UserError(f"{flag} latest: no run in '{logdir}' has a last.ckpt")
+    if place in _NEWEST and not Path(place).exists():
+        newest = latest_run(logdir)
+        if newest is None:
+            raise UserError(f"{flag} {place}: no run in '{logdir}' has a last.ckpt; name a run folder")
+        place = newest
     place = Path(place)
     if not place.exists() and is_run_folder(Path(logdir) / place):
         place = Path(logdir) / place
     if not place.exists():
-        raise UserError(f"{flag} '{place}' does not exist; name a run folder such as logs/<run>")
+        one = (
+            "a run keeps its last state alone; "
+            if re.fullmatch(r"(checkpoint|step)[-_]\d+", place.name)
+            else ""
+        )
+        raise UserError(
+            f"{flag} '{place}' does not exist; {one}name a run folder such as {_a_run_in(Path(logdir))}, or 'latest' "
+            "for the newest run"
+        )
     home = next((path for path in (place, *place.resolve().parents) if is_run_folder(path)), None)
     if home is None:
         raise UserError(f"{flag} '{place}': {_no_run(place)}")
@@ -197,10 +223,15 @@ def existing_run_folder(
     return run, state
 
 
+def _a_run_in(folder: Path) -> str:
+    """A run in a folder for messages: the newest one, if there is any."""
+    return str(latest_run(folder) or folder / "<run>")
+
+
 def _no_run(place: Path) -> str:
     """Why a place is not in a run folder, and what its user may mean."""
     if place.is_dir():
-        return f"no YAML in '{place / 'configs'}'; name a folder made by main.py"
+        return _no_run_folder(place)
     if _holds_vectors(place):
         return (
             f"it holds vectors; a new run begins from them with --base YAML --embedding_manager_ckpt {place}"
@@ -217,6 +248,34 @@ def _no_run(place: Path) -> str:
         "it is not in a run folder, beside 'configs'; a frozen model is given as --actual_resume FILE, and -r names a "
         "run folder such as logs/<run>"
     )
+
+
+def _no_run_folder(place: Path) -> str:
+    if latest_run(place) is not None:
+        return f"it holds runs and is none; name one of them, such as {_a_run_in(place)}"
+    if (place / "last.ckpt").is_file():
+        return (
+            "it is the checkpoints folder of a run outside of it; put it back into logs/<run> beside configs"
+        )
+    suffixes = {entry.suffix.lower() for entry in place.iterdir()}
+    if (place / "model_index.json").is_file() or suffixes & {".ckpt", ".safetensors"}:
+        return f"it holds a model and no run; a frozen model is given as --actual_resume {place}"
+    if suffixes & IMAGE_SUFFIXES:
+        return f"it holds images and no run; training images are given as --data_root {place}"
+    vectors = next(
+        (
+            path
+            for path in (place / "embeddings.pt", place / "checkpoints" / "embeddings.pt")
+            if path.is_file()
+        ),
+        None,
+    )
+    if vectors is not None:
+        return (
+            f"it has no YAML in 'configs', so it is no whole run; a new run begins from its vectors: --base YAML "
+            f"--embedding_manager_ckpt {vectors}"
+        )
+    return f"no YAML in '{place / 'configs'}'; name a folder made by main.py, or another name for a new run"
 
 
 def _holds_vectors(path: Path) -> bool:

@@ -140,7 +140,8 @@ def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in options.items():
         if key in _SET_BY_THE_RUN or (key in OLD_TRAINER_KEYS and OLD_TRAINER_KEYS[key] is None):
-            if value is not None and value is not False:
+            # false is what most of them were without being set, but not the logger
+            if value is not None and (value is not False or key == "logger"):
                 why = "is set by the run" if key in _SET_BY_THE_RUN else "belongs to Lightning 1.x"
                 instead = f"; {_INSTEAD[key]}" if key in _INSTEAD else ""
                 logger.info("lightning.trainer.%s %s and is ignored%s", key, why, instead)

@@ -71,7 +71,11 @@ def test_a_missing_file_is_named(tmp_path) -> None:
     check_files(None, __file__)
     with pytest.raises(UserError, match="'gone.pt' does not exist; check the path"):
         check_files(__file__, "gone.pt")
-    with pytest.raises(UserError, match="is a folder; name the file in it"):
+    with pytest.raises(UserError, match="is a folder; name the file in it$"):
+        check_files(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "embeddings.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="is a folder; name the file in it, '.*checkpoints/embeddings.pt'"):
         check_files(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe' is not an ordinary file"):

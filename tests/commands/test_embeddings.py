@@ -20,6 +20,7 @@ from ldm import console
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
 from ldm.embeddings import FORMATS, read, write
+from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.images import open_image
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
 
@@ -78,6 +79,18 @@ def test_inspect_as_text(cat, capsys):
     ):
         assert words in output
     assert "embeddings.pt: original" in output and "1 vector, 32 wide" in output
+
+
+def test_inspect_a_file_of_a_method(tmp_path, capsys):
+    tensors = {"vectors": torch.zeros(4, 1, 768)}
+    file = tmp_path / "a.safetensors"
+    write_method_file(MethodFile("grid", {"*": 1}, tensors, {}, {"strength": 0.8}, "clip", 768), file)
+    assert main(["inspect", str(file)]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{file}: words of the method 'grid': '*' (1), for a model whose CLIP text")
+    assert line.endswith("dials: strength=0.8")
+    assert main(["inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["dials"] == {"strength": 0.8}
 
 
 def test_inspect_against_a_vocabulary(tmp_path, checkpoint, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 from PIL import Image
@@ -119,13 +120,40 @@ def test_captions_that_were_asked_for_must_exist(folder):
         PersonalizedBase(folder, use_captions=True)
     (folder / "texts").mkdir()
     (folder / "texts" / "02.txt").write_text("a mat")
-    with pytest.raises(UserError, match=r"\('texts/02.txt' is none\)"):
+    with pytest.raises(UserError, match=r"\('texts/02.txt' is empty or of no image\)"):
         PersonalizedBase(folder, use_captions=True)
     (folder / "02.png.txt").write_text("a mat")
-    with pytest.raises(UserError, match=r"\('02.png.txt' is none\)"):
+    with pytest.raises(UserError, match=r"\('02.png.txt' is empty or of no image\)"):
         PersonalizedBase(folder, use_captions=True)
     (folder / "02.txt").write_text("")
     with pytest.raises(UserError, match="no image has a caption beside it with a text"):
+        PersonalizedBase(folder, use_captions=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda path: path.mkdir(), "is a folder"),
+        (os.mkfifo, "is not an ordinary file"),
+        (lambda path: path.symlink_to("nowhere"), "is a link that leads nowhere"),
+    ],
+    ids=["folder", "pipe", "link"],
+)
+def test_what_is_named_like_a_caption_and_holds_none_is_named(folder, caplog, make, kind):
+    (folder / "01 red mug.txt").write_text("a mug")
+    make(folder / "02.txt")
+    with caplog.at_level(logging.INFO):
+        captions(folder, use_captions=True)
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == f"{folder / '02.txt'} {kind}: it is not read as a caption"
+    (folder / "01 red mug.txt").unlink()
+    with pytest.raises(UserError, match=rf"with a text \('02.txt' {kind}\)"):
+        PersonalizedBase(folder, use_captions=True)
+
+
+def test_a_caption_that_holds_itself_is_refused(folder):
+    (folder / "02.txt").write_text("a [filewords] on a mat")
+    with pytest.raises(UserError, match=r"the caption of .*02.png holds \[filewords\]"):
         PersonalizedBase(folder, use_captions=True)
 
 

@@ -113,7 +113,7 @@ def test_functions_that_only_allocate_memory_are_not_called(name, operation, tmp
     path = saved(tmp_path / "cat.pt", rebuilt(as_bytes({}), {"data.pkl": program}))
     refused(
         path,
-        f"asks for '{name}', which no embedding needs|not a known embedding format: it holds '<cat>'|"
+        f"asks for '{name}', which tensors never need|not a known embedding format: it holds '<cat>'|"
         "holds sparse tensors",
     )
 

@@ -174,6 +174,15 @@ def test_random_prompts_are_weighted_by_the_published_rules(syntax):
         ("a __colour__ cat", "contains '__colour__': wildcards"),
         ("(cat)1.3", "weights of InvokeAI are written"),
         ("(a cat)++, red", "weights of InvokeAI"),
+        ("a cat++ on a mat", "'cat\\+\\+': weights of InvokeAI"),
+        ("a dog--", "weights of InvokeAI"),
+        ('("a cat", "a dog").blend(0.5, 0.5)', "prompts of InvokeAI are not combined here"),
+        ("a cat.swap(dog)", "prompts of InvokeAI"),
+        ("{{masterpiece}}, a cat", "'{masterpiece}': weights of NovelAI"),
+        ("a photo of {}", "the slot of templates; write the word"),
+        ("tabby cat:0.25 white duck:0.75", "'t:0.25': weights of words without parentheses"),
+        ("hot:: dog::2", "'::2': weights of words without parentheses"),
+        ("a cat --ar 16:9", "'--ar 16:9': options of Midjourney"),
         ("(a:1,3)", r"contains ':1,3\)': it is not a number; write a weight as \(words:1.3\)"),
         ("(a:1.3.1)", "is not a number"),
         ("(a:99)", "weight 99 in the prompt is beyond -10 to 10"),
@@ -197,7 +206,17 @@ def test_weights_of_comfyui_have_a_range(prompt):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["Sand and ANDROID", "(2020) - a portrait", "[a:b]", "a | b", r"\[a\|b\]", "C++ (red)", "{a}", "a:0.5]"],
+    ["Sand and ANDROID", "(2020) - a portrait", "[a:b]", "a | b", r"\[a\|b\]", "C++ (red)", "a:0.5]"]
+    + [
+        "at 3:30",
+        "a cat - a dog",
+        "no. 5 -- red",
+        "vitamin B+",
+        "a (cat:1.3) dog",
+        "16:9 photo",
+        "4.5 stars",
+        "a.and b",
+    ],
 )
 def test_ordinary_text_is_not_taken_for_syntax_of_others(prompt):
     parts(prompt)

@@ -106,7 +106,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
         ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
         ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a web page"),
         ("--actual_resume stranger.safetensors", 1, "use the config that belongs to it"),
-        ("--actual_resume wide.pt", 1, "is it an embedding file?"),
+        ("--actual_resume wide.pt", 1, "is a textual inversion embedding"),
         ("--actual_resume .", 1, "is a folder"),
         ("model.params.unet_config.params.model_channels=64", 1, "does not fit the config"),
         ("model.params.unet_config.params.chanel_mult=[1]", 1, "did you mean 'channel_mult'?"),
