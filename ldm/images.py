@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -81,7 +82,7 @@ def check_image_folder(folder: str | Path) -> None:
 
 def _listed(folder: Path) -> tuple[list[Path], str, int]:
     """The images in a folder; what else is there, with a remedy if it may be images; and the level to log that at."""
-    if not folder.exists():
+    if not os.path.exists(folder):  # False for what no path can be
         raise ImageError(f"image folder not found: {folder}")
     if not folder.is_dir():
         raise ImageError(f"{folder} is a file; name the folder that holds the images")
