@@ -332,6 +332,9 @@ def test_embedding_in_a_prompt_finds_the_file(run, folder, tmp_path, monkeypatch
     assert first.read_bytes() == second.read_bytes()
     monkeypatch.chdir(folder)
     assert run("--prompt", "a photo of (embedding:cat.pt:1.2)")[0] == 0
+    assert run("--prompt", "a photo of Embedding:cat.")[0] == 0
+    code, output, _ = run("--prompt", "a photo of embedding: cat")
+    assert code == 1 and "'embedding:' without a name; write embedding:NAME without a space" in output.err
     code, output, _ = run("--prompt", "a photo of embedding:mouse")
     assert code == 1 and "'embedding:mouse', but there is no such file here or in 'embeddings'" in output.err
 
@@ -454,3 +457,14 @@ def test_mistakes_in_editing_are_one_line(
     done, output, files = run("--embedding_path", folder / "cat.pt", "--prompt", "a <cat>", *arguments)
     assert done == code and message in output.err and not files
     assert "Traceback" not in output.err and len(output.err.strip().splitlines()) == 1
+
+
+@pytest.mark.done_or_said
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = generate.make_parser(generate.Profile(), "txt2img.py")
+    options = parser.parse_args(["--config", "models/ldm/creatures/config.yaml", "--vae", "mine.ckpt"])
+    assert Path(options.ckpt_path).is_file() and Path(options.config).is_file() and options.vae == "mine.ckpt"
+    Path("models/ldm/creatures").mkdir(parents=True)
+    Path("models/ldm/creatures/config.yaml").write_text("mine: 1")
+    assert not Path(parser.parse_args(["--config", "models/ldm/creatures/config.yaml"]).config).is_absolute()

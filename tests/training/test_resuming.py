@@ -439,6 +439,40 @@ def test_a_file_of_the_run_itself_is_not_needed(copy_of, capsys) -> None:
     assert "is not needed" in resumed(run, "--max_steps", 5, "--embedding_manager_ckpt", file, capsys=capsys)
 
 
+def test_vectors_of_an_earlier_step_are_not_taken_for_those_of_the_state(
+    copy_of, capsys, monkeypatch
+) -> None:
+    run = copy_of()
+    earlier = shutil.copy(
+        run / "checkpoints" / "embeddings_gs-4.pt", run / "checkpoints" / "embeddings_gs-2.pt"
+    )
+    monkeypatch.setattr("ldm.training.run.make_data", lambda config: pytest.fail("something is loaded"))
+    assert start("-r", run, "-t", "--embedding_manager_ckpt", earlier) == 2
+    assert "gs-2.pt' and -r exclude each other: a resumed run goes on with its own" in capsys.readouterr().err
+
+
+def test_fewer_epochs_than_the_state_has_are_refused_and_not_kept(copy_of, capsys, monkeypatch) -> None:
+    """Lightning refuses them after everything is built and the settings are saved."""
+    run = copy_of()
+    saved = sorted(path.name for path in (run / "configs").iterdir())
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 3
+    torch.save(state, run / "checkpoints" / "last.ckpt")
+    monkeypatch.setattr("ldm.training.run.make_data", lambda config: pytest.fail("something is loaded"))
+    assert start("-r", run, "-t", "--num_train_epochs", 1) == 2
+    assert "3 of 1 epochs are done; go on with --max_epochs 4" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "configs").iterdir()) == saved
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/checkpoints/last.ckpt"])
+def test_a_project_is_a_place_in_a_run(copy_of, capsys, place) -> None:
+    copy_of()
+    capsys.readouterr()
+    assert start("--project", place, "-t", "--max_steps", 4) == 0
+    out = capsys.readouterr().out
+    assert "resuming from run/checkpoints/last.ckpt" in out and "is ignored" not in out
+
+
 def changed(was: object, now: object) -> list[str]:
     return resuming.differences({"config": was, "batch": 2}, {"config": now, "batch": 2})
 

@@ -283,6 +283,22 @@ def test_old_options_in_a_run(tiny_yaml, capsys):
     assert "enable_checkpointing: false is ignored: a run always saves its state" in out
 
 
+def test_options_of_the_trainer_are_no_mappings(tiny_yaml, capsys):
+    words = ["lightning.trainer.callbacks=[]", "--logger", "false"]
+    assert start("--base", tiny_yaml, *words) == 0
+    out = capsys.readouterr().out
+    assert "lightning.trainer.callbacks is set by the run and is ignored; use lightning.callbacks" in out
+    assert "lightning.trainer.logger is set by the run and is ignored; use lightning.logger" in out
+
+
+def test_a_half_precision_is_not_warned_of_by_lightning(tiny_yaml, capsys):
+    """It would name its own choice before the run's own."""
+    assert start("--base", tiny_yaml, "--precision", "16") == 0
+    shown = capsys.readouterr()
+    assert "lightning.trainer.precision: 16 is not supported on a CPU; using bf16-mixed" in shown.out
+    assert "connector" not in shown.err + shown.out
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
