@@ -1,12 +1,18 @@
 """The methods of configs/personalization under one judge: held-out creatures of which every image can be drawn again.
 
-    python -m benchmarks.methods_table              # continues where it was stopped; takes hours
+    python -m benchmarks.methods_table --estimate                      # how many hours it takes
+    python -m benchmarks.methods_table --threads 1 --nice --hours 9    # overnight; continues where it was stopped
     python -m benchmarks.methods_table --creatures 1 --seeds 1 --steps 20 --samples 4 --edit_samples 1   # to try
     python -m benchmarks.methods_table --methods one_vector prospect --report_only
+    python -m benchmarks.methods_table --tuning --creatures 3 --seeds 1 --methods one_vector prospect \\
+        --variant "prospect_slow=prospect model.base_learning_rate=1e-3"
 
 Every cell, a method on a creature with a seed, is a run of main.py and one line of cells.jsonl. It is measured again
-when the model, the YAMLs or the settings have changed. Edits are judged on prompts that no training uses. Differences
-from one vector are paired by creature; their p values are those of a sign-flip test, corrected by Holm's method.
+when the model, the YAMLs or the settings have changed; a change of code is not seen. All methods of a creature follow
+each other, so that a table that was stopped compares the same creatures; a run that fails does not stop the others.
+Time is the processor time of main.py's process, which other programs on the machine change little. Edits are judged on
+prompts that no training uses. Differences from one vector are paired by creature; their p values are those of a
+sign-flip test, corrected by Holm's method. Nothing is tuned on creatures of the table: `--tuning` has its own.
 """
 
 from __future__ import annotations
@@ -22,81 +28,116 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from PIL import Image
 
 from benchmarks import runs
 from benchmarks.machine import ROOT
-from benchmarks.report import Report
+from benchmarks.report import RESULTS, Report
 from benchmarks.scores import Scorer
 from ldm.checkpoint import load_model_from_config
 from ldm.commands.base import JUDGE, guarded
 from ldm.console import Parser, positive
+from ldm.data.creatures.renderer import render_with_masks
 from ldm.evaluation.concepts import ConceptFolder, read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.evaluation.judge import AttributeJudge
-from ldm.files import atomic_write, file_hash
+from ldm.files import atomic_write, file_hash, write_text
 from ldm.modules.methods.core import PROMPTS
 from ldm.prompts import OBJECT_TEMPLATES
-from ldm.util import UserError
+from ldm.training.callbacks.summary_images import Curve, draw_curves
+from ldm.util import UserError, shown
 from scripts.make_concepts import creature_concept, write_concept
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
-# Held out: nothing is tuned on these indices of the split `concepts`.
-FIRST_CREATURE = 9001
+# Indices of the split `concepts`: held out, and for choosing rates and the like.
+FIRST_CREATURE, FIRST_OF_TUNING, MOST_OF_TUNING = 9001, 100, 30
 BASELINE = "one_vector"
-_EIGHT = (
-    "model.params.personalization_config.params.num_vectors_per_token=8",
-    "model.base_learning_rate=1.25e-3",
-)
+# Of eight vectors: half of the rate of one.
+_HALF_RATE = "model.base_learning_rate=1.25e-3"
 QUIET = ("lightning.callbacks.image_logger.params.batch_frequency=0", "lightning.trainer.limit_val_batches=0")
 FIGURES = ("identity", "edits")
+# What the table is to show: these shares of the first stage's identity and of all edits.
+BARS = {"identity": 0.95, "edits": 0.95}
+# Processor seconds of a cell, training and scores, before any is measured.
+SECONDS_OF_A_CELL = 70.0
 # Above so many creatures, sign flips are drawn rather than all taken.
 _MOST_EXACT = 14
 
 
 @dataclass(frozen=True)
 class Method:
-    """YAMLs over the finetuning YAML, and overrides; or the words of another method with other dials."""
+    """YAMLs over the finetuning YAML, and overrides; or the words of another method with other dials.
+
+    reference: nothing is trained: "words" is the best caption of the creature, "first_stage" renderings of it.
+    """
 
     yamls: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     of: str | None = None
     dials: Mapping[str, float] = field(default_factory=dict)
+    reference: str = ""
 
 
 def _own(name: str, *overrides: str) -> Method:
     return Method((f"personalization/{name}.yaml",), overrides)
 
 
+def _vectors(count: int) -> str:
+    return f"model.params.personalization_config.params.num_vectors_per_token={count}"
+
+
+# The settings of a dial, from what is learned on; the method itself is the first point of its curve.
+CURVES: dict[str, tuple[str, float, tuple[float, ...]]] = {
+    "neti": ("truncation", 128, (96, 64, 48, 32, 16, 8, 0)),
+    "prospect_residual": ("strength", 1.0, (0.8, 0.6, 0.4, 0.2)),
+}
 METHODS: dict[str, Method] = {
     BASELINE: _own("one_vector"),
-    "eight_vectors": _own("one_vector", *_EIGHT),
+    "two_vectors": _own("one_vector", _vectors(2)),
+    "eight_vectors": _own("one_vector", _vectors(8), _HALF_RATE),
     "direction": Method(("recipes/direction.yaml",)),
+    "fast": Method(("recipes/fast.yaml",)),
     "prospect": _own("prospect"),
     "prospect_10": _own("prospect", "model.params.personalization_config.params.stages=10"),
+    "prospect_2_vectors": _own("prospect", _vectors(2)),
+    "prospect_core": _own("prospect_core"),
+    "prospect_residual": _own("prospect_residual"),
+    "prospect_residual_core": _own(
+        "prospect_core", "model.params.personalization_config.params.residual_layers=true"
+    ),
     "xti": _own("xti"),
+    "grid": _own("grid"),
     "neti": _own("neti"),
-    **{f"neti_{kept}_of_128": Method(of="neti", dials={"truncation": kept}) for kept in (96, 64, 32, 16)},
+    "neti_fast": _own("neti_fast"),
     "output_residual": _own("output_residual"),
     "output_residual_and_vector": _own(
         "output_residual", "model.params.personalization_config.params.learn_input=true"
     ),
     "cross_init": _own("cross_init"),
-    "core_one_vector": _own("core", "model.params.personalization_config.params.num_vectors_per_token=1"),
-    "core": _own("core", *_EIGHT),
+    "core_one_vector": _own("core", _vectors(1)),
+    "core": _own("core", _HALF_RATE),
+    "core_masked": _own("core_masked", _HALF_RATE),
     "dreamartist": _own("dreamartist"),
+    **{
+        f"{name} {dial}={value:g}": Method(of=name, dials={dial: value})
+        for name, (dial, _, values) in CURVES.items()
+        for value in values
+    },
+    "words": Method(reference="words"),
+    "first_stage": Method(reference="first_stage"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="default: all"
-    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"default: all of {', '.join(METHODS)}")
     parser.add_argument("--creatures", type=positive, default=12, help="default: %(default)s")
     parser.add_argument("--seeds", type=positive, default=2, help="default: %(default)s")
     parser.add_argument("--steps", type=positive, help="default: the YAML's of each method")
@@ -106,7 +147,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/methods_table"), help="default: %(default)s"
     )
+    parser.add_argument("--hours", type=float, help="begin no cell after so many hours (default: all cells)")
+    parser.add_argument("--nice", action="store_true", help="run at the lowest priority")
     parser.add_argument("--report_only", action="store_true", help="measure nothing")
+    parser.add_argument("--estimate", action="store_true", help="say how many cells are missing, and stop")
+    parser.add_argument(
+        "--tuning",
+        action="store_true",
+        help=f"creatures from {FIRST_OF_TUNING} on, at most {MOST_OF_TUNING}, and a report of its own",
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar='"NAME=METHOD KEY=VALUE ..."',
+        help="a method with other settings, with --tuning only",
+    )
     runs.add_options(parser)
     return guarded(lambda: table(parser.parse_args(argv)))
 
@@ -114,64 +170,220 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(options: argparse.Namespace) -> None:
     """Measure the cells that are missing, then write the report of all that are there."""
     runs.set_up(options)
-    indices = range(FIRST_CREATURE, FIRST_CREATURE + options.creatures)
-    concepts = {index: concept_of(options.work, index) for index in indices}
-    check_disjoint(concepts.values())
-    wanted = list(itertools.product(range(options.seeds), indices, options.methods))
-    settings = {name: digest(name, options) for name in options.methods}
+    if options.nice and hasattr(os, "nice"):
+        os.nice(19)
+    bench = Bench(options, methods_of(options))
+    if options.estimate:
+        missing, hours = bench.left()
+        print(f"{missing} cells are missing, about {hours:.1f} hours of processor time")
+        return
     if not options.report_only:
-        scorer: Scorer | None = None
-        for seed, index, name in wanted:
-            if (seed, index, name) in read_cells(options.work, settings):
-                continue
-            cell = train(options, concepts[index], index, METHODS[name].of or name, seed)
-            scorer = scorer or scorer_of(options)
-            scorer.dials = dict(METHODS[name].dials)
-            cell |= {"creature": index, "method": name, "seed": seed, "settings": settings[name]}
-            cell |= scored(scorer, Path(cell.pop("file")), concepts[index])
-            with cells_of(options.work).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
-            print(
-                f"{name} on {index}, seed {seed}: identity {cell['identity']:.3f}, edits {cell['edits']:.3f}"
-            )
-    cells = read_cells(options.work, settings)
-    found = {key: cells[key] for key in wanted if key in cells}
+        bench.measure()
+    cells = bench.cells()
+    found = {key: cells[key] for key in bench.wanted if key in cells}
     if not found:
         raise UserError(f"no cell is measured in '{options.work}'; leave --report_only out")
+    kind = ("methods_tuning", "Tuning") if options.tuning else ("methods_table", "Methods")
     report = Report(
-        "methods_table",
-        f"Methods on {options.creatures} held-out creatures, {options.seeds} seeds",
+        kind[0],
+        f"{kind[1]} on {options.creatures} creatures from {bench.indices[0]} on, {options.seeds} seeds",
         COLUMNS,
         {"steps": options.steps or "of the YAMLs", "samples": options.samples, "edits": options.edit_samples},
     )
     fill(report, found)
+    report.notes += [f"variant {text}" for text in options.variant]
     print(report.write(options.out))
+    for name in CURVES:
+        draw_dial(name, found, options.out or RESULTS)
+
+
+def methods_of(options: argparse.Namespace) -> dict[str, Method]:
+    """The methods to measure, with the variants of the command line.
+
+    Raises:
+        UserError: one is unknown or a variant is not written so, or variants are not of tuning.
+    """
+    known = dict(METHODS)
+    if options.variant and not options.tuning:
+        raise UserError(
+            "--variant needs --tuning: what is chosen on the table's creatures cannot be reported on them"
+        )
+    if options.tuning and options.creatures > MOST_OF_TUNING:
+        raise UserError(f"--creatures is {options.creatures}; --tuning has {MOST_OF_TUNING}")
+    for text in options.variant:
+        head, *overrides = text.split()
+        name, _, method = head.partition("=")
+        if method not in METHODS or not METHODS[method].yamls:
+            raise UserError(
+                f"--variant '{shown(text)}': write it as \"NAME=METHOD KEY=VALUE ...\", with a method that is trained"
+            )
+        known[name] = Method(METHODS[method].yamls, (*METHODS[method].overrides, *overrides))
+    asked = options.methods or list(known)
+    if unknown := [name for name in asked if name not in known]:
+        raise UserError(f"--methods '{shown(unknown[0])}' is unknown; known are {', '.join(known)}")
+    return {
+        name: known[name] for name in [*asked, *(n for n in known if n not in METHODS and n not in asked)]
+    }
+
+
+class Bench:
+    """The cells of a table: which are wanted, which are there, and how one is measured."""
+
+    def __init__(self, options: argparse.Namespace, methods: Mapping[str, Method]) -> None:
+        self.options, self.methods = options, methods
+        self.work = options.work.absolute()
+        first = FIRST_OF_TUNING if options.tuning else FIRST_CREATURE
+        self.indices = range(first, first + options.creatures)
+        # References depend on no seed, and curves of dials have one point for each creature.
+        self.wanted = [
+            key
+            for key in itertools.product(range(options.seeds), self.indices, methods)
+            if key[0] == 0 or not (methods[key[2]].reference or methods[key[2]].of)
+        ]
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """For each method, what a cell depends on besides creature and seed, as a hash."""
+        return {name: self._digest(method) for name, method in self.methods.items()}
+
+    def _trained(self, method: Method) -> Method:
+        return METHODS[method.of] if method.of else method
+
+    def _digest(self, method: Method) -> str:
+        options, trained = self.options, self._trained(method)
+        parts = [BASE, *(ROOT / "configs" / path for path in trained.yamls)]
+        values: list[Any] = [OmegaConf.to_container(OmegaConf.load(path)) for path in parts]  # no comments
+        values += [*trained.overrides, dict(method.dials), method.reference, options.steps]
+        values += [options.samples, options.edit_samples, file_hash(options.model / "model.safetensors")]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+    def cells(self) -> dict[tuple[int, int, str], dict[str, Any]]:
+        """The cells that are measured with the present settings."""
+        return read_cells(self.work, self.settings)
+
+    def left(self) -> tuple[int, float]:
+        """How many cells are missing, and the hours of processor time that they take by those that are there."""
+        cells = self.cells()
+        missing = [key for key in self.wanted if key not in cells]
+        known = [cell for cell in cells.values() if "whole" in cell]
+        of = {name: [cell["whole"] for cell in known if cell["method"] == name] for name in self.methods}
+        every = [second for seconds in of.values() for second in seconds] or [SECONDS_OF_A_CELL]
+        seconds = [np.median(of[name] or every) for _, _, name in missing]
+        return len(missing), float(sum(seconds)) / 3600
+
+    def measure(self) -> None:
+        """Measure what is missing, until the hours are over."""
+        check_disjoint([concept_of(self.work, index) for index in self.indices])
+        print("{} cells are missing, about {:.1f} hours of processor time".format(*self.left()), flush=True)
+        started, present = time.monotonic(), self.cells()
+        for key in (key for key in self.wanted if key not in present):
+            if self.options.hours and time.monotonic() - started > self.options.hours * 3600:
+                print("the hours are over; the same command goes on from here")
+                return
+            try:
+                cell = self._measured(*key)
+            except UserError as error:
+                print(f"not measured: {error}", flush=True)
+                continue
+            with cells_of(self.work).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(cell) + "\n")
+            print(
+                f"{key[2]} on {key[1]}, seed {key[0]}: identity {cell['identity']:.3f}"
+                + (f", edits {cell['edits']:.3f}" if cell["edits"] is not None else ""),
+                flush=True,
+            )
+
+    def _measured(self, seed: int, index: int, name: str) -> dict[str, Any]:
+        method, concept = self.methods[name], concept_of(self.work, index)
+        cell: dict[str, Any] = {"file": None, "seconds": 0.0, "wall": 0.0, "parameters": 0, "bytes": 0}
+        before = processor_seconds()
+        if not method.reference:
+            cell = self._train(method, concept, index, method.of or name, seed)
+        file = cell.pop("file")
+        cell |= {"creature": index, "method": name, "seed": seed, "settings": self.settings[name]}
+        cell |= scored(self._scorer, file and Path(file), concept, method)
+        return cell | {"whole": round(processor_seconds() - before, 1)}
+
+    def _train(
+        self, method: Method, concept: ConceptFolder, index: int, name: str, seed: int
+    ) -> dict[str, Any]:
+        """Run main.py as a user would, unless its file is there; the file, its size, parameters and seconds."""
+        options, method = self.options, self._trained(method)
+        stem = self.work / "words" / f"c{index}-{name}-s{seed}-{self._digest(method)}"
+        record = stem.with_suffix(".json")
+        if record.is_file():
+            return dict(json.loads(record.read_text(encoding="utf-8")))
+        folder = self.work / "runs" / stem.name
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, str(ROOT / "main.py"), "--base", str(BASE)]
+        command += [str(ROOT / "configs" / path) for path in method.yamls]
+        command += ["-t", "-l", str(folder), "--seed", str(seed), "--data_root", str(concept.folder)]
+        command += ["--init_word", str(concept.init_word), "--placeholder_string", "*"]
+        command += ["--actual_resume", str(options.model / "model.safetensors"), *method.overrides, *QUIET]
+        command += ["--max_steps", str(options.steps)] if options.steps else []
+        threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
+        started, before = time.monotonic(), processor_seconds()
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False
+        )
+        wall, seconds = time.monotonic() - started, processor_seconds() - before
+        found = list(folder.glob("*/checkpoints/embeddings.pt"))
+        if done.returncode or len(found) != 1:
+            last = ((done.stderr or done.stdout).strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{name} on creature {index} failed: {last[:200]}")
+        trained = [line for line in done.stdout.splitlines() if "parameters are trained" in line]
+        parameters = int(trained[0].split(" of ")[0].replace(",", "")) if trained else None
+        # The file to share: of plain vectors the one in the default format.
+        shared = min(found[0].parent.glob("*.safetensors"), key=lambda path: len(path.name))
+        atomic_write(stem.with_suffix(".pt"), lambda file: file.write(found[0].read_bytes()))
+        cell = {
+            "file": str(stem.with_suffix(".pt")),
+            "seconds": round(seconds, 1),
+            "wall": round(wall, 1),
+            "parameters": parameters,
+            "bytes": shared.stat().st_size,
+        }
+        write_text(record, json.dumps(cell))
+        shutil.rmtree(folder)
+        return cell
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        options = self.options
+        model = load_model_from_config(
+            str(options.model / "config.yaml"), str(options.model / "model.safetensors")
+        )
+        return Scorer(
+            model, AttributeJudge.load(str(JUDGE)), images=options.samples, edit_images=options.edit_samples
+        )
+
+
+def processor_seconds() -> float:
+    """The processor time of this process and of the processes that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def concept_of(work: Path, index: int) -> ConceptFolder:
-    """The images of a creature, drawn if they are not there."""
-    folder = work.absolute() / "concepts" / f"c{index}"
+    """The images of a creature with their masks, drawn if they are not there."""
+    folder = work / "concepts" / f"c{index}"
     if not (folder / "concept.json").is_file():
-        write_concept(folder, *creature_concept(index), 32)
+        creatures, scenes = creature_concept(index)
+        for number, mask in enumerate(render_with_masks(creatures, scenes, 32)[1], 1):
+            image = Image.fromarray((255 * mask).round().byte().numpy())
+            atomic_write(
+                folder / f"{number:02d}-masklabel.png", lambda file, image=image: image.save(file, "PNG")
+            )
+        write_concept(folder, creatures, scenes, 32)
     return read_concept(folder)
 
 
-def check_disjoint(concepts: Any) -> None:
+def check_disjoint(concepts: Sequence[ConceptFolder]) -> None:
     """Check that no prompt that is judged is one that some method trains with."""
     trained = {*OBJECT_TEMPLATES, *PROMPTS}
     for concept in concepts:
+        assert concept.creature is not None
         if common := trained & {edit.prompt for edit in edits_of(concept.creature)}:
             raise UserError(f"'{min(common)}' is trained with and judged; change ldm/modules/methods/core.py")
-
-
-def digest(name: str, options: argparse.Namespace) -> str:
-    """What a cell depends on besides creature and seed."""
-    method = METHODS[METHODS[name].of or name]
-    parts = [BASE, *(ROOT / "configs" / path for path in method.yamls)]
-    content = [path.read_text(encoding="utf-8") for path in parts]
-    values = [*content, *method.overrides, dict(METHODS[name].dials), options.steps]
-    values += [options.samples, options.edit_samples, file_hash(options.model / "model.safetensors")]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def cells_of(work: Path) -> Path:
@@ -192,103 +404,72 @@ def read_cells(work: Path, settings: Mapping[str, str]) -> dict[tuple[int, int, 
     return cells
 
 
-def train(
-    options: argparse.Namespace, concept: ConceptFolder, index: int, name: str, seed: int
-) -> dict[str, Any]:
-    """Run main.py as a user would, unless its file is there; the file, its size, parameters and whole seconds."""
-    stem = options.work.absolute() / "words" / f"c{index}-{name}-s{seed}-{digest(name, options)}"
-    record = stem.with_suffix(".json")
-    if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8"))
-    method, folder = METHODS[name], options.work.absolute() / "runs" / stem.name
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "main.py"), "--base", str(BASE)]
-    command += [str(ROOT / "configs" / path) for path in method.yamls]
-    command += ["-t", "-l", str(folder), "--seed", str(seed), "--data_root", str(concept.folder)]
-    command += ["--init_word", str(concept.init_word), "--placeholder_string", "*"]
-    command += ["--actual_resume", str(options.model / "model.safetensors"), *method.overrides, *QUIET]
-    command += ["--max_steps", str(options.steps)] if options.steps else []
-    threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
-    started = time.monotonic()
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False
-    )
-    seconds = time.monotonic() - started
-    found = list(folder.glob("*/checkpoints/embeddings.pt"))
-    if done.returncode or len(found) != 1:
-        last = ((done.stderr or done.stdout).strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{name} on creature {index} failed: {last[:200]}")
-    trained = [line for line in done.stdout.splitlines() if "parameters are trained" in line]
-    parameters = int(trained[0].split(" of ")[0].replace(",", "")) if trained else None
-    # The file to share: of plain vectors the one in the default format.
-    shared = min(found[0].parent.glob("*.safetensors"), key=lambda path: len(path.name))
-    atomic_write(stem.with_suffix(".pt"), lambda file: file.write(found[0].read_bytes()))
-    cell = {
-        "file": str(stem.with_suffix(".pt")),
-        "seconds": round(seconds, 1),
-        "parameters": parameters,
-        "bytes": shared.stat().st_size,
-    }
-    record.write_text(json.dumps(cell), encoding="utf-8")
-    shutil.rmtree(folder)
-    return cell
-
-
-def scorer_of(options: argparse.Namespace) -> Scorer:
-    model = load_model_from_config(
-        str(options.model / "config.yaml"), str(options.model / "model.safetensors")
-    )
-    judge = AttributeJudge.load(str(JUDGE))
-    return Scorer(model, judge, images=options.samples, edit_images=options.edit_samples)
-
-
-def scored(scorer: Scorer, file: Path, concept: ConceptFolder) -> dict[str, float]:
-    """Identity, attributes and obeyed edits that still show the creature itself."""
-    likeness = scorer.likeness(file, concept)
+def scored(
+    scorer: Scorer, file: Path | None, concept: ConceptFolder, method: Method
+) -> dict[str, float | None]:
+    """Identity, attributes, and obeyed edits that still show the creature itself, or None where nothing is edited."""
+    scorer.dials = dict(method.dials)
+    if method.reference == "first_stage":
+        likeness, edits = scorer.through_first_stage(concept), None
+    else:
+        word = str(concept.words) if method.reference else "*"
+        likeness, edits = scorer.likeness(file, concept, word), scorer.editability(file, concept, word)
     return {
         "identity": float(likeness["identity"]),
         "attributes": float(likeness["attributes"]),
-        "edits": scorer.editability(file, concept),
+        "edits": edits,
     }
 
 
 COLUMNS = (
-    "method", "identity", "attributes", "edits", "identity, difference", "p", "edits, difference", "p",
-    "seconds", "parameters", "kB", "n",
+    "method", "identity", "of the first stage's", "attributes", "edits", "identity, difference", "p",
+    "edits, difference", "p", "processor s", "times one vector", "parameters", "kB", "n",
 )  # fmt: skip
 Cells = Mapping[tuple[int, int, str], Mapping[str, Any]]
 
 
 def fill(report: Report, cells: Cells) -> None:
-    """Add a row for each method, and what beats one vector on both axes."""
-    names = list(dict.fromkeys(name for _, _, name in cells))
+    """Add a row for each method, and what beats one vector on both axes. Other dials of a method are no methods."""
+    names = [name for name in dict.fromkeys(name for _, _, name in cells) if not _method(name).of]
+    compared = [name for name in names if name != BASELINE and not _method(name).reference]
     tests = {
         (name, figure): paired(differences(cells, name, figure))
-        for name in names
+        for name in compared
         for figure in FIGURES
-        if name != BASELINE and len(differences(cells, name, figure)) > 1
+        if len(differences(cells, name, figure)) > 1
     }
     corrected = holm({key: test[2] for key, test in tests.items()})
-    better = []
+    ceiling = {
+        creature: cell["identity"] for (_, creature, name), cell in cells.items() if name == "first_stage"
+    }
+    better, reached = [], []
     for name in names:
-        own = [cell for (_, _, method), cell in cells.items() if method == name]
-        row = [
-            name,
-            *(f"{np.mean([cell[key] for cell in own]):.3f}" for key in ("identity", "attributes", "edits")),
-        ]
+        own = {key: cell for key, cell in cells.items() if key[2] == name}
+        means = {
+            key: _mean([cell[key] for cell in own.values()]) for key in ("identity", "attributes", "edits")
+        }
+        share = _mean([cell["identity"] / ceiling[key[1]] for key, cell in own.items() if key[1] in ceiling])
+        row = [name, *map(_shown, (means["identity"], share, means["attributes"], means["edits"]))]
         for figure in FIGURES:
             key = (name, figure)
             row += ["", ""] if key not in tests else [
                 f"{tests[key][0]:+.3f} ± {tests[key][1]:.3f}", f"{corrected[key]:.3f}"
             ]  # fmt: skip
-        row.append(f"{np.median([cell['seconds'] for cell in own]):.0f}")
-        row += [f"{own[0]['parameters']:,}", f"{own[0]['bytes'] / 1000:.1f}", str(len(own))]
-        report.rows.append(row)
+        first = next(iter(own.values()))
+        if _method(name).reference:
+            row += ["", "", "", ""]
+        else:
+            row.append(f"{np.median([cell['seconds'] for cell in own.values()]):.0f}")
+            row += [_shown(_mean(ratios(cells, name)), 2)]
+            row += [f"{first['parameters']:,}", f"{first['bytes'] / 1000:.1f}"]
+        report.rows.append([*row, str(len(own))])
         if all(
             (name, figure) in tests and tests[name, figure][0] > 0 and corrected[name, figure] < 0.05
             for figure in FIGURES
         ):
             better.append(name)
+        if name in compared and share is not None and share >= BARS["identity"]:
+            reached += [name] if (means["edits"] or 0) >= BARS["edits"] else []
     report.data = {"cells": [dict(cell) for cell in cells.values()]}
     report.notes += [
         "identity: 0 is another creature, 1 the same one drawn again; edits: the share of images that show what was "
@@ -296,8 +477,54 @@ def fill(report: Report, cells: Cells) -> None:
         f"differences from {BASELINE}, paired by creature (means over seeds), with standard errors; p of a sign-flip "
         f"test, corrected for {len(tests)} comparisons by Holm's method",
         f"better than {BASELINE} on both axes at p < 0.05: {', '.join(better) or 'none'}",
-        "seconds are those of the whole process of main.py; the dials of NeTI are set on its words, not trained again",
+        f"at least {BARS['identity']:g} of the first stage's identity and edits of at least {BARS['edits']:g}: "
+        f"{', '.join(reached) or 'none'}",
+        "processor s: of the whole process of main.py, with its ratio to one vector's of the same creature and seed",
     ]
+
+
+def _method(name: str) -> Method:
+    """A method of the table; what is not there is a variant, which is trained."""
+    return METHODS.get(name, METHODS[BASELINE])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def ratios(cells: Cells, name: str) -> list[float]:
+    """The processor time of each cell of a method over that of one vector on the same creature with the same seed."""
+    return [
+        cell["seconds"] / base["seconds"]
+        for (seed, creature, method), cell in cells.items()
+        if method == name and (base := cells.get((seed, creature, BASELINE)))
+    ]
+
+
+def draw_dial(name: str, cells: Cells, folder: Path) -> None:
+    """Write what a dial does to identity and edits as methods_dial_<name>.md and .png, if it is measured."""
+    dial, whole, values = CURVES[name]
+    points: list[tuple[float, float, float, int]] = []
+    for value in sorted((whole, *values)):
+        method = name if value == whole else f"{name} {dial}={value:g}"
+        own = [cell for key, cell in cells.items() if key[2] == method]
+        if own:
+            identity, edits = (float(np.mean([cell[figure] for cell in own])) for figure in FIGURES)
+            points.append((value, identity, edits, len(own)))
+    if len(points) < 2:
+        return
+    report = Report(f"methods_dial_{name}", f"The dial {dial} of {name}", (dial, *FIGURES, "n"), {})
+    report.rows = [(f"{v:g}", f"{i:.3f}", f"{e:.3f}", str(n)) for v, i, e, n in points]
+    report.notes.append(f"the words are those of {name} in methods_table, not trained again")
+    print(report.write(folder))
+    steps, identity, edits, _ = zip(*points, strict=True)
+    image = draw_curves([Curve("identity", steps, identity), Curve("edits", steps, edits)], axis=dial)
+    atomic_write(folder / f"methods_dial_{name}.png", lambda file: image.save(file, "PNG"))
 
 
 def differences(cells: Cells, name: str, figure: str) -> list[float]:

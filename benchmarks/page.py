@@ -31,8 +31,36 @@ from ldm.studio.server import HERE
 from ldm.training.record import CURVES, STATUS
 from ldm.util import UserError
 
-SHOWN, LISTED = "the page, from its address to its buttons", "the tab Runs, from the click to its curves"
+EMPTY = "gradio's own page with one field, from its address"
+SHOWN = "the page, from its address to its buttons"
+FILLED = "the page, from its address to its images and the command line"
+LISTED = "the tab Runs, from the click to its curves"
 BARS = {SHOWN: 1.0, LISTED: 2.0}  # seconds
+# What is seen is noted in the page itself, at the first frame in which it has a place: whoever asks from outside asks
+# at intervals of up to half a second.
+WATCH = """
+window.seen = {};
+const things = {
+  shown: () => document.querySelector("#start")?.getBoundingClientRect().height,
+  filled: () => document.querySelector("#thumbnails img") && document.querySelector("#command textarea")?.value,
+};
+const look = () => {
+  for (const name in things) if (!(name in window.seen) && things[name]()) window.seen[name] = performance.now();
+  requestAnimationFrame(look);
+};
+requestAnimationFrame(look);
+"""
+EMPTY_PAGE = """
+import os, sys
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+import fastapi, gradio, uvicorn
+with gradio.Blocks(analytics_enabled=False) as page:
+    gradio.Textbox(elem_id="start")
+app = fastapi.FastAPI()
+app.get("/health")(lambda: "ok")
+gradio.mount_gradio_app(app, page, path="/", ssr_mode=False, footer_links=[])
+uvicorn.run(app, port=int(sys.argv[-1]), log_level="warning")
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,24 +90,27 @@ def measure(options: argparse.Namespace) -> None:
             "Each opening is in a new browser context, without a cache; the server has been idle for 3 seconds."
         ],
     )
-    times: dict[str, list[float]] = {SHOWN: [], LISTED: []}
+    times: dict[str, list[float]] = {EMPTY: [], SHOWN: [], FILLED: [], LISTED: []}
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         make_runs(Path(name) / "logs", options.runs)
-        with serving(Path(name)) as address:
+        studio = [str(ROOT / "scripts" / "studio.py"), "--root", name, "--port"]
+        with serving(studio) as address, serving(["-c", EMPTY_PAGE]) as empty:
             browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             for _ in range(options.rounds):
-                time.sleep(3)
-                page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
-                times[SHOWN].append(clocked(lambda page=page: shown(page, address)))
+                page = opened(browser, empty)
+                times[EMPTY].append(seen(page, "shown"))
+                page.context.close()
+                page = opened(browser, address)
+                times[SHOWN].append(seen(page, "shown"))
+                times[FILLED].append(seen(page, "filled"))
                 page.wait_for_timeout(3000)
                 times[LISTED].append(clocked(lambda page=page: listed(page, options.runs)))
                 page.context.close()
             browser.close()
     for what, values in times.items():
         middle = sorted(values)[len(values) // 2]
-        report.rows.append(
-            (what, f"{middle:.2f}", f"{max(values):.2f}", verdict(middle, BARS[what], at_most=True))
-        )
+        bar = verdict(middle, BARS[what], at_most=True) if what in BARS else ""
+        report.rows.append((what, f"{middle:.2f}", f"{max(values):.2f}", bar))
     report.data = dict(times)
     sys.stdout.write(report.markdown())
     report.write(options.out)
@@ -92,9 +123,18 @@ def clocked(action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def shown(page: Any, address: str) -> None:
+def opened(browser: Any, address: str) -> Any:
+    """A page in a new context, watched, after the server was idle for 3 seconds."""
+    time.sleep(3)
+    page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+    page.add_init_script(WATCH)
     page.goto(address, wait_until="commit")
-    page.locator("#start").wait_for()
+    return page
+
+
+def seen(page: Any, what: str) -> float:
+    """The seconds from the start of the navigation until something of WATCH was seen."""
+    return page.wait_for_function(f"window.seen?.{what}", polling=50).json_value() / 1000
 
 
 def listed(page: Any, runs: int) -> None:
@@ -122,12 +162,12 @@ def make_runs(folder: Path, count: int) -> None:
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[str]:
-    """Run the page's server for a folder; give its address once it answers."""
+def serving(words: Sequence[str]) -> Iterator[str]:
+    """Run a page's server, whose last word is its port; give its address once it answers."""
     with socket.socket() as free:
         free.bind((HERE, 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "scripts" / "studio.py"), "--port", str(port), "--root", str(root)]
+    command = [sys.executable, *words, str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     address = f"http://{HERE}:{port}"
     try:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ldm.evaluation.concepts import ConceptFolder, read_concept
 from ldm.evaluation.edits import edits_of
+from ldm.evaluation.evaluate import reconstruct
 from ldm.evaluation.identity import CreatureReference, Judge
 from ldm.evaluation.measures import edit_figures, identity_figures
 from ldm.generate import generate
@@ -49,15 +50,23 @@ class Scorer:
         """Return the calibrated identity: 0 is another creature, 1 the same one rendered again."""
         return float(self.likeness(vectors, concept)["identity"])
 
-    def likeness(self, vectors: Path, concept: ConceptFolder) -> dict[str, Any]:
-        """Return all figures of the likeness; see `ldm.evaluation.measures.identity_figures`."""
-        drawn = self._generate(vectors, [PLAIN] * self.images)
+    def likeness(self, vectors: Path | None, concept: ConceptFolder, word: str = "*") -> dict[str, Any]:
+        """Return all figures of the likeness; see `ldm.evaluation.measures.identity_figures`.
+
+        Without `vectors`, `word` is a description in ordinary words.
+        """
+        drawn = self._generate(vectors, [PLAIN.replace("*", word)] * self.images)
         return identity_figures(drawn, self._reference(concept.creature, drawn[0].width))
 
-    def editability(self, vectors: Path, concept: ConceptFolder) -> float:
+    def through_first_stage(self, concept: ConceptFolder) -> dict[str, Any]:
+        """Return the figures of a perfect denoiser: of renderings through the model's first stage."""
+        reference = self._reference(concept.creature, concept.images[0].width)
+        return identity_figures(reconstruct(self.model, reference.again), reference)
+
+    def editability(self, vectors: Path | None, concept: ConceptFolder, word: str = "*") -> float:
         """Return the share of edited images that show what was asked for and still the creature."""
         edits, count = edits_of(concept.creature), self.edit_images
-        drawn = self._generate(vectors, [edit.prompt.format("*") for edit in edits for _ in range(count)])
+        drawn = self._generate(vectors, [edit.prompt.format(word) for edit in edits for _ in range(count)])
         shares = []
         for index, edit in enumerate(edits):
             reference = self._reference(concept.creature, drawn[0].width, edit.background, edit.style)
@@ -70,8 +79,9 @@ class Scorer:
     ) -> CreatureReference:
         return CreatureReference(creature, size, self.judge, background, style)
 
-    def _generate(self, vectors: Path, prompts: Sequence[str]) -> list[Any]:
-        load_embeddings(self.model, [vectors])
+    def _generate(self, vectors: Path | None, prompts: Sequence[str]) -> list[Any]:
+        if vectors is not None:
+            load_embeddings(self.model, [vectors])
         for name, value in self.dials.items():
             self.model.embedding_manager.set_dial(name, value)
         return generate(

@@ -26,10 +26,10 @@ from typing import Any
 
 _WHERE = {
     "invert": "ldm.training.inversion",
-    "load": "ldm.training.inversion",
-    "load_all": "ldm.training.inversion",
-    "interpolate": "ldm.training.inversion",
-    "Concept": "ldm.training.inversion",
+    "load": "ldm.training.concepts",
+    "load_all": "ldm.training.concepts",
+    "interpolate": "ldm.training.concepts",
+    "Concept": "ldm.training.concepts",
     "Stopped": "ldm.training.inversion",
     "Session": "ldm.generate",
     "Settings": "ldm.generate",

@@ -9,15 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ldm.diffusers_layout import PREDICTIONS, Prediction
-from ldm.files import NO_TENSORS, file_kind, is_hub_id
-from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, fetch, read_header
+from ldm.diffusers_settings import PREDICTIONS, Prediction
+from ldm.files import NO_TENSORS, file_kind
+from ldm.model_kinds import (
+    ADAPTER,
+    BY_BYTES,
+    BY_SUFFIX,
+    EMBEDDING_KIND,
+    FORMATS,
+    KINDS,
+    OTHER_MODEL,
+    PART,
+    PARTS,
+    PIPELINES,
+    UNKNOWN,
+    Kind,
+)
+from ldm.util import shown
+from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
 from ldm.yaml_files import CHECKOUT
 
 logger = logging.getLogger(__name__)
 
 Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
 Known = Literal["notes", "family", "guess"]
+# What a file is: its family, what its denoiser predicts, and how that is known.
+Found = tuple[Family, Prediction, Known]
 
 CONFIGS = CHECKOUT / "configs"
 FAMILIES: dict[Family, str] = {
@@ -53,6 +70,7 @@ class BaseModel:
         prediction: what its denoiser predicts.
         known_by: how `prediction` is known: by notes in the files, by the family, or not at all: it is a guess.
         folder: the reader of a folder in the layout of diffusers; None for a file in that of LDM.
+        zero_snr: whether a file notes that its noise schedule leaves no signal at the last step.
     """
 
     source: str
@@ -61,6 +79,7 @@ class BaseModel:
     prediction: Prediction
     known_by: Known = "family"
     folder: Folder | None = None
+    zero_snr: bool = False
 
     @property
     def name(self) -> str:
@@ -93,15 +112,14 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
     Raises:
         CheckpointError: it is missing or no base model that can be read; the message says what it is and what to do.
     """
-    path = Path(source)
-    if not path.exists() and is_hub_id(str(source)):
-        path = fetch(str(source), variant, revision)
+    path = located(source, variant, revision)
     if path.is_dir():
         return _of_folder(str(source), Folder(path, variant))
-    found = _of_header(checked_header(path), path.name)
+    header = checked_header(path)
+    found = _of_header(header, path.name)
     if isinstance(found, Kind):
         raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
-    return BaseModel(str(source), path, *found)
+    return _of_file(source, header, found)
 
 
 def recognise_for(source: str | Path, wanted: Family | None, channels: int | None) -> BaseModel | None:
@@ -118,12 +136,22 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
     header = checked_header(path)
     found = _of_header(header, path.name)
     if not isinstance(found, Kind):
-        return BaseModel(str(source), path, *found)
+        return _of_file(source, header, found)
     denoiser = Denoiser.of(Names(header.shapes))
-    alone = wanted is None and found != _EMBEDDING
-    if alone or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
+    if denoiser is None and found is UNKNOWN and wanted is not None:
+        held = shown(next(iter(header.shapes), "nothing"))
+        raise CheckpointError(
+            f"'{source}' is {found.name}: it holds '{held}', and no denoiser (UNet); name another file"
+        )
+    ones_own = wanted is None and found != EMBEDDING_KIND
+    if ones_own or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
         return None
     raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
+
+
+def _of_file(source: str | Path, header: Header, found: Found) -> BaseModel:
+    zero_snr = found[1] == "v" and "ztsnr" in header.shapes
+    return BaseModel(str(source), Path(source), *found, zero_snr=zero_snr)
 
 
 def what_is(source: str | Path) -> Kind | None:
@@ -132,6 +160,16 @@ def what_is(source: str | Path) -> Kind | None:
         return _kind_of(checked_header(Path(source)), Path(source).name)
     except CheckpointError:
         return None
+
+
+def family_of_first_stage(path: Path) -> Family | None:
+    """The family whose first stage a file holds, by the model around it, its notes or its name; None if unknown."""
+    header = checked_header(path)
+    found = _of_header(header, path.name)
+    if not isinstance(found, Kind):
+        return found[0]
+    noted = header.notes.get("modelspec.architecture", "") + path.name
+    return "sdxl" if re.search(r"sd_?xl|stable-diffusion-xl|xl_?vae", noted, re.IGNORECASE) else None
 
 
 def what_holds(shapes: Shapes) -> str | None:
@@ -151,7 +189,7 @@ def what_begins(path: Path) -> str | None:
     """Say what a file is by its first bytes, such as "a 7z archive"; None for weights and what is not known."""
     with path.open("rb") as file:
         head = file.read(16)
-    return next((what for start, what, _ in _BY_BYTES if head.startswith(start)), None)
+    return next((what for start, what, _ in BY_BYTES if head.startswith(start)), None)
 
 
 def ask_for_prediction(model: BaseModel) -> None:
@@ -159,8 +197,8 @@ def ask_for_prediction(model: BaseModel) -> None:
     if model.known_by == "guess":
         other = _YAMLS[model.family, model.prediction != "v"]
         logger.warning(
-            "'%s': weights do not tell whether this is %s's 768 model, which predicts v, or the 512 base model, "
-            "which predicts noise; %s is assumed. If that is wrong, name configs/%s to train, configs/%s to generate",
+            "'%s': its weights do not tell whether this %s predicts v (768) or noise (512 base); %s is assumed. If "
+            "that is wrong, name configs/%s to train, configs/%s to generate",
             model.source,
             FAMILIES[model.family],
             model.prediction,
@@ -169,35 +207,6 @@ def ask_for_prediction(model: BaseModel) -> None:
 
 
 # -- files ---------------------------------------------------------------------------------------------------
-
-_READ = "read are Stable Diffusion 1, 2 and XL and LDM text2img-large"
-
-# Files of other tools by their first bytes, then by their suffix -> what they are and what to do.
-_BY_BYTES: tuple[tuple[bytes, str, str], ...] = (
-    (b"GGUF", "a GGUF file, quantised weights for other programs", "name the .safetensors it was made from"),
-    (b"\x89HDF", "a Keras file", "name the .safetensors or .ckpt of the model"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it and name the file in it"),
-    (b"Rar!", "a RAR archive", "unpack it and name the file in it"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it and name the file in it"),
-)
-_BY_SUFFIX: dict[str, tuple[str, str]] = {
-    ".gguf": _BY_BYTES[0][1:],
-    ".onnx": ("an ONNX model", "name the PyTorch model that it was made from"),
-    ".xml": ("the network of an OpenVINO model", "name the PyTorch model that it was made from"),
-    ".engine": ("a TensorRT engine", "name the PyTorch model that it was made from"),
-    ".plan": ("a TensorRT engine", "name the PyTorch model that it was made from"),
-    ".trt": ("a TensorRT engine", "name the PyTorch model that it was made from"),
-    ".mlmodel": ("a Core ML model", "name the PyTorch model that it was made from"),
-    ".msgpack": ("Flax weights", "name the .safetensors or .bin of the model"),
-    ".h5": _BY_BYTES[1][1:],
-    ".tflite": ("a TensorFlow Lite model", "name the PyTorch model that it was made from"),
-    ".yaml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
-    ".yml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
-    ".crdownload": ("an unfinished download", "wait until it is complete"),
-    ".part": ("an unfinished download", "wait until it is complete"),
-    ".aria2": ("an unfinished download", "wait until it is complete"),
-    ".incomplete": ("an unfinished download", "wait until it is complete"),
-}
 
 
 def checked_header(path: Path) -> Header:
@@ -214,9 +223,9 @@ def checked_header(path: Path) -> Header:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(16)
-        known = next((what for start, *what in _BY_BYTES if head.startswith(start)), None)
+        known = next((what for start, *what in BY_BYTES if head.startswith(start)), None)
         if known is None and kind not in ("safetensors", "zip", "pickle", "web page", "Git LFS pointer"):
-            known = list(_BY_SUFFIX.get(path.suffix.lower(), ())) or None
+            known = list(BY_SUFFIX.get(path.suffix.lower(), ())) or None
         if known is not None:
             raise CheckpointError(f"'{path}' is {known[0]}; {known[1]}")
     if kind == "image":
@@ -240,13 +249,6 @@ def checked_header(path: Path) -> Header:
     return read_header(path)
 
 
-class Kind(NamedTuple):
-    """What a file is that is no base model to be read, and what to do."""
-
-    name: str
-    remedy: str
-
-
 class Names:
     """The names and shapes in a file, to look for."""
 
@@ -266,93 +268,20 @@ class Names:
         return None
 
 
-UNKNOWN = Kind(
-    "no model that is known here", f"{_READ}; for a model of your own, name its YAML with --config or --base"
-)
-_OTHER_MODEL = f"it cannot be used here: {_READ}"
-_ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
-_PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
-EMBEDDING = "a textual inversion embedding"
-_EMBEDDING = Kind(
-    EMBEDDING,
-    "name the base model here, and the embedding with --embedding_path to generate, --embedding_manager_ckpt to train",
-)
-_NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
-
-# What a file is, what to do, and expressions that must all be found in its names; the first row that fits counts.
-_KINDS: tuple[tuple[str, ...], ...] = (
-    (*_EMBEDDING, r"^string_to_(param|token)|^emb_params|^clip_[lg]$"),
-    (
-        "the state of a training run, with the learned vectors only",
-        "name the base model it was trained on",
-        r"^embedding_manager\.",
-        _NO_DENOISER,
-    ),
-    # What is added to a base model.
-    ("a ControlNet LoRA", _ADAPTER, r"lora_controlnet"),
-    (
-        "a LoRA",
-        _ADAPTER,
-        r"[._]lora[._](up|down|A|B)\b|lora_(up|down)\.|^lora_(unet|te\d?)_|lora_linear_layer",
-    ),
-    ("a LyCORIS file (LoHa, LoKr)", _ADAPTER, r"hada_w1|lokr_w1|oft_blocks|oft_diag"),
-    ("a ControlNet", _ADAPTER, r"^control_model\.|^zero_convs\.|input_hint_block\.|^controlnet_"),
-    ("an IP-Adapter", _ADAPTER, r"^(image_proj|ip_adapter)\."),
-    ("an InstantID or PhotoMaker file", _ADAPTER, r"^(id_encoder|image_proj_model)\."),
-    ("a T2I adapter", _ADAPTER, r"^(adapter\.)?body\.0\.(block1|resnets|in_conv)"),
-    ("a motion module of AnimateDiff", _ADAPTER, r"motion_modules\.|temporal_transformer\."),
-    ("a hypernetwork", _ADAPTER, r"^(320|640|768|1024|1280)\.\d+\..*linear"),
-    # Other models that generate images or videos.
-    ("Hunyuan Video", _OTHER_MODEL, r"individual_token_refiner"),
-    ("AuraFlow", _OTHER_MODEL, r"double_layers\.|cond_seq_linear|joint_transformer_blocks\.|register_tokens"),
-    ("Flux", _OTHER_MODEL, r"double_blocks\.|single_transformer_blocks\."),
-    (
-        "Würstchen or Stable Cascade",
-        _OTHER_MODEL,
-        r"clip_txt(_pooled)?_mapper|effnet_mapper|\.depthwise\.weight",
-    ),
-    ("Hunyuan-DiT", _OTHER_MODEL, r"mlp_t5\.|text_embedding_padding"),
-    ("Sana", _OTHER_MODEL, r"conv_inverted|glumb_conv|attention_y_norm"),
-    ("PixArt", _OTHER_MODEL, r"t_block\.|adaln_single\.", r"y_embedder\.|caption_projection\."),
-    ("Stable Diffusion 3", _OTHER_MODEL, r"joint_blocks\."),
-    ("Stable Diffusion 3", _OTHER_MODEL, r"pos_embed\.proj\.", r"time_text_embed\."),
-    ("Lumina", _OTHER_MODEL, r"cap_embedder\.|time_caption_embed\."),
-    ("Qwen-Image, Wan or another video model", _OTHER_MODEL, r"img_mlp\.|patch_embedding\.|txt_norm\."),
-    ("Kandinsky", _OTHER_MODEL, r"add_k_proj|encoder_hid_proj\.|encoder_kv"),
-    ("Stable Video Diffusion", _OTHER_MODEL, r"time_stack\.|temporal_transformer_blocks|time_mixer"),
-    ("DeepFloyd IF", _OTHER_MODEL, r"encoder_pooling\.|add_embedding\.pool\."),
-)
-# The same for files without a denoiser.
-_PARTS: tuple[tuple[str, ...], ...] = (
-    (
-        "a VAE alone",
-        "name the model here and the VAE with --vae",
-        r"^(first_stage_model\.|vae\.)?(decoder|encoder)\.conv_in\.",
-    ),
-    ("a tiny preview VAE (TAESD)", _PART, r"^(decoder\.layers|taesd_decoder|decoder\.1)\."),
-    ("a CLIP model of images and texts", _PART, r"^(vision_model|visual)\."),
-    (
-        "a text encoder alone",
-        _PART,
-        r"^(text_model|cond_stage_model|conditioner|transformer\.resblocks|text_encoder|embeddings)\.",
-    ),
-    ("a T5 text encoder alone", _PART, r"(encoder\.block\.0\.layer|enc\.blk\.0)\."),
-    ("an image upscaler", _PART, r"model\.1\.sub\.0\.|body\.0\.rdb1|RDB1\."),
-)
-
-
 def _is_vectors(shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of a text encoder's width."""
-    return 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
+    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of the width of one of the text encoders."""
+    return (
+        1 <= len(shape) <= 2 and shape[-1] in (128, 768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
+    )
 
 
-def _of_header(header: Header, name: str) -> tuple[Family, Prediction, Known] | Kind:
-    """What a file is: (family, prediction, how that is known), or another kind."""
+def _of_header(header: Header, name: str) -> Found | Kind:
+    """What a file is: a base model, or another kind."""
     names = Names(header.shapes)
-    if 0 < len(names.shapes) <= 8 and all(_is_vectors(shape) for shape in names.shapes.values()):
-        return _EMBEDDING
+    if 0 < len(names.shapes) <= 64 and all(_is_vectors(shape) for shape in names.shapes.values()):
+        return EMBEDDING_KIND
     denoiser = Denoiser.of(names)
-    for kind, remedy, *patterns in _KINDS if denoiser else (*_KINDS, *_PARTS):
+    for kind, remedy, *patterns in KINDS if denoiser else (*KINDS, *PARTS):
         if names.match(*patterns):
             return Kind(kind, remedy)
     if denoiser is None:
@@ -365,8 +294,13 @@ def _of_header(header: Header, name: str) -> tuple[Family, Prediction, Known] | 
     )
     if family is None:
         return UNKNOWN
+    if names.match(r"output_blocks\.") and not names.match(r"middle_block\.1\.transformer_blocks\."):
+        return Kind(
+            f"a distilled {FAMILIES[family]} with fewer layers (as SSD-1B, Vega or tiny-sd)",
+            "name the model it was distilled from",
+        )
     if denoiser.alone:
-        return Kind(f"the denoiser (UNet) of {FAMILIES[family]} alone", _PART)
+        return Kind(f"the denoiser (UNet) of {FAMILIES[family]} alone", PART)
     return family, *_prediction(family, header, name)
 
 
@@ -423,14 +357,14 @@ class Denoiser(NamedTuple):
         }
         return widths.get((self.context, self.added))
 
-    def special(self) -> Kind | None:
-        """What it is if it needs more than a text, or other texts."""
-        version = {768: "1", 1024: "2", 2048: "XL"}.get(self.context or 0)
+    def special(self, family: Family | None = None) -> Kind | None:
+        """What it is if it needs more than a text, or other texts; `family` is known of a folder."""
+        if (self.context, self.added) == (1280, 2560):
+            return Kind("the refiner of Stable Diffusion XL", "name the base model of Stable Diffusion XL")
+        versions: dict[int | Family | None, str] = {768: "1", 1024: "2", 2048: "XL"}
+        versions |= {"sd1": "1", "sd2": "2", "sdxl": "XL"}
+        version = versions.get(self.context) or versions.get(family)
         if version is None:
-            if (self.context, self.added) == (1280, 2560):
-                return Kind(
-                    "the refiner of Stable Diffusion XL", "name the base model of Stable Diffusion XL"
-                )
             return None
         uses = {
             5: f"the depth model of Stable Diffusion {version} (5 input channels)",
@@ -470,7 +404,13 @@ def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, 
         return "v" if family == "embedded" else "eps", "family"
     # The published files note their training steps: these are of 2.0's base model and of 2.1's 768 model.
     steps: dict[str, Prediction] = {"875000": "eps", "110000": "v"}
-    published: dict[str, Prediction] = {"512-base": "eps", "v2-1_512": "eps", "768-v": "v", "v2-1_768": "v"}
+    published: dict[str, Prediction] = {
+        "512-base": "eps",
+        "v2-1_512": "eps",
+        "768-v": "v",
+        "v2-1_768": "v",
+        "sd_turbo": "eps",
+    }
     known = steps.get(header.notes.get("global_step", ""))
     known = known or next((value for part, value in published.items() if part in name), None)
     return (known, "notes") if known else ("v", "guess")
@@ -478,57 +418,28 @@ def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, 
 
 # -- folders -------------------------------------------------------------------------------------------------
 
-# Beginnings of pipeline classes in model_index.json -> what the folder holds.
-_PIPELINES = {
-    "StableDiffusion3": "Stable Diffusion 3",
-    "Flux": "Flux",
-    "PixArt": "PixArt",
-    "Wuerstchen": "Würstchen",
-    "StableCascade": "Stable Cascade",
-    "AuraFlow": "AuraFlow",
-    "Kandinsky": "Kandinsky",
-    "HunyuanDiT": "Hunyuan-DiT",
-    "Lumina": "Lumina",
-    "Sana": "Sana",
-    "QwenImage": "Qwen-Image",
-    "Chroma": "Chroma",
-    "StableVideo": "Stable Video Diffusion",
-    "StableUnCLIP": "Stable unCLIP",
-    "IF": "DeepFloyd IF",
-    "LDMTextToImage": "LDM text2img-large in the layout of diffusers; name its model.ckpt",
-}
-# Suffixes in a folder, or in a part of it -> other programs' formats.
-_FORMATS = {
-    ".onnx": "ONNX",
-    ".engine": "TensorRT",
-    ".plan": "TensorRT",
-    ".mlpackage": "Core ML",
-    ".mlmodelc": "Core ML",
-    ".msgpack": "Flax",
-}
-
 
 def _of_folder(source: str, folder: Folder) -> BaseModel:
     """What a folder is; CheckpointError unless it is a model in the layout of diffusers that can be read."""
     index = folder.index()
     unet = folder.config("unet")
     pipeline = str(index.get("_class_name", ""))
-    other = next((name for start, name in _PIPELINES.items() if pipeline.startswith(start)), None)
+    other = next((name for start, name in PIPELINES.items() if pipeline.startswith(start)), None)
+    if other is None and "transformer" in index and "unet" not in index:
+        other = f"a model of {pipeline}, whose denoiser is a transformer"
     if other is not None:
-        raise CheckpointError(f"'{source}' is {other}; {_OTHER_MODEL}")
+        raise CheckpointError(f"'{source}' is {other}; {OTHER_MODEL}")
     check_variant(source, folder.names, folder.variant)
     if not folder.weights("unet"):
         kind = _folder_kind(source, folder)
         raise CheckpointError(f"'{source}' {kind[0]}; {kind[1]}")
+    if not unet:
+        raise CheckpointError(f"'{source}' has no unet/config.json; download it completely")
     sizes = unet.get("cross_attention_dim")
     added = unet.get("projection_class_embeddings_input_dim") if unet.get("addition_embed_type") else None
     if not added and unet.get("class_embed_type"):
         added = unet.get("projection_class_embeddings_input_dim") or -1
     context: Any = sizes[0] if isinstance(sizes, list) and sizes else sizes
-    denoiser = Denoiser(int(unet.get("in_channels", 4)), context, added, alone=False)
-    special = denoiser.special()
-    if special is not None:
-        raise CheckpointError(f"'{source}' is {special.name}; {special.remedy}")
     family: Family = (
         "sdxl"
         if unet.get("addition_embed_type") == "text_time"
@@ -536,6 +447,9 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
         if context == 1024 or unet.get("use_linear_projection")
         else "sd1"
     )
+    special = Denoiser(int(unet.get("in_channels", 4)), context, added, alone=False).special(family)
+    if special is not None:
+        raise CheckpointError(f"'{source}' is {special.name}; {special.remedy}")
     scheduler = folder.config("scheduler")
     if not scheduler:
         guess = family == "sd2"
@@ -554,7 +468,7 @@ def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:
     """What a folder is that holds no denoiser's weights of diffusers, and what to do."""
     path, names = folder.path, folder.names
     suffixes = {Path(name).suffix.lower() for name in [*names, *(entry.name for entry in path.iterdir())]}
-    for suffix, name in _FORMATS.items():
+    for suffix, name in FORMATS.items():
         if suffix in suffixes:
             return f"is an {name} model" if name[0] in "AEIO" else f"is a {name} model", (
                 "name the PyTorch model that it was made from"
@@ -586,7 +500,7 @@ def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:
     if named is not None:
         return f"is {named} alone", above
     if any(Path(name).name in ("adapter_config.json", "pytorch_lora_weights.safetensors") for name in names):
-        return "is a LoRA", _ADAPTER
+        return "is a LoRA", ADAPTER
     if "scheduler_config.json" in names or "tokenizer_config.json" in names:
         return "is a part of a diffusers model without weights", above
     if (path / "checkpoints").is_dir() or "embeddings.pt" in names:

@@ -23,11 +23,13 @@ from ldm.base_models import (
     BaseModel,
     Family,
     ask_for_prediction,
+    family_of_first_stage,
     recognise,
     recognise_for,
     what_is,
 )
-from ldm.diffusers_layout import UNET, VAE, folder_params, read_folder, read_vae
+from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
+from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
 from ldm.files import is_hub_id
 from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
@@ -76,12 +78,14 @@ def load_model_from_config(
         CheckpointError: the checkpoint does not fit, or leaves parameters without a value.
     """
     node, base = complete_config(config, ckpt, variant, revision)
+    first_stage = None if vae is None else _first_stage(vae, node, base)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
-    if vae is None and not any(key.startswith(VAE) for key in state):
+    if first_stage is None and not any(key.startswith(VAE) for key in state):
         vae = _select(node, "params.first_stage_config.params.ckpt_path")
-    if vae is not None:
+        first_stage = None if vae is None else _first_stage(vae, node, base)
+    if first_stage is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
-        state |= {VAE + key: value for key, value in _first_stage(vae).items()}
+        state |= {VAE + key: value for key, value in first_stage.items()}
     complete = _check_parts(state, node, ckpt)
     with contextlib.ExitStack() as stack:
         if complete:
@@ -206,6 +210,9 @@ def _adapt(node: Any, base: BaseModel) -> None:
     if base.known_by == "notes" and params.get("parameterization", "eps") != base.prediction:
         logger.info("'%s' predicts %s, whatever the config says", base.source, base.prediction)
         params["parameterization"] = base.prediction
+    if base.zero_snr and "linear_start" in params and not params.get("given_betas"):
+        logger.info("'%s' leaves no signal at the last step (zero terminal SNR)", base.source)
+        params.update(zero_snr_params(params))
     if base.folder is None:
         return
     for key, value in folder_params(base.folder, base.family).items():
@@ -253,9 +260,14 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     return False
 
 
-def _first_stage(source: str | Path) -> dict[str, Tensor]:
+def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[str, Tensor]:
+    """The weights of another first stage for the model of a node, whose sizes become those of the first stage.
+
+    Raises:
+        CheckpointError: it is none, or one of another family: its latents have other channels or another scale.
+    """
     try:
-        return read_vae(source)
+        state, settings = read_vae(source)
     except CheckpointError as error:
         kind = what_is(source) if Path(source).is_file() else None
         if kind is None:
@@ -263,6 +275,41 @@ def _first_stage(source: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"'{source}' is {kind.name} without a first stage (VAE); name the file or folder of one"
         ) from error
+    family = base.family if base is not None else family_of(node)
+    own = family_of_first_stage(Path(source)) if Path(source).is_file() else None
+    if own is not None and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
+        raise CheckpointError(
+            f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
+            "family"
+        )
+    params = node["params"]
+    channels, scale = params.get("channels"), params.get("scale_factor")
+    latent = state["decoder.conv_in.weight"].shape[1]
+    if family is not None and latent != channels:
+        raise CheckpointError(
+            f"'{source}' is a first stage of {latent} channels, and the model needs {channels}; name one of its family"
+        )
+    if settings:
+        try:
+            sizes = vae_params(settings)
+        except CheckpointError as error:
+            raise CheckpointError(f"'{source}': {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"'{source}': its config.json is damaged ({error}); download it again"
+            ) from error
+        if settings.get("scaling_factor", scale) != scale:
+            raise CheckpointError(
+                f"'{source}' is a first stage with the scaling_factor {settings['scaling_factor']}, and the model's is "
+                f"{scale}; name one of its family"
+            )
+        part = params.get("first_stage_config") or {}
+        params["first_stage_config"] = {**part, "params": {**(part.get("params") or {}), **sizes}}
+    return state
+
+
+# What the latents of a family are multiplied by; another number belongs to another first stage.
+_SCALES: dict[str | None, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
 # -- a state dict and a model --------------------------------------------------------------------------------
@@ -329,6 +376,12 @@ def _load(
             f"{source} leaves {len(missing)} of {len(parameters)} parameters without a value, such as "
             f"'{missing[0]}'; {advice(True)}"
         )
+    foreign = [key for key in state if key.startswith(_COMPUTING) and key not in own and ".loss." not in key]
+    if foreign and shared & {key for key in own if key.startswith(foreign[0].partition(".")[0])}:
+        raise CheckpointError(
+            f"{source} does not fit the config: the model has no '{foreign[0]}' ({len(foreign)} such keys); "
+            f"{advice(False)}"
+        )
     types = dict.fromkeys(halved(model), half) if half is not None else {}
     fitting = {}
     for key in list(state):
@@ -389,6 +442,8 @@ def _give_memory(model: nn.Module, device: torch.device | None) -> None:
                     module._buffers[name] = zeros
 
 
+# Of these every weight takes part in what is computed.
+_COMPUTING = (UNET, f"{VAE}encoder.", f"{VAE}decoder.")
 # Averaged copies of the weights, and a buffer of older releases of transformers.
 _IGNORED = (
     "model_ema.",

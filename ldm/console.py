@@ -13,7 +13,7 @@ import warnings
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from ldm.util import UsageError, brief
+from ldm.util import UsageError, UserError, brief
 
 
 class Interrupted(BaseException):
@@ -34,7 +34,7 @@ class _LastingStream(io.RawIOBase):
     def __init__(self, raw: Any) -> None:
         super().__init__()
         self._raw = raw
-        self._failed = False
+        self.failure: OSError | None = None
         self.name = getattr(raw, "name", "")
 
     def writable(self) -> bool:
@@ -47,11 +47,11 @@ class _LastingStream(io.RawIOBase):
         return int(self._raw.fileno())
 
     def write(self, data: Any) -> int:
-        if not self._failed:
+        if self.failure is None:
             try:
                 return self._raw.write(data) or 0  # None, if it would block: the caller tries again
-            except OSError:
-                self._failed = True
+            except OSError as error:
+                self.failure = error
         return len(data)
 
 
@@ -181,3 +181,14 @@ def write_line(text: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(text)
+
+
+def check_results_written() -> None:
+    """Raise UserError if lines of results were lost, as on a full disk; a reader may close its pipe early."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    failure = raw.failure if isinstance(raw, _LastingStream) else None
+    if failure is not None and failure.errno != errno.EPIPE:
+        raise UserError(
+            f"the results cannot be written: {os.strerror(failure.errno or 0)}; send them elsewhere"
+        )

@@ -7,20 +7,17 @@ diffusers in that of transformers' CLIP, with one matrix for each of query, key 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.files import is_hub_id
-from ldm.weights import CheckpointError, Folder, fetch, read_shards, read_state_dict
+from ldm.weights import CheckpointError, Folder, located, read_shards, read_state_dict
 
 Modules = dict[str, str]
 Direction = Literal["ldm", "diffusers"]
-Prediction = Literal["eps", "v", "x0"]
 State = Mapping[str, Tensor]
 
 # Prefixes of the parts in checkpoints in LDM's layout.
@@ -289,214 +286,6 @@ def _under(state: State, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-# -- settings ------------------------------------------------------------------------------------------------
-
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# Names of noise schedules: diffusers' -> LDM's.
-SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}
-
-
-def unet_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of `UNetModel` that a unet's config.json describes.
-
-    Raises:
-        CheckpointError: the unet has something that `UNetModel` lacks.
-    """
-    channels = list(config["block_out_channels"])
-    for key, usual in _USUAL_UNET.items():
-        if config.get(key, usual) not in (usual, None):
-            raise CheckpointError(f"the unet's {key} is {config[key]!r}, and only {usual!r} can be read")
-    if any(count % channels[0] for count in channels):
-        raise CheckpointError(
-            f"the unet's block_out_channels {channels} are no multiples of the first; such a unet cannot be read"
-        )
-    down = list(config["down_block_types"])
-    blocks, context = _uniform(config, "layers_per_block"), _uniform(config, "cross_attention_dim")
-    # What diffusers calls attention_head_dim is the number of heads, unless num_attention_heads is given.
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    per_level = list(heads) if isinstance(heads, (list, tuple)) else [heads] * len(channels)
-    widths = {count // number for count, number in zip(channels, per_level, strict=True)}
-    if len(set(per_level)) == 1:
-        attention = {"num_heads": per_level[0], "num_head_channels": -1}
-    elif len(widths) == 1:
-        attention = {"num_heads": -1, "num_head_channels": widths.pop()}
-    else:
-        raise CheckpointError(f"the unet's heads {per_level} are neither equal in number nor in width")
-    depth = config.get("transformer_layers_per_block", 1)
-    params = {
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
-        "model_channels": channels[0],
-        "channel_mult": [count // channels[0] for count in channels],
-        "num_res_blocks": blocks,
-        "attention_resolutions": [2**level for level, kind in enumerate(down) if "CrossAttn" in kind],
-        "context_dim": context,
-        "transformer_depth": list(depth) if isinstance(depth, (list, tuple)) else depth,
-        "use_spatial_transformer": True,
-        "use_scale_shift_norm": config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        "legacy": False,
-        **attention,
-    }
-    if config.get("use_linear_projection"):
-        params["use_linear_in_transformer"] = True
-    if config.get("addition_embed_type") == "text_time":
-        params |= {
-            "num_classes": "sequential",
-            "adm_in_channels": config["projection_class_embeddings_input_dim"],
-        }
-    return params
-
-
-# Options of diffusers' unet that change what it computes, with the values that all Stable Diffusion models have.
-_USUAL_UNET = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_num_groups": 32,
-    "only_cross_attention": False,
-    "time_embedding_type": "positional",
-}
-
-
-def _uniform(config: Mapping[str, Any], key: str) -> Any:
-    """A setting that may be given per level, but is the same at all of them."""
-    value = config[key]
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if len(set(values)) != 1:
-        raise CheckpointError(f"the unet's {key} differ per level ({values}); such a unet cannot be read")
-    return values[0]
-
-
-def unet_settings(
-    params: Mapping[str, Any], image_size: int | Sequence[int], size_width: int = 0
-) -> dict[str, Any]:
-    """The config of diffusers' UNet2DConditionModel for the parameters of `UNetModel`, all given.
-
-    `size_width` is how wide Stable Diffusion XL embeds each size.
-    """
-    channels = [params["model_channels"] * factor for factor in params["channel_mult"]]
-    attended = [2**level in params["attention_resolutions"] for level in range(len(channels))]
-    heads: Any = params["num_heads"]
-    if params["num_head_channels"] != -1:
-        heads = [count // params["num_head_channels"] for count in channels]
-    settings: dict[str, Any] = {
-        "sample_size": image_size,
-        "in_channels": params["in_channels"],
-        "out_channels": params["out_channels"],
-        "block_out_channels": channels,
-        "layers_per_block": params["num_res_blocks"],
-        "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attended],
-        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attended)],
-        "cross_attention_dim": params["context_dim"],
-        "attention_head_dim": heads,
-        "transformer_layers_per_block": params["transformer_depth"],
-        "use_linear_projection": bool(params.get("use_linear_in_transformer")),
-        "resnet_time_scale_shift": "scale_shift" if params.get("use_scale_shift_norm") else "default",
-    }
-    if params.get("num_classes") == "sequential":
-        settings |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": size_width,
-            "projection_class_embeddings_input_dim": params["adm_in_channels"],
-        }
-    return settings
-
-
-def vae_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `embed_dim` and `ddconfig` of `AutoencoderKL` that a vae's config.json describes.
-
-    Raises:
-        CheckpointError: the vae is of another kind.
-    """
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL" or config.get("use_quant_conv") is False:
-        raise CheckpointError(
-            f"the vae is a {kind} of another kind than Stable Diffusion's; name one of these"
-        )
-    channels = list(config["block_out_channels"])
-    latent = config["latent_channels"]
-    return {
-        "embed_dim": latent,
-        "ddconfig": {
-            "double_z": True,
-            "z_channels": latent,
-            "resolution": config.get("sample_size", 256),
-            "in_channels": config["in_channels"],
-            "out_ch": config["out_channels"],
-            "ch": channels[0],
-            "ch_mult": [count // channels[0] for count in channels],
-            "num_res_blocks": config["layers_per_block"],
-            "attn_resolutions": [],
-            "num_groups": config.get("norm_num_groups", 32),
-        },
-    }
-
-
-def vae_settings(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
-    """The config of diffusers' AutoencoderKL for the `ddconfig` of ours, with all parameters given."""
-    channels = [params["ch"] * factor for factor in params["ch_mult"]]
-    return {
-        "sample_size": params["resolution"],
-        "in_channels": params["in_channels"],
-        "out_channels": params["out_ch"],
-        "latent_channels": params["z_channels"],
-        "block_out_channels": channels,
-        "layers_per_block": params["num_res_blocks"],
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "norm_num_groups": params["num_groups"],
-        "scaling_factor": scale_factor,
-    }
-
-
-def schedule_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the noise schedule that a scheduler_config.json describes.
-
-    Raises:
-        CheckpointError: the schedule is unknown.
-    """
-    steps = config.get("num_train_timesteps", 1000)
-    params: dict[str, Any] = {"timesteps": steps, "given_betas": None}
-    start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
-    kind = config.get("beta_schedule", "scaled_linear")
-    betas: Any = config.get("trained_betas")
-    if betas is None and kind == "squaredcos_cap_v2":
-        params["beta_schedule"] = "cosine"
-    elif betas is None and kind in SCHEDULES:
-        params |= {"beta_schedule": SCHEDULES[kind], "linear_start": start, "linear_end": end}
-        if kind == "scaled_linear":
-            betas = np.linspace(start**0.5, end**0.5, steps) ** 2
-        else:
-            betas = np.linspace(start, end, steps)
-    elif betas is None:
-        raise CheckpointError(f"the scheduler's beta_schedule is '{kind}'; known are {', '.join(SCHEDULES)}")
-    if betas is not None and config.get("rescale_betas_zero_snr"):
-        params["given_betas"] = _without_signal_at_end(np.asarray(betas)).tolist()
-    elif config.get("trained_betas") is not None:
-        params["given_betas"] = list(betas)
-    return params
-
-
-def _without_signal_at_end(betas: np.ndarray) -> np.ndarray:
-    """Betas rescaled so that almost no signal is left at the last step (Lin et al. 2024, algorithm 1).
-
-    As in diffusers, 2^-24 of it is left, because noise cannot be computed from none.
-    """
-    signal = np.cumprod(1 - betas) ** 0.5
-    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-    kept = signal**2
-    kept[-1] = 2.0**-24
-    return 1 - kept / np.append(1.0, kept[:-1])
-
-
 # -- folders -------------------------------------------------------------------------------------------------
 
 
@@ -514,61 +303,8 @@ def read_folder(folder: Folder, family: str) -> dict[str, Tensor]:
         ) from error
 
 
-def folder_params(folder: Folder, family: str) -> dict[str, Any]:
-    """The parameters of LatentDiffusion that the settings in a folder of diffusers describe.
-
-    The value of `unet_config`, `first_stage_config` or `cond_stage_config` is to be merged into that node.
-
-    Raises:
-        CheckpointError: a setting is missing, or describes what cannot be read.
-    """
-    unet, vae, scheduler = (folder.config(part) for part in ("unet", "vae", "scheduler"))
-    try:
-        params = schedule_params(scheduler) | {
-            "channels": unet["in_channels"],
-            "image_size": unet.get("sample_size") or 64,
-            "unet_config": {"params": unet_params(unet)},
-        }
-        if vae:
-            params["scale_factor"] = vae.get("scaling_factor", 0.18215)
-            params["scale_by_std"] = False
-            params["first_stage_config"] = {"params": vae_params(vae)}
-        params["cond_stage_config"] = {"params": _encoder_params(folder, family)}
-    except (CheckpointError, KeyError) as error:
-        reason = f"its settings lack {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"'{folder.path}': {reason}") from error
-    return params
-
-
-def _encoder_params(folder: Folder, family: str) -> dict[str, Any]:
-    config = folder.config("text_encoder")
-    if not config:
-        raise CheckpointError("it has no text_encoder; download it completely")
-    path = folder.path / "tokenizer"
-    if not path.is_dir():
-        raise CheckpointError("it has no tokenizer; download it completely")
-    own = Folder(path)._json("tokenizer_config.json").get("model_max_length", 77)
-    positions = config.get("max_position_embeddings", 77)
-    params: dict[str, Any] = {"tokenizer": str(path), "max_length": min(int(own), positions)}
-    if family == "sd2":
-        return params | {"arch": _arch(config), "layer": "last"}
-    params["version"] = str(folder.path / "text_encoder")
-    if family == "sdxl":
-        second = folder.config("text_encoder_2")
-        if not second:
-            raise CheckpointError("it has no text_encoder_2; download it completely")
-        params["arch"] = _arch(second)
-    return params
-
-
-def _arch(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of a text tower in OpenCLIP's layout, from the config.json of transformers' CLIP."""
-    sizes = {"width": "hidden_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
-    return {name: config[key] for name, key in sizes.items()}
-
-
-def read_vae(source: str | Path) -> dict[str, Tensor]:
-    """The weights of a first stage in LDM's naming, without a prefix.
+def read_vae(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a first stage in LDM's naming, without a prefix, and the settings beside them if there are any.
 
     Args:
         source: a file or folder in the layout of LDM or diffusers, of a first stage alone or of a whole model; or a
@@ -577,12 +313,12 @@ def read_vae(source: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it holds no first stage.
     """
-    path = Path(source)
-    if not path.exists() and is_hub_id(str(source)):
-        path = fetch(str(source))
+    path, settings = located(source), dict[str, Any]()
     if path.is_dir():
         folder = Folder(path)
-        state = read_shards(folder.weights("vae") or folder.own_weights())
+        files = folder.weights("vae")
+        settings = folder.config("vae" if files else "")
+        state = read_shards(files or folder.own_weights())
     else:
         state = read_state_dict(path)
     for prefix in (VAE, "vae."):
@@ -591,4 +327,4 @@ def read_vae(source: str | Path) -> dict[str, Tensor]:
     if "decoder.conv_in.weight" not in state:
         raise CheckpointError(f"'{source}' holds no first stage (VAE); name the file or folder of one")
     state = {name: value for name, value in state.items() if not name.startswith(("loss.", "model_ema."))}
-    return vae_weights(state, "ldm") if any("_blocks." in name for name in state) else state
+    return (vae_weights(state, "ldm") if any("_blocks." in name for name in state) else state), settings

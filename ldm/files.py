@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from ldm.util import UserError
+from ldm.util import UserError, shown
 
 FileKind = Literal[
     "safetensors",
@@ -120,12 +120,18 @@ _REMEDY = {
 def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
     """Write a temporary file, sync it and rename it to `path`: a reader sees the old file or the complete new one.
 
-    `writer` is called with the open binary file. Parent folders are created. Returns the path.
-    Raises UserError with the path and the remedy; the old file is then unchanged.
+    `writer` is called with the open binary file. Parent folders are created; a device or pipe is written to. Returns
+    the path. Raises UserError with the path and the remedy; the old file is then unchanged.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise UserError(f"cannot write '{shown(str(path))}': names hold no null character; choose another")
     temporary: str | None = None
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as file:  # renaming would remove the device
+                writer(file)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:

@@ -6,7 +6,8 @@ import importlib
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
 from ldm.files import NO_TENSORS, content_kind
-from ldm.util import UserError, brief, cut
+from ldm.util import UserError, brief, check_integer, cut, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,16 +150,24 @@ def _looks_like_image(path: Path) -> bool:
         return _format_of(path) in _PLUGINS
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | Image.Image) -> Image.Image:
     """Read an image file as RGB: upright (EXIF orientation applied), over a white background, its first frame.
+
+    An image that is open already becomes the same, and stays as it is itself.
 
     16-bit, 32-bit and floating-point greyscale images are scaled to 8 bits. HEIC, AVIF and JPEG XL are read where
     Pillow, or a plugin that is installed, can.
 
     Raises:
         ImageError: the file is missing, damaged, of an unknown format, or has more than twice
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels; or it is neither an image nor a file's name.
     """
+    if isinstance(path, Image.Image):
+        return _converted(path)
+    if not isinstance(path, (str, Path)):
+        raise ImageError(
+            f"{type(path).__name__} is no type of images; give PIL images, made of arrays by Image.fromarray, or files"
+        )
     path = Path(path)
     kind = _KIND_OF_SUFFIX.get(path.suffix.lower())
     # Of a RAW file Pillow would read the small preview, and of others it only knows the beginning.
@@ -180,16 +189,29 @@ def open_image(path: str | Path) -> Image.Image:
         raise ImageError(f"cannot read image {path}: {reason}") from None
 
 
-def open_alpha(path: str | Path) -> Image.Image | None:
+def open_alpha(path: str | Path | Image.Image) -> Image.Image | None:
     """Read the alpha channel of an image that `open_image` reads, upright, as greyscale; None if it is opaque."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
+        with nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
             if not _transparent(image):
                 return None
             image.load()
             alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    """A copy of an open image as `open_image` returns it."""
+    try:
+        image.load()
+        if not image.width * image.height:
+            raise ImageError("an image has no pixels; remove it")
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Exception as error:  # it is closed, or its file is damaged
+        raise ImageError(f"an image cannot be used ({error}); give its file's name") from None
 
 
 def open_mask(path: str | Path) -> Image.Image:
@@ -344,9 +366,9 @@ def image_grid(images: Sequence[Image.Image], columns: int, padding: int = 2, sc
 
 
 def grid(
-    images: Sequence[Image.Image | str | Path],
+    images: Iterable[Image.Image | str | Path],
     columns: int | None = None,
-    labels: Sequence[str] = (),
+    labels: Iterable[object] = (),
     *,
     smallest: int = 128,
     largest: int | None = 512,
@@ -360,19 +382,26 @@ def grid(
     Raises:
         ImageError: there is no image, or a file cannot be read, or there are not as many labels as images.
     """
-    if labels and len(labels) != len(images):
+    if isinstance(images, (str, Path)) or not isinstance(images, Iterable):
+        raise ImageError(f"images is {shown(images)}; give a list of images or image files")
+    if columns is not None:
+        check_integer(columns, "columns", error=ImageError)
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise ImageError(f"labels is {shown(labels)}; give a list with a text for each image")
+    images, texts = list(images), [str(label) for label in labels]
+    if texts and len(texts) != len(images):
         raise ImageError(
-            f"there are {len(images)} images and {len(labels)} labels; give one label for each image"
+            f"there are {len(images)} images and {len(texts)} labels; give one label for each image"
         )
     cells = []
     for given in images:
-        image = given.copy() if isinstance(given, Image.Image) else open_image(given)
+        image = open_image(given)
         if largest is not None:
             image.thumbnail((largest, largest))
         cells.append(enlarged(image, max(1, -(-smallest // image.width))))
-    if labels:
-        cells = [labelled(cell, text) for cell, text in zip(cells, labels, strict=True)]
-    return image_grid(cells, max(1, columns or len(cells)), padding)
+    if texts:
+        cells = [labelled(cell, text) for cell, text in zip(cells, texts, strict=True)]
+    return image_grid(cells, columns or max(1, len(cells)), padding)
 
 
 def labelled(image: Image.Image, text: str, font_size: int = 12) -> Image.Image:

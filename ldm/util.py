@@ -399,20 +399,21 @@ _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWOR
 def _accepted(factory: Any) -> list[inspect.Parameter] | None:
     """The parameters of a callable, or None if it has no signature.
 
-    A constructor with **keywords passes them to its parent class, so the parent's parameters are included.
+    A constructor with **keywords passes them to the next class of the MRO, so the parameters of that are included.
     """
     try:
         own = list(inspect.signature(factory).parameters.values())
     except (TypeError, ValueError):  # some builtins have no signature
         return None
-    if not inspect.isclass(factory) or not any(p.kind is p.VAR_KEYWORD for p in own):
+    if not inspect.isclass(factory):
         return own
-    parent = next((c for c in factory.__mro__[1:] if "__init__" in vars(c) and c is not object), None)
-    inherited = _accepted(parent) if parent else []
-    names = {p.name for p in own}
-    return [p for p in own if p.kind is not p.VAR_KEYWORD] + [
-        p for p in inherited or [] if p.name not in names
-    ]
+    for kind in (c for c in factory.__mro__[1:] if "__init__" in vars(c) and c is not object):
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+        own = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        own += [p for p in inspect.signature(kind).parameters.values() if p.name not in names]
+    return [p for p in own if p.kind is not p.VAR_KEYWORD]
 
 
 def accepts(factory: Any, name: str) -> bool:

@@ -282,9 +282,24 @@ def contradictions(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             )
 
 
-def misfits(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yield (name, value, requirement) for a value that does not fit an annotation and the range of its name."""
-    yield from _misfits(name, value, hint, RANGES.get(name))
+def misfits(name: str, value: Any, hint: Any, ranged: str | None = None) -> Iterator[tuple[str, Any, str]]:
+    """Yield (name, value, requirement) for a value that does not fit an annotation and the range of its name.
+
+    `ranged` is a key of `RANGES` to use instead of the name; an empty one stands for no range.
+    """
+    yield from _misfits(name, value, hint, RANGES.get(name if ranged is None else ranged))
+
+
+def plain(value: Any) -> Any:
+    """Return numbers and arrays of numpy and torch, and containers of them, as Python's; other values unchanged."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    listed = getattr(value, "tolist", None)
+    return listed() if callable(listed) else value
 
 
 def argument(name: str, kind: type) -> Callable[[str], Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import pickles
-from ldm.files import NO_TENSORS, atomic_write, file_kind
+from ldm.files import NO_TENSORS, atomic_write, file_kind, is_hub_id
 from ldm.outlines import outline_of
 from ldm.util import UserError
 
@@ -208,8 +208,10 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, dtype: torch.
 
 # -- folders of diffusers, and the hub -----------------------------------------------------------------------
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+PARTS = ("unet", "vae", *TEXT_ENCODERS)
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_ALWAYS = ("unet", "vae", "text_encoder", "tokenizer")  # in a folder of whatever family
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)"
     r"(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?(?:\.(?P<late>[\w-]+))?"
@@ -233,8 +235,16 @@ def weight_files(names: Iterable[str], variant: str | None = None) -> list[str]:
         for suffix in ("safetensors", "bin"):
             if found := sets.get((wanted, suffix)):
                 whole = [name for name in found if "-of-" not in name]
-                return whole[:1] or found
+                return whole[:1] or _one_set(found)
     return []
+
+
+def _one_set(shards: list[str]) -> list[str]:
+    """Of the shards of one or more sets, those of a complete set, else of the one that most are there of."""
+    sets: dict[str, list[str]] = {}
+    for name in shards:
+        sets.setdefault(name[name.index("-of-") :][4:9], []).append(name)
+    return max(sets.items(), key=lambda item: (len(item[1]) == int(item[0]), len(item[1])))[1]
 
 
 def check_variant(source: str, names: Iterable[str], variant: str | None) -> None:
@@ -302,15 +312,27 @@ class Folder:
             )
         return [self.path / prefix / name for name in chosen]
 
-    def missing(self) -> list[str]:
-        """The parts that model_index.json names and the folder lacks."""
+    def missing(self, parts: Sequence[str] = PARTS) -> list[str]:
+        """Those of the parts, and of what belongs to them, that model_index.json names and the folder lacks.
+
+        Nothing is missing in a folder of a first stage or a text encoder alone.
+        """
         index = self.index()
-        wanted = [part for part in (*PARTS, *_TOKENIZERS, "scheduler") if (index.get(part) or [None])[0]]
-        return [
-            part
-            for part in wanted or PARTS[:1]
-            if not (self.weights(part) if part in PARTS else list((self.path / part).glob("*")))
-        ]
+        if not index and self.own_weights() and self.config(""):
+            return []
+        every = (*parts, *_TOKENIZERS, "scheduler")
+        wanted = [part for part in every if ((index.get(part) or [None])[0] if index else part in _ALWAYS)]
+        return [part for part in wanted if not self._has(part)]
+
+    def _has(self, part: str) -> bool:
+        if part in _TOKENIZERS:
+            return any((self.path / part / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        if part == "scheduler":
+            return (self.path / part / "scheduler_config.json").is_file()
+        try:
+            return bool(self.weights(part)) and (self.path / part / "config.json").is_file()
+        except CheckpointError:  # some of the shards
+            return False
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -331,15 +353,20 @@ def read_shards(files: Iterable[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def needed_files(names: Collection[str], variant: str | None = None) -> list[str]:
-    """Those files of a repository in the layout of diffusers that are read here; empty if it has another layout."""
+def needed_files(
+    names: Collection[str], variant: str | None = None, parts: Sequence[str] = PARTS
+) -> list[str]:
+    """Those files of a repository in the layout of diffusers that are read here; empty if it has another layout.
+
+    `parts` are those whose weights are needed.
+    """
     wanted = [name for name in names if name.startswith(tuple(f"{part}/" for part in _TOKENIZERS))]
+    weights: dict[str, list[str]] = {}
     for part in PARTS:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        wanted += [f"{part}/{name}" for name in weight_files(inside, variant)]
-    if not any(
-        name.startswith("unet/") for name in wanted
-    ):  # a first stage alone may be a repository of its own
+        weights[part] = [f"{part}/{name}" for name in weight_files(inside, variant)]
+    wanted += [name for part in parts for name in weights[part]]
+    if not weights["unet"]:  # a first stage or a text encoder may be a repository of its own
         alone = weight_files([name for name in names if "/" not in name], variant)
         return ["config.json", *alone] if alone and "config.json" in names else []
     settings = [
@@ -350,27 +377,52 @@ def needed_files(names: Collection[str], variant: str | None = None) -> list[str
     return sorted([*wanted, *(name for name in settings if name in names)])
 
 
-def fetch(repository: str, variant: str | None = None, revision: str | None = None) -> Path:
+def located(
+    source: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Path:
+    """Return the file or folder that was named, or the folder that a hub id was fetched to (see `fetch`)."""
+    path = Path(source)
+    if path.exists() or not is_hub_id(str(source)):
+        return path
+    return fetch(str(source), variant, revision, parts)
+
+
+def fetch(
+    repository: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Path:
     """Return the folder of a model of the hub, downloaded with a progress bar unless it is there already.
+
+    `parts` are those whose weights are needed; the others are not downloaded.
 
     Raises:
         CheckpointError: there is no such model, it has another layout, or the hub cannot be reached.
     """
     import huggingface_hub as hub
 
+    missing: list[str] = []
     try:
         cached = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
-        missing = Folder(cached, variant).missing()
-        check_variant(repository, Folder(cached).names, variant)
+    except (OSError, ValueError):  # what the hub raises if nothing is there
+        pass
+    else:
+        missing = Folder(cached, variant).missing(parts)
+        try:
+            check_variant(repository, Folder(cached).names, variant)
+        except CheckpointError:
+            missing.append(f"variant {variant}")
         if not missing:
             return cached
-    except (OSError, ValueError, CheckpointError):  # what the hub raises if nothing is there
-        missing = []
     try:
         siblings = hub.HfApi().model_info(repository, revision=revision).siblings or []
         names = [entry.rfilename for entry in siblings]
         check_variant(repository, names, variant)
-        wanted = needed_files(names, variant)
+        wanted = needed_files(names, variant, parts)
         if wanted:
             return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except CheckpointError:

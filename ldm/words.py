@@ -83,7 +83,12 @@ def check_word(word: Any, what: str = "placeholder") -> str:
 
 
 def check_text(text: str, what: str) -> str:
-    """Return a text of a command line; raises UserError if Python could not decode it, which tokenizers refuse."""
+    """Return a text of a user.
+
+    Raises UserError if it is none, or if Python could not decode a command line, which tokenizers refuse.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{what} {shown(text)} is not a text; put it in quotes")
     if _has_surrogates(text):
         raise UserError(
             f"{what} '{shown(text)}' is not valid text: it has bytes that are not UTF-8; type it in a "

@@ -38,9 +38,11 @@ def tokenizer_folder(folder: Path, pad: str) -> Path:
     return folder
 
 
-def tower(act: str, layers: int = 3, projection: bool = False, width: int = 32) -> nn.Module:
+def tower(
+    act: str, layers: int = 3, projection: bool = False, width: int = 32, vocabulary: int = 49408
+) -> nn.Module:
     config = CLIPTextConfig(
-        vocab_size=49408,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=4 * width,
         num_attention_heads=4,
@@ -86,8 +88,17 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_pipeline(family: str, folder: Path, prediction: str = "epsilon") -> Any:
-    """A small pipeline of `family` (sd1, sd2 or sdxl); `folder` receives its tokenizers."""
+def make_pipeline(
+    family: str,
+    folder: Path,
+    prediction: str = "epsilon",
+    zero_snr: bool = False,
+    words: tuple[str, ...] = (),
+) -> Any:
+    """A small pipeline of `family` (sd1, sd2 or sdxl); `folder` receives its tokenizers.
+
+    `words` are added to the vocabulary, as by tools that keep what was learned in the model.
+    """
     import diffusers
 
     unet = diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **UNETS[family])
@@ -104,7 +115,8 @@ def make_pipeline(family: str, folder: Path, prediction: str = "epsilon") -> Any
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type=prediction,
-        timestep_spacing="leading",
+        timestep_spacing="trailing" if zero_snr else "leading",
+        rescale_betas_zero_snr=zero_snr,
         steps_offset=1,
         set_alpha_to_one=False,
         clip_sample=False,
@@ -112,17 +124,25 @@ def make_pipeline(family: str, folder: Path, prediction: str = "epsilon") -> Any
     end, exclamation = "<|endoftext|>", "!"
 
     def tokenizer(name: str, pad: str) -> Any:
-        return CLIPTokenizerFast.from_pretrained(tokenizer_folder(folder / name, pad), model_max_length=77)
+        made = CLIPTokenizerFast.from_pretrained(tokenizer_folder(folder / name, pad), model_max_length=77)
+        made.add_tokens(list(words))
+        return made
+
+    vocabulary = 49408 + len(words)
 
     parts: dict[str, Any] = {
         "unet": randomised(unet, 1),
         "vae": randomised(vae, 2),
         "scheduler": scheduler,
-        "text_encoder": randomised(tower("gelu" if family == "sd2" else "quick_gelu"), 3),
+        "text_encoder": randomised(
+            tower("gelu" if family == "sd2" else "quick_gelu", vocabulary=vocabulary), 3
+        ),
         "tokenizer": tokenizer("tokenizer", exclamation if family == "sd2" else end),
     }
     if family == "sdxl":
-        parts["text_encoder_2"] = randomised(tower("gelu", projection=True, width=64), 4)
+        parts["text_encoder_2"] = randomised(
+            tower("gelu", projection=True, width=64, vocabulary=vocabulary), 4
+        )
         parts["tokenizer_2"] = tokenizer("tokenizer_2", exclamation)
         pipeline = diffusers.StableDiffusionXLPipeline(**parts)
     else:

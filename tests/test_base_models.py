@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm import weights
-from ldm.base_models import ask_for_prediction, recognise, recognise_for, what_is
+from ldm.base_models import ask_for_prediction, family_of_first_stage, recognise, recognise_for, what_is
 from ldm.weights import CheckpointError
 from tests.golden_record import GOLDEN
 
@@ -97,6 +97,7 @@ def test_what_weights_cannot_tell_is_asked_for_in_one_line(tmp_path, caplog) -> 
         ("m.safetensors", {}, {"v_pred": ()}, "v"),
         ("v2-1_512-ema-pruned.safetensors", {}, {}, "eps"),
         ("768-v-ema.safetensors", {}, {}, "v"),
+        ("sd_turbo.safetensors", {}, {}, "eps"),
     ],
 )
 def test_notes_in_a_file_tell_the_prediction(tmp_path, caplog, name, notes, more, prediction) -> None:
@@ -117,6 +118,8 @@ KINDS = {
     "embedding of AUTOMATIC1111": ({"string_to_param.*": (1, 768)}, "a textual inversion embedding"),
     "embedding of diffusers": ({"<cat>": (2, 768)}, "a textual inversion embedding"),
     "embedding for XL": ({"clip_g": (1, 1280), "clip_l": (1, 768)}, "a textual inversion embedding"),
+    "embedding for the embedded model": ({"<cat>": (1, 128)}, "a textual inversion embedding"),
+    "many words": ({f"<cat-{n}>": (3, 768) for n in range(40)}, "a textual inversion embedding"),
     "state of a run": (
         {"embedding_manager.string_to_param_dict.*": (1, 32), "embedding_manager.x.y": (2, 3, 4)},
         "the state of a training run",
@@ -163,6 +166,16 @@ KINDS = {
     "PixArt": ({"t_block.1.weight": (9, 9, 9), "y_embedder.y_proj.fc1.weight": (9, 9)}, "PixArt"),
     "Cascade": ({"down_blocks.0.0.depthwise.weight": (9, 9, 9), "clip_txt_mapper.weight": (9,)}, "Würstchen"),
     "AuraFlow": ({"model.double_layers.0.attn.w1k.weight": (9, 9, 9)}, "AuraFlow"),
+    "LCM": (
+        denoiser() | {f"{UNET}time_embed.cond_proj.weight": (320, 256)},
+        "a latent consistency model",
+    ),
+    "Playground": (denoiser(4, 2048, 2816) | {"edm_mean": (1, 4, 1, 1)}, "Playground 2.5"),
+    "CosXL": (denoiser(4, 2048, 2816) | {"edm_vpred.sigma_max": (), "v_pred": ()}, "CosXL"),
+    "SSD-1B": (
+        denoiser(4, 2048, 2816) | {f"{UNET}output_blocks.0.0.in_layers.0.weight": (1280,)},
+        "a distilled Stable Diffusion XL",
+    ),
     "video": ({f"{UNET}input_blocks.1.0.time_stack.x": (9, 9, 9)} | denoiser(8, 1024, 768), "Stable Video"),
     "something else": ({"layer.weight": (3, 3, 3)}, "no model that is known here"),
 }
@@ -269,6 +282,14 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
     "coreml": ({"Unet.mlmodelc/model": ""}, "a Core ML model"),
     "flux": ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "Flux"),
     "sd3": ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}'}, "Stable Diffusion 3"),
+    "transformer": (
+        {"model_index.json": '{"_class_name": "ZImagePipeline", "transformer": ["diffusers", "Z"]}'},
+        "a model of ZImagePipeline, whose denoiser is a transformer; it cannot be used",
+    ),
+    "no settings": (
+        {"model_index.json": "{}", "unet/diffusion_pytorch_model.safetensors": ""},
+        "has no unet/config.json; download it completely",
+    ),
     "unfinished": ({"model_index.json": "{}", "unet/config.json": "{}"}, "without the weights of its unet"),
     "one file": ({"v1-5.ckpt": ""}, "name the file in it, such as"),
     "run": ({"checkpoints/last.ckpt": ""}, "the folder of a training run"),
@@ -309,6 +330,20 @@ def test_a_config_of_ones_own_decides_about_files_that_are_not_known(tmp_path) -
     assert what_is(write(tmp_path / "x.safetensors", KINDS["something else"][0])) is None
 
 
+def test_a_file_without_a_denoiser_is_not_tried_with_a_config_of_a_family(tmp_path) -> None:
+    path = write(tmp_path / "llama.safetensors", {"model.layers.0.x": (4, 4, 4), "lm_head.weight": (9, 9, 9)})
+    assert recognise_for(path, None, 4) is None
+    with pytest.raises(
+        CheckpointError, match=r"it holds 'model.layers.0.x', and no denoiser .*; name another"
+    ):
+        recognise_for(path, "sd1", 4)
+    embedding = write(tmp_path / "cat.safetensors", KINDS["embedding of diffusers"][0])
+    with pytest.raises(
+        CheckpointError, match="--embedding_path to generate, --embedding_manager_ckpt to train"
+    ):
+        recognise_for(embedding, None, 4)
+
+
 def test_the_embedded_model_names_its_own_yamls() -> None:
     found = recognise(ROOT / "models" / "ldm" / "creatures" / "model.safetensors")
     assert (found.family, found.prediction) == ("embedded", "v")
@@ -325,3 +360,35 @@ def test_a_folder_without_a_scheduler_does_not_pretend_to_know(tmp_path, linear,
     save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     found = recognise(tmp_path)
     assert (found.family, found.prediction, found.known_by) == expected
+
+
+@pytest.mark.parametrize(
+    ("marks", "prediction", "zero_snr"),
+    [
+        ((), "eps", False),
+        (("v_pred",), "v", False),
+        (("v_pred", "ztsnr"), "v", True),
+        (("ztsnr",), "eps", False),
+    ],
+)
+def test_the_marks_of_v_prediction_in_files_of_stable_diffusion_xl(
+    tmp_path, marks, prediction, zero_snr
+) -> None:
+    shapes = denoiser(context=2048, added=2816) | dict.fromkeys(marks, (0,))
+    found = recognise(write(tmp_path / "noob.safetensors", shapes))
+    assert (found.family, found.prediction, found.zero_snr) == ("sdxl", prediction, zero_snr)
+
+
+@pytest.mark.parametrize(
+    ("name", "notes", "more", "family"),
+    [
+        ("vae.safetensors", {}, {}, None),
+        ("sdxl_vae.safetensors", {}, {}, "sdxl"),
+        ("v.safetensors", {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, {}, "sdxl"),
+        ("model.safetensors", {}, denoiser(), "sd1"),
+        ("model.safetensors", {}, denoiser(context=2048, added=2816), "sdxl"),
+    ],
+)
+def test_the_family_of_a_first_stage(tmp_path, name, notes, more, family) -> None:
+    path = write(tmp_path / name, {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)} | more, notes)
+    assert family_of_first_stage(path) == family

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from ldm.checkpoint import (
 from ldm.diffusers_layout import vae_weights
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import ConfigError, UserError
+from ldm.yaml_files import read_yaml
 from tests.golden_record import GOLDEN, Golden
 
 CASE = Golden("clip_one_vector")
@@ -316,6 +318,76 @@ def test_a_first_stage_that_the_yaml_names_is_read_if_the_checkpoint_has_none(
     config.params.first_stage_config.params.ckpt_path = str(tmp_path / "whole.safetensors")
     loaded = load_model_from_config(config, without_vae).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_weights_that_the_model_has_no_place_for_are_refused_where_they_compute(
+    tmp_path: Path, weights
+) -> None:
+    """A network with more layers is another one, and its images would be noise."""
+    for key in ("model.diffusion_model.input_blocks.99.0.weight", "first_stage_model.decoder.up.9.weight"):
+        save_file(weights | {key: torch.ones(1)}, tmp_path / "m.safetensors")
+        with pytest.raises(CheckpointError, match=f"the model has no '{key}' .1 such keys.; "):
+            load_model_from_config(CASE.config(), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scaling_factor": 0.13025}, "the scaling_factor 0.13025, and the model's is 0.18215; name one of"),
+        ({"latents_mean": [0.0, 1.0]}, "as of Playground 2.5"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "ConsistencyDecoderVAE"),
+    ],
+)
+def test_a_first_stage_of_another_family_is_refused(tmp_path: Path, weights, settings, message) -> None:
+    prefix = "first_stage_model."
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    theirs = {name: value.contiguous() for name, value in vae_weights(own, "diffusers").items()}
+    save_file(theirs, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(weights, tmp_path / "m.ckpt")
+    config = CASE.config()
+    (tmp_path / "config.json").write_text(json.dumps({**VAE_SETTINGS, **settings}))
+    config.params.scale_factor = 0.18215
+    with pytest.raises(CheckpointError, match=message):
+        load_model_from_config(config, tmp_path / "m.ckpt", vae=tmp_path)
+
+
+VAE_SETTINGS = {"block_out_channels": [32, 64], "layers_per_block": 1, "latent_channels": 4, "in_channels": 3}
+VAE_SETTINGS |= {"out_channels": 3}
+
+
+def test_a_first_stage_in_a_file_of_another_family_or_width_is_refused(tmp_path: Path, weights) -> None:
+    config = read_yaml(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml")
+    denoiser = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(1, 4, 1, 1),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(1, 768),
+    }
+    save_file(denoiser, tmp_path / "model.safetensors")
+    for name, channels, message in (
+        ("sdxl_vae.safetensors", 4, "has the first stage of Stable Diffusion XL, and the model is Stable"),
+        ("flux.safetensors", 16, "a first stage of 16 channels, and the model needs 4; name one of its"),
+    ):
+        save_file({"decoder.conv_in.weight": torch.ones(1, channels, 1, 1)}, tmp_path / name)
+        with pytest.raises(CheckpointError, match=message):
+            load_model_from_config(config, tmp_path / "model.safetensors", vae=tmp_path / name)
+
+
+def test_the_mark_of_zero_terminal_snr_changes_the_noise_schedule(tmp_path: Path) -> None:
+    state = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(1, 4, 1, 1),
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(1, 2048),
+        "model.diffusion_model.label_emb.0.0.weight": torch.ones(1, 2816),
+    }
+    path, config = tmp_path / "m.safetensors", ROOT / "configs" / "stable-diffusion" / "xl-finetune.yaml"
+    marked = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    save_file(state | {"v_pred": marked["v_pred"]}, path)
+    node, base = complete_config(config, path)
+    assert node["params"]["parameterization"] == "v" and not node["params"].get("given_betas")
+    save_file(state | marked, path)
+    node, base = complete_config(config, path)
+    assert base is not None and base.name == "Stable Diffusion XL (v)"
+    kept = torch.tensor(node["params"]["given_betas"], dtype=torch.float64).neg().add(1).cumprod(0)
+    assert len(kept) == 1000 and kept[-1].item() == pytest.approx(2.0**-24) and kept[-2] > 1e-7
+    assert kept[0].item() == pytest.approx(1 - 0.00085)
 
 
 def test_paths_of_a_yaml_are_found_from_its_folder_and_that_of_the_model(

@@ -14,6 +14,7 @@ import pytest
 
 from ldm.console import ConsoleHandler, is_out_of_files, make_streams_lasting, raise_file_limit
 
+pytestmark = pytest.mark.refused_first
 ROOT = Path(__file__).resolve().parents[1]
 TALK = """
 import logging, sys, warnings
@@ -68,6 +69,21 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, redirection):
     assert result.returncode == 0 and b"Traceback" not in result.stderr and b"Broken" not in result.stderr
     if "head" in redirection:
         assert result.stdout == "ק \U0001f600 \\udcff\n".encode()
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), ("| true", 0), ("", 0)])
+def test_lost_results_are_known(redirection, code):
+    program = (
+        "from ldm import console; console.make_streams_lasting(); print(1); console.check_results_written()"
+    )
+    result = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirection}', sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == code
+    assert (b"the results cannot be written: No space left" in result.stderr) == bool(code)
 
 
 def test_a_stream_of_a_notebook_or_a_test_stays_the_same_object(monkeypatch):

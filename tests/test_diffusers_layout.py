@@ -6,13 +6,12 @@ import inspect
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ldm import diffusers_layout as layout
-from ldm.models.diffusion.schedule import make_beta_schedule
+from ldm import diffusers_settings as settings
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.encoders.open_clip import OpenCLIPText
@@ -82,17 +81,17 @@ def test_published_models_have_the_names_and_shapes_of_diffusers(family: str) ->
     ours = manifest(family)
     parts = layout.to_diffusers(ours, family)
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**layout.unet_settings(full(family), 64))
+        unet = diffusers.UNet2DConditionModel(**settings.unet_settings(full(family), 64))
     assert shapes(parts["unet"]) == shapes(unet.state_dict())
     ddconfig = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "resolution": 256, "in_channels": 3}
     ddconfig |= {"out_ch": 3, "z_channels": 4, "num_groups": 32}
     with torch.device("meta"):
-        vae = diffusers.AutoencoderKL(**layout.vae_settings(ddconfig, 0.18215))
+        vae = diffusers.AutoencoderKL(**settings.vae_settings(ddconfig, 0.18215))
     assert shapes(parts["vae"]) == shapes(vae.state_dict())
     assert shapes(layout.to_ldm(parts, family)) == shapes(ours)
-    read = layout.vae_params(vae.config)
+    read = settings.vae_params(vae.config)
     assert read["embed_dim"] == 4 and {key: read["ddconfig"][key] for key in ddconfig} == ddconfig
-    assert layout.unet_params(unet.config) == full(family)
+    assert settings.unet_params(unet.config) == full(family)
 
 
 @pytest.mark.parametrize("family", UNETS)
@@ -152,46 +151,7 @@ def test_the_recorded_tower_of_stable_diffusion_2_without_its_last_block() -> No
         torch.testing.assert_close(output, io[recorded], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"beta_schedule": "scaled_linear"},
-        {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02},
-        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
-        {"trained_betas": np.linspace(0.001, 0.02, 1000).tolist()},
-    ],
-)
-def test_noise_schedules_are_those_of_diffusers(options) -> None:
-    usual = {"beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = diffusers.EulerDiscreteScheduler(**usual | options)
-    params = layout.schedule_params(scheduler.config)
-    betas = params["given_betas"]
-    if betas is None:
-        betas = make_beta_schedule(
-            params["beta_schedule"], params["timesteps"], params["linear_start"], params["linear_end"]
-        )
-    kept = torch.tensor(np.cumprod(1 - np.asarray(betas)))
-    torch.testing.assert_close(kept.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
-
-
-def test_what_cannot_be_read_is_named() -> None:
-    usual: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "layers_per_block": 1} | UNETS["sd1"]
-    for change, message in (
-        ({"act_fn": "gelu"}, "the unet's act_fn is 'gelu'"),
-        ({"class_embed_type": "projection"}, "class_embed_type is 'projection'"),
-        ({"block_out_channels": (32, 48)}, "no multiples of the first"),
-        ({"layers_per_block": (1, 2)}, "layers_per_block differ per level"),
-        (
-            {"attention_head_dim": (4, 4, 2), "block_out_channels": (32, 64, 64)},
-            "neither equal in number nor in width",
-        ),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            layout.unet_params(usual | change)
-    with pytest.raises(CheckpointError, match="AsymmetricAutoencoderKL"):
-        layout.vae_params({"_class_name": "AsymmetricAutoencoderKL"})
-    with pytest.raises(CheckpointError, match="beta_schedule is 'sigmoid'"):
-        layout.schedule_params({"beta_schedule": "sigmoid"})
+def test_a_weight_without_a_place_is_named() -> None:
     unet = diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **UNETS["sd1"]).state_dict()
     with pytest.raises(CheckpointError, match="'extra.weight', which the layout of ldm has no place for"):
         layout.unet_weights(unet | {"extra.weight": torch.zeros(1)}, "ldm")
@@ -202,7 +162,7 @@ def test_what_cannot_be_read_is_named() -> None:
 def test_denoisers_of_diffusers_compute_the_same_here(family: str) -> None:
     unet = diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=1, **UNETS[family])
     randomised(unet, 1)
-    params = layout.unet_params(unet.config)
+    params = settings.unet_params(unet.config)
     lacking = params.keys() - inspect.signature(UNetModel).parameters.keys()
     if lacking:
         pytest.skip(f"UNetModel has no {', '.join(lacking)} yet")

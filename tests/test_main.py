@@ -34,6 +34,7 @@ def test_help(capsys):
         assert word in text
 
 
+@pytest.mark.refused_first
 def test_wrong_command_line(capsys):
     assert main.main(["--nonsense"]) == 2
     shown = capsys.readouterr()
@@ -85,6 +86,7 @@ ANSWERED_AT_ONCE = {
 }
 
 
+@pytest.mark.refused_first
 def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("model:\n\ttarget: x\n")

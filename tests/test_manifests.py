@@ -68,7 +68,7 @@ def test_keys_and_shapes_of_stable_diffusion_2(config: str) -> None:
     assert model.embedding_manager.width == 1024
 
 
-# The parameters that Stability's own YAMLs of Stable Diffusion 2 give; they train no word.
+# The parameters of Stability's v2-inference.yaml; they train no word. Its other YAMLs differ in those below.
 STABILITYS: dict[str, Any] = {
     "linear_start": 0.00085,
     "linear_end": 0.0120,
@@ -131,10 +131,24 @@ STABILITYS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("further", [{}, {"parameterization": "v"}], ids=["v2-inference", "v2-inference-v"])
-def test_stabilitys_own_yamls_load_unchanged(further: dict[str, str], tmp_path: Path) -> None:
+CPU = {"use_checkpoint": False, "use_fp16": False}  # of the YAMLs in its folders intel and ipex
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "v2-inference": ({}, {}),
+    "v2-inference-v": ({"parameterization": "v"}, {}),
+    "v2-inference-fp32": ({}, CPU),
+    "v2-inference-v-fp32": ({"parameterization": "v"}, CPU),
+    "v2-inference-bf16": ({}, CPU | {"use_bf16": True}),
+    "v2-inference-v-bf16": ({"parameterization": "v"}, CPU | {"use_bf16": True}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stabilitys_own_yamls_load_unchanged(name: str) -> None:
+    further, of_unet = VARIANTS[name]
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
-    node: Any = OmegaConf.create({"target": target, "params": STABILITYS | further})
+    unet = STABILITYS["unet_config"] | {"params": STABILITYS["unet_config"]["params"] | of_unet}
+    params = STABILITYS | further | {"unet_config": unet}
+    node: Any = OmegaConf.create({"base_learning_rate": 1.0e-4, "target": target, "params": params})
     check_config(node, "model")
     assert family_of(node) == "sd2"
     own = {"cond_stage_config": {"params": {"tokenizer": str(GOLDEN / "clip_tiny")}}}

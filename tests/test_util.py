@@ -13,6 +13,7 @@ from ldm.util import (
     ConfigError,
     UsageError,
     UserError,
+    accepts,
     best_device,
     check_config,
     check_integer,
@@ -246,3 +247,18 @@ def test_parameters_that_contradict_each_other(change: dict, words: str) -> None
     check_config({"target": config["target"], "params": params}, "x")
     with pytest.raises(ConfigError, match=words):
         check_config({"target": config["target"], "params": params | change}, "x")
+
+
+def test_keywords_pass_through_classes_that_are_mixed_in():
+    class Base:
+        def __init__(self, size, denoiser=None): ...
+
+    class Mixin:
+        def __init__(self, weight, **more): ...
+
+    class Both(Mixin, Base): ...
+
+    class Alone(Mixin): ...
+
+    assert all(accepts(Both, name) for name in ("weight", "size", "denoiser")) and not accepts(Both, "colour")
+    assert accepts(Alone, "weight") and not accepts(Alone, "size")

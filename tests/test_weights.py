@@ -47,6 +47,12 @@ def test_one_set_of_weights_is_chosen(names, variant, chosen) -> None:
     assert weight_files(names, variant) == chosen
 
 
+def test_shards_left_over_from_another_download_are_passed_over() -> None:
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert weights.weight_files(["model-00001-of-00002.safetensors", *names]) == names
+    assert weights.weight_files(["model-00001-of-00009.safetensors", *names[:2]]) == names[:2]
+
+
 def test_shards_are_read_together_and_a_missing_one_is_named(tmp_path: Path) -> None:
     part = tmp_path / "unet"
     part.mkdir()
@@ -188,7 +194,7 @@ class Hub:
         for name in allow_patterns:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             index = {part: ["x", "y"] for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
-            (folder / name).write_text(json.dumps(index if name == "model_index.json" else {}))
+            (folder / name).write_text(json.dumps(index if name == "model_index.json" else {"a": 1}))
         return str(folder)
 
     def model_info(self, repository, revision=None):
@@ -218,6 +224,23 @@ def test_a_model_of_the_hub_is_fetched_once(hub) -> None:
     assert made.downloads == 1
 
 
+def test_a_first_stage_of_the_hub_is_fetched_once(hub) -> None:
+    made = hub(names=["config.json", f"{BASE}.safetensors"])
+    folder = fetch("someone/vae")
+    made.online = False
+    assert fetch("someone/vae") == folder and made.downloads == 1
+
+
+def test_only_the_asked_parts_are_fetched(hub) -> None:
+    made = hub()
+    folder = fetch("someone/model", parts=["text_encoder"])
+    assert Folder(folder).weights("text_encoder") and not Folder(folder).weights("unet")
+    fetch("someone/model", parts=["text_encoder"])
+    assert made.downloads == 1
+    fetch("someone/model")  # the whole model is asked for later
+    assert Folder(folder).weights("unet") and made.downloads == 2
+
+
 def test_a_variant_that_is_not_there_is_an_error_before_anything_is_fetched(hub) -> None:
     made = hub()
     with pytest.raises(
@@ -242,6 +265,28 @@ def test_offline_it_is_said_what_is_missing(hub) -> None:
     made.online = False
     with pytest.raises(CheckpointError, match="its vae is neither here nor readable"):
         fetch("someone/model")
+    with pytest.raises(CheckpointError, match="its vae, variant fp16 is neither here nor readable"):
+        fetch("someone/model", variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("lost", "missing"),
+    [
+        ("vae/config.json", "vae"),
+        ("text_encoder/model.safetensors", "text_encoder"),
+        ("tokenizer/vocab.json", "tokenizer"),
+        ("scheduler/scheduler_config.json", "scheduler"),
+    ],
+)
+def test_a_download_that_was_cut_off_is_completed(hub, lost, missing) -> None:
+    made = hub()
+    folder = fetch("someone/model")
+    (folder / lost).unlink()
+    made.online = False
+    with pytest.raises(CheckpointError, match=f"its {missing} is neither here"):
+        fetch("someone/model")
+    made.online = True
+    assert (fetch("someone/model") / lost).is_file()
 
 
 def test_a_repository_in_another_layout_names_its_file(hub) -> None:

@@ -12,6 +12,8 @@ import pytest
 from ldm.util import UserError
 from ldm.words import check_word, cleaned, file_stem, folded, pattern
 
+pytestmark = pytest.mark.refused_first
+
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
 PERSIAN = "می\u200cخواهم"

@@ -22,6 +22,8 @@ from ldm.yaml_files import (
     yaml_value,
 )
 
+pytestmark = pytest.mark.refused_first
+
 BROKEN = [
     ("a:\n  b: *\n", 2, 6, '* needs quotes: "*"'),
     ("a: [*, @]\n", 1, 5, '* needs quotes: "*"'),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.commands.base import check_files, guarded, write_error
-from ldm.console import Parser, positive, write_line
+from ldm.commands.base import check_files, check_model, guarded, write_error
+from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
 
@@ -66,18 +67,27 @@ def inspect(options: argparse.Namespace) -> None:
     """Report on every file; a file that cannot be read does not prevent the report on the others."""
     from ldm.embeddings import read
     from ldm.embeddings.inspection import inspect_concepts, words_of
+    from ldm.embeddings.method_files import read_method_file
+    from ldm.weights import TEXT_ENCODERS, located
 
+    check_model(options.ckpt_path)
+    tables = _vocabulary(options)
     folder = options.tokenizer
     if folder is None and options.ckpt_path:
-        folder = _tokenizer_of(options.ckpt_path)
+        folder = _tokenizer_of(located(options.ckpt_path, parts=TEXT_ENCODERS))
     words = words_of(folder) if folder else None
-    tables = _vocabulary(options)
     reports: list[dict[str, Any]] = []
     failures: list[UserError] = []
     for file in options.files:
         try:
             learned = read(file)
         except UserError as error:
+            if method := read_method_file(file):
+                record = {"method": method.method, "words": dict(method.words), "dials": dict(method.dials)}
+                reports.append({"file": str(file), **record})
+                if not options.json:
+                    write_line(f"{file}: {method.described()}")
+                continue
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
             continue
@@ -94,7 +104,10 @@ def inspect(options: argparse.Namespace) -> None:
             for line in _report_lines(file, learned, concepts, tables):
                 write_line(line)
     if options.json:
-        write_line(json.dumps(reports, indent=2, ensure_ascii=False))
+        # Python's escapes of what a console lacks are not those of JSON.
+        narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
+        write_line(json.dumps(reports, indent=2, ensure_ascii=narrow))
+    check_results_written()
     if failures:
         for failure in failures[:-1]:
             write_error(failure)
@@ -216,9 +229,7 @@ def _explain_word(trigger: str, path: Path, format: str) -> None:
 def transfer(options: argparse.Namespace) -> None:
     """Write the words of a file for another model, and how good the map between the text encoders is."""
     check_files(options.file)
-    for model in (options.source, options.target):
-        if not model.exists():
-            raise UserError(f"'{model}' does not exist; name a checkpoint or a folder as diffusers writes it")
+    check_model(options.source, options.target)
     _check_overwriting([options.output], options)
 
     from ldm.embeddings import read, write
@@ -227,7 +238,7 @@ def transfer(options: argparse.Namespace) -> None:
 
     learned = read(options.file)
     transfers = fit_models(token_tables(options.source), token_tables(options.target))
-    moved = transferred(learned, transfers, options.source.name, options.target.name)
+    moved = transferred(learned, transfers, Path(options.source).name, Path(options.target).name)
     for (kind, other), fit in transfers.items():
         write_line(
             f"{kind} ({fit.weight.shape[0]}) to {other} ({fit.weight.shape[1]}): cosine similarity to the true vectors "
@@ -335,9 +346,7 @@ def _make_parser(prog: str) -> Parser:
 
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    command.add_argument(
-        "--ckpt_path", type=Path, help="model (file or folder) to compare with its vocabulary"
-    )
+    command.add_argument("--ckpt_path", help="model (file, folder or hub id) to compare with its vocabulary")
     command.add_argument(
         "--tokenizer",
         type=Path,
@@ -382,12 +391,10 @@ def _make_parser(prog: str) -> Parser:
 
     command = commands.add_parser("transfer", help="move a word to another model, as a start for training")
     command.add_argument("file", type=Path, metavar="FILE")
-    model = "a checkpoint, or a folder as diffusers writes it"
+    model = "a checkpoint, a folder as diffusers writes it, or a hub id"
+    command.add_argument("--from", dest="source", required=True, metavar="MODEL", help=f"its model: {model}")
     command.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="MODEL", help=f"its model: {model}"
-    )
-    command.add_argument(
-        "--to", dest="target", type=Path, required=True, metavar="MODEL", help="the model that it will be for"
+        "--to", dest="target", required=True, metavar="MODEL", help="the model that it will be for"
     )
     command.add_argument(
         "-o",

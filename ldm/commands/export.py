@@ -16,7 +16,7 @@ from ldm.commands.base import (
     read_model_config,
 )
 from ldm.console import Parser, write_line
-from ldm.util import UserError
+from ldm.util import UserError, shown
 from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
@@ -51,10 +51,17 @@ def export(options: argparse.Namespace) -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
     from ldm.embeddings import renames_from
+    from ldm.embeddings.method_files import read_method_file
     from ldm.generate.embeddings import load_embeddings, personalization_of
     from ldm.interop import diffusers_pipeline
 
     renames = renames_from(options.rename)
+    for path in options.embedding_path:
+        if held := read_method_file(path):
+            raise UserError(
+                f"'{path}' is of the method '{shown(held.method)}', whose words are more than vectors, and diffusers "
+                "has none for them; export without it"
+            )
     config = read_model_config(options.ckpt_path, options.config)
     model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
     placeholders: list[str] = []

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ldm.embeddings.concept import ENCODER_KINDS, Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
 from ldm.util import shown
-from ldm.weights import Folder, read_state_dict
+from ldm.weights import TEXT_ENCODERS, Folder, located, read_state_dict
 
 # The ends of a token table's name: CLIP in all layouts, and BERT in LDM's and that of transformers.
 _CLIP_TABLE, _BERT_TABLE = "token_embedding.weight", ("token_emb.weight", "word_embeddings.weight")
@@ -22,14 +22,15 @@ _CLIP_TABLE, _BERT_TABLE = "token_embedding.weight", ("token_emb.weight", "word_
 def token_tables(model: str | Path) -> dict[str, Tensor]:
     """Return the token tables [V, d] of a model by the kind of text encoder, such as "clip_l"; SDXL has two.
 
-    `model` is a checkpoint, or a folder as diffusers writes it. Raises UserError if it cannot be read or has none.
+    `model` is a checkpoint, a folder as diffusers writes it, or a hub id, of which only the text encoders are fetched.
+    Raises UserError if it cannot be read or has none.
     """
-    path = Path(model)
+    path = located(model, parts=TEXT_ENCODERS)
     found: dict[str, Tensor] = {}
     files = [path]
     if path.is_dir():
         folder = Folder(path)
-        files = [*folder.weights("text_encoder"), *folder.weights("text_encoder_2")] or folder.own_weights()
+        files = [file for part in TEXT_ENCODERS for file in folder.weights(part)] or folder.own_weights()
     for file in files:
         for name, value in read_state_dict(file).items():
             if value.ndim != 2 or not name.endswith((_CLIP_TABLE, *_BERT_TABLE)):

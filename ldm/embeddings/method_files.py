@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.embeddings.concept import EmbeddingError, is_possible_width, model_names
+from ldm.embeddings.concept import (
+    EmbeddingError,
+    LearnedEmbeddings,
+    is_possible_width,
+    model_names,
+    quoted,
+)
 from ldm.embeddings.file_metadata import METHOD, RECORD_KEY
 from ldm.embeddings.payload import Payload, open_payload, save_tensors
 from ldm.embeddings.reader import read
@@ -50,6 +56,38 @@ class MethodFile:
     encoder: str | None = None
     width: int = 0
     source: str = ""
+
+    @property
+    def triggers(self) -> list[str]:
+        """The words, as `LearnedEmbeddings` has them."""
+        return list(self.words)
+
+    def described(self) -> str:
+        """One line for people: the method, the words, what the file is for, and its dials."""
+        words = ", ".join(f"'{shown(word)}' ({count})" for word, count in self.words.items())
+        dials = ", ".join(f"{shown(name)}={value:g}" for name, value in self.dials.items()) or "none"
+        return (
+            f"words of the method '{shown(self.method)}': {words}, for {model_names(self.encoder, self.width)}; dials: "
+            f"{dials}"
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> MethodFile:
+        """Return the same words with new names, `names` by old name; unknown ones raise EmbeddingError."""
+        for old in names:
+            if old not in self.words:
+                raise EmbeddingError(f"there is no word '{shown(old)}'; there is {quoted(self.triggers)}")
+        kept = [(check_word(names.get(word, word), "trigger"), count) for word, count in self.words.items()]
+        if len(dict(kept)) < len(kept):
+            raise EmbeddingError("two words would have the same name; choose another")
+        return replace(self, words=dict(kept))
+
+    def only(self, word: str) -> MethodFile:
+        """One of the words alone."""
+        if len(self.words) == 1:
+            return self
+        start = f"{self.triggers.index(word)}."
+        tensors = {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+        return replace(self, words={word: self.words[word]}, tensors=tensors)
 
     def check_encoder(self, encoder: str, width: int) -> None:
         """Raise EmbeddingError if it is for another text encoder than this one."""
@@ -105,10 +143,14 @@ def read_method_file(path: str | Path) -> MethodFile | None:
     return None
 
 
+def read_words(path: str | Path) -> LearnedEmbeddings | MethodFile:
+    """What is in a file of vectors of any tool, or of a method; EmbeddingError if it is neither."""
+    return read_method_file(path) or read(path)
+
+
 def triggers_of(path: str | Path) -> list[str]:
     """The words in a file of vectors or of a method; EmbeddingError if it is neither."""
-    found = read_method_file(path)
-    return read(path).triggers if found is None else list(found.words)
+    return read_words(path).triggers
 
 
 def _of_another_tool(path: Path) -> MethodFile:

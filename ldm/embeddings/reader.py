@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from ldm.base_models import EMBEDDING, FAMILIES, what_holds
+from ldm.base_models import FAMILIES, what_holds
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.embeddings.file_metadata import METHOD
 from ldm.embeddings.payload import Payload, open_payload
@@ -20,6 +20,7 @@ from ldm.embeddings.tensor_formats import (
     parse_onetrainer,
     parse_xti,
 )
+from ldm.model_kinds import EMBEDDING
 from ldm.util import UserError, shown
 
 # Tried in this order; the last accepts any key as a trigger.

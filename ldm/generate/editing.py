@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldm import words
-from ldm.embeddings import LearnedEmbeddings, read
+from ldm.embeddings import LearnedEmbeddings
+from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.files import file_hash
 from ldm.images import fitted, open_image, open_mask, to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -137,7 +138,9 @@ def dial_labels(strength: float, class_words: ClassWords) -> dict[str, str]:
     return {"Concept strength": f"{strength:g}", "Class words": text}
 
 
-def class_words(held: Iterable[str | Path | LearnedEmbeddings], given: Sequence[str] = ()) -> ClassWords:
+def class_words(
+    held: Iterable[str | Path | LearnedEmbeddings | MethodFile], given: Sequence[str] = ()
+) -> ClassWords:
     """Return the class words of placeholders, from what is given and else from the files' metadata.
 
     Args:
@@ -150,11 +153,12 @@ def class_words(held: Iterable[str | Path | LearnedEmbeddings], given: Sequence[
         return given[0].strip()
     found: dict[str, str | None] = {}
     for one in held:
-        learned = one if isinstance(one, LearnedEmbeddings) else read(one)
+        learned = read_words(one) if isinstance(one, (str, Path)) else one
         # A run of several placeholders writes their initializers in one line, in the same order.
-        initializers: list[str | None] = [*(learned.metadata.initializer or "").split(", ")]
+        noted = learned.metadata.initializer if isinstance(learned, LearnedEmbeddings) else None
+        initializers: list[str | None] = [*(noted or "").split(", ")]
         several = len(initializers) == len(learned.triggers) and all(initializers)
-        alone = learned.metadata.initializer if len(learned.triggers) == 1 else None
+        alone = noted if len(learned.triggers) == 1 else None
         for number, trigger in enumerate(learned.triggers):
             found[trigger] = initializers[number] if several else alone
     for text in given:
@@ -182,6 +186,9 @@ def with_class_words(model: LatentDiffusion, prompts: Sequence[str], class_words
     manager = model.embedding_manager
     names = [] if manager is None else list(manager.placeholders)
     ignores_case = model.cond_stage_model.prompt_tokenizer.ignores_case if names else True
+
+    if not isinstance(class_words, (str, Mapping)):
+        raise UserError(f"class_words is {shown(class_words)}; give a word, or a dictionary by placeholder")
 
     def word_of(name: str) -> str:
         word = class_words if isinstance(class_words, str) else class_words.get(name)

@@ -8,16 +8,18 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.embeddings import LearnedEmbeddings, merge, read
-from ldm.embeddings.method_files import read_method_file
+from ldm.embeddings.method_files import MethodFile, read_method_file
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import words_of
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.util import UsageError, UserError, shown
+from ldm.util import UsageError, UserError, get_obj_from_str, shown
 from ldm.words import check_text, pattern
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 
 
 # What holds words: a file, or what was read from one.
-Words = str | Path | LearnedEmbeddings
+Words = str | Path | LearnedEmbeddings | MethodFile
 
 
 def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> list[str]:
@@ -46,12 +48,11 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
         UserError: a file cannot be read or is for another text encoder, or two files have different vectors for one
             placeholder.
     """
-    paths = [paths] if isinstance(paths, (str, Path, LearnedEmbeddings)) else list(paths)
+    paths = [paths] if isinstance(paths, (str, Path, LearnedEmbeddings, MethodFile)) else list(paths)
     encoder, personalization = text_encoder_of(model), personalization_of(model)
-    methods = [None if isinstance(path, LearnedEmbeddings) else read_method_file(path) for path in paths]
-    if any(methods):
-        pairs = zip(paths, methods, strict=True)
-        files = [method or (p if isinstance(p, LearnedEmbeddings) else read(p)) for p, method in pairs]
+    held = [read_method_file(path) if isinstance(path, (str, Path)) else path for path in paths]
+    if any(isinstance(one, MethodFile) for one in held):
+        files = [one or _vectors_of(path) for one, path in zip(held, paths, strict=True)]
         words = words_of(files, encoder, model.denoiser_shape)
         model.embedding_manager = words.to(model.alphas_cumprod.device).train(model.training)
         return list(words.placeholders)
@@ -61,11 +62,11 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
         kind = type(personalization).__name__
         if len(paths) != 1:
             raise UserError(f"{kind} loads one embedding file, not {len(paths)}; name one")
-        if isinstance(paths[0], LearnedEmbeddings):
+        if not isinstance(paths[0], (str, Path)):
             raise UserError(f"{kind} has files of its own; name the file instead of vectors")
         personalization.load(paths[0])
         return list(personalization.placeholders)
-    merged = merge([path if isinstance(path, LearnedEmbeddings) else read(path) for path in paths])
+    merged = merge([_vectors_of(path) for path in paths])
     vectors = merged.vectors_for(encoder.width, encoder.family)
     personalization.take(vectors, source=f"'{merged.source}'")
     # All vectors of a file that are in use there are used here, even if the config adds vectors during training.
@@ -74,6 +75,11 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
     if isinstance(personalization, nn.Module):
         personalization.to(model.alphas_cumprod.device)
     return list(personalization.placeholders)
+
+
+def _vectors_of(word: Words) -> LearnedEmbeddings:
+    assert not isinstance(word, MethodFile), "files of methods are looked for first"
+    return word if isinstance(word, LearnedEmbeddings) else read(word)
 
 
 def set_dials(model: LatentDiffusion, settings: Sequence[str]) -> None:
@@ -95,6 +101,13 @@ def takes_vectors(personalization: type[Personalization]) -> bool:
     Such a class overrides `Personalization.take`.
     """
     return personalization.take is not Personalization.take
+
+
+def of_own_class(config: Mapping[str, Any]) -> str | None:
+    """The target of the personalization in a model's YAML, if that class alone reads its files; else None."""
+    node = OmegaConf.select(config, "model.params.personalization_config") or {}  # type: ignore[arg-type]
+    kind = get_obj_from_str(node["target"]) if "target" in node else None
+    return None if kind is None or takes_vectors(kind) or kind.method else str(node["target"])
 
 
 def check_prompts(

@@ -330,19 +330,25 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     Raises:
         UserError: the suffix is neither .png nor .jpg, or the file cannot be written.
     """
+    check_value("path", path, "", str)
     path = Path(path)
-    if path.suffix[1:] not in FORMATS:
+    format = FORMATS.get(path.suffix.lower().replace(".jpeg", ".jpg")[1:])
+    if format is None:
         raise UserError(f"'{path}' does not end in .png or .jpg; images are written in these formats")
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"{type(image).__name__} is no type of images; give one of PIL, as ldm.generate returns them"
+        )
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if format == "JPEG" else {}
     text = image.info.get(PARAMETERS)
-    if text and path.suffix == ".jpg":
+    if text and format == "JPEG":
         exif = Image.Exif()
         exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
         options["exif"] = exif
     elif text:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text(PARAMETERS, text)
-    return atomic_write(path, lambda file: image.save(file, FORMATS[path.suffix[1:]], **options))
+    return atomic_write(path, lambda file: image.save(file, format, **options))
 
 
 def save_grid(images: Sequence[Image.Image], columns: int, path: Path) -> Path:

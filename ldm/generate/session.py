@@ -13,26 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy import ndarray
 from omegaconf import DictConfig, OmegaConf
 from PIL.Image import Image
+from torch import Tensor
 
 from ldm.checkpoint import load_model_from_config, read_config
-from ldm.embeddings import LearnedEmbeddings, read
-from ldm.embeddings.method_files import triggers_of
+from ldm.embeddings import LearnedEmbeddings
+from ldm.embeddings.method_files import MethodFile, read_words, triggers_of
 from ldm.files import file_hash
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
     check_mentions,
     load_embeddings,
-    takes_vectors,
+    of_own_class,
     warn_unused,
 )
 from ldm.generate.images import OutputError, generate
-from ldm.generate.prompt_syntax import check_token_limit, parse
+from ldm.generate.prompt_syntax import SYNTAXES, check_token_limit, parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import UserError, best_device, check_integer, free_memory, get_obj_from_str
-from ldm.words import pattern
+from ldm.util import (
+    UserError,
+    best_device,
+    check_integer,
+    check_value,
+    free_memory,
+    shown,
+)
+from ldm.values import plain
+from ldm.words import check_text, pattern
 from ldm.yaml_files import in_checkout
 
 logger = logging.getLogger(__name__)
@@ -75,9 +85,7 @@ def resolve(
     configured = [str(word) for word in params.get("placeholder_strings") or []]
     learned = configured if params.get("embedding_manager_ckpt") else []
     given, words = [*prompts], list(words)
-    # Another kind of personalization alone knows its files and its placeholders.
-    kind = get_obj_from_str(node["target"]) if "target" in node else None
-    if kind is not None and not takes_vectors(kind) and not kind.method:
+    if of_own_class(config):  # which alone knows its files and its placeholders
         return Prompts(given or [default], negative_prompt, words)
     if syntax != "plain":
         *given, negative_prompt = [
@@ -141,15 +149,16 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
 
 
 def _name(word: Words) -> str:
-    return (word.source or word.triggers[0]) if isinstance(word, LearnedEmbeddings) else str(word)
+    return str(word) if isinstance(word, (str, Path)) else word.source or word.triggers[0]
 
 
 def _triggers(word: Words) -> list[str]:
-    return word.triggers if isinstance(word, LearnedEmbeddings) else triggers_of(word)
+    return triggers_of(word) if isinstance(word, (str, Path)) else word.triggers
 
 
 def checkpoint_of(model: str | Path) -> str:
     """What to load as a model: the only checkpoint in a folder, or what was named; found in the checkout too."""
+    check_value("model", model, "", str)
     place = Path(in_checkout(str(model)))
     found = [file for suffix in ("safetensors", "ckpt") for file in sorted(place.glob(f"*.{suffix}"))]
     return str(found[0] if place.is_dir() and len(found) == 1 else place)
@@ -173,7 +182,7 @@ def load_latent_diffusion(
     """
     device = device or best_device()
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # there are devices without numbers
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"the device '{device}' is not usable here; leave it out, or choose cpu") from error
     half = torch.float16 if precision == "autocast" and device != "cpu" else None
@@ -204,7 +213,7 @@ class Labels:
         """The words of the images to come; those that were not read from a file have no hash."""
         self._words: dict[str, str] = {}
         for word in words:
-            if not isinstance(word, LearnedEmbeddings) and (digest := _hash(Path(word))):
+            if isinstance(word, (str, Path)) and (digest := _hash(Path(word))):
                 self._words.update(dict.fromkeys(triggers_of(word), digest[:12]))
 
     def __call__(self, prompt: str) -> Mapping[str, str]:
@@ -241,6 +250,7 @@ class Session:
     def __init__(
         self, model: str | Path = WEIGHTS, config: str | Path | None = None, device: str | None = None
     ) -> None:
+        check_value("config", config, "", str | None)
         self.ckpt = checkpoint_of(model)
         self.config = read_config(self.ckpt, config)
         self._labels = Labels(self.ckpt)
@@ -268,15 +278,20 @@ class Session:
             UserError: a word, a setting or the size does not fit.
         """
         known = inspect.signature(generate).parameters
-        if unknown := sorted(settings.keys() - known.keys()):
-            names = ", ".join(list(known)[2:])
+        if unknown := sorted(settings.keys() - known.keys() | settings.keys() & {"labels", "model"}):
+            names = ", ".join(name for name in list(known)[2:] if name != "labels")
             raise UserError(f"generate has no setting '{unknown[0]}'; it has {names}")
-        check_integer(count, "count")
-        given = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        several: list[Any] = [words]
-        if not isinstance(words, (str, Path)) and (words is None or isinstance(words, Iterable)):
-            several = list(words or ())
-        held = [_file_or_vectors(word) for word in several]
+        # Numbers of numpy are as good as others.
+        settings = {name: plain(v) if getattr(v, "ndim", None) == 0 else v for name, v in settings.items()}
+        count = check_integer(plain(count), "count")
+        for name in ("progress", "on_image"):
+            if settings.get(name) is not None and not callable(settings[name]):
+                raise UserError(f"{name} is {shown(settings[name])}; give a function")
+        if prompt_syntax not in SYNTAXES:
+            raise UserError(f"prompt_syntax is {shown(prompt_syntax)}; choose one of {', '.join(SYNTAXES)}")
+        given = [check_text(prompt, "prompt") for prompt in _several(prompts)]
+        negative_prompt = check_text("" if negative_prompt is None else negative_prompt, "negative prompt")
+        held = list(dict.fromkeys(_file_or_vectors(word) for word in _several(words)))
         resolved = resolve(self.config, given, negative_prompt, held, syntax=prompt_syntax)
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
@@ -339,19 +354,40 @@ def text_to_image(
     return model.generate(prompts, words=words, **settings)
 
 
+def _several(given: Any) -> list[Any]:
+    """The items of a list, or a single one."""
+    if given is None:
+        return []
+    is_list = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Tensor, ndarray))
+    return list(given) if is_list else [given]
+
+
 def _file_or_vectors(word: Any) -> Words:
-    """The file of a concept, whose hash is part of the settings, or its vectors if they are no longer in that file."""
+    """The file of a concept, whose hash is part of the settings, or what it holds if that is no longer in the file.
+
+    Raises:
+        UserError: it is no word.
+    """
     path, held = getattr(word, "path", None), getattr(word, "embeddings", word)
-    if path is None or not isinstance(held, LearnedEmbeddings):
+    if not isinstance(held, (str, Path, LearnedEmbeddings, MethodFile)):
+        raise UserError(
+            f"words holds {type(word).__name__}, no word; give embedding files, or concepts of ldm.load or ldm.invert"
+        )
+    if path is None or isinstance(held, (str, Path)):
         return held
     try:
-        there = read(path).concepts
+        there = read_words(path)
     except UserError:
         return held
-    same = [one.trigger for one in there] == [one.trigger for one in held.concepts] and all(
-        torch.equal(one.vectors, other.vectors) for one, other in zip(there, held.concepts, strict=True)
-    )
+    mine, other = _tensors(held), _tensors(there)
+    same = mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
     return path if same else held
+
+
+def _tensors(held: LearnedEmbeddings | MethodFile) -> dict[tuple[str, ...], Tensor]:
+    if isinstance(held, MethodFile):
+        return {(*held.words, name): tensor for name, tensor in held.tensors.items()}
+    return {(one.trigger, str(one.encoder), one.part): one.vectors for one in held.concepts}
 
 
 def release() -> None:

@@ -21,21 +21,14 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.checkpoint import uninitialised
-from ldm.diffusers_layout import (
-    PREDICTIONS,
-    SCHEDULES,
-    TEXT_ENCODERS,
-    UNET,
-    VAE,
-    to_diffusers,
-    unet_settings,
-    vae_settings,
-)
+from ldm.diffusers_layout import TEXT_ENCODERS, UNET, VAE, to_diffusers
+from ldm.diffusers_settings import PREDICTIONS, SCHEDULES, unet_settings, vae_settings
 from ldm.files import write_text
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.conditioning import condition_map, context_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sdxl import LatentDiffusionXL
+from ldm.models.diffusion.steps import NO_SIGNAL
 from ldm.modules.diffusionmodules.model import Decoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -348,7 +341,7 @@ def _text_config(encoder: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def _scheduler(factory: Any, model: LatentDiffusion) -> Any:
-    """DDIM as in the original: timesteps start at 1, the last step ends at alphas_cumprod[0], nothing is clipped."""
+    """DDIM as in `ldm.models.diffusion.steps`: the last step ends at alphas_cumprod[0], nothing is clipped."""
     betas = model.betas.cpu().double()
     settings = {
         "num_train_timesteps": model.num_timesteps,
@@ -360,6 +353,8 @@ def _scheduler(factory: Any, model: LatentDiffusion) -> Any:
         "set_alpha_to_one": False,
         "clip_sample": False,
     }
+    if model.alphas_cumprod[-1] < NO_SIGNAL:
+        return factory(trained_betas=betas.tolist(), **settings | {"timestep_spacing": "trailing"})
     for name in SCHEDULES:
         scheduler = factory(beta_schedule=name, **settings)
         if torch.allclose(scheduler.betas.double(), betas, rtol=1e-4, atol=0):

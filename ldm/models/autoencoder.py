@@ -78,7 +78,7 @@ class FirstStageTraining(pl.LightningModule):
         """
         if path is None or not pretrained_wanted():
             return
-        state = {k: v for k, v in read_vae(path).items() if not k.startswith(tuple(ignore_keys))}
+        state = {k: v for k, v in read_vae(path)[0].items() if not k.startswith(tuple(ignore_keys))}
         load_state(self, state, source=f"first stage '{path}'", filled=tuple(ignore_keys))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -253,13 +253,18 @@ class EmbeddingManager(nn.Module, Personalization):
         return self.table().square().sum(dim=-1)
 
     def embedding_to_coarse_loss(self) -> Tensor:
-        """The mean squared distance of the vectors in use from their initial vectors: a scalar."""
-        losses = [
-            (self.vectors(string)[:count] - initial[:count]).square().sum(dim=-1).mean()
+        """The mean squared distance of the vectors in use from their initial vectors: a scalar.
+
+        With `cross_init` it is the mean distance, as in the paper of that.
+        """
+        squares = [
+            (self.vectors(string)[:count] - initial[:count]).square().sum(dim=-1)
             for string, count in self.placeholders.items()
             if (initial := self.initial(string)) is not None
         ]
-        return torch.stack(losses).mean() if losses else torch.zeros(())
+        if self.cross_init:  # the small number is for the gradient at the beginning
+            squares = [(square + 1e-12).sqrt() for square in squares]
+        return torch.stack([square.mean() for square in squares]).mean() if squares else torch.zeros(())
 
     # -- files and state -------------------------------------------------------------------------------------
 
@@ -514,7 +519,9 @@ def encoded_tokens(embedder: TextEncoder, tokens: Sequence[int]) -> Tensor:
     row = [tokenizer.start_id, *tokens][: tokenizer.max_length - 1] + [tokenizer.end_id]
     row += [tokenizer.pad_id] * (tokenizer.max_length - len(row))
     ids = torch.tensor([row], device=embedder.token_embedding.weight.device)
-    encoded = embedder.embed_ids(ids, None)[0, 1 : 1 + len(tokens)].float()
+    output = embedder.embed_ids(ids, None)
+    states = output["c_crossattn"][0] if isinstance(output, dict) else output
+    encoded: Tensor = states[0, 1 : 1 + len(tokens)].float()
     if encoded.shape[-1] != embedder.width:
         raise UserError(
             f"cross_init: the text encoder's output is {encoded.shape[-1]} wide and its embeddings {embedder.width}; "

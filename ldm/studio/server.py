@@ -12,23 +12,19 @@ import logging
 import os
 import threading
 import webbrowser
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ldm.console import Parser, positive, set_up_logging, write_line
+from ldm.studio.assets import App, Assets, Receive, Scope, Send, needed
 from ldm.studio.queue import STATE_FOLDER
 from ldm.studio.workspace import Workspace
 from ldm.util import UsageError, UserError
 
 logger = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 HERE, PORT = "127.0.0.1", 7860
 # The most bytes of one request: a few photos.
@@ -126,8 +122,9 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def prepare_environment(workspace: Workspace) -> None:
-    """Set what gradio reads when it is imported: no statistics, and where uploads are kept."""
+    """Set what gradio reads when it is imported: no statistics, no records of calls, and where uploads are kept."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.logs / STATE_FOLDER / "uploads")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -137,7 +134,9 @@ def listening_socket(address: str, port: int) -> Any:
     import socket
 
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named, because asyncio sends without delay only over connections of this protocol: with it unnamed, each small
+    # answer waits 40 ms for the other side's acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
@@ -285,14 +284,14 @@ def make_app(service: Any, users: dict[str, str], *, local: bool, most: int = MO
     import gradio
     from fastapi.responses import FileResponse, PlainTextResponse, Response
 
-    from ldm.studio.page import STYLE, make_page, page_script, theme
+    from ldm.studio.page import STYLE, first_kinds, make_page, page_script, theme
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/view/run/{name}/{step}")
     def preview(name: str, step: int) -> Response:
         try:
-            run = service.run(name)
+            run = service.workspace.run(name)
             folder = service.workspace.inside(service.workspace.logs, name)
         except UserError as error:
             return PlainTextResponse(str(error), 404)
@@ -321,4 +320,5 @@ def make_app(service: Any, users: dict[str, str], *, local: bool, most: int = MO
         css=STYLE.read_text(encoding="utf-8"),
         head=page_script(),
     )
-    return Guard(app, users, local=local, most=most)
+    folder = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
+    return Guard(Assets(app, folder, needed(folder, first_kinds(page))), users, local=local, most=most)

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import shlex
 import shutil
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
+from torch import Tensor
 
 from ldm import files
 from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
-from ldm.embeddings.method_files import triggers_of
-from ldm.generate.images import SAMPLERS, ImageFolder, OutputError, Settings
-from ldm.generate.session import WEIGHTS, Session, checkpoint_of
-from ldm.images import enlarged, image_grid, labelled, open_image
+from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, write_method_file
+from ldm.generate.session import checkpoint_of
+from ldm.studio.generation import Generation, whole
 from ldm.studio.queue import STATE_FOLDER, Job, Queue, train_command
-from ldm.studio.workspace import Finding, Workspace, check_upload, check_yaml, findings
+from ldm.studio.workspace import (
+    Finding,
+    Thumbnail,
+    Workspace,
+    check_yaml,
+    findings,
+    view,
+)
 from ldm.training.inversion import Inversion
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import existing_run_folder
-from ldm.util import UserError, best_device, free_memory
+from ldm.util import UserError, best_device
 from ldm.words import check_word, file_stem
 from ldm.yaml_files import in_checkout, parse_yaml, read_yaml
 
@@ -39,9 +46,6 @@ logger = logging.getLogger(__name__)
 
 # Steps of the trial that a check makes, and the seconds that it may take.
 TRIAL_STEPS, TRIAL_SECONDS = 6, 600
-THUMBNAIL = 160
-MOST_IMAGES = 64
-AXES = ("nothing", "guidance", "steps", "seed", "word", "step of a run", "sampler")
 # How a word is loaded elsewhere: tool, then the line with {file}, {name} and {word}.
 LINES = {
     "this repository": 'python scripts/txt2img.py --embedding_path {file} --prompt "a photo of {word}"',
@@ -74,6 +78,20 @@ class Checked:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a filled-in form comes to; `about` says in a sentence what a chosen YAML does."""
+
+    command: str = ""
+    steps: str = ""
+    rate: str = ""
+    batch: str = ""
+    vectors: int = 1
+    size: int | None = None
+    crop: bool = True
+    about: tuple[str, ...] = ()
+
+
 class Service:
     """The page's actions on one workspace; methods may be called from any thread.
 
@@ -83,11 +101,8 @@ class Service:
     def __init__(self, workspace: Workspace, queue: Queue | None = None) -> None:
         self.workspace = workspace
         self.queue = queue or Queue(workspace.logs, workspace.root)
-        self.queue.before_start = lambda device: self.drop()
-        self._session: Session | None = None
-        self._named: tuple[Any, ...] = ()
-        self._busy = threading.Lock()
-        self.stop_generating = threading.Event()
+        self.generation = Generation(workspace)
+        self.queue.before_start = lambda device: self.generation.drop()
 
     # -- a run that is planned -----------------------------------------------------------------------------
 
@@ -100,6 +115,13 @@ class Service:
         word = check_word(str(form.get("placeholder") or "").strip())
         words = {key: str(form.get(key) or "").strip() for key in ("name", "init", "model", "rate", "kind")}
         personalization = str(form.get("personalization") or "").strip()
+        if personalization and isinstance(
+            _setting(work.path(in_checkout(personalization)), "data_root"), Mapping
+        ):
+            raise UserError(
+                f"'{personalization[:80]}' has words and image folders of its own; the page trains one word, so run it "
+                "by main.py --base"
+            )
         template = str(form.get("template_file") or "").strip()
         settings = _settings(str(form.get("settings") or ""))
         base = None
@@ -118,33 +140,25 @@ class Service:
             images=work.shown(work.path(folder)),
             placeholder=word,
             init=words["init"] or None,
-            model=self._model(words["model"]),
+            model=self.workspace.model(words["model"]),
             base=base,
             recipes=(recipe,) if recipe and base is None else (),
             personalization=work.shown(work.path(in_checkout(personalization)))
             if personalization and base is None
             else None,
-            vectors=_whole(form.get("vectors"), "the number of vectors", 1, 75),
+            vectors=whole(form.get("vectors"), "the number of vectors", 1, 75),
             kind=words["kind"] or None,
             template_file=work.shown(work.path(template)) if template else None,
             use_captions=bool(form.get("use_captions")),
             flip=bool(form.get("flip", True)),
-            steps=_whole(form.get("steps"), "steps", 1, 10**7),
+            steps=whole(form.get("steps"), "steps", 1, 10**7),
             rate=words["rate"] or None,
-            batch_size=_whole(form.get("batch_size"), "the batch size", 1, 4096),
-            seed=_whole(form.get("seed"), "the seed", 0, 2**32 - 1),
+            batch_size=whole(form.get("batch_size"), "the batch size", 1, 4096),
+            seed=whole(form.get("seed"), "the seed", 0, 2**32 - 1),
             name=file_stem(words["name"] or word),
             logdir=work.shown(work.logs),
             settings=settings,
         )
-
-    def _model(self, text: str) -> str:
-        """A model as a person named it: a path that may be named, or a hub id."""
-        text = text or WEIGHTS
-        path = self.workspace.path(in_checkout(text))
-        if not path.exists() and text.count("/") == 1 and not text.startswith((".", "~", "models/")):
-            return text
-        return self.workspace.shown(path)
 
     def _own_yaml(self, text: str) -> str:
         """A YAML that was edited on the page, in a file."""
@@ -162,9 +176,33 @@ class Service:
         words = self.inversion(form).arguments()
         return [self.workspace.shown(word) if word.startswith("/") else word for word in words]
 
-    def command(self, form: dict[str, Any]) -> str:
-        """The command line that the page will run."""
-        return shlex.join(["python", "main.py", *self.arguments(form)])
+    def plan(self, form: dict[str, Any]) -> Plan:
+        """What a filled-in form comes to: the command line that the page will run, and what its YAMLs decide."""
+        from omegaconf import OmegaConf
+
+        words = self.arguments(form)
+        config = self._merged(words)
+
+        def value(key: str, otherwise: Any = None) -> Any:
+            found = OmegaConf.select(config, key)
+            return otherwise if found is None else found
+
+        vectors = value("model.params.personalization_config.params.num_vectors_per_token", 1)
+        size = value("data.params.train.params.size")
+        chosen = (
+            form.get("recipe") and f"configs/recipes/{form['recipe']}.yaml",
+            form.get("personalization"),
+        )
+        return Plan(
+            command=shlex.join(["python", "main.py", *words]),
+            steps=str(value("lightning.trainer.max_steps", "no end")),
+            rate=str(value("model.base_learning_rate", "")),
+            batch=str(value("data.params.batch_size", "")),
+            vectors=vectors if isinstance(vectors, int) else 1,
+            size=size if isinstance(size, int) and size > 0 else None,
+            crop=value("data.params.train.params.center_crop", True) is not False,
+            about=tuple(filter(None, (_about(in_checkout(path)) for path in chosen if path))),
+        )
 
     def merged_yaml(self, form: dict[str, Any]) -> str:
         """All settings of the run, merged from its YAMLs and flags."""
@@ -186,7 +224,7 @@ class Service:
         from omegaconf import OmegaConf
         from transformers import AutoTokenizer
 
-        config = read_yaml(recognise(checkpoint_of(self._model(model))).finetune_config)
+        config = read_yaml(recognise(checkpoint_of(self.workspace.model(model))).finetune_config)
         params = OmegaConf.select(config, "model.params.cond_stage_config.params") or {}
         folder = known_folder(str(params.get("version") or "bert-base-uncased"))
         if folder is None:
@@ -247,7 +285,7 @@ class Service:
         if record.live:
             raise UserError(f"'{folder}' is trained already")
         words = ["-r", self.workspace.shown(path), "-t"]
-        limit = _whole(steps, "the step to go on to", 1, 10**7)
+        limit = whole(steps, "the step to go on to", 1, 10**7)
         words += ["--max_steps", str(limit)] if limit else []
         return self.queue.add(
             words, ", ".join(record.words) or folder, record.device or device(), folder=path.name
@@ -255,22 +293,25 @@ class Service:
 
     # -- images --------------------------------------------------------------------------------------------
 
-    def thumbnails(
-        self, folder: str, size: int | None = None
-    ) -> tuple[list[tuple[Image.Image, str]], list[Finding]]:
-        """The images of a folder as training will see them, with their captions, and what is unusual about them."""
-        captions = self.workspace.captions(folder)
+    def thumbnails(self, form: dict[str, Any]) -> tuple[list[Thumbnail], list[Finding]]:
+        """The images of a form's folder as its run will see them, and what is unusual about them."""
+        captions = self.workspace.captions(form["folder"])
+        try:
+            plan = self.plan(form)
+        except UserError:  # the form says what is wrong
+            plan = Plan()
+        found = list(findings(list(captions), plan.size))
         shown = []
         for path, caption in captions.items():
+            if isinstance(caption, UserError):
+                found.append(Finding(str(caption), bad=bool(form.get("use_captions"))))
+                caption = ""
             try:
-                image = open_image(path)
-            except UserError:
+                address = view(path, path.stat().st_mtime_ns, plan.size, plan.crop)
+            except (UserError, OSError):
                 continue
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side)).resize((THUMBNAIL, THUMBNAIL))
-            shown.append((square, caption or path.name))
-        return shown, list(findings(list(captions), size))
+            shown.append(Thumbnail(path.name, address, caption, plan.size))
+        return shown, found
 
     # -- runs ----------------------------------------------------------------------------------------------
 
@@ -278,178 +319,34 @@ class Service:
         """All runs, those that go on first, then the newest."""
         return sorted(runs_in(self.workspace.logs), key=lambda run: not run.live)
 
-    def run(self, name: str) -> RunRecord:
-        """The run of a folder's name."""
-        return RunRecord.read(self.workspace.inside(self.workspace.logs, name))
-
     def keep(self, run: str, step: int | str, name: str) -> Path:
-        """Save the vectors of a step of a run as a concept in `embeddings`."""
-        source = self.run(run).concepts().get(step)
+        """Save what a step of a run learned as a concept in `embeddings`."""
+        source = self.workspace.run(run).concepts().get(step)
         if source is None:
             raise UserError(f"step {step} of '{run}' has no saved vectors; the nearest saved one is offered")
-        learned = read(source).without_progress()
+        learned = read_words(source)
         word = name.strip() or learned.triggers[0]
-        if len(learned.triggers) == 1 and word != learned.triggers[0]:
+        if len(learned.triggers) > 1 and word != learned.triggers[0]:
+            raise UserError(f"the run learned {len(learned.triggers)} words; a new name fits one word only")
+        if len(learned.triggers) == 1:
             learned = learned.renamed({learned.triggers[0]: check_word(word)})
-        stem, number = file_stem(word), 1
-        suffix, format = (
-            (".safetensors", "safetensors") if len(learned.triggers) == 1 else (".pt", "original")
-        )
-        while (
-            path := self.workspace.embeddings / f"{stem if number == 1 else f'{stem}-{number}'}{suffix}"
-        ).exists():
-            number += 1
-        return write(learned, path, format)
+        if isinstance(learned, MethodFile):
+            return write_method_file(learned, self._free_file(word, ".safetensors"))
+        several = len(learned.triggers) > 1
+        file = self._free_file(word, ".pt" if several else ".safetensors")
+        return write(learned.without_progress(), file, "original" if several else "safetensors")
+
+    def _free_file(self, word: str, suffix: str) -> Path:
+        """A file in `embeddings` that is not there yet, named after a word."""
+        stem = file_stem(word)
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        paths = (self.workspace.embeddings / f"{name}{suffix}" for name in names)
+        return next(path for path in paths if not path.exists())
 
     def nearest_saved(self, run: RunRecord, step: int) -> int | None:
         """The step with saved vectors that is nearest to a step with a preview."""
         saved = [number for number in run.concepts() if isinstance(number, int)]
         return min(saved, key=lambda number: abs(number - step), default=None)
-
-    # -- generation ----------------------------------------------------------------------------------------
-
-    def session(self, model: str) -> Session:
-        """The model for generation, which is loaded once; another one replaces it."""
-        named = (self._model(model),)
-        if self._session is None or self._named != named:
-            self.drop()
-            path = named[0] if "/" in named[0] and not (self.workspace.root / named[0]).exists() else str(
-                self.workspace.root / named[0]
-            )  # fmt: skip
-            self._session, self._named = Session(path), named
-        return self._session
-
-    def drop(self) -> None:
-        """Free the memory of the model for generation."""
-        if self._session is None:
-            return
-        self._session, self._named = None, ()
-        import gc
-
-        gc.collect()
-        free_memory()
-
-    def generate(
-        self,
-        form: dict[str, Any],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[tuple[Image.Image, Path, str]]:
-        """Generate and save the images of a form; each with its file and the text of its settings."""
-        words = [self._word_file(file) for file in form.get("words") or []]
-        count = _whole(form.get("count"), "the number of images", 1, MOST_IMAGES) or 1
-        settings = _sampling(form)
-        folder = ImageFolder(self.workspace.outputs, "png", 5)
-        with self._busy:
-            self.stop_generating.clear()
-            try:
-                images = self.session(str(form.get("model") or "")).generate(
-                    str(form.get("prompt") or "").strip() or (),
-                    words=words,
-                    negative_prompt=str(form.get("negative_prompt") or "").strip(),
-                    count=count,
-                    progress=self._watched(progress),
-                    **settings,
-                )
-            except RuntimeError as error:
-                raise _as_user_error(error) from error
-        return [(image, folder.save(image), image.info["parameters"]) for image in images]
-
-    def grid(
-        self,
-        form: dict[str, Any],
-        x: tuple[str, str],
-        y: tuple[str, str],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> tuple[Image.Image, Path]:
-        """An X/Y plot: for each pair of values one image, on one labelled sheet, which is saved too."""
-        columns, rows = self._values(*x), self._values(*y)
-        if len(columns) * len(rows) > MOST_IMAGES:
-            raise UserError(
-                f"the plot has {len(columns)} x {len(rows)} images; at most {MOST_IMAGES} are drawn"
-            )
-        cells, done = [], 0
-        with self._busy:
-            self.stop_generating.clear()
-            for row in rows:
-                for column in columns:
-                    asked = self._changed(self._changed(form, x[0], column), y[0], row)
-                    settings = _sampling(asked)
-                    session = self.session(str(form.get("model") or ""))
-                    try:
-                        image = session.generate(
-                            str(asked.get("prompt") or "").strip() or (),
-                            words=[self._word_file(file) for file in asked.get("words") or []],
-                            negative_prompt=str(form.get("negative_prompt") or "").strip(),
-                            progress=self._watched(None),
-                            **settings,
-                        )[0]
-                    except RuntimeError as error:
-                        raise _as_user_error(error) from error
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(rows) * len(columns))
-                    large = enlarged(image, max(1, -(-THUMBNAIL // image.width)))
-                    names = [
-                        f"{axis} {value}"
-                        for axis, value in ((x[0], column), (y[0], row))
-                        if axis != "nothing"
-                    ]
-                    cells.append(labelled(large, ", ".join(names) or "the prompt"))
-        sheet = image_grid(cells, columns=len(columns), padding=6)
-        sheet.info["parameters"] = Settings(
-            prompt=str(form.get("prompt") or ""), steps=settings["steps"], sampler=settings["sampler"],
-            scale=settings["scale"], seed=settings["seed"], labels={"X": f"{x[0]} {x[1]}", "Y": f"{y[0]} {y[1]}"},
-        ).as_text()  # fmt: skip
-        return sheet, ImageFolder(self.workspace.outputs, "png", 5).save(sheet)
-
-    def _values(self, axis: str, text: str) -> list[str]:
-        if axis not in AXES:
-            raise UserError(f"an axis is '{axis}'; choose one of {', '.join(AXES)}")
-        if axis == "nothing":
-            return [""]
-        values = [value.strip() for value in text.split(",") if value.strip()]
-        if axis == "step of a run" and len(values) == 1 and not values[0].isdigit():
-            run = self.run(values[0])
-            steps = [step for step in run.concepts() if isinstance(step, int)]
-            return [f"{values[0]} {step}" for step in steps[:: max(1, len(steps) // 8)]] or self._none(
-                values[0]
-            )
-        if not values:
-            raise UserError(f"the axis '{axis}' needs values, separated by commas")
-        return values
-
-    @staticmethod
-    def _none(run: str) -> list[str]:
-        raise UserError(f"'{run}' has no saved steps yet")
-
-    def _changed(self, form: dict[str, Any], axis: str, value: str) -> dict[str, Any]:
-        keys = {"guidance": "scale", "steps": "steps", "seed": "seed", "sampler": "sampler"}
-        if axis in keys:
-            return form | {keys[axis]: value}
-        if axis == "word":
-            return form | {"prompt": str(form.get("prompt") or "").replace("{}", value)}
-        if axis == "step of a run":
-            run, _, step = value.rpartition(" ")
-            source = self.run(run).concepts().get(int(step) if step.isdigit() else step)
-            if source is None:
-                raise UserError(f"'{run}' has no saved step {step}")
-            return form | {"words": [self.workspace.shown(source)]}
-        return form
-
-    def _watched(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
-        def step(done: int, total: int) -> None:
-            if self.stop_generating.is_set():
-                raise UserError("stopped")
-            if progress is not None:
-                progress(done, total)
-
-        return step
-
-    def _word_file(self, text: str) -> Path:
-        path = self.workspace.path(text)
-        if path.suffix.lower() not in (".pt", ".safetensors", ".bin", ".png", ".webp"):
-            raise UserError(f"'{text}' is not an embedding file")
-        return path
 
     # -- words ---------------------------------------------------------------------------------------------
 
@@ -464,11 +361,11 @@ class Service:
 
     def inspect(self, file: str, model: str = "") -> list[ConceptReport]:
         """Norms and nearest vocabulary words of the words in a file, by a model of the same width."""
-        learned = read(self._word_file(file))
-        ckpt = checkpoint_of(self.workspace.root / self._model(model))
+        learned = read(self.workspace.word_file(file))
+        ckpt = checkpoint_of(self.workspace.root / self.workspace.model(model))
         tables, words = None, None
         try:
-            tables = token_tables(ckpt)
+            tables = _tables(ckpt)
             folder = known_folder(str(Path(ckpt).parent / "text_encoder"))
             words = words_of(folder) if folder else None
         except UserError as error:
@@ -477,7 +374,14 @@ class Service:
 
     def metadata(self, file: str) -> dict[str, Any]:
         """What a file says about how its words were learned."""
-        return read(self._word_file(file)).metadata.known()
+        return read(self.workspace.word_file(file)).metadata.known()
+
+    def method(self, file: str) -> dict[str, Any]:
+        """The method of a file of words that are more than vectors, with its options; empty for vectors."""
+        found = read_words(self.workspace.word_file(file))
+        return (
+            {"method": found.method, **found.options, **found.dials} if isinstance(found, MethodFile) else {}
+        )
 
     def convert(self, sources: Sequence[str], format: str, word: str = "") -> list[Path]:
         """Write the words of one file, or several merged ones, in the format of a tool, renamed if `word` is given."""
@@ -485,7 +389,7 @@ class Service:
             raise UserError(f"unknown format '{format}'; known are {', '.join(FORMATS)}")
         if not sources:
             raise UserError("choose a word in the table first")
-        parts = [read(self._word_file(file)) for file in sources]
+        parts = [read(self.workspace.word_file(file)) for file in sources]
         learned = parts[0] if len(parts) == 1 else merge(parts, automatic=True)
         if word.strip():
             if len(learned.triggers) > 1:
@@ -497,16 +401,10 @@ class Service:
         return write_all(learned, folder / f"{time.time_ns():x}", format)
 
     def lines(self, file: str, word: str) -> str:
-        """How to load a word in this repository and in other tools."""
+        """How to load a word in this repository and, if it is vectors, in other tools."""
         name = file_stem(word)
-        return "\n".join(
-            f"# {tool}\n{line.format(file=file, name=name, word=word)}" for tool, line in LINES.items()
-        )
-
-    def settings_of(self, path: Path) -> Settings:
-        """The settings in a dropped image."""
-        check_upload(path)
-        return Settings.from_image(path)
+        tools = ("this repository", "Python") if self.method(file) else tuple(LINES)
+        return "\n".join(f"# {tool}\n{LINES[tool].format(file=file, name=name, word=word)}" for tool in tools)
 
 
 def device() -> str:
@@ -515,22 +413,28 @@ def device() -> str:
     return "cuda:0" if best == "cuda" else best
 
 
-def _sampling(form: dict[str, Any]) -> dict[str, Any]:
-    sampler = str(form.get("sampler") or "ddim")
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}'; choose one of {', '.join(SAMPLERS)}")
-    found: dict[str, Any] = {
-        "sampler": sampler,
-        "steps": _whole(form.get("steps"), "steps", 1, 1000) or 25,
-        "scale": _real(form.get("scale"), "the guidance scale", -50, 50),
-        "seed": _whole(form.get("seed"), "the seed", 0, 2**63 - 1) or 0,
-    }
-    for key in ("width", "height"):
-        if size := _whole(form.get(key), key, 0, 4096):
-            found[key] = size
-    if form.get("number"):
-        found["numbers"] = [_whole(form["number"], "the image number", 0, 10**6)]
-    return found
+@functools.lru_cache(maxsize=2)
+def _tables(ckpt: str) -> dict[str, Tensor]:
+    return token_tables(ckpt)
+
+
+def _setting(yaml_file: Path, name: str) -> Any:
+    """A value at the top of a YAML."""
+    return read_yaml(yaml_file).get(name)
+
+
+def _about(yaml_file: str) -> str:
+    """The first sentences of a YAML's comment, which say what it does."""
+    try:
+        lines = Path(yaml_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    said = [
+        line.removeprefix("#").strip()
+        for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
+    ]
+    first = itertools.takewhile(lambda line: not line.startswith(("python ", "Use:", "Then:")), said)
+    return " ".join(first).partition("; lay it over")[0].replace("`", "")
 
 
 def _settings(text: str) -> tuple[str, ...]:
@@ -542,35 +446,3 @@ def _settings(text: str) -> tuple[str, ...]:
         if not word.partition("=")[0].startswith(("model.", "data.", "lightning.")) or "=" not in word:
             raise UserError(f"'{word[:80]}' is not a setting; write model.params.key=value")
     return tuple(words)
-
-
-def _whole(value: Any, name: str, least: int, most: int) -> int | None:
-    if value is None or str(value).strip() == "":
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.5
-    if number != int(number) if abs(number) < 2**63 else True:
-        raise UserError(f"{name} is '{str(value)[:40]}'; give a whole number from {least} to {most}")
-    if not least <= int(number) <= most:
-        raise UserError(f"{name} is {int(number)}; give a whole number from {least} to {most}")
-    return int(number)
-
-
-def _real(value: Any, name: str, least: float, most: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is '{str(value)[:40]}'; give a number") from None
-    if not least <= number <= most:
-        raise UserError(f"{name} is {value}; give a number from {least} to {most}")
-    return number
-
-
-def _as_user_error(error: RuntimeError) -> Exception:
-    from ldm.training.fitting import is_out_of_memory
-
-    if isinstance(error, OutputError) or not is_out_of_memory(error):
-        return error
-    return UserError("out of memory; try fewer images at once, a smaller size, or stop the run that trains")

@@ -5,6 +5,7 @@ The layout is not formatted by ruff, which would give every argument of a compon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ldm.embeddings import FORMATS
 from ldm.generate.images import SAMPLER_NAMES
 from ldm.generate.session import WEIGHTS
 from ldm.studio import views
-from ldm.studio.service import AXES, Service
+from ldm.studio.generation import AXES
+from ldm.studio.service import Service
 from ldm.util import UserError
 from ldm.yaml_files import CHECKOUT, in_checkout
 
@@ -28,6 +30,7 @@ SAMPLERS = [(name, key) for key, name in SAMPLER_NAMES.items()]
 def or_line(action: Callable[..., Any]) -> Callable[..., Any]:
     """An action whose UserError becomes a line on the page instead of a traceback."""
 
+    @functools.wraps(action)  # gradio reads from the signature what it passes
     def act(*values: Any) -> Any:
         try:
             return action(*values)
@@ -35,6 +38,24 @@ def or_line(action: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(str(error), duration=12, print_exception=False, title="") from error
 
     return act
+
+
+def shown_error(action: Callable[..., str]) -> Callable[..., str]:
+    """An action that returns HTML, and whose UserError is shown in its place."""
+
+    def act(*values: Any) -> str:
+        try:
+            return action(*values)
+        except UserError as error:
+            return views.message(str(error), "bad")
+
+    return act
+
+
+def yamls(folder: str) -> list[str]:
+    """The YAMLs of a folder of configs, as commands of the checkout name them."""
+    place = Path(in_checkout(folder))
+    return [f"{folder}/{path.name}" for path in sorted(place.glob("*.yaml"))]
 
 
 def in_root(service: Service, path: str) -> str:
@@ -60,7 +81,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             )
             words = gr.Dropdown(
                 [], value=[], multiselect=True, label="Words", elem_id="words-chosen",
-                info="click the learned words that the prompt uses",
+                info="click the learned words; they are written into the prompt",
             )
             negative = gr.Textbox(
                 label="Negative prompt", info="what guidance steers away from", elem_id="negative"
@@ -84,7 +105,9 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                 number = gr.Textbox(label="Image number", info="of a dropped image", min_width=90)
             with gr.Accordion("X/Y plot", open=False, elem_id="plot-settings"):
                 with gr.Row():
-                    x_axis = gr.Dropdown(AXES, value="guidance", label="X", elem_id="x-axis")
+                    x_axis = gr.Dropdown(
+                        AXES, value="guidance", label="X", info="what changes from left to right", elem_id="x-axis"
+                    )
                     x_values = gr.Textbox(
                         "1, 3, 7",
                         label="X values",
@@ -92,7 +115,9 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                         elem_id="x-values",
                     )
                 with gr.Row():
-                    y_axis = gr.Dropdown(AXES, value="nothing", label="Y", elem_id="y-axis")
+                    y_axis = gr.Dropdown(
+                        AXES, value="nothing", label="Y", info="what changes from row to row", elem_id="y-axis"
+                    )
                     y_values = gr.Textbox(
                         "", label="Y values", info="for words: the triggers", elem_id="y-values"
                     )
@@ -140,7 +165,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     def generate(*values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
         try:
             asked = form(values)
-            made = service.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
+            made = service.generation.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
         except UserError as error:
             return gr.skip(), [], views.message(str(error), "bad"), ""
         where = work.shown(made[0][1].parent)
@@ -152,7 +177,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             asked = form(values)
             if "word" in (x, y):
                 asked["prompt"] = str(values[0])
-            sheet, path = service.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
+            sheet, path = service.generation.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
         except UserError as error:
             return gr.skip(), [], views.message(str(error), "bad"), ""
         settings = sheet.info["parameters"]
@@ -165,7 +190,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     def settings_back(path: str | None, chosen: list[str]) -> Any:
         if not path:
             return [gr.skip()] * 10
-        found = service.settings_of(Path(path))
+        found = service.generation.settings_of(Path(path))
         gr.Info("the settings are those of the image")
         return (
             found.prompt, found.negative_prompt, found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(),
@@ -183,7 +208,14 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             kept = [choices[0][1]]
         return gr.Dropdown(choices, value=kept)
 
+    def write_in(asked: str, chosen: list[str]) -> str:
+        triggers = [str(value).partition("|")[0] for value in chosen or []]
+        held = triggers[:1] if "{}" in asked else []
+        new = [word for word in triggers if word not in asked and word not in held]
+        return " and ".join([asked, *new]) if asked.strip() else ", ".join(new)
+
     outputs = [gallery, texts, status, text]
+    words.input(write_in, [prompt, words], prompt, show_progress="hidden")
     event = gr.on(
         [go.click],
         generate,
@@ -199,7 +231,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
         show_progress="minimal", show_progress_on=status,
     )
     assert event is not None
-    stop.click(lambda: service.stop_generating.set(), show_progress="hidden", queue=False)
+    stop.click(lambda: service.generation.stop.set(), show_progress="hidden", queue=False)
     gallery.select(choose, texts, text, show_progress="hidden")
     dropped.upload(
         or_line(settings_back), [dropped, words],
@@ -227,7 +259,7 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             table = gr.Dataframe(
                 headers=["word", "vectors", "norm", "for", "file"], datatype="str", type="array", interactive=False,
                 max_height=380, elem_id="words-table", show_label=False, buttons=[], wrap=True,
-                column_widths=["96px", "76px", "64px", "150px", "200px"],
+                column_widths=["14%", "14%", "11%", "22%", "39%"],
             )
             problems = gr.HTML(padding=False)
             upload = gr.File(
@@ -236,6 +268,10 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             )
         with gr.Column(scale=5, min_width=420):
             about = gr.HTML(views.message("choose a word in the table"), padding=False, elem_id="about-word")
+            named = gr.Dropdown(
+                models(service), value=in_root(service, WEIGHTS), allow_custom_value=True, label="Compared with",
+                info="the model whose vocabulary the nearest words are from", elem_id="vocabulary",
+            )
             with gr.Row():
                 new_name = gr.Textbox(label="Rename to", info="empty: as it is", elem_id="rename")
                 format = gr.Dropdown(
@@ -246,11 +282,8 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
                     elem_id="format",
                 )
             also = gr.Dropdown(
-                [],
-                value=[],
-                multiselect=True,
-                label="Merge with",
-                info="files whose words go into the same file",
+                [], value=[], multiselect=True, label="Merge with", info="files whose words go into the same file",
+                elem_id="merge-with",
             )
             convert = gr.Button("Convert", variant="primary", elem_id="convert")
             result = gr.File(
@@ -262,26 +295,30 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
 
     def refresh() -> Any:
         listed, bad = work.words()
-        rows = [[one.trigger, str(one.vectors), f"{one.norm:.3f}", one.models, one.source] for one in listed]
+        rows = [views.word_row(one) for one in listed]
         said = "".join(views.message(line, "warn") for line in bad[:5])
         if not listed and not bad:
             said = views.message("no words yet: learn one in Train, or drop a file of any tool")
         return rows, said, gr.Dropdown(list(dict.fromkeys(one.source for one in listed)))
 
-    def choose(rows: list[list[str]], event: gr.SelectData) -> Any:
-        row = rows[event.index[0]]
+    def choose(named: str, event: gr.SelectData) -> Any:
+        row = [str(value) for value in event.row_value]
+        return row[4], row[0], *show_word(row[4], row[0], named)
+
+    def show_word(file: str, word: str, named: str) -> Any:
+        if not file:
+            return gr.skip(), gr.skip()
         try:
-            reports = service.inspect(row[4])
-            shown = "".join(views.nearest(one.trigger, one.norms, one.nearest) for one in reports)
-            metadata = service.metadata(row[4])
+            method = service.method(file)
+            if method:
+                shown = views.message("more than vectors: it is used here, not in other tools") + views.facts(method)
+            else:
+                reports = service.inspect(file, named)
+                shown = "".join(views.nearest(one.trigger, one.norms, one.nearest) for one in reports[:8])
+                shown += views.facts(service.metadata(file))
         except UserError as error:
-            return row[4], row[0], views.message(str(error), "bad"), ""
-        return (
-            row[4],
-            row[0],
-            shown + (views.facts(metadata) if metadata else ""),
-            service.lines(row[4], row[0]),
-        )
+            return views.message(str(error), "bad"), ""
+        return shown, service.lines(file, word)
 
     def do_convert(file: str, others: list[str], kind: str, name: str) -> Any:
         made = service.convert([*filter(None, [file]), *(others or [])], kind, name or "")
@@ -292,7 +329,8 @@ def words_tab(service: Service) -> tuple[Callable[..., Any], list[Any]]:
             service.take_word(Path(file))
         return (*refresh(), None)
 
-    table.select(choose, table, [chosen, trigger, about, lines], show_progress="hidden")
+    named.change(show_word, [chosen, trigger, named], [about, lines], show_progress="hidden")
+    table.select(choose, named, [chosen, trigger, about, lines], show_progress="hidden")
     convert.click(or_line(do_convert), [chosen, also, format, new_name], result)
     upload.upload(or_line(take), upload, [table, problems, also, upload])
     return refresh, [table, problems, also]

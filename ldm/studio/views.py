@@ -8,7 +8,7 @@ from html import escape
 from urllib.parse import quote
 
 from ldm.studio.queue import Job
-from ldm.studio.workspace import Finding
+from ldm.studio.workspace import Finding, Thumbnail, Word
 from ldm.training.callbacks.progress import duration
 from ldm.training.record import RunRecord
 
@@ -23,7 +23,7 @@ STATES = {
     "waiting": "waiting",
     "running": "starting",
 }
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 132, 46, 18
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 320, 116, 50, 20
 
 
 def message(text: str, kind: str = "note") -> str:
@@ -39,17 +39,49 @@ def finding_list(found: Sequence[Finding], count: int) -> str:
     return f'<ul class="findings">{items}</ul>'
 
 
+def thumbnails(images: Sequence[Thumbnail]) -> str:
+    """The images as training sees them, each with a field for its caption."""
+    cells = ""
+    for one in images:
+        name, caption = escape(one.name), escape(one.caption)
+        cells += f'<figure><img src="{one.address}" alt="{name}" title="{name}">'
+        # The value is set twice: gradio updates a field by its attribute only.
+        cells += (
+            f'<textarea name="{name}" aria-label="caption of {name}" placeholder="caption" value="{caption}" '
+        )
+        cells += f'title="{caption}" rows="2">{caption}</textarea></figure>'
+    side = images[0].side if images else None
+    size = f", {side} x {side} pixels" if side else ""
+    return f'<p class="head">As training sees them{size}; captions</p><div class="thumbnails">{cells}</div>'
+
+
 def tokens(pieces: Sequence[str], vectors: int) -> str:
     """The tokens of the initialization text as the encoder sees them, and how they are shared among the vectors."""
     if not pieces:
         return '<p class="line note">without a text, the vectors start at random, like the vocabulary\'s</p>'
     shown = "".join(f'<span class="token">{escape(piece)}</span>' for piece in pieces)
-    note = ""
+    notes = []
     if len(pieces) > vectors:
-        note = f" {len(pieces)} tokens for {vectors} vector{'s' * (vectors > 1)}: not all of them are used"
+        notes.append(f"{len(pieces)} tokens for {count(vectors, 'vector')}: not all of them are used")
     elif vectors > len(pieces):
-        note = f" {vectors} vectors share {len(pieces)} token{'s' * (len(pieces) > 1)}"
-    return f'<p class="tokens">{shown}<small>{note}</small></p>'
+        notes.append(f"{vectors} vectors share {count(len(pieces), 'token')}")
+    if vectors > 1:
+        notes.append(
+            f"each vector more is closer to the images and harder to edit; {vectors} of a prompt's tokens"
+        )
+    return f'<p class="tokens">{shown}<small> {"; ".join(notes)}</small></p>'
+
+
+def count(number: int, what: str) -> str:
+    """A number with its noun."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def run_line(run: RunRecord) -> str:
+    """Name, step, pace and time left of a run, in one line."""
+    facts = [STATES.get(run.state, run.state), f"step {run.step}" + (f" of {run.total}" if run.total else "")]
+    facts += [f"{duration(run.seconds_left)} left"] if run.seconds_left is not None else []
+    return f'<p class="now"><b>{escape(", ".join(run.words) or run.folder.name)}</b> {escape(", ".join(facts))}</p>'
 
 
 def run_row(run: RunRecord) -> list[str]:
@@ -188,6 +220,12 @@ def nearest(trigger: str, norms: Sequence[float], rows: Sequence[Sequence[tuple[
     )
     head = "<tr><th>vector<th>norm<th>nearest words</tr>"
     return f'<table class="near"><caption>{escape(trigger)}</caption>{head}{body}</table>'
+
+
+def word_row(word: Word) -> list[str]:
+    """A line of the table of words."""
+    norm = "" if word.norm is None else f"{word.norm:.3f}"
+    return [word.trigger, str(word.vectors), norm, word.models.removeprefix("a model whose "), word.source]
 
 
 def facts(values: Mapping[str, object]) -> str:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
+import io
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ldm import files
-from ldm.embeddings import LearnedEmbeddings, read
+from ldm.data.captions import CaptionFiles
+from ldm.data.personalized import squares
+from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.concept import model_names
-from ldm.embeddings.method_files import MethodFile, read_method_file
-from ldm.images import ImageError, list_images, open_image
+from ldm.embeddings.method_files import MethodFile, read_words
+from ldm.generate.session import WEIGHTS
+from ldm.images import CAPTION_SUFFIXES, ImageError, list_images, open_image
+from ldm.prompts import PER_IMAGE_TOKENS
+from ldm.training.record import RunRecord
 from ldm.util import UserError
 from ldm.words import file_stem
-from ldm.yaml_files import CHECKOUT
+from ldm.yaml_files import CHECKOUT, in_checkout
 
 # The most bytes of one file and pixels of one image that are taken, and the most images of one set.
 MOST_BYTES, MOST_PIXELS, MOST_IMAGES = 64 * 2**20, 50_000_000, 200
+# The side of a shown image, in pixels.
+THUMBNAIL = 160
 _FORMATS = {
     "PNG": ".png",
     "JPEG": ".jpg",
@@ -47,16 +56,25 @@ class Finding:
     bad: bool = False
 
 
+class Thumbnail(NamedTuple):
+    """An image of a set as training sees it, as the address of its pixels; `side` in pixels, None for its own."""
+
+    name: str
+    address: str
+    caption: str
+    side: int | None
+
+
 @dataclass(frozen=True)
 class Word:
-    """A learned word in a file."""
+    """A learned word in a file; `norm` is the mean of its vectors, None for a word that is more than vectors."""
 
     path: Path
     trigger: str
     vectors: int
     width: int
     models: str
-    norm: float
+    norm: float | None
     source: str
 
 
@@ -109,6 +127,10 @@ class Workspace:
         path = Path(path)
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
+    def run(self, name: str) -> RunRecord:
+        """The run of a folder's name."""
+        return RunRecord.read(self.inside(self.logs, name))
+
     # -- images ------------------------------------------------------------------------------------------------
 
     def take_images(self, name: str, sources: Sequence[str | Path]) -> tuple[Path, list[str]]:
@@ -157,32 +179,50 @@ class Workspace:
         """The images of a folder that a person named; UserError if there are none."""
         return list_images(self.path(folder))[:MOST_IMAGES]
 
-    def captions(self, folder: str | Path) -> dict[Path, str]:
-        """The caption beside each image, or an empty text."""
-        found = {}
-        for path in self.images(folder):
-            beside = path.with_suffix(".txt")
+    def captions(self, folder: str | Path) -> dict[Path, str | UserError]:
+        """The caption beside each image as training reads it, an empty text, or why it cannot be read."""
+        images = self.images(folder)
+        beside = CaptionFiles(images)
+        found: dict[Path, str | UserError] = {}
+        for path in images:
             try:
-                found[path] = beside.read_text(encoding="utf-8-sig", errors="replace").strip()
-            except OSError:
-                found[path] = ""
+                found[path] = beside.text(path) or ""
+            except UserError as error:
+                found[path] = error
         return found
 
-    def write_captions(self, folder: str | Path, texts: Sequence[str]) -> int:
-        """Write the captions beside the images, in their order; an empty one removes the file."""
-        changed = 0
-        for (path, old), text in zip(self.captions(folder).items(), texts, strict=False):
-            text = " ".join(str(text or "").split())
-            if text == old:
-                continue
-            changed += 1
-            if text:
-                files.write_text(path.with_suffix(".txt"), text + "\n")
-            else:
-                path.with_suffix(".txt").unlink(missing_ok=True)
-        return changed
+    def write_caption(self, folder: str | Path, name: str, text: str) -> None:
+        """Write the caption beside an image of a folder; an empty one removes the file.
+
+        Raises:
+            UserError: the folder has no such image.
+        """
+        path = next((path for path in self.images(folder) if path.name == name), None)
+        if path is None:
+            raise UserError(f"there is no image '{name[:80]}' in '{str(folder)[:80]}' any more")
+        there = [file for suffix in CAPTION_SUFFIXES if (file := path.with_suffix(suffix)).is_file()]
+        if text := " ".join(text.split()):
+            files.write_text(there[0] if there else path.with_suffix(CAPTION_SUFFIXES[0]), text + "\n")
+        else:
+            for file in there:
+                file.unlink()
 
     # -- models and words --------------------------------------------------------------------------------------
+
+    def model(self, text: str) -> str:
+        """A model as a person named it: a path that may be named, or a hub id."""
+        text = text or WEIGHTS
+        path = self.path(in_checkout(text))
+        if not path.exists() and text.count("/") == 1 and not text.startswith((".", "~", "models/")):
+            return text
+        return self.shown(path)
+
+    def word_file(self, text: str) -> Path:
+        """The path of an embedding file that a person named."""
+        path = self.path(text)
+        if path.suffix.lower() not in (".pt", ".safetensors", ".bin", ".png", ".webp"):
+            raise UserError(f"'{text}' is not an embedding file")
+        return path
 
     def model_files(self) -> list[str]:
         """The checkpoints below `models`, as commands name them, the embedded model first."""
@@ -219,11 +259,13 @@ class Workspace:
             if isinstance(learned, MethodFile):
                 models = f"{model_names(learned.encoder, learned.width)}, by {learned.method}"
                 words += [
-                    Word(path, trigger, count, learned.width, models, 0.0, self.shown(path))
+                    Word(path, trigger, count, learned.width, models, None, self.shown(path))
                     for trigger, count in learned.words.items()
                 ]
                 continue
             for concept in learned.concepts:
+                if concept.trigger in PER_IMAGE_TOKENS and len(learned.triggers) > 1:
+                    continue  # the words of single images
                 words.append(
                     Word(
                         path,
@@ -240,7 +282,7 @@ class Workspace:
 
 @functools.lru_cache(maxsize=512)
 def _read_once(path: Path, changed: int) -> LearnedEmbeddings | MethodFile:
-    return read_method_file(path) or read(path)
+    return read_words(path)
 
 
 def check_upload(path: Path) -> str:
@@ -273,29 +315,45 @@ def check_upload(path: Path) -> str:
     return _FORMATS[kind]
 
 
+class _Facts(NamedTuple):
+    """What of an image decides whether it is unusual."""
+
+    width: int
+    height: int
+    digest: str
+    hash: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts(path: Path, changed: int) -> _Facts:
+    image = open_image(path)
+    return _Facts(image.width, image.height, files.file_hash(path), _difference_hash(image))
+
+
 def findings(paths: Sequence[Path], size: int | None) -> Iterator[Finding]:
     """What is unusual about a set of images: unreadable, small, the same twice, nearly the same, few or many."""
     hashes: dict[Path, int] = {}
     digests: dict[str, Path] = {}
     for path in paths:
         try:
-            image = open_image(path)
-        except ImageError as error:
+            image = _facts(path, path.stat().st_mtime_ns)
+        except (ImageError, OSError) as error:
             yield Finding(str(error), bad=True)
             continue
-        if size and min(image.size) < size:
+        shorter, longer = sorted((image.width, image.height))
+        if size and shorter < size:
             yield Finding(
                 f"{path.name} is {image.width}x{image.height}, and is enlarged to {size}: blur is learned too"
             )
-        shape = max(image.size) / min(image.size)
-        if shape > 2:
-            yield Finding(f"{path.name} is {shape:.1f} times as long as wide: the crop shows its middle only")
-        digest = files.file_hash(path)
-        if digest in digests:
-            yield Finding(f"{path.name} is the same file as {digests[digest].name}: it counts twice")
+        if longer > 2 * shorter:
+            yield Finding(
+                f"{path.name} is {longer / shorter:.1f} times as long as wide: the crop shows its middle only"
+            )
+        if image.digest in digests:
+            yield Finding(f"{path.name} is the same file as {digests[image.digest].name}: it counts twice")
         else:
-            hashes[path] = _difference_hash(image)
-        digests.setdefault(digest, path)
+            hashes[path] = image.hash
+        digests.setdefault(image.digest, path)
     pairs = [
         (a, b)
         for number, a in enumerate(hashes)
@@ -314,6 +372,19 @@ def findings(paths: Sequence[Path], size: int | None) -> Iterator[Finding]:
         )
     elif len(paths) > 20:
         yield Finding(f"{len(paths)} images: three to five are usual for an object; a style may have more")
+
+
+@functools.lru_cache(maxsize=512)
+def view(path: Path, changed: int, size: int | None, crop: bool) -> str:
+    """An image as training crops and resizes it, small, as a data address."""
+    image = open_image(path)
+    if crop:
+        left, top, side = squares(image.width, image.height, 1, (1.0,))[0]
+        image = image.crop((left, top, left + side, top + side))
+    side = min(size or THUMBNAIL, THUMBNAIL)
+    written = io.BytesIO()
+    image.resize((side, side), Image.Resampling.BICUBIC).save(written, "webp", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode()
 
 
 def _difference_hash(image: Image.Image) -> int:

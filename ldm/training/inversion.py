@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytorch_lightning as pl
 import yaml
 from PIL import Image
@@ -20,28 +21,29 @@ from torch import Tensor
 from ldm import files
 from ldm.console import ConsoleHandler, Interrupted
 from ldm.data.captions import CaptionFiles
-from ldm.embeddings import DEFAULT_FORMAT, LearnedEmbeddings, merge, read, write
-from ldm.embeddings import Concept as ConceptVectors
-from ldm.embeddings.tensor_formats import SECOND_FILE
-from ldm.embeddings.writer import format_named
 from ldm.generate.session import WEIGHTS, checkpoint_of
-from ldm.images import open_image
+from ldm.images import MASK_ENDINGS, mask_files, open_alpha, open_image, open_mask
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
+from ldm.training.concepts import Concept, concept_of_run, files_of_run
 from ldm.training.config import training_yaml
 from ldm.training.flags import TEMPLATES
-from ldm.training.record import RunRecord, is_run
+from ldm.training.record import RunRecord
 from ldm.training.run_folder import existing_run_folder
-from ldm.util import ConfigError, UserError, cut, shown
-from ldm.weights import hub_reason
-from ldm.words import file_stem
+from ldm.util import ConfigError, UserError, check_value, shown
+from ldm.values import hint, misfits, plain
+from ldm.words import check_word
 from ldm.yaml_files import in_checkout
 
 logger = logging.getLogger(__name__)
 
 Images: TypeAlias = "str | Path | Image.Image | Sequence[str | Path | Image.Image]"
 
-RECIPES = "configs/recipes"
+# The folders of YAMLs that are named without their path, and one in each.
+_FOLDERS = {
+    "recipe": ("configs/recipes", "fast"),
+    "personalization": ("configs/personalization", "one_vector"),
+}
 _YAML_END = "...\n"  # what the YAML of a single value ends with
 
 
@@ -50,12 +52,13 @@ class Inversion:
     """What is to be learned, and how, as a command line of main.py.
 
     A field that is None leaves the YAML's value. `recipes` are names of files in configs/recipes, or paths of YAMLs;
+    `personalization` is one of configs/personalization or a path;
     `rate` is a number or rates by steps ("0.005:100, 1e-3:1000"); `preview_every` is in steps; `settings` are further
     "dotted.key=value" words.
     """
 
     images: str | Path
-    placeholder: str = "*"
+    placeholder: str | None = None
     init: str | None = None
     model: str | Path = WEIGHTS
     base: str | Path | None = None
@@ -82,10 +85,15 @@ class Inversion:
             UserError: there is no such model, recipe or kind.
         """
         ckpt = checkpoint_of(self.model)
-        bases = [str(self.base or training_yaml(ckpt)), *(str(recipe_yaml(name)) for name in self.recipes)]
-        bases += [str(self.personalization)] if self.personalization else []
+        bases = [
+            str(self.base or training_yaml(ckpt)),
+            *(str(named_yaml(name, "recipe")) for name in self.recipes),
+        ]
+        if self.personalization:
+            bases.append(str(named_yaml(self.personalization, "personalization")))
         words = ["--base", *bases, "-t", "--actual_resume", ckpt, "--data_root", str(self.images)]
-        words += ["--placeholder_string", self.placeholder, "-l", str(self.logdir)]
+        words += ["-l", str(self.logdir)]
+        words += ["--placeholder_string", self.placeholder] if self.placeholder is not None else []
         return [*words, *self.changes()]
 
     def changes(self) -> list[str]:
@@ -116,220 +124,19 @@ class Inversion:
         return [*words, *self.settings]
 
 
-def recipe_yaml(name: str) -> Path:
-    """The YAML of a recipe by its name or path.
+def named_yaml(name: str | Path, kind: str) -> Path:
+    """The YAML of a "recipe" or "personalization" by its name or path.
 
     Raises:
-        UserError: there is no such recipe; it lists the known ones.
+        UserError: there is no such YAML; it lists the known names.
     """
-    for place in (name, in_checkout(f"{RECIPES}/{name}.yaml"), f"{RECIPES}/{name}.yaml"):
+    folder, any_of_them = _FOLDERS[kind]
+    for place in (in_checkout(str(name)), in_checkout(f"{folder}/{name}.yaml"), f"{folder}/{name}.yaml"):
         if Path(place).is_file():
             return Path(place)
-    known = ", ".join(
-        sorted(path.stem for path in Path(in_checkout(f"{RECIPES}/fast.yaml")).parent.glob("*.yaml"))
-    )
-    raise ConfigError(f"there is no recipe '{name}'; known are {known or 'none'}, or name a YAML")
-
-
-@dataclass(frozen=True, eq=False)
-class Concept:
-    """A learned word: its vectors, the file they are in, and the run that they come from.
-
-    `ldm.generate(..., words=concept)` uses it.
-    """
-
-    embeddings: LearnedEmbeddings
-    path: Path | None = None
-    run: Path | None = None
-
-    @property
-    def word(self) -> str:
-        """The placeholder to write in prompts; the first, if there are several."""
-        return self.embeddings.triggers[0]
-
-    @property
-    def vectors(self) -> Tensor:
-        """The vectors [N, d] of the word, float32 on the CPU."""
-        return self.embeddings.concepts[0].vectors
-
-    @property
-    def record(self) -> RunRecord | None:
-        """The curves, previews and verdict of its run."""
-        return None if self.run is None else RunRecord.read(self.run, own=True)
-
-    def renamed(self, word: str) -> Concept:
-        """The same vectors for another word."""
-        return replace(self, embeddings=self.embeddings.renamed({self.word: word}), path=None)
-
-    def save(
-        self,
-        path: str | Path | None = None,
-        format: str = DEFAULT_FORMAT,
-        preview: Image.Image | None = None,
-    ) -> Path:
-        """Write a file in the format of a tool (a key of `ldm.FORMATS`) and return its path.
-
-        Args:
-            path: a file; a folder gets a file that is named after the word, as does the current one by default.
-            preview: what an "a1111-png" shows.
-
-        Raises:
-            UserError: the format is unknown or cannot hold the vectors, or the file cannot be written.
-        """
-        place = Path() if path is None else Path(path)
-        if place.is_dir():
-            place /= f"{file_stem(self.word)}{format_named(format).suffix}"
-        return write(self.embeddings, place, format, preview)
-
-    def __repr__(self) -> str:
-        count, width = self.vectors.shape
-        return f"<Concept {self.word!r}: {count} vector{'s' * (count > 1)} of width {width}>"
-
-
-def load(source: str | Path) -> Concept:
-    """Load what was learned from one file of any tool, a run folder, or a repository on the Hugging Face hub.
-
-    Args:
-        source: a file; a folder; "owner/name" on the hub, or "owner/name/file" where that holds several.
-
-    Raises:
-        UserError: there is no such file or repository, or it holds no embedding, or several.
-    """
-    found = _concepts_of(source)
-    if len(found) > 1:
-        names = ", ".join(f"'{one.path.name}'" for one in found if one.path)
-        raise UserError(
-            f"'{source}' holds {len(found)} embedding files ({cut(names, 120)}); name one, or use ldm.load_all"
-        )
-    return found[0]
-
-
-def load_all(sources: str | Path | Iterable[str | Path]) -> list[Concept]:
-    """Load all words of one or several sources (see `load`), one `Concept` for each word.
-
-    Raises:
-        UserError: there is no such source, or one holds no embedding.
-    """
-    several = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    found = [concept for source in several for concept in _concepts_of(source)]
-    return [
-        replace(concept, embeddings=concept.embeddings.only(word))
-        for concept in found
-        for word in concept.embeddings.triggers
-    ]
-
-
-def _concepts_of(source: str | Path) -> list[Concept]:
-    path = Path(in_checkout(str(source)))
-    if not path.exists() and (match := _HUB.fullmatch(str(source))):
-        path = _from_hub(match["repository"], match["file"])
-    if not path.is_dir():
-        return [Concept(read(path), path)]
-    if is_run(path):
-        return [_of_run(path)]
-    files_there = _embedding_files(path)
-    if not files_there:
-        raise UserError(f"'{source}' holds no learned word; name an embedding file, or a folder with some")
-    return [_of_file(file, files_there) for file in files_there if not _is_second(file, files_there)]
-
-
-# A repository in the hub, and perhaps a file in it.
-_HUB = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<file>[\w.-]+))?")
-# The endings of embedding files in folders and repositories; of files with the same stem the first is used.
-_ENDINGS = (".safetensors", ".bin", ".pt")
-# What diffusers writes during a run beside the last file, and how large a file with learned words may be.
-_UNFINISHED = re.compile(r"learned_embeds-steps-\d+")
-_LARGEST = 32 * 2**20
-# A repository of diffusers' concept library says its word in this file.
-_IDENTIFIER = "token_identifier.txt"
-
-
-def _embedding_files(folder: Path) -> list[Path]:
-    found: dict[str, Path] = {}
-    for ending in _ENDINGS:
-        for path in sorted(folder.glob(f"*{ending}")):
-            if not _UNFINISHED.fullmatch(path.stem):
-                found.setdefault(path.stem, path)
-    return list(found.values())
-
-
-def _is_second(path: Path, others: Sequence[Path]) -> bool:
-    """Whether it holds the vectors of SDXL's second encoder for a file beside it."""
-    return any(path.stem == f"{other.stem}{SECOND_FILE}" for other in others)
-
-
-def _of_file(path: Path, others: Sequence[Path]) -> Concept:
-    second = [other for other in others if other.stem == f"{path.stem}{SECOND_FILE}"]
-    learned = merge([read(file) for file in (path, *second)])
-    identifier = path.with_name(_IDENTIFIER)
-    # Some formats hold no word, and the file's name takes its place.
-    if learned.triggers == [path.stem] and identifier.is_file():
-        return Concept(
-            learned.renamed({path.stem: files.read_text(identifier, "token identifier").strip()}), None
-        )
-    return Concept(learned, None if second else path)
-
-
-def _from_hub(repository: str, file: str | None) -> Path:
-    """The folder of the embedding files of a repository, or one of them; fetched once."""
-    import huggingface_hub as hub
-
-    try:
-        folder = Path(hub.snapshot_download(repository, local_files_only=True))
-        if file and (folder / file).is_file():
-            return folder / file
-        if not file and _embedding_files(folder):
-            return folder
-    except (OSError, ValueError):  # what the hub raises if nothing is there
-        pass
-    try:
-        there = hub.HfApi().model_info(repository, files_metadata=True).siblings or []
-        wanted = [
-            entry.rfilename
-            for entry in there
-            if entry.rfilename in (file, _IDENTIFIER)
-            or (
-                file is None
-                and "/" not in entry.rfilename
-                and entry.rfilename.endswith(_ENDINGS)
-                and (entry.size or 0) <= _LARGEST
-            )
-        ]
-        folder = Path(hub.snapshot_download(repository, allow_patterns=wanted or [_IDENTIFIER]))
-    except Exception as error:  # of many kinds: no connection, no such repository, no access, a full disk
-        raise UserError(
-            f"'{repository}' is neither a file or folder here nor readable from the Hugging Face hub "
-            f"({hub_reason(error)}); check the name, or download the file and name that"
-        ) from error
-    place = folder / file if file else folder
-    if not place.exists() or (place.is_dir() and not _embedding_files(place)):
-        raise UserError(
-            f"the repository '{repository}' holds no {f'file {file!r}' if file else 'embedding file'} at its top; "
-            "name one that was learned by textual inversion"
-        )
-    return place
-
-
-def interpolate(first: Concept, second: Concept, share: float, word: str | None = None) -> Concept:
-    """A concept between two: `share` 0 gives the first, 1 the second; its vectors lie on the line between theirs.
-
-    Raises:
-        UserError: they have different numbers of vectors or are for different text encoders.
-    """
-    if not isinstance(share, (int, float)):
-        raise UserError(f"share is {share!r}; give a number, from 0 for the first to 1 for the second")
-    a, b = first.embeddings.concepts, second.embeddings.concepts
-    if [c.vectors.shape for c in a] != [c.vectors.shape for c in b] or [c.encoder for c in a] != [
-        c.encoder for c in b
-    ]:
-        raise UserError(
-            f"{first!r} and {second!r} cannot be interpolated: their vectors differ in number or kind"
-        )
-    mixed = tuple(
-        ConceptVectors(word or one.trigger, one.vectors.lerp(other.vectors, share), one.encoder, one.part)
-        for one, other in zip(a, b, strict=True)
-    )
-    return Concept(LearnedEmbeddings(mixed))
+    home = Path(in_checkout(f"{folder}/{any_of_them}.yaml")).parent
+    known = ", ".join(sorted(path.stem for path in home.glob("*.yaml")))
+    raise ConfigError(f"there is no {kind} '{name}'; known are {known or 'none'}, or name a YAML")
 
 
 class Stopped(KeyboardInterrupt):
@@ -346,6 +153,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(
             f"stopped and saved; {resume}" if run and concept else "stopped before the first step"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # as a process hands it to another
+        return type(self), (self.run, self.concept)
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
@@ -380,7 +190,7 @@ class _Watcher(RunCallback):
 def invert(
     images: Images | None = None,
     *,
-    placeholder: str = "*",
+    placeholder: str | None = None,
     init: str | None = None,
     model: str | Path = WEIGHTS,
     recipe: str | Sequence[str] = (),
@@ -398,7 +208,7 @@ def invert(
 
     Args:
         images: a folder, or image files and `PIL` images, which are copied into `logdir`.
-        placeholder: the new word, such as "*" or "<my-cat>".
+        placeholder: the new word, such as "<my-cat>"; by default the YAML's, which is "*" in those that ship.
         init: the text that the vectors start from; by default the YAML's.
         model: a checkpoint, or a folder with one; by default the embedded model.
         recipe: names from configs/recipes ("fast", "low-memory", ...), or paths of YAMLs.
@@ -421,9 +231,18 @@ def invert(
     known[known.index("recipes")] = "recipe"
     if unknown := sorted(further.keys() - set(known)):
         raise UserError(f"invert has no argument '{unknown[0]}'; it has {', '.join(known)}")
-    names = (recipe,) if isinstance(recipe, (str, Path)) else tuple(recipe or ())
-    if not isinstance(placeholder, str):
-        raise UserError(f"placeholder is {placeholder!r}; give a word such as '*' or '<my-cat>'")
+    names = (recipe,) if isinstance(recipe, (str, Path)) else plain(recipe) or ()
+    further = plain(further)
+    check_value("resume", resume, "", str | None)
+    _check_arguments(
+        {"placeholder": placeholder, "init": init, "model": model, "recipes": names, "logdir": logdir}
+        | further
+    )
+    if on_progress is not None and not callable(on_progress):
+        raise UserError(f"on_progress is {shown(on_progress)}; give a function of the run's record")
+    if placeholder is not None:
+        check_word(placeholder)
+    names = tuple(names)
     asked = Inversion(
         "",
         placeholder,
@@ -431,7 +250,7 @@ def invert(
         model,
         recipes=names,
         logdir=logdir,
-        settings=tuple(_overrides(settings)),
+        settings=tuple(overrides(settings)),
         **further,
     )
     if resume is not None:
@@ -446,12 +265,12 @@ def invert(
                 raise UserError(f"{name} and resume exclude each other: a run goes on with its own YAMLs")
         words = ["-r", str(resume), "-t", *asked.changes()]
         # The run says that these cannot change.
-        words += ["--placeholder_string", placeholder] if placeholder != "*" else []
+        words += ["--placeholder_string", placeholder] if placeholder is not None else []
         words += ["--actual_resume", checkpoint_of(model)] if model != WEIGHTS else []
     else:
-        if images is None:
+        if images is None or (isinstance(images, str) and not images.strip()):
             raise UserError("give images: a folder, or a list of image files")
-        copied, is_given = _folder_of(images, Path(logdir))
+        copied, is_given = copies_of(images, Path(logdir))
         words = [
             *replace(asked, images=copied).arguments(),
             *([] if is_given else ["--datadir_in_name", "false"]),
@@ -473,60 +292,74 @@ def invert(
     if on_progress is not None:
         on_progress(RunRecord.read(folder, own=True))
     if code:
-        raise Stopped(folder, _of_run(folder) if _files_of_run(folder) else None)
-    return _of_run(folder)
+        raise Stopped(folder, concept_of_run(folder) if files_of_run(folder) else None)
+    return concept_of_run(folder)
 
 
-def _of_run(folder: Path) -> Concept:
-    found = _files_of_run(folder)
-    if not found:
-        raise UserError(
-            f"'{folder}' holds no learned word yet; name a run folder with checkpoints/embeddings.pt"
-        )
-    return Concept(read(found[0]), found[0], folder)
+# Arguments whose range is that of a key of the YAML.
+_RANGED = {
+    "vectors": "num_vectors_per_token",
+    "batch_size": "batch_size",
+    "seed": "seed",
+    "steps": "count",
+    "preview_every": "batch_frequency",
+}
 
 
-def _files_of_run(folder: Path) -> list[Path]:
-    """The files with the vectors of the best step, if the run measured one, and of the last."""
-    found = RunRecord.read(folder, own=True).concepts()
-    return [found[name] for name in ("best", "last") if name in found]
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument of `invert` whose type or range does not fit that field of `Inversion`."""
+    for name, value in given.items():
+        for label, misfit, requirement in misfits(name, value, hint(Inversion, name), _RANGED.get(name, "")):
+            label = label.replace("recipes", "recipe")
+            requirement = requirement.replace("null", "None")
+            raise UserError(f"{label} is {shown(repr(misfit))}; it must be {requirement}")
 
 
-def _overrides(settings: Mapping[str, Any] | None) -> list[str]:
+def overrides(settings: Mapping[str, Any] | None) -> list[str]:
     if settings is not None and not isinstance(settings, Mapping):
         raise UserError(
             f'settings is {shown(settings)}; give a dictionary such as {{"data.params.batch_size": 2}}'
         )
-    return [
-        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix(_YAML_END).strip()}"
-        for key, value in (settings or {}).items()
-    ]
+    words = []
+    for key, value in (settings or {}).items():
+        try:
+            text = yaml.safe_dump(plain(value), default_flow_style=True, width=10**6)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"settings[{shown(repr(key))}] is {shown(value)}; give numbers, texts, lists or dictionaries"
+            ) from error
+        words.append(f"{key}={text.removesuffix(_YAML_END).strip()}")
+    return words
 
 
-def _folder_of(images: Images, logdir: Path) -> tuple[Path, bool]:
+def copies_of(images: Images, logdir: Path) -> tuple[Path, bool]:
     """The folder of the images, and whether it was given; image files and images are copied into one."""
     if isinstance(images, (str, Path)) and not Path(images).is_file():
         return Path(in_checkout(str(images))), True
-    several = (
-        list(images) if isinstance(images, Iterable) and not isinstance(images, (str, Path)) else [images]
-    )
-    if any(not isinstance(one, (str, Path, Image.Image)) for one in several):
-        raise UserError(f"images is {shown(images)}; give a folder, or a list of image files")
+    is_list = isinstance(images, Iterable) and not isinstance(images, (str, Path, bytes, np.ndarray, Tensor))
+    several: list[Any] = list(images) if is_list else [images]  # type: ignore[arg-type]
     if not several:
         raise UserError("the list of images is empty; three to five images are usual")
-    copies = [one.convert("RGB") if isinstance(one, Image.Image) else open_image(one) for one in several]
-    captions = CaptionFiles(Path(one) for one in several if not isinstance(one, Image.Image))
-    digest = hashlib.sha256(b"".join(image.tobytes() for image in copies)).hexdigest()[:12]
+    copies = [open_image(one) for one in several]
+    paths = [None if isinstance(one, Image.Image) else Path(one) for one in several]
+    captions = CaptionFiles(path for path in paths if path is not None)
+    texts = [None if path is None else captions.text(path) for path in paths]
+    beside = mask_files([path for path in paths if path is not None])
+    masks = [
+        open_mask(beside[path]) if path in beside else open_alpha(one)
+        for path, one in zip(paths, several, strict=True)
+    ]
+    parts = [image.tobytes() for image in copies] + [mask.tobytes() for mask in masks if mask is not None]
+    digest = hashlib.sha256(b"".join(parts) + repr(texts).encode()).hexdigest()[:12]
     # Hidden, so that it is not taken for a run; named by its content, so that a second call finds it again.
     folder = logdir / ".images" / digest
-    for number, image in enumerate(copies, start=1):
+    for number, (image, mask, text) in enumerate(zip(copies, masks, texts, strict=True), start=1):
         target = folder / f"{number:03}.png"
-        if not target.is_file():
-            files.atomic_write(target, lambda file, image=image: image.save(file, "PNG"))  # type: ignore[misc]
-        source = several[number - 1]
-        caption = None if isinstance(source, Image.Image) else captions.text(Path(source))
-        if caption is not None:
-            files.write_text(target.with_suffix(".txt"), caption)
+        for picture, file in ((image, target), (mask, target.with_stem(f"{target.stem}{MASK_ENDINGS[0]}"))):
+            if picture is not None and not file.is_file():
+                files.atomic_write(file, partial(picture.save, format="PNG"))
+        if text is not None:
+            files.write_text(target.with_suffix(".txt"), text)
     return folder, False
 
 

@@ -38,6 +38,7 @@ def failing(error: BaseException):
         (Interrupted(signal.SIGTERM), 143, ""),
     ],
 )
+@pytest.mark.refused_first
 def test_a_failure_that_the_user_can_fix_has_no_traceback(capsys, error, code: int, output: str) -> None:
     assert guarded(failing(error)) == code
     shown = capsys.readouterr().err
@@ -59,6 +60,7 @@ def test_the_result_of_a_command_is_its_exit_code() -> None:
     assert guarded(lambda: None) == 0 and guarded(lambda: 3) == 3
 
 
+@pytest.mark.refused_first
 def test_a_missing_file_is_named(tmp_path) -> None:
     check_files(None, __file__)
     with pytest.raises(UserError, match="'gone.pt' does not exist; check the path"):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from ldm import console
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
 from ldm.embeddings import FORMATS, read, write
+from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.images import open_image
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
 
@@ -50,6 +57,7 @@ def fails(capsys, code: int, *arguments: object) -> str:
     "option",
     [["convert", "{}", "--to", "a1111", "--trigger", "a\u202eb"], ["merge", "{}", "--rename", "x=a\u202eb"]],
 )
+@pytest.mark.refused_first
 def test_a_word_that_cannot_be_kept_is_refused_before_the_file_is_read(tmp_path, capsys, option):
     (tmp_path / "cat.pt").write_text("no embedding")
     arguments = [text.format(tmp_path / "cat.pt") for text in option]
@@ -71,6 +79,18 @@ def test_inspect_as_text(cat, capsys):
     ):
         assert words in output
     assert "embeddings.pt: original" in output and "1 vector, 32 wide" in output
+
+
+def test_inspect_a_file_of_a_method(tmp_path, capsys):
+    tensors = {"vectors": torch.zeros(4, 1, 768)}
+    file = tmp_path / "a.safetensors"
+    write_method_file(MethodFile("grid", {"*": 1}, tensors, {}, {"strength": 0.8}, "clip", 768), file)
+    assert main(["inspect", str(file)]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{file}: words of the method 'grid': '*' (1), for a model whose CLIP text")
+    assert line.endswith("dials: strength=0.8")
+    assert main(["inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["dials"] == {"strength": 0.8}
 
 
 def test_inspect_against_a_vocabulary(tmp_path, checkpoint, capsys):
@@ -126,6 +146,36 @@ def test_inspect_as_json_and_a_bad_file_among_good_ones(tmp_path, cat, capsys):
     assert output.err.count("\n") == 1 and output.err.startswith("error: ")
 
 
+@pytest.mark.refused_first
+@pytest.mark.parametrize(("reason", "code"), [(errno.ENOSPC, 1), (errno.EPIPE, 0)])
+def test_results_that_are_lost_are_no_success(cat, monkeypatch, capsys, reason, code):
+    """A reader that has seen enough and closed its pipe is one."""
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(reason, os.strerror(reason))
+
+    stream = io.TextIOWrapper(io.BufferedWriter(console._LastingStream(Full())), "utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["inspect", str(cat)]) == code
+    said = "error: the results cannot be written: No space left on device; send them elsewhere\n"
+    assert capsys.readouterr().err == (said if code else "")
+
+
+@pytest.mark.refused_first
+def test_json_is_valid_in_a_console_of_another_code_page(tmp_path, monkeypatch):
+    file = write(learned("caf\u00e9 \U0001f600 \u05e7"), tmp_path / "x.safetensors")
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(["inspect", str(file), "--json"])
+    stream.flush()
+    found = json.loads(stream.buffer.getvalue())
+    assert found[0]["concepts"][0]["trigger"] == "caf\u00e9 \U0001f600 \u05e7"
+
+
 def test_convert(cat, tmp_path, capsys):
     run(["convert", str(cat), "--to", "safetensors", "--trigger", "<my-cat>"])
     assert f"wrote {tmp_path / 'my-cat.safetensors'}" in capsys.readouterr().out
@@ -161,6 +211,7 @@ def test_convert_overwrites_only_with_the_flag(cat, capsys):
     assert read(cat).format == "original"
 
 
+@pytest.mark.client_files
 def test_convert_of_width_1280_needs_the_encoder(tmp_path, capsys):
     save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
     command = ["convert", tmp_path / "x.safetensors", "--to", "safetensors", "-o", tmp_path / "y.safetensors"]
@@ -199,6 +250,7 @@ def test_merge_and_split(cat, tmp_path, capsys):
     ]
 
 
+@pytest.mark.refused_first
 def test_mistakes_end_in_one_line(cat, tmp_path, capsys):
     assert fails(capsys, 1, "inspect", tmp_path / "absent.pt").count("\n") == 1
     assert "old=new" in fails(capsys, 2, "merge", cat, "-o", tmp_path / "b", "--rename", "x")
@@ -256,6 +308,7 @@ def test_a_missing_argument_is_a_usage_error(capsys):
 # -- words for other tools and models ------------------------------------------------------------------------
 
 
+@pytest.mark.client_files
 def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ldm.embeddings.inspection.known_folder", lambda name: None)
     run(["convert", str(cat), "--to", "original", "-o", str(tmp_path / "a.pt")])
@@ -268,6 +321,7 @@ def test_a_word_without_token_id_is_said_for_the_originals_format(cat, tmp_path,
     assert "'cat': no token id" in capsys.readouterr().out
 
 
+@pytest.mark.client_files
 def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     torch.save({"cat": vectors()}, tmp_path / "cat.bin")
     torch.save({"<my-cat>": vectors(seed=1)}, tmp_path / "my-cat.bin")
@@ -286,6 +340,7 @@ def test_the_token_id_comes_from_a_tokenizer(tmp_path, capsys, monkeypatch):
     assert read(tmp_path / "d.pt").concepts[0].token == 2368
 
 
+@pytest.mark.client_files
 def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys):
     save_file({"emb_params": vectors(1, 1280)}, tmp_path / "x.safetensors")
     command = ["convert", tmp_path / "x.safetensors", "--to", "original", "-o", tmp_path / "y.pt"]
@@ -298,6 +353,7 @@ def test_an_unknown_encoder_is_asked_for_before_it_becomes_bert(tmp_path, capsys
     assert "clip_l (768), clip_h (1024)" in fails(capsys, 1, *command, "--encoder", "clip-g", "--overwrite")
 
 
+@pytest.mark.client_files
 def test_sdxl_words_in_the_two_files_of_diffusers(tmp_path, capsys):
     save_file({"clip_l": vectors(), "clip_g": vectors(width=1280)}, tmp_path / "my cat.safetensors")
     run(
@@ -383,6 +439,7 @@ def test_a_transferred_word_is_a_start_for_training(models, tmp_path, capsys):
     assert torch.equal(manager.vectors("<cat>").detach(), read(out).concepts[0].vectors)
 
 
+@pytest.mark.refused_first
 def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
     word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
 
@@ -398,13 +455,105 @@ def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
             refused(models["b"], models["a"]),
             "width 48: name the model that the word was trained on with --from",
         ),
-        (refused(tmp_path / "absent", models["b"]), "absent' does not exist; name a checkpoint"),
+        (refused(tmp_path / "absent", models["b"]), "absent' does not exist; check the path"),
         (refused(models["a"], word), "has no text encoder"),
     ):
         assert words in line and line.count("\n") == 1 and len(line) < 308
     assert not (tmp_path / "o.pt").exists()
 
 
+class Hub:
+    """In place of the hub: a repository of a model in the layout of diffusers, whose downloads write tables."""
+
+    def __init__(self, root: Path, tables: dict[str, torch.Tensor]) -> None:
+        self.root, self.tables, self.online = root, tables, True
+        self.fetched: list[str] = []
+
+    def snapshot_download(self, repository, revision=None, local_files_only=False, allow_patterns=()):
+        folder = self.root / repository.replace("/", "--")
+        if local_files_only and not folder.is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        for name in allow_patterns:
+            self.fetched.append(f"{repository}/{name}")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".safetensors"):
+                key = "text_model.embeddings.token_embedding.weight"
+                save_file({key: self.tables[repository]}, folder / name)
+            elif name == "model_index.json":
+                parts = ("unet", "text_encoder", "tokenizer")
+                (folder / name).write_text(json.dumps({part: ["x", "y"] for part in parts}))
+            else:
+                words = {f"w{i}</w>": i for i in range(600)}
+                (folder / name).write_text(json.dumps(words))
+        return str(folder)
+
+    def model_info(self, repository, revision=None):
+        if not self.online or repository not in self.tables:
+            raise ConnectionError("Name or service not known")
+        names = ["model_index.json", "tokenizer/vocab.json", "unet/diffusion_pytorch_model.safetensors"]
+        names += ["text_encoder/config.json", "text_encoder/model.safetensors", "v1-5.ckpt"]
+        return type("Info", (), {"siblings": [type("File", (), {"rfilename": name}) for name in names]})
+
+
+@pytest.fixture
+def hub(models, tmp_path, monkeypatch) -> Hub:
+    tables = {
+        f"someone/{name}": next(iter(load_file(models[name]).values())).contiguous() for name in ("a", "b")
+    }
+    made = Hub(tmp_path / "hub", tables)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def test_a_transfer_between_models_of_the_hub_fetches_their_text_encoders(models, hub, tmp_path, capsys):
+    word = write(learned("<cat>", count=2, width=32), tmp_path / "cat.safetensors")
+    for name, source, target in (
+        ("here", models["a"], models["b"]),
+        ("hub", "someone/a", "someone/b"),
+        ("both", models["a"], "someone/b"),
+    ):
+        command = [
+            "transfer",
+            word,
+            "--from",
+            source,
+            "--to",
+            target,
+            "--out",
+            tmp_path / f"{name}.safetensors",
+        ]
+        run(list(map(str, command)))
+    here, *others = (read(tmp_path / f"{name}.safetensors") for name in ("here", "hub", "both"))
+    for other in others:
+        assert torch.equal(other.concepts[0].vectors, here.concepts[0].vectors)
+        assert other.metadata.base_model == "b"
+    assert hub.fetched.count("someone/b/text_encoder/model.safetensors") == 1
+    assert not any("unet" in name or "ckpt" in name for name in hub.fetched)
+    hub.online = False  # what was fetched is enough
+    run(["inspect", str(tmp_path / "hub.safetensors"), "--ckpt_path", "someone/b", "--words", "1"])
+    assert "nearest 1   w" in capsys.readouterr().out
+
+
+@pytest.mark.refused_first
+def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_path, capsys):
+    word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
+    out = tmp_path / "out.safetensors"
+    for source, said in (
+        (
+            "someone/else",
+            "'someone/else': it is no file or folder here nor readable from the Hugging Face hub",
+        ),
+        ("https://x.org/a.safetensors", "'https://x.org/a.safetensors' does not exist"),
+    ):
+        line = fails(capsys, 1, "transfer", word, "--from", source, "--to", models["b"], "--out", out)
+        assert said in line and line.count("\n") == 1 and len(line) < 308
+    assert "does not exist" in fails(capsys, 1, "inspect", word, "--ckpt_path", "absent.ckpt")
+    assert not out.exists()
+
+
+@pytest.mark.client_files
 def test_the_word_that_other_tools_take_is_said(tmp_path, capsys):
     word = write(learned("<my cat>", width=768), tmp_path / "x.safetensors")
     for format in ("safetensors", "a1111"):

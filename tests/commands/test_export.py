@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm.commands import export
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings.method_files import MethodFile, write_method_file
 from tests.embeddings.samples import clip_folder, vectors
 from tests.golden_record import Golden
 
@@ -103,3 +104,13 @@ def test_a_personalization_without_vectors_cannot_be_exported(run, folder, tmp_p
     torch.save({"<own>": vectors(1, 32)}, tmp_path / "own.pt")
     code, lines, error = run("--config", tmp_path / "own.yaml", "--embedding_path", tmp_path / "own.pt")
     assert (code, lines) == (1, []) and "'<own>' has no vectors that diffusers can use" in error
+
+
+def test_a_word_of_a_method_is_refused_before_the_model_is_read(run, folder, tmp_path, monkeypatch) -> None:
+    content = MethodFile("grid", {"*": 1}, {"vectors": torch.zeros(4, 1, 32)}, {"stages": 4}, {}, "clip", 32)
+    write_method_file(content, tmp_path / "a.safetensors")
+    monkeypatch.setattr(export, "load_latent_diffusion", lambda *_, **__: pytest.fail("the model was read"))
+    code, _, error = run("--embedding_path", tmp_path / "a.safetensors")
+    assert (
+        code and "is of the method 'grid', whose words are more than vectors" in error and "\n" not in error
+    )

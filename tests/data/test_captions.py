@@ -87,6 +87,7 @@ def test_the_byte_order_mark_of_a_txt_is_not_part_of_the_caption(folder):
         (b"\x00\x01", "is not a text file"),
     ],
 )
+@pytest.mark.refused_first
 def test_an_unreadable_caption_is_named(folder, content, reason):
     (folder / "02.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"02\.txt {reason}"):
@@ -187,6 +188,7 @@ def test_the_placeholder_in_a_caption_is_found_as_in_a_prompt(folder, word, text
 
 
 @pytest.mark.parametrize("places", [{"placeholder_token": "a\u202eb"}, {"data_root": {"c\u200bat": "."}}])
+@pytest.mark.refused_first
 def test_a_word_that_cannot_be_kept_is_refused_before_images_are_read(tmp_path, places):
     with pytest.raises(UserError, match="placeholder of .* holds the invisible"):
         PersonalizedBase(**({"data_root": tmp_path / "missing"} | places))

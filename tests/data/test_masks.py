@@ -152,6 +152,7 @@ def test_without_mask_weight_masks_are_named_once_and_nothing_changes(tmp_path, 
         (None, None, {}, "mask_weight is 0.25, but no image has a mask; put 'a-masklabel.png' beside"),
     ],
 )
+@pytest.mark.refused_first
 def test_masks_that_do_not_fit_are_user_errors(tmp_path, box, size, params, message):
     picture(tmp_path / "a.png", (40, 20))
     if box is not None:

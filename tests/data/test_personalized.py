@@ -238,6 +238,7 @@ def test_old_names_of_the_lists():
         ({"coarse_class_text": {"<cat>": "cat"}}, "coarse_class_text names '<cat>'"),
     ],
 )
+@pytest.mark.refused_first
 def test_mistakes_are_one_line(folder, params: dict, message: str):
     with pytest.raises(UserError, match=message) as caught:
         PersonalizedBase(**{"data_root": folder, **params})
@@ -248,6 +249,7 @@ def test_mistakes_are_one_line(folder, params: dict, message: str):
     ("content", "message"),
     [(b"just text", "cannot read image .*09.png"), (None, r"09\.png is 1x1 pixels")],
 )
+@pytest.mark.refused_first
 def test_a_bad_image_is_named_before_training(folder, content: bytes | None, message: str):
     if content is None:
         Image.new("RGB", (1, 1)).save(folder / "09.png")
@@ -317,12 +319,14 @@ def test_images_are_cropped_to_the_squares(tmp_path, memory):
         ({"zooms": [1, 1.5]}, "10x21 pixels: each side needs at least 12 at zoom 1.5; use a larger"),
     ],
 )
+@pytest.mark.refused_first
 def test_invalid_squares_are_user_errors(tmp_path, params, message):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=message):
         ImageSet([tmp_path / "a.png"], **{"size": 8, **params})
 
 
+@pytest.mark.refused_first
 def test_a_spawned_process_gets_no_images_but_reads_and_keeps_those_it_needs(tmp_path, monkeypatch):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
@@ -340,6 +344,7 @@ def test_a_spawned_process_gets_no_images_but_reads_and_keeps_those_it_needs(tmp
     assert [opened.count(path) for path in paths] == [1, 1, 4]
 
 
+@pytest.mark.refused_first
 def test_reading_many_images_counts_aloud(tmp_path, monkeypatch, caplog):
     clock = iter(range(0, 1000, 11))
     monkeypatch.setattr("ldm.util.time.monotonic", lambda: next(clock))

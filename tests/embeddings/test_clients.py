@@ -25,6 +25,8 @@ from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, files_of, write,
 from ldm.embeddings.concept import ENCODER_KINDS
 from tests.embeddings.samples import learned, vectors
 
+pytestmark = pytest.mark.client_files
+
 FAMILIES = {"SD1": ["clip_l"], "SD2": ["clip_h"], "SDXL": ["clip_l", "clip_g"]}
 
 

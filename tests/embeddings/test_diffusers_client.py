@@ -11,6 +11,8 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import skip_pretrained
 from tests.embeddings.samples import GOLDEN, clip_folder, vectors
 
+pytestmark = pytest.mark.client_files
+
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 

@@ -19,6 +19,8 @@ from ldm.embeddings import image_files, read, write
 from ldm.images import open_image
 from tests.embeddings.samples import learned, refused, saved, vectors
 
+pytestmark = pytest.mark.client_files
+
 
 def lcg(count):
     seed, numbers = 0, []

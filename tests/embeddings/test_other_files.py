@@ -16,6 +16,8 @@ from torch import Tensor
 from ldm.embeddings import read
 from tests.embeddings.samples import GOLDEN, refused, saved, vectors
 
+pytestmark = pytest.mark.client_files
+
 
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape)

@@ -8,6 +8,8 @@ import pytest
 
 from tests.embeddings.samples import refused, saved
 
+pytestmark = pytest.mark.client_files
+
 
 @pytest.mark.parametrize(
     ("data", "match"),

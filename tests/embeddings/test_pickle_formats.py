@@ -10,6 +10,8 @@ from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, Progress,
 from ldm.embeddings.pickle_formats import words_without_token
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, progressive, vectors
 
+pytestmark = pytest.mark.client_files
+
 
 @pytest.mark.parametrize(
     "case", ["clip_one_vector", "clip_three_vectors", "bert_one_vector", "vq_one_vector"]

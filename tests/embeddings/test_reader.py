@@ -12,6 +12,8 @@ from ldm.embeddings import EmbeddingError, read
 from ldm.util import UserError
 from tests.embeddings.samples import FOREIGN, rebuilt, refused, saved, vectors
 
+pytestmark = pytest.mark.client_files
+
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_reads_what_other_tools_write(name, every_file):

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, read, write, write_all
 from tests.embeddings.samples import learned, vectors
 
+pytestmark = pytest.mark.client_files
+
 
 def test_the_default_format(tmp_path):
     (path,) = write_all(learned(), tmp_path)

@@ -17,6 +17,8 @@ from ldm.embeddings import read
 from ldm.pickles import PickleError, interpret
 from tests.embeddings.samples import as_bytes, rebuilt, refused, saved, vectors
 
+pytestmark = pytest.mark.client_files
+
 
 class RunsACommand:
     def __init__(self, mark: Path) -> None:

@@ -22,6 +22,8 @@ from ldm.embeddings import (
 from ldm.embeddings.concept import ENCODER_KINDS
 from tests.embeddings.samples import learned, progressive, vectors
 
+pytestmark = pytest.mark.client_files
+
 PAIRS = list(itertools.product(FORMATS, FORMATS))
 
 

@@ -40,7 +40,10 @@ PROMPTS = ["a photo of a dog, on the beach", "a painting"]
 def case(request, tmp_path_factory):
     """(pipeline, the model read from its folder, the folder)"""
     root = tmp_path_factory.mktemp("case")
-    pipeline = make_pipeline(request.param[0], root / "tokenizers", request.param[1])
+    # The rarer things that folders hold are in one of the cases.
+    options = {"zero_snr": request.param == ("sd1", "v_prediction")}
+    options |= {"words": ("<learned>", "<learned>_1")} if request.param[0] == "sdxl" else {}
+    pipeline = make_pipeline(request.param[0], root / "tokenizers", request.param[1], **options)
     pipeline.save_pretrained(root / "pipeline")
     base = recognise(root / "pipeline")
     assert base.family == request.param[0] and base.finetune_config.name == CASES[request.param]

@@ -214,6 +214,8 @@ def test_personalization_yamls_build_what_they_say(bert, path):
         "per_image_tokens": dict.fromkeys(["*", *PER_IMAGE_TOKENS], 1),
         "two_concepts": {"*": 1, "@": 1},
         "core": {"*": 8},
+        "core_masked": {"*": 8},
+        "prospect_core": {"*": 2},
         "cross_init": {"*": 2},
         "dreamartist": {"*": 3, "*-neg": 3},
     }
@@ -296,6 +298,15 @@ def test_norms_and_the_distance_to_the_initial_vectors(clip):
     loss.backward()
     assert manager.vectors("*").grad[0, 0] == pytest.approx(2.0)
     assert manager_of(clip, "*").embedding_to_coarse_loss() == 0
+
+
+def test_cross_initialization_is_held_by_the_distance_itself(clip):
+    manager = manager_of(clip, "*", initializer_words=["cat"], cross_init=True)
+    manager.embedding_to_coarse_loss().backward()
+    assert not manager.vectors("*").grad.any(), "where it begins"
+    with torch.no_grad():
+        manager.vectors("*")[0, 0] += 3.0
+    assert manager.embedding_to_coarse_loss().item() == pytest.approx(3.0)
 
 
 # -- What vectors are before they are trained --

@@ -6,8 +6,10 @@ import ast
 import base64
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -71,15 +73,33 @@ def test_the_first_cell_on_a_machine_without_the_package(tmp_path, monkeypatch) 
     exec(compile(source, "cell", "exec"), {})  # the package is here: nothing happens
     assert Path.cwd() == tmp_path and set(tmp_path.iterdir()) == before
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="set REPOSITORY to the address of this repository"):
+    with pytest.raises(SystemExit, match="no copy of the repository") as said:
         exec(compile(source, "cell", "exec"), {})
-    commands = []
-    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
+    assert "REPOSITORY" in str(said.value) and len(str(said.value)) < 300
+    commands: list[list[str]] = []
+    codes = {"git": 1, "pip": 1}
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, codes["git" if command[0] == "git" else "pip"])
+
+    monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("sys.path", list(sys.path))
-    exec(
-        compile(source.replace('REPOSITORY = ""', 'REPOSITORY = "https://host/repo.git"'), "cell", "exec"), {}
-    )
-    assert commands[0][:2] == ["git", "clone"] and commands[1][1:4] == ["-m", "pip", "install"]
+    filled = source.replace('REPOSITORY = ""', 'REPOSITORY = "https://host/repo.git"')
+    with pytest.raises(SystemExit, match="git cannot clone 'https://host/repo.git'"):
+        exec(compile(filled, "cell", "exec"), {})
+    codes["git"] = 0
+    with pytest.raises(SystemExit, match="pip could not install"):
+        exec(compile(filled, "cell", "exec"), {})
+    codes["pip"] = 0
+    exec(compile(filled, "cell", "exec"), {})
+    assert "clone" in commands[0] and "https://host/repo.git" in commands[0]
+    assert commands[-1][1:4] == ["-m", "pip", "install"] and sys.path[0] == commands[-1][-1]
+    commands.clear()
+    (tmp_path / "uploaded" / "ldm").mkdir(parents=True)
+    (tmp_path / "uploaded" / "ldm" / "__init__.py").touch()
+    exec(compile(source, "cell", "exec"), {})  # a folder beside the notebook needs no address
+    assert [command[-1] for command in commands] == [str(tmp_path / "uploaded")]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 from typing import Any
 
 import pytest
@@ -150,3 +151,13 @@ def test_addresses_of_this_machine(address, local):
 def test_wrong_options_are_said_before_anything_starts(words, message):
     with pytest.raises(UsageError, match=message):
         serve(make_parser("studio.py").parse_args(words))
+
+
+def test_small_answers_are_sent_without_delay():
+    listener = server.listening_socket("127.0.0.1", 0)
+    listener.listen()
+    with listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        # What asyncio looks at before it switches the delay off.
+        assert connection.proto == socket.IPPROTO_TCP
+        connection.close()

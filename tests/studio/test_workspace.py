@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
+from ldm.studio.service import Service
 from ldm.studio.workspace import MOST_BYTES, Workspace, check_upload, check_yaml, findings
 from ldm.util import UserError
 
@@ -124,11 +126,21 @@ def test_the_content_decides_the_format(tmp_path):
 
 def test_captions_are_written_and_removed(work):
     folder = work.root / "data" / "cat"
-    for name in ("a", "b"):
+    for name in ("a", "b", "c", "d"):
         photo(folder / f"{name}.png")
-    assert work.write_captions(folder, ["a [name]\nhere", ""]) == 1
-    assert list(work.captions(folder).values()) == ["a [name] here", ""]
-    assert work.write_captions("data/cat", ["", "x"]) == 2 and not (folder / "a.txt").exists()
+    (folder / "b.caption").write_text("of another tool")
+    (folder / "c.TXT").write_text("in capitals")
+    (folder / "d.txt").write_bytes(b"\xff\xfe\x00")
+    work.write_caption(folder, "a.png", "a [name]\nhere")
+    *texts, damaged = work.captions(folder).values()
+    assert texts == ["a [name] here", "of another tool", "in capitals"]
+    assert isinstance(damaged, UserError) and "UTF-8" in str(damaged)
+    work.write_caption("data/cat", "a.png", " ")
+    work.write_caption("data/cat", "b.png", "new")
+    assert not (folder / "a.txt").exists() and (folder / "b.caption").read_text() == "new\n"
+    for name in ("e.png", "../cat/a.png", "a.txt"):
+        with pytest.raises(UserError, match="no image"):
+            work.write_caption(folder, name, "x")
 
 
 def test_findings(tmp_path):
@@ -193,3 +205,14 @@ def test_a_yaml_of_this_repository_passes(work):
 
     for path in sorted(Path(__file__).parents[2].glob("configs/*/*finetune*.yaml")):
         check_yaml(yaml.safe_load(path.read_text()), work)
+
+
+def test_a_word_of_a_method_is_kept_as_its_file(tmp_path):
+    service = Service(Workspace(tmp_path))
+    checkpoints = service.workspace.logs / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    content = MethodFile("grid", {"*": 1}, {"vectors": torch.zeros(4, 1, 32)}, {"stages": 4}, {}, "clip", 32)
+    write_method_file(content, checkpoints / "embeddings.pt")
+    path = service.keep("run", "last", "<toy>")
+    assert path.name == "toy.safetensors" and read_method_file(path).words == {"<toy>": 1}
+    assert "<toy>" in [word.trigger for word in service.workspace.words()[0]]

@@ -170,12 +170,14 @@ def test_valid_yaml(tmp_path, base):
         ("lightning.callbacks.mine.params.x=4", "'mine' has no target"),
     ],
 )
+@pytest.mark.refused_first
 def test_unknown_keys(tmp_path, base, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         check(load(tmp_path, override, base))
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.refused_first
 def test_all_problems_in_one_error(tmp_path, base):
     with pytest.raises(ConfigError) as caught:
         check(load(tmp_path, "model.params.a=1 data.b=1 lightning.trainer.c=1", base, {"d": 1}))
@@ -184,6 +186,7 @@ def test_all_problems_in_one_error(tmp_path, base):
 
 
 @pytest.mark.parametrize("word", ["a\u202eb", "c\u200bat", "embedding:cat", " "])
+@pytest.mark.refused_first
 def test_a_word_that_cannot_be_kept_is_refused_before_anything_is_built(tmp_path, base, word):
     other = {
         "model": {"params": {"personalization_config": {"params": {"placeholder_strings": ["*", word]}}}}
@@ -216,6 +219,7 @@ def test_init_word_without_personalization(tmp_path, base):
     ("text", "message"),
     [("a: [", r"line 1, column 4 is not a valid YAML"), ("- a\n- b\n", "must hold a mapping")],
 )
+@pytest.mark.refused_first
 def test_invalid_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, "", text)
@@ -280,6 +284,7 @@ WRONG = {  # key -> the values that it may have
 
 
 @pytest.mark.parametrize("key", WRONG)
+@pytest.mark.refused_first
 def test_values_out_of_range_are_named_with_their_line(tmp_path, base, key):
     overlay = OmegaConf.create({})
     for value in NUMBERS:
@@ -329,6 +334,7 @@ def test_places(tmp_path, base):
         ),
     ],
 )
+@pytest.mark.refused_first
 def test_wrong_shapes_of_a_yaml(tmp_path, base, overlay, message):
     assert message in refused(tmp_path, "", base, overlay)
 

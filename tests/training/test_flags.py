@@ -144,6 +144,7 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
 
 
+@pytest.mark.client_files
 def test_every_flag_of_diffusers_scripts_is_in_a_table_of_this_test():
     tables = (*SETS, *OPTIONS, *SAYS, *REFUSES)
     used = {word.lstrip("-") for line in tables for word in split(line) if word.startswith("--")}
@@ -153,6 +154,7 @@ def test_every_flag_of_diffusers_scripts_is_in_a_table_of_this_test():
 
 
 @pytest.mark.parametrize("words", SETS)
+@pytest.mark.client_files
 def test_flags_that_set_a_key(words):
     key, value = SETS[words]
     before = OmegaConf.select(config.load_run_config(parse([]), [BASE]), key)
@@ -162,12 +164,14 @@ def test_flags_that_set_a_key(words):
 
 
 @pytest.mark.parametrize("words", OPTIONS)
+@pytest.mark.client_files
 def test_flags_that_are_read_by_their_name(words):
     name, value = OPTIONS[words]
     assert getattr(parse(split(words)), name) == value
 
 
 @pytest.mark.parametrize("words", SAYS)
+@pytest.mark.client_files
 def test_flags_that_change_nothing_are_said(words):
     lines = flags.notes(*merged(words))
     assert len([line for line in lines if SAYS[words] in line]) == 1, lines
@@ -175,6 +179,7 @@ def test_flags_that_change_nothing_are_said(words):
 
 
 @pytest.mark.parametrize("words", REFUSES)
+@pytest.mark.client_files
 def test_flags_that_are_refused(words):
     with pytest.raises(UsageError, match=".") as caught:
         merged(words)
@@ -224,6 +229,7 @@ def test_epochs_do_not_end_a_run_whose_steps_are_given():
         ("", False),
     ],
 )
+@pytest.mark.client_files
 def test_a_given_rate_says_that_the_schedule_stays(words, said):
     options, after = merged(words)
     line = flags.rate_note(options, OmegaConf.select(after, SCHEDULE))
@@ -232,6 +238,7 @@ def test_a_given_rate_says_that_the_schedule_stays(words, said):
         assert "LambdaWarmUpCosineScheduler; --lr_scheduler constant makes it constant" in str(line)
 
 
+@pytest.mark.client_files
 def test_a_run_with_flags_of_diffusers(tiny_yaml, capsys):
     words = "--allow_tf32 --learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 2 "
     words += "--adam_beta1 0.8 --adam_epsilon 1e-6"
@@ -265,6 +272,7 @@ def test_latest_begins_a_run_where_there_is_none(tmp_path):
     assert place_to_resume(parse(["-r", "latest", "-l", "nowhere"])) == ("latest", "")
 
 
+@pytest.mark.client_files
 def test_weights_and_biases(tiny_yaml, monkeypatch):
     """The logger is built with the run's folder; the package itself is played."""
     built: list[dict[str, Any]] = []
@@ -289,6 +297,7 @@ README = """
 """
 
 
+@pytest.mark.client_files
 def test_the_readmes_command_with_a_model_of_the_hub(tmp_path, monkeypatch, capsys):
     """Without --base the YAML follows from the files of the hub id, those of --variant and --revision."""
     pytest.importorskip("diffusers")

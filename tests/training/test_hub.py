@@ -86,6 +86,7 @@ README = """
 """
 
 
+@pytest.mark.client_files
 def test_the_command_of_diffusers_readme(played, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert start(*split(README.format(out=tmp_path))) == 0
@@ -122,6 +123,7 @@ def test_the_command_of_diffusers_readme(played, tmp_path, monkeypatch, capsys):
         assert part in text, part
 
 
+@pytest.mark.client_files
 def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(played, tiny_yaml, capsys):
     played.fails["upload_folder"] = ConnectionError("no route\nto the hub")
     words = ["--push_to_hub", "--hub_model_id", "me/cat", "--hub_token", "hf_mine", "--max_steps", 1]

@@ -22,6 +22,7 @@ def test_rates_by_steps(tiny_yaml, capsys):
     assert (group["initial_lr"], group["lr"]) == pytest.approx((2e-3, 1e-3)), "times the batch of 2"
 
 
+@pytest.mark.refused_first
 def test_invalid_rate(tiny_yaml, capsys):
     assert start("--base", tiny_yaml, "-t", "model.base_learning_rate=quick") == 1
     assert "'quick' is not RATE:STEPS" in capsys.readouterr().err
@@ -55,6 +56,7 @@ def test_schedule_of_the_runs_length(tiny_yaml, capsys):
     assert state_of("half")["lr_schedulers"][0]["_last_lr"] == half["lr_schedulers"][0]["_last_lr"]
 
 
+@pytest.mark.refused_first
 def test_schedule_of_the_runs_length_needs_max_steps(tiny_yaml, capsys):
     for limit in ("--max_epochs=2", "--max_steps=-1"):
         words = [*COSINE, limit] + (["lightning.trainer.max_steps=null"] if "epochs" in limit else [])

@@ -16,6 +16,8 @@ METHODS = {
     "OutputResidual": {"learn_input": True, "residual_rate": 1e-3},
     "CoRe": {"initializer_words": ["cat"]},
     "DreamArtist": {"negative_vectors": 2},
+    "Grid": {"stages": 3, "layers": True, "residual_layers": True, "residual_rate": 1e-3},
+    "CoReGrid": {"stages": 3, "initializer_words": ["cat"]},
 }
 
 

@@ -25,6 +25,7 @@ ROOT = Path(main.__file__).parent
 PARTS = ("state_dict", "optimizer_states", "random_states", "DataModuleFromConfig", "global_step")
 
 
+@pytest.mark.client_files
 def test_files_of_a_run(tiny_yaml, image_folder, capsys):
     images = "lightning.callbacks.image_logger.params"
     kwargs = f"{images}.log_images_kwargs.ddim_steps=1"

@@ -14,6 +14,8 @@ import main
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from tests.training.runs import only_run, start
 
+pytestmark = pytest.mark.refused_first
+
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),

@@ -232,6 +232,7 @@ def test_nothing_to_resume(tmp_path, monkeypatch, place, message):
         ("con", "bobo", "con_"),
     ],
 )
+@pytest.mark.client_files
 def test_file_names_can_be_typed(word, run, stem):
     assert run_folder.word_stem(word, run) == stem
 
@@ -246,10 +247,12 @@ def test_file_names_can_be_typed(word, run, stem):
         ("renamed by hand", "", "renamed_by_hand"),
     ],
 )
+@pytest.mark.client_files
 def test_the_run_is_the_name_of_a_word_without_letters(tmp_path, folder, label, stem):
     assert run_folder.RunFolder(tmp_path / folder, "", label).word_stems(["*"]) == {"*": stem}
 
 
+@pytest.mark.client_files
 def test_words_keep_their_files(tmp_path):
     """Those of earlier versions, and those of a folder that was renamed."""
     run = run_folder.RunFolder(tmp_path / "cat", "")

@@ -66,6 +66,11 @@ def uniform_timesteps(steps: int, train_steps: int) -> list[int]:
     return [t + shift for t in stepped]
 
 
+def trailing_timesteps(steps: int, train_steps: int) -> list[int]:
+    """Return `steps` evenly spaced timesteps, increasing to the last one (Lin et al. 2024, section 3.3)."""
+    return [round((index + 1) * train_steps / steps) - 1 for index in range(steps)]
+
+
 def quad_timesteps(steps: int, train_steps: int) -> list[int]:
     """Return `steps` timesteps that grow quadratically to 0.8 of the range: more of them at low noise."""
     roots = np.linspace(0.0, math.sqrt(0.8 * train_steps), steps)
@@ -73,6 +78,8 @@ def quad_timesteps(steps: int, train_steps: int) -> list[int]:
 
 
 TIMESTEPS = {"uniform": uniform_timesteps, "quad": quad_timesteps}
+# A schedule whose last level is below this leaves no signal there: pure noise, where sampling begins, is that level.
+NO_SIGNAL = 1e-6
 
 
 def ddim_steps(alphas: np.ndarray, steps: int, eta: float = 0.0, discretize: str = "uniform") -> list[Step]:
@@ -81,7 +88,8 @@ def ddim_steps(alphas: np.ndarray, steps: int, eta: float = 0.0, discretize: str
     Args:
         alphas: cumulative alphas [T], float64.
         eta: 0 is the deterministic sampler, 1 has the variance of the ancestral one.
-        discretize: the spacing of timesteps, uniform or quad.
+        discretize: the spacing of timesteps, uniform or quad; uniform is `trailing_timesteps` where no signal is left
+            at the last level (zero terminal SNR).
     Raises:
         UserError: `steps` is not in 1 to T, `eta` is not in [0, 1], or `discretize` is unknown.
     """
@@ -89,7 +97,10 @@ def ddim_steps(alphas: np.ndarray, steps: int, eta: float = 0.0, discretize: str
     check_eta(eta)
     if discretize not in TIMESTEPS:
         raise UserError(f'unknown timestep spacing "{discretize}"; use one of {", ".join(TIMESTEPS)}')
-    times = TIMESTEPS[discretize](steps, len(alphas))
+    spacing = TIMESTEPS[discretize]
+    if spacing is uniform_timesteps and alphas[-1] < NO_SIGNAL:
+        spacing = trailing_timesteps
+    times = spacing(steps, len(alphas))
     levels = [float(alphas[t]) for t in times]
     # The last step ends at the cleanest level that the model was trained on, not at 1.
     previous = [float(alphas[0]), *levels[:-1]]

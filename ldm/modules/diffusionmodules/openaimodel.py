@@ -186,9 +186,9 @@ class UNetModel(nn.Module):
         legacy: with `num_head_channels`, round the size of a spatial transformer's heads up to use all channels.
         use_linear_in_transformer: see `use_linear` of `SpatialTransformer`.
         adm_in_channels: width of the condition with `num_classes: sequential`.
-        use_fp16, spatial_transformer_attn_type, disable_middle_self_attn: of YAMLs for Stable Diffusion 2 and XL. The
-            dtype is that of the weights, and attention is chosen by `attend`, so the first two change nothing;
-            the third must be false.
+        use_fp16, use_bf16, spatial_transformer_attn_type, disable_middle_self_attn: of YAMLs for Stable Diffusion 2
+            and XL. The dtype is that of the weights, and attention is chosen by `attend`, so the first three change
+            nothing; the last must be false.
     Raises:
         ConfigError: heads are not set, a spatial transformer and a context width do not come together, or another
             value is not possible.
@@ -223,6 +223,7 @@ class UNetModel(nn.Module):
         use_fp16: bool = False,
         spatial_transformer_attn_type: str = "softmax",
         disable_middle_self_attn: bool = False,
+        use_bf16: bool = False,
     ) -> None:
         super().__init__()
         if use_spatial_transformer != (context_dim is not None):

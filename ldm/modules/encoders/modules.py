@@ -268,6 +268,8 @@ def _read_clip(version: str, tokenizer_source: str) -> tuple[CLIPTextConfig, Any
     what = f"text encoder '{version}'"
     tokenizer_files, wanted = ("tokenizer.json", "vocab.json"), pretrained_wanted()
     require_files(what, version, ("config.json",), *([WEIGHTS] if wanted else []))
+    if tokenizer_source != version:
+        what = f"tokenizer '{tokenizer_source}'"
     require_files(what, tokenizer_source, tokenizer_files)
     tokenizer = read_tokenizer(CLIPTokenizerFast, what, tokenizer_source)
     with reading(what, version):

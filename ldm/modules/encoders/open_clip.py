@@ -52,11 +52,12 @@ class OpenCLIPText(nn.Module):
 
     Args:
         width, heads, layers: sizes, see `ARCHITECTURES`.
+        vocabulary: number of tokens; larger than CLIP's where another tool has added words to a model.
     """
 
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    def __init__(self, width: int, heads: int, layers: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(POSITIONS, width))
         blocks = (ResidualAttentionBlock(width, heads) for _ in range(layers))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
@@ -109,7 +110,8 @@ class FrozenOpenCLIPEmbedder(PromptEncoder):
     Its weights come from the checkpoint of the diffusion model. Prompts are padded with 0, as open_clip does.
 
     Args:
-        arch: a name of `ARCHITECTURES`, or a mapping with width, heads and layers.
+        arch: a name of `ARCHITECTURES`, or a mapping with width, heads and layers, and with the size of the vocabulary
+            if that is not CLIP's.
         version: the training run of open_clip that the weights are from; only noted.
         max_length: number of tokens of an encoded prompt.
         freeze: exclude the parameters from training.
@@ -155,7 +157,7 @@ class FrozenOpenCLIPEmbedder(PromptEncoder):
         self.prompt_tokenizer = PromptTokenizer(
             self.tokenizer,
             max_length=max_length,
-            vocab_size=VOCABULARY,
+            vocab_size=self.model.token_embedding.num_embeddings,
             start_id=self.tokenizer.bos_token_id,
             end_id=self.tokenizer.eos_token_id,
             pad_id=0,

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile
-from ldm.modules.methods.core import CoRe
+from ldm.modules.methods.core import CoRe, CoReGrid, CoReNeTI
 from ldm.modules.methods.dreamartist import DreamArtist
-from ldm.modules.methods.grid import XTI, ProSpect
+from ldm.modules.methods.grid import Grid, OutputResidual, ProSpect
+from ldm.modules.methods.layers import XTI
 from ldm.modules.methods.neti import NeTI
-from ldm.modules.methods.output import OutputResidual
 from ldm.modules.methods.words import LearnedWords, PlainWords, ShapedWords, Together
 from ldm.modules.personalization import DenoiserShape, TextEncoder
 from ldm.util import UserError, shown
@@ -22,14 +22,19 @@ __all__ = [
     "METHODS",
     "XTI",
     "CoRe",
+    "CoReGrid",
+    "CoReNeTI",
     "DreamArtist",
+    "Grid",
     "NeTI",
     "OutputResidual",
     "ProSpect",
     "words_of",
 ]
 
-METHODS: dict[str, type[LearnedWords]] = {kind.method: kind for kind in (ProSpect, XTI, NeTI, OutputResidual)}
+METHODS: dict[str, type[LearnedWords]] = {
+    kind.method: kind for kind in (ProSpect, XTI, NeTI, OutputResidual, Grid)
+}
 
 
 def words_of(

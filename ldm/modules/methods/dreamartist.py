@@ -19,6 +19,9 @@ class DreamArtist(EmbeddingManager):
     under the caption, which takes the denoiser twice. The negative of `cat` is the word `cat-neg`; both are ordinary
     vectors in the files, and wherever `cat` is in a prompt, `cat-neg` joins the negative prompt.
 
+    The authors' code trains the negative in the caption, in place of the word; here it stands alone, in training as in
+    generation, so that guidance still has the rest of a prompt to go by. Their optional loss on pixels is left out.
+
     Args:
         placeholder_strings: the words to learn, without their negatives.
         num_vectors_per_token: of these words, as in `EmbeddingManager`; the paper has 3.

@@ -10,13 +10,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.methods.words import LearnedWords, Rows
+from ldm.modules.methods.words import LearnedWords, Rows, check_layers
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, TextEncoder
 from ldm.util import UserError, check_integer
 
-# Deviations of the random frequencies of the timestep (of 1000) and of the layer's number.
-SIGMAS = (0.03, 2.0)
-# The first layer begins as the likeness to points on a grid: so many timesteps, and all layers.
+# Deviations of the random angles per timestep (of 1000) and per layer, in turns; the paper's 0.03 and 2 are radians.
+SIGMAS = (0.03 / (2 * math.pi), 2.0 / (2 * math.pi))
+# The first layer begins as the likeness to points on a grid: so many timesteps, from 0 on, and all layers.
 ANCHOR_TIMES = 10
 _TIMESTEPS = 1000
 # Of the sizes in a file.
@@ -79,14 +79,14 @@ class Mapper(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1) * len(frequencies) ** -0.5
 
     def _anchors(self, device: torch.device) -> Tensor:
-        times = torch.linspace(0, _TIMESTEPS, ANCHOR_TIMES, device=device)
+        times = torch.arange(ANCHOR_TIMES, device=device) * (_TIMESTEPS / ANCHOR_TIMES)
         layers = torch.arange(self.layers, device=device, dtype=times.dtype)
         return torch.cartesian_prod(times, layers)
 
-    def forward(self, points: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-        """Use the first `kept` hidden units only."""
+    def forward(self, points: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Use only the first hidden units, as many as `kept` [...] says for each of the points."""
         hidden = self.hidden(self.likeness(self.encoded(points)))
-        values = F.linear(hidden[..., :kept], self.out.weight[:, :kept], self.out.bias)
+        values = self.out(hidden * (torch.arange(hidden.shape[-1], device=kept.device) < kept[..., None]))
         vectors, bypass = rearrange(values, "... (kind n d) -> kind ... n d", kind=2, n=self.count)
         return F.normalize(vectors, dim=-1) * self.get_buffer("norm"), F.normalize(bypass, dim=-1)
 
@@ -95,14 +95,17 @@ class NeTI(LearnedWords):
     """Vectors from a network of timestep and layer, and a bypass to the values (Alaluf et al. 2023, arXiv 2305.15391).
 
     The vectors keep the length of the initializer's. The bypass is added to the text encoder's output at the word, for
-    values only, with the length `bypass` times that of the output; the paper adds it before the encoder's last norm.
-    The network here begins near the initializer. In half of the training steps only the first k hidden units are used,
-    k random (nested dropout), so that `truncation` is a dial: fewer units follow the prompt more and the images less.
-    Sizes are the paper's. The text encoder runs for each layer and timestep.
+    values only, with the length `bypass` times that of the output. For half of the images of a training step only the
+    first k hidden units are used, k random (nested dropout), so that `truncation` is a dial: fewer units follow the
+    prompt more and the images less. The text encoder runs for each layer and timestep.
+
+    Sizes, deviations and anchors are those of the authors' code. It differs in three things: it adds the bypass before
+    the encoder's last norm and not after it; its network begins anywhere, this one near the initializer; and it draws
+    k anew for each layer, here all layers of an image have the same.
 
     Args:
         features, hidden: sizes of the network; see `Mapper`.
-        nested_dropout: the share of training steps with nested dropout.
+        nested_dropout: the share of images in training with nested dropout.
         bypass: length of the bypass; 0 is none. A dial.
         denoiser, words: see `LearnedWords`.
     Raises:
@@ -122,10 +125,7 @@ class NeTI(LearnedWords):
         denoiser: DenoiserShape = NO_DENOISER,
         **words: Any,
     ) -> None:
-        if not denoiser.layers:
-            raise UserError(
-                "NeTI needs a denoiser whose cross-attention layers are known, such as a UNetModel"
-            )
+        check_layers(denoiser, "NeTI")
         if not 0 <= nested_dropout <= 1:
             raise UserError(f"personalization_config: nested_dropout is {nested_dropout}; use 0 to 1")
         self.features, self.hidden, self.nested_dropout = features, hidden, nested_dropout
@@ -173,14 +173,15 @@ class NeTI(LearnedWords):
         times = times.to(first.dtype) * (_TIMESTEPS / self.denoiser.timesteps)
         layers = torch.arange(len(self.denoiser.layers), device=first.device, dtype=first.dtype)
         grid = torch.stack(torch.broadcast_tensors(times[:, None], layers), dim=-1)  # (T, K, 2)
-        vectors, bypass = word(grid, self._kept())
+        vectors, bypass = word(grid, self._kept(len(times)).to(first.device, non_blocking=True)[:, None])
         return Rows(vectors, bypass=bypass * self._dials["bypass"] if self._dials["bypass"] else None)
 
-    def _kept(self) -> int:
-        """The number of hidden units to use: drawn anew at each call in training, as the dial says otherwise."""
+    def _kept(self, count: int) -> Tensor:
+        """Numbers [T] of hidden units to use: drawn anew at each call in training, as the dial says otherwise.
+
+        They are on the CPU, where nothing waits for a device.
+        """
         if not self.training:
-            return int(self._dials["truncation"])
-        # On the CPU, where nothing waits for a device.
-        if float(torch.rand((), device="cpu")) >= self.nested_dropout:
-            return self.hidden
-        return int(torch.randint(1, self.hidden + 1, (), device="cpu"))
+            return torch.full((count,), int(self._dials["truncation"]), device="cpu")
+        dropped = torch.rand(count, device="cpu") < self.nested_dropout
+        return torch.where(dropped, torch.randint(self.hidden, (count,), device="cpu"), self.hidden)

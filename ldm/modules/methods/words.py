@@ -99,22 +99,33 @@ class ShapedWords(nn.Module, Personalization):
         if not self.string_to_token_dict:
             return embedder.embed_ids(ids, None)
         rows, layout = self.rows(times), self._layout(ids.device)
-        layers = rows.vectors.shape[1]
-        repeated = ids.repeat_interleave(layers, dim=0)  # (B K, L)
 
-        def put(values: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-            own = values.expand(len(ids), -1, -1, -1).flatten(0, 1)  # (B K, R, d)
-            return lambda tokens, embedded: insert_vectors(tokens, embedded, own, layout)
+        def put(values: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+            """The ids for each of the K layers of `values`, [B K, L], and the replacement that puts these in."""
+            own = values.expand(len(ids), -1, -1, -1)  # (B, K, R, d)
+            repeated = ids.repeat_interleave(own.shape[1], dim=0)
+            return repeated, lambda tokens, embedded: insert_vectors(
+                tokens, embedded, own.flatten(0, 1), layout
+            )
 
-        encoded = embedder.embed_ids(repeated, put(rows.vectors))  # (B K, L, d)
-        nothing = torch.zeros_like(encoded)
-        if rows.residual is not None:
-            encoded = encoded + put(rows.residual)(repeated, nothing)
-        whole = rearrange(encoded, "(b k) l d -> b k 1 l d", k=layers)
+        def by_layer(values: Tensor) -> Tensor:
+            return rearrange(values, "(b k) l d -> b k l d", b=len(ids))
+
+        def at_words(values: Tensor) -> Tensor:
+            """The values where the words are and zero elsewhere, [B, K, L, d]."""
+            repeated, replaced = put(values)
+            nothing = encoded.new_zeros(*repeated.shape, encoded.shape[-1])
+            return by_layer(replaced(repeated, nothing))
+
+        encoded = by_layer(embedder.embed_ids(*put(rows.vectors)))
+        if (
+            rows.residual is not None
+        ):  # for more layers perhaps, and the encoder need not run for each of these
+            encoded = encoded + at_words(rows.residual)
         if rows.bypass is None:
-            return whole[:, 0, 0] if layers == 1 else whole
-        values = encoded + put(rows.bypass)(repeated, nothing) * encoded.norm(dim=-1, keepdim=True)
-        return torch.cat([whole, rearrange(values, "(b k) l d -> b k 1 l d", k=layers)], dim=2)
+            return encoded[:, 0] if encoded.shape[1] == 1 else encoded[:, :, None]
+        values = encoded + at_words(rows.bypass) * encoded.norm(dim=-1, keepdim=True)
+        return torch.stack(torch.broadcast_tensors(encoded, values), dim=2)
 
     def _layout(self, device: torch.device) -> Layout:
         if device not in self._layouts:
@@ -122,6 +133,14 @@ class ShapedWords(nn.Module, Personalization):
             ids = [int(token) for token in self.string_to_token_dict.values()]
             self._layouts[device] = Layout.build(ids, counts, counts, device)
         return self._layouts[device]
+
+
+def check_layers(denoiser: DenoiserShape, name: str) -> None:
+    """Raise UserError, which names the method, for a denoiser whose layers are not known."""
+    if not denoiser.layers:
+        raise UserError(
+            f"{name} needs a denoiser whose cross-attention layers are known, such as a UNetModel"
+        )
 
 
 class LearnedWords(ShapedWords):
@@ -274,7 +293,7 @@ class LearnedWords(ShapedWords):
         content.check_encoder(encoder_kind(self.family, self.width), self.width)
         for name, value in content.options.items():
             if name in self.options():
-                check_integer(value, f"'{content.source}': {name}")
+                check_integer(value, f"'{content.source}': {name}", minimum=0)
                 setattr(self, name, value)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         self._set_words(content.words)
@@ -311,8 +330,7 @@ def _renamed(content: MethodFile, strings: Sequence[str]) -> MethodFile:
     if set(content.words) == set(strings):
         return content
     if len(content.words) == len(strings) == 1:
-        words = dict(zip(strings, content.words.values(), strict=True))
-        return MethodFile(**{**vars(content), "words": words})
+        return content.renamed(dict(zip(content.words, strings, strict=True)))
     held = "', '".join(check_text(word, "word")[:30] for word in list(content.words)[:4])
     raise UserError(
         f"'{content.source}' holds '{held}', and placeholder_strings are '{', '.join(strings)[:100]}'; name the same "

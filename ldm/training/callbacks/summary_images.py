@@ -31,21 +31,21 @@ class Curve:
     """A titled curve: one value per step; values that are not finite are not drawn."""
 
     title: str
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
 
 
-def draw_curves(curves: Sequence[Curve], mark: int | None = None) -> Image.Image:
-    """Draw one panel per curve, one below the other, with a common step axis; `mark` is a step with a red line."""
+def draw_curves(curves: Sequence[Curve], mark: int | None = None, axis: str = "step") -> Image.Image:
+    """Draw one panel per curve, one below the other, with a common axis; `mark` is a step with a red line."""
     last = max((step for curve in curves for step in curve.steps), default=1) or 1
     sheet = Image.new("RGB", (WIDTH, HEIGHT * max(1, len(curves))), "white")
     draw = ImageDraw.Draw(sheet)
     for number, curve in enumerate(curves):
-        _panel(draw, curve, HEIGHT * number, last, mark)
+        _panel(draw, curve, HEIGHT * number, last, mark, axis)
     return sheet
 
 
-def _panel(draw: ImageDraw.ImageDraw, curve: Curve, y: int, last: int, mark: int | None) -> None:
+def _panel(draw: ImageDraw.ImageDraw, curve: Curve, y: int, last: float, mark: int | None, axis: str) -> None:
     font = ImageFont.load_default(size=12)
     points = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if math.isfinite(v)]
     low, high = min((v for _, v in points), default=0.0), max((v for _, v in points), default=1.0)
@@ -53,7 +53,7 @@ def _panel(draw: ImageDraw.ImageDraw, curve: Curve, y: int, last: int, mark: int
     low, high = low - margin, high + margin
     top, bottom, right = y + TOP, y + HEIGHT - BOTTOM, WIDTH - RIGHT
 
-    def place(step: int, value: float) -> tuple[float, float]:
+    def place(step: float, value: float) -> tuple[float, float]:
         share = (value - low) / (high - low)
         return LEFT + (right - LEFT) * step / last, bottom - (bottom - top) * share
 
@@ -64,7 +64,7 @@ def _panel(draw: ImageDraw.ImageDraw, curve: Curve, y: int, last: int, mark: int
         draw.line((LEFT - 4, height, LEFT, height), fill=INK)
         draw.text((LEFT - 8, height), f"{value:.4g}", fill=INK, font=font, anchor="rm")
     for step, anchor in ((0, "la"), (last, "ra")):
-        draw.text((place(step, low)[0], bottom + 4), f"step {step}", fill=INK, font=font, anchor=anchor)
+        draw.text((place(step, low)[0], bottom + 4), f"{axis} {step:g}", fill=INK, font=font, anchor=anchor)
     if mark is not None:
         x = place(mark, low)[0]
         draw.line((x, top, x, bottom), fill=MARK)

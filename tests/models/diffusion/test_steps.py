@@ -35,6 +35,15 @@ def test_any_number_of_steps_is_kept_and_inside_the_schedule(steps: int, spacing
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= 999
 
 
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_without_signal_at_the_end_sampling_begins_there(steps: int) -> None:
+    """As diffusers' trailing spacing; other schedules begin where the original does."""
+    times = [int(step.t) for step in ddim_steps(np.linspace(0.999, 1e-8, 1000), steps)]
+    assert times == [round(1000 - i * 1000 / steps) - 1 for i in range(steps)] and times[0] == 999
+    usual = ddim_steps(np.linspace(0.999, 0.005, 1000), steps)
+    assert [step.t for step in usual] == uniform_timesteps(steps, 1000)[::-1]
+
+
 def test_uniform_timesteps_are_never_visited_twice() -> None:
     assert all(len(set(uniform_timesteps(steps, 97))) == steps for steps in range(1, 98))
 

@@ -64,6 +64,13 @@ def test_it_is_frozen_unless_told_otherwise():
     assert all(parameter.requires_grad for parameter in build(freeze=False).parameters())
 
 
+def test_a_vocabulary_with_more_words_than_clips():
+    """Other tools keep what was learned in the model, as words that they add to its vocabulary."""
+    encoder = build(arch=TINY | {"vocabulary": 49410})
+    assert encoder.token_embedding.weight.shape == (49410, 32)
+    assert encoder("a dog").shape == (1, 77, 32)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

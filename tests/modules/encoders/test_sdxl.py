@@ -99,3 +99,10 @@ def test_gradients_reach_both_parts_of_the_vectors(encoder) -> None:
     (vectors,) = manager.embedding_parameters()
     assert vectors.grad is not None
     assert all(part.abs().max() > 0 for part in vectors.grad.split(encoder.widths, dim=1))
+
+
+@torch.no_grad()
+def test_vectors_can_begin_at_what_both_towers_make_of_a_word(encoder) -> None:
+    manager = manager_of(encoder, "*", initializer_words=["dog"], cross_init=True)
+    (context,) = encoder.encode(["dog"])["c_crossattn"]
+    close(manager.vectors("*"), context[0, 1:2])

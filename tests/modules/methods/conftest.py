@@ -13,7 +13,11 @@ from ldm.modules.methods.words import LearnedWords
 from tests.golden_record import Golden
 
 # Options that make a method small.
-SMALL: dict[str, dict[str, Any]] = {"neti": {"features": 16, "hidden": 8}, "prospect": {"stages": 3}}
+SMALL: dict[str, dict[str, Any]] = {
+    "neti": {"features": 16, "hidden": 8},
+    "prospect": {"stages": 3},
+    "grid": {"stages": 3, "layers": True, "residual_layers": True},
+}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import torch
 
 from ldm.data.creatures.world import creature
 from ldm.evaluation.edits import edits_of
-from ldm.modules.methods import CoRe
+from ldm.modules import methods
+from ldm.modules.methods import METHODS, CoRe
 from ldm.modules.methods.core import PROMPTS
 from ldm.prompts import OBJECT_TEMPLATES
 from ldm.util import UserError
@@ -29,6 +30,32 @@ def test_the_initializer_itself_costs_nothing_and_any_other_vector_does(model, c
     assert float(loss.detach()) > 0
     loss.backward()
     assert made.vectors("*").grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("target", ["CoReGrid", "CoReNeTI"])
+def test_words_of_other_methods_are_regularised_too(model, target):
+    encoder, options = model.cond_stage_model, {"bypass": 0.2, "features": 16, "hidden": 8}
+    if target == "CoReGrid":
+        options = {"stages": 3, "layers": True, "residual_layers": True}
+    made = getattr(methods, target)(
+        encoder,
+        placeholder_strings=["*"],
+        initializer_words=["cat"],
+        denoiser=model.denoiser_shape,
+        **options,
+    )
+    assert made.adds_loss and METHODS[made.method] in type(made).__mro__
+    if target == "CoReGrid":
+        assert float(made.context_loss(encoder).detach()) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for parameter in made.embedding_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    loss = made.context_loss(encoder)
+    loss.backward()
+    assert (
+        float(loss.detach()) > 0
+        and sum(p.grad.abs().sum() for p in made.embedding_parameters() if p.grad is not None) > 0
+    )
 
 
 def test_it_joins_the_loss_of_training_steps_only(model):

@@ -47,6 +47,31 @@ def test_truncation_is_a_dial(neti):
     assert rows[2].std(dim=1).max() < 1e-6, "without units neither layer nor timestep matters"
 
 
+def test_features_tell_timesteps_and_layers_apart_as_in_the_paper(neti):
+    """The likeness of two points is exp(-(0.03 dt)^2 / 2 - (2 dl)^2 / 2) on average over the random angles."""
+    from ldm.modules.methods.neti import Mapper
+
+    mapper = Mapper(7, 1, 32, 4096, 8)
+    with torch.no_grad():
+        mapper.begin(torch.ones(1, 32), 0)
+        points = torch.tensor([[500.0, 3.0], [520.0, 3.0], [560.0, 3.0], [500.0, 4.0]])
+        encoded = mapper.encoded(points)
+    expected = torch.tensor([1.0, 0.6**2 / 2, 1.8**2 / 2, 2.0**2 / 2]).mul(-1).exp()
+    expected[0] = 1
+    torch.testing.assert_close(encoded @ encoded[0], expected, atol=0.05, rtol=0)
+    anchors = mapper.encoded(torch.tensor([[100.0, 0.0]]))
+    assert (mapper.likeness(anchors)[0] - mapper.likeness.bias).argmax() == 7, (
+        "the second time, the first layer"
+    )
+
+
+def test_each_image_has_its_own_nested_dropout(neti):
+    neti.train()
+    neti.nested_dropout = 1.0
+    vectors = neti.rows(torch.full((6,), 500.0)).vectors
+    assert len({tuple(row.flatten().tolist()) for row in vectors}) > 1
+
+
 def test_the_bypass_is_for_values_only(model, neti):
     ids = model.cond_stage_model.token_ids(["a photo of *"], neti)
     keys, values = neti.encode(model.cond_stage_model, ids, torch.tensor([500])).unbind(dim=2)

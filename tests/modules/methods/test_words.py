@@ -15,12 +15,13 @@ from ldm.embeddings.method_files import MethodFile, read_method_file, triggers_o
 from ldm.generate import load_embeddings
 from ldm.generate.images import generate
 from ldm.models.diffusion.conditioning import TimedCondition
+from ldm.modules import methods
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.methods import METHODS
 from ldm.modules.methods.words import Together
 from ldm.modules.personalization import DenoiserShape
-from ldm.util import UserError, skip_pretrained
+from ldm.util import UserError, accepts, skip_pretrained
 from tests.modules.methods.conftest import words
 
 ALL = sorted(METHODS)
@@ -252,25 +253,76 @@ def sd1(clip_vit_l):
     return encoder.to("meta"), unet
 
 
+# What is made of each target of the YAMLs: options, the shape of two encoded prompts, and of every parameter.
 SHAPES = {
-    "prospect": (2, 77, 768),
-    "xti": (2, 16, 1, 77, 768),
-    "neti": (2, 16, 2, 77, 768),
-    "output": (2, 77, 768),
+    "ProSpect": ({}, (2, 77, 768), [(4, 2, 768)]),
+    "XTI": ({}, (2, 16, 1, 77, 768), [(2, 768)] * 16),
+    "NeTI": (
+        {},
+        (2, 16, 2, 77, 768),
+        [(160, 2048), (160,), (128, 160), *[(128,)] * 3, (128, 128), *[(128,)] * 3, (3072, 128), (3072,)],
+    ),
+    "OutputResidual": ({}, (2, 77, 768), [(2, 768)]),
+    "Grid": (
+        {"stages": 4, "layers": True, "residual": True},
+        (2, 16, 1, 77, 768),
+        [(4, 16, 2, 768), (4, 2, 768)],
+    ),
+    "CoReGrid": (
+        {"stages": 4, "residual_layers": True},
+        (2, 16, 1, 77, 768),
+        [(4, 2, 768), (4, 16, 2, 768)],
+    ),
+    "CoRe": ({}, (2, 77, 768), [(2, 768)]),
+    "DreamArtist": ({"negative_vectors": 3}, (2, 77, 768), [(2, 768), (3, 768)]),
 }
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_shapes_of_stable_diffusion_1(sd1, method):
+@pytest.mark.parametrize("target", SHAPES)
+def test_shapes_and_gradients_of_stable_diffusion_1(sd1, target):
     encoder, unet = sd1
     assert " ".join(unet.layer_names) == SD1_LAYERS
-    denoiser = DenoiserShape(unet.layer_names, 1000)
+    options, shape, parameters = SHAPES[target]
+    kind = getattr(methods, target)
+    denoiser = {"denoiser": DenoiserShape(unet.layer_names, 1000)} if accepts(kind, "denoiser") else {}
     with torch.device("meta"):
-        made = METHODS[method](
-            encoder, placeholder_strings=["*"], num_vectors_per_token=2, denoiser=denoiser
+        made = kind(
+            encoder,
+            placeholder_strings=["*"],
+            initializer_words=["cat"],
+            num_vectors_per_token=2,
+            **denoiser,
+            **options,
         ).to("meta")
+        assert [tuple(p.shape) for p in made.embedding_parameters()] == parameters
         encoded = made.encode(encoder, torch.zeros(2, 77, dtype=torch.long), torch.zeros(2))
-        assert tuple(encoded.shape) == SHAPES[method]
-        output = unet(torch.zeros(2, 4, 64, 64), torch.zeros(2), context=encoded)
-        gradients = torch.autograd.grad(output.sum(), list(made.embedding_parameters()), allow_unused=True)
-    assert all(gradient is not None for gradient in gradients)
+        assert tuple(encoded.shape) == shape
+        loss = unet(torch.zeros(2, 4, 64, 64), torch.zeros(2), context=encoded).sum()
+        gradients = torch.autograd.grad(loss, list(made.embedding_parameters()), allow_unused=True)
+    assert [gradient.shape for gradient in gradients] == [p.shape for p in made.embedding_parameters()]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_gradients_are_those_of_finite_differences(model, method):
+    """Of the context, through encoder and insertion, in float32; the denoiser's part is the same for all methods."""
+    made = words(model, method, num_vectors_per_token=2)
+    encoder = model.cond_stage_model
+    ids, times = encoder.token_ids(["a photo of * in the grass"], made), torch.tensor([640.0])
+    mix = torch.randn(made.encode(encoder, ids, times).shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(made.embedding_parameters())
+
+    def value():
+        return (made.encode(encoder, ids, times) * mix).sum()
+
+    gradients = torch.autograd.grad(value(), parameters)
+    directions = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in parameters]
+    expected = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    found = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(sign * 3e-4 * direction)
+            found.append(float(value()))
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.sub_(sign * 3e-4 * direction)
+    assert (found[0] - found[1]) / 6e-4 == pytest.approx(expected, rel=2e-2)

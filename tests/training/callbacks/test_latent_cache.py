@@ -166,6 +166,7 @@ def test_images_of_different_sizes_are_not_cached() -> None:
     assert LatentCache(batch_size=4).cached(model, images, torch.device("cpu")) is images
 
 
+@pytest.mark.refused_first
 def test_a_full_disk_is_named_before_anything_is_encoded(monkeypatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -175,6 +176,7 @@ def test_a_full_disk_is_named_before_anything_is_encoded(monkeypatch) -> None:
         LatentCache(memory_mib=0).cached(Golden("clip_one_vector").model(), Images(), torch.device("cpu"))
 
 
+@pytest.mark.refused_first
 def test_encoding_many_images_counts_aloud(monkeypatch, caplog) -> None:
     clock = iter(range(0, 10_000, 11))
     monkeypatch.setattr("ldm.util.time.monotonic", lambda: next(clock))
@@ -191,6 +193,7 @@ def concept(folder: Path) -> PersonalizedBase:
     return PersonalizedBase(folder, size=32, template_file=None, seed=3)
 
 
+@pytest.mark.refused_first
 def test_a_cached_dataset_can_be_sent_to_a_loader_process(tmp_path) -> None:
     model = Golden("clip_one_vector").model()
     cached = LatentCache().cached(model, concept(tmp_path), torch.device("cpu"))
@@ -206,6 +209,7 @@ def test_a_cached_dataset_can_be_sent_to_a_loader_process(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.refused_first
 def test_spawned_loader_processes_give_the_same_batches(tmp_path) -> None:
     model = Golden("clip_one_vector").model()
     for dataset in (concept(tmp_path), LatentCache().cached(model, concept(tmp_path), torch.device("cpu"))):

@@ -1,0 +1,168 @@
+"""Tables of what files and folders are that hold no base model to be read, and what to do about each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """What a file is that is no base model to be read, and what to do."""
+
+    name: str
+    remedy: str
+
+
+READ = "read are Stable Diffusion 1, 2 and XL and LDM text2img-large"
+
+# Files of other tools by their first bytes, then by their suffix -> what they are and what to do.
+BY_BYTES: tuple[tuple[bytes, str, str], ...] = (
+    (b"GGUF", "a GGUF file, quantised weights for other programs", "name the .safetensors it was made from"),
+    (b"\x89HDF", "a Keras file", "name the .safetensors or .ckpt of the model"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it and name the file in it"),
+    (b"Rar!", "a RAR archive", "unpack it and name the file in it"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it and name the file in it"),
+)
+BY_SUFFIX: dict[str, tuple[str, str]] = {
+    ".gguf": BY_BYTES[0][1:],
+    ".onnx": ("an ONNX model", "name the PyTorch model that it was made from"),
+    ".xml": ("the network of an OpenVINO model", "name the PyTorch model that it was made from"),
+    ".engine": ("a TensorRT engine", "name the PyTorch model that it was made from"),
+    ".plan": ("a TensorRT engine", "name the PyTorch model that it was made from"),
+    ".trt": ("a TensorRT engine", "name the PyTorch model that it was made from"),
+    ".mlmodel": ("a Core ML model", "name the PyTorch model that it was made from"),
+    ".msgpack": ("Flax weights", "name the .safetensors or .bin of the model"),
+    ".h5": BY_BYTES[1][1:],
+    ".tflite": ("a TensorFlow Lite model", "name the PyTorch model that it was made from"),
+    ".yaml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
+    ".yml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
+    ".crdownload": ("an unfinished download", "wait until it is complete"),
+    ".part": ("an unfinished download", "wait until it is complete"),
+    ".aria2": ("an unfinished download", "wait until it is complete"),
+    ".incomplete": ("an unfinished download", "wait until it is complete"),
+}
+
+
+UNKNOWN = Kind(
+    "no model that is known here", f"{READ}; for a model of your own, name its YAML with --config or --base"
+)
+OTHER_MODEL = f"it cannot be used here: {READ}"
+ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
+PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
+EMBEDDING = "a textual inversion embedding"
+EMBEDDING_KIND = Kind(
+    EMBEDDING,
+    "name the base model here, and the embedding with --embedding_path to generate, --embedding_manager_ckpt to train",
+)
+_DISTILLED = "name the model it was distilled from"
+_NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
+
+# What a file is, what to do, and expressions that must all be found in its names; the first row that fits counts.
+KINDS: tuple[tuple[str, ...], ...] = (
+    (*EMBEDDING_KIND, r"^string_to_(param|token)|^emb_params|^clip_[lg]$"),
+    (
+        "the state of a training run, with the learned vectors only",
+        "name the base model it was trained on",
+        r"^embedding_manager\.",
+        _NO_DENOISER,
+    ),
+    # What is added to a base model.
+    ("a ControlNet LoRA", ADAPTER, r"lora_controlnet"),
+    (
+        "a LoRA",
+        ADAPTER,
+        r"[._]lora[._](up|down|A|B)\b|lora_(up|down)\.|^lora_(unet|te\d?)_|lora_linear_layer",
+    ),
+    ("a LyCORIS file (LoHa, LoKr)", ADAPTER, r"hada_w1|lokr_w1|oft_blocks|oft_diag"),
+    ("a ControlNet", ADAPTER, r"^control_model\.|^zero_convs\.|input_hint_block\.|^controlnet_"),
+    ("an IP-Adapter", ADAPTER, r"^(image_proj|ip_adapter)\."),
+    ("an InstantID or PhotoMaker file", ADAPTER, r"^(id_encoder|image_proj_model)\."),
+    ("a T2I adapter", ADAPTER, r"^(adapter\.)?body\.0\.(block1|resnets|in_conv)"),
+    ("a motion module of AnimateDiff", ADAPTER, r"motion_modules\.|temporal_transformer\."),
+    ("a hypernetwork", ADAPTER, r"^(320|640|768|1024|1280)\.\d+\..*linear"),
+    # Models of Stable Diffusion's architecture that compute something else.
+    ("a latent consistency model (LCM), which is told the guidance scale", _DISTILLED, r"\.cond_proj\."),
+    ("Playground 2.5, whose noise and latents are scaled otherwise (EDM)", OTHER_MODEL, r"^edm_(mean|std)$"),
+    (
+        "CosXL or a model like it, whose noise is scaled otherwise (EDM)",
+        OTHER_MODEL,
+        r"^edm_vpred\.sigma_max$",
+    ),
+    ("GLIGEN, which needs boxes", OTHER_MODEL, r"transformer_blocks\.\d+\.fuser\."),
+    ("Zero123, which needs an image", OTHER_MODEL, r"^cc_projection\."),
+    # Other models that generate images or videos.
+    ("Hunyuan Video", OTHER_MODEL, r"individual_token_refiner"),
+    ("AuraFlow", OTHER_MODEL, r"double_layers\.|cond_seq_linear|joint_transformer_blocks\.|register_tokens"),
+    ("Flux", OTHER_MODEL, r"double_blocks\.|single_transformer_blocks\."),
+    (
+        "Würstchen or Stable Cascade",
+        OTHER_MODEL,
+        r"clip_txt(_pooled)?_mapper|effnet_mapper|\.depthwise\.weight",
+    ),
+    ("Hunyuan-DiT", OTHER_MODEL, r"mlp_t5\.|text_embedding_padding"),
+    ("Sana", OTHER_MODEL, r"conv_inverted|glumb_conv|attention_y_norm"),
+    ("PixArt", OTHER_MODEL, r"t_block\.|adaln_single\.", r"y_embedder\.|caption_projection\."),
+    ("Stable Diffusion 3", OTHER_MODEL, r"joint_blocks\."),
+    ("Stable Diffusion 3", OTHER_MODEL, r"pos_embed\.proj\.", r"time_text_embed\."),
+    ("Lumina", OTHER_MODEL, r"cap_embedder\.|time_caption_embed\."),
+    ("Qwen-Image, Wan or another video model", OTHER_MODEL, r"img_mlp\.|patch_embedding\.|txt_norm\."),
+    ("Kandinsky or Kolors", OTHER_MODEL, r"add_k_proj|encoder_hid_proj\.|encoder_kv"),
+    ("Stable Video Diffusion", OTHER_MODEL, r"time_stack\.|temporal_transformer_blocks|time_mixer"),
+    ("DeepFloyd IF", OTHER_MODEL, r"encoder_pooling\.|add_embedding\.pool\."),
+)
+# The same for files without a denoiser.
+PARTS: tuple[tuple[str, ...], ...] = (
+    (
+        "a VAE alone",
+        "name the model here and the VAE with --vae",
+        r"^(first_stage_model\.|vae\.)?(decoder|encoder)\.conv_in\.",
+    ),
+    ("a tiny preview VAE (TAESD)", PART, r"^(decoder\.layers|taesd_decoder|decoder\.1)\."),
+    ("a CLIP model of images and texts", PART, r"^(vision_model|visual)\."),
+    (
+        "a text encoder alone",
+        PART,
+        r"^(text_model|cond_stage_model|conditioner|transformer\.resblocks|text_encoder|embeddings)\.",
+    ),
+    ("a T5 text encoder alone", PART, r"(encoder\.block\.0\.layer|enc\.blk\.0)\."),
+    (
+        "an image upscaler",
+        "name the model that generates the images",
+        r"model\.1\.sub\.0\.|body\.0\.rdb1|RDB1\.",
+    ),
+)
+
+
+# Beginnings of pipeline classes in model_index.json -> what the folder holds.
+PIPELINES = {
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "PixArt": "PixArt",
+    "Wuerstchen": "Würstchen",
+    "StableCascade": "Stable Cascade",
+    "AuraFlow": "AuraFlow",
+    "Kandinsky": "Kandinsky",
+    "HunyuanDiT": "Hunyuan-DiT",
+    "Lumina": "Lumina",
+    "Sana": "Sana",
+    "QwenImage": "Qwen-Image",
+    "Chroma": "Chroma",
+    "StableVideo": "Stable Video Diffusion",
+    "StableUnCLIP": "Stable unCLIP",
+    "IF": "DeepFloyd IF",
+    "Kolors": "Kolors",
+    "AltDiffusion": "AltDiffusion, whose text encoder is not CLIP",
+    "VersatileDiffusion": "Versatile Diffusion",
+    "StableDiffusionImageVariation": "a model of image variations, which needs an image in place of a text",
+    "StableDiffusionLatentUpscale": "an upscaler of latents",
+    "TextToVideo": "a model of videos",
+    "LDMTextToImage": "LDM text2img-large in the layout of diffusers; name its model.ckpt",
+}
+# Suffixes in a folder, or in a part of it -> other programs' formats.
+FORMATS = {
+    ".onnx": "ONNX",
+    ".engine": "TensorRT",
+    ".plan": "TensorRT",
+    ".mlpackage": "Core ML",
+    ".mlmodelc": "Core ML",
+    ".msgpack": "Flax",
+}

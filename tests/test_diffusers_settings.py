@@ -1,0 +1,157 @@
+"""Settings of diffusers' folders: what they mean here, and what is named because it cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import diffusers_settings as settings
+from ldm.models.diffusion.schedule import make_beta_schedule
+from ldm.weights import CheckpointError, Folder
+from tests.pipelines import UNETS
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "scaled_linear"},
+        {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02},
+        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+        {"trained_betas": np.linspace(0.001, 0.02, 1000).tolist()},
+    ],
+)
+def test_noise_schedules_are_those_of_diffusers(options) -> None:
+    usual = {"beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = diffusers.EulerDiscreteScheduler(**usual | options)
+    params = settings.schedule_params(scheduler.config)
+    betas = params["given_betas"]
+    if betas is None:
+        betas = make_beta_schedule(
+            params["beta_schedule"], params["timesteps"], params["linear_start"], params["linear_end"]
+        )
+    kept = torch.tensor(np.cumprod(1 - np.asarray(betas)))
+    torch.testing.assert_close(kept.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    usual: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "layers_per_block": 1} | UNETS["sd1"]
+    for change, message in (
+        ({"act_fn": "gelu"}, "the unet's act_fn is 'gelu'"),
+        ({"class_embed_type": "projection"}, "class_embed_type is 'projection'"),
+        ({"block_out_channels": (32, 48)}, "no multiples of the first"),
+        ({"layers_per_block": (1, 2)}, "layers_per_block differ per level"),
+        (
+            {"attention_head_dim": (4, 4, 2), "block_out_channels": (32, 64, 64)},
+            "neither equal in number nor in width",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            settings.unet_params(usual | change)
+    with pytest.raises(CheckpointError, match="AsymmetricAutoencoderKL"):
+        settings.vae_params({"_class_name": "AsymmetricAutoencoderKL"})
+    with pytest.raises(CheckpointError, match="beta_schedule is 'sigmoid'"):
+        settings.schedule_params({"beta_schedule": "sigmoid"})
+
+
+def folder_of(root: Path, family: str, **changes: dict[str, Any]) -> Folder:
+    """A folder with settings and empty weights; `changes` are of the settings of its parts, ... removes one."""
+    tower = {"hidden_act": "gelu", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
+    tower |= {"vocab_size": 49410, "max_position_embeddings": 77, "architectures": ["CLIPTextModel"]}
+    parts: dict[str, dict[str, Any]] = {
+        "unet": {"in_channels": 4, "out_channels": 4, "layers_per_block": 1} | UNETS[family],
+        "vae": {"latent_channels": 4, "block_out_channels": [32], "layers_per_block": 1} | VAE_CHANNELS,
+        "scheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        "text_encoder": tower,
+        "tokenizer": {},
+    }
+    if family == "sdxl":
+        parts["text_encoder_2"] = tower | {"architectures": ["CLIPTextModelWithProjection"]}
+    files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    for part, config in parts.items():
+        (root / part).mkdir(parents=True)
+        own = {key: value for key, value in (config | changes.get(part, {})).items() if value is not ...}
+        if own or part == "tokenizer":
+            (root / part / files.get(part, "config.json")).write_text(json.dumps(own))
+        (root / part / "model.safetensors").touch()
+    return Folder(root)
+
+
+VAE_CHANNELS = {"in_channels": 3, "out_channels": 3}
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_sizes_and_vocabulary_come_from_the_folder(tmp_path, family) -> None:
+    params = settings.folder_params(folder_of(tmp_path, family), family)
+    encoder = params["cond_stage_config"]["params"]
+    if family == "sd1":
+        assert "arch" not in encoder
+    else:
+        assert encoder["arch"] == {"width": 32, "heads": 4, "layers": 3, "vocabulary": 49410}
+    assert params["first_stage_config"]["params"]["embed_dim"] == 4
+
+
+# What other models' folders say, and what no folder may: (family, part, settings, a part of the message).
+MISFITS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "LCM": ("sd1", "unet", {"time_cond_proj_dim": 256}, r"latent consistency models \(LCM\)"),
+    "GLIGEN": ("sd1", "unet", {"attention_type": "gated"}, "as of GLIGEN"),
+    "tiny-sd": ("sd1", "unet", {"mid_block_type": None}, "mid_block_type is None .as of distilled"),
+    "Kolors": ("sdxl", "unet", {"encoder_hid_dim": 4096}, "as of Kolors"),
+    "SSD-1B": ("sdxl", "unet", {"transformer_layers_per_block": [0, [2, 2]]}, "not one number per level"),
+    "SSD-1B's other half": (
+        "sdxl",
+        "unet",
+        {"reverse_transformer_layers_per_block": [[1, 1], [2]]},
+        "reverse_transformer_layers_per_block",
+    ),
+    "video": ("sd1", "unet", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
+    "DeepFloyd": ("sd1", "unet", {"addition_embed_type": "text"}, "addition_embed_type is 'text'"),
+    "blocks": ("sd1", "unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+    "no unet of ours": ("sd1", "unet", {"norm_eps": 1e-6}, "norm_eps is 1e-06"),
+    "Playground 2.5": ("sdxl", "vae", {"latents_mean": [0.1] * 4}, "as of Playground 2.5"),
+    "SD3": ("sd1", "vae", {"shift_factor": 0.06}, "as of Stable Diffusion 3"),
+    "TAESD": ("sd1", "vae", {"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
+    "other vae": ("sd1", "vae", {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+    "16 channels": ("sd1", "vae", {"latent_channels": 16}, "16 channels and its unet 4"),
+    "EDM": ("sdxl", "scheduler", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler .*CosXL"),
+    "flow": ("sdxl", "scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch"),
+    "continuous": ("sdxl", "scheduler", {"timestep_type": "continuous"}, "not by betas"),
+    "activation": ("sd2", "text_encoder", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+    "second": ("sdxl", "text_encoder_2", {"hidden_act": "quick_gelu"}, "text_encoder_2's hidden_act"),
+    "T5": ("sd1", "text_encoder", {"architectures": ["T5EncoderModel"]}, "is a T5EncoderModel and not CLIP"),
+    "no heads": ("sd2", "text_encoder", {"num_attention_heads": ...}, "lack 'num_attention_heads'"),
+    "null": ("sd1", "unet", {"block_out_channels": None}, "settings are damaged"),
+    "a text": ("sd1", "unet", {"block_out_channels": "x"}, "settings are damaged"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_folders_that_compute_something_else_are_named(tmp_path, case) -> None:
+    family, part, change, message = MISFITS[case]
+    with pytest.raises(CheckpointError, match=message) as error:
+        settings.folder_params(folder_of(tmp_path, family, **{part: change}), family)
+    text = str(error.value).replace(str(tmp_path), "")
+    assert "; " in text and len(text) < 300 and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "message"),
+    [
+        ("sd1", "text_encoder/config.json", "has no text_encoder; download"),
+        ("sd1", "text_encoder/model.safetensors", "weights of its text_encoder are missing"),
+        ("sdxl", "text_encoder_2/config.json", "has no text_encoder_2; download"),
+        ("sdxl", "text_encoder_2/model.safetensors", "weights of its text_encoder_2 are missing"),
+        ("sd1", "vae/config.json", "has no vae/config.json; download"),
+    ],
+)
+def test_an_unfinished_folder_says_what_is_missing(tmp_path, family, file, message) -> None:
+    folder = folder_of(tmp_path, family)
+    (tmp_path / file).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        settings.folder_params(folder, family)
