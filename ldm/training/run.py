@@ -22,10 +22,9 @@ from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training import command_line, config, flags, hub, preflight, resuming, run_folder
 from ldm.training.callbacks import OPTIONAL_CALLBACKS, complete_lightning, is_gone_logger
-from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
+from ldm.training.callbacks.base import RunCallback, callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
-from ldm.training.callbacks.guard import TrainingGuard
 from ldm.training.callbacks.interruption import Requests, handle_signals
 from ldm.training.callbacks.progress import total_steps
 from ldm.training.fitting import check_is_state, fit
@@ -261,7 +260,7 @@ def make_trainer(
         if isinstance(callback, EmbeddingSaver):
             callback.describe = Provenance(plan.config, model)
             callback.stems = plan.run.word_stems
-        if isinstance(callback, TrainingGuard) and (name := plan.config.get("actual_resume")):
+        if isinstance(callback, RunCallback) and (name := plan.config.get("actual_resume")):
             callback.model_name = f"'{name}'"
     with refusals():
         return build_trainer(

@@ -133,7 +133,6 @@ class TrainingGuard(RunCallback):
         self.every_n_train_steps = every_n_train_steps
         self.rollbacks = rollbacks
         self.rolled_back = 0
-        self.model_name = "the model"
         self._active = False
         self._has_learned = False
         self._warned: list[str] = []
