@@ -14,6 +14,8 @@ from ldm.base_models import ask_for_prediction, family_of_first_stage, recognise
 from ldm.weights import CheckpointError
 from tests.golden_record import GOLDEN
 
+pytestmark = pytest.mark.one_reader
+
 ROOT = Path(__file__).resolve().parents[1]
 UNET = "model.diffusion_model."
 

@@ -25,6 +25,7 @@ def test_write_text_creates_parent_folders(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
 
 
+@pytest.mark.one_reader
 def test_what_is_no_file_is_named_and_a_run_folder_names_its_file(tmp_path: Path) -> None:
     assert why_no_file(tmp_path / "gone") == "does not exist; check the path"
     assert why_no_file("/dev/null") == "is not an ordinary file; name a file on disk"

@@ -70,6 +70,7 @@ def test_shards_are_read_together_and_a_missing_one_is_named(tmp_path: Path) -> 
         Folder(tmp_path).weights("unet")
 
 
+@pytest.mark.one_reader
 def test_a_header_is_read_without_the_numbers(tmp_path: Path) -> None:
     state = {"a.weight": torch.ones(2, 3), "b": torch.zeros(())}
     save_file(state, tmp_path / "m.safetensors", {"modelspec.title": "cat"})
@@ -85,6 +86,7 @@ def test_a_header_is_read_without_the_numbers(tmp_path: Path) -> None:
     assert header.shapes == {"a.weight": (2, 3), "b": ()} and header.notes["modelspec.title"] == "cat"
 
 
+@pytest.mark.one_reader
 def test_older_text_encoders_get_the_names_of_today(tmp_path: Path) -> None:
     old = {"cond_stage_model.transformer.final_layer_norm.bias": torch.zeros(3), "model.x": torch.zeros(1)}
     save_file(old, tmp_path / "m.safetensors")

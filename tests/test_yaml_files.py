@@ -202,6 +202,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "project"
 
 
+@pytest.mark.one_reader
 def test_a_path_is_found_from_its_yaml_by_its_last_parts_and_in_the_checkout(elsewhere: Path) -> None:
     mine, checkout = elsewhere / "models" / "mine", elsewhere.parent / "checkout"
     assert in_checkout("models/mine/text", [mine]) == str(mine / "text")  # from a folder above
@@ -214,6 +215,7 @@ def test_a_path_is_found_from_its_yaml_by_its_last_parts_and_in_the_checkout(els
         assert in_checkout(odd, [mine]) == odd
 
 
+@pytest.mark.one_reader
 def test_the_paths_of_a_yaml_are_found_wherever_it_is_read(elsewhere: Path) -> None:
     path = elsewhere / "own.yaml"
     path.write_text(
@@ -232,6 +234,7 @@ def test_the_paths_of_a_yaml_are_found_wherever_it_is_read(elsewhere: Path) -> N
     assert plain == {"a": [{"tokenizer": text}]}
 
 
+@pytest.mark.one_reader
 def test_a_shipped_yaml_is_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "configs/latent-diffusion/txt2img-finetune.yaml"

@@ -58,6 +58,7 @@ def make_run(folder):
     return folder
 
 
+@pytest.mark.one_reader
 def test_resume_by_folder_file_and_latest(tmp_path):
     folder = make_run(tmp_path / "one")
     for place in (folder, folder / "checkpoints" / "last.ckpt", "latest"):
@@ -97,6 +98,7 @@ def vectors(path, word="*", value=1.0):
     return embeddings.write(embeddings.LearnedEmbeddings((concept,)), path)
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     "place",
     [
@@ -115,6 +117,7 @@ def test_every_place_in_a_run_leads_to_it(tmp_path, monkeypatch, place):
     assert (run.path, state) == (Path("one"), Path("one/checkpoints/last.ckpt"))
 
 
+@pytest.mark.one_reader
 def test_lightnings_word_for_the_newest_run(tmp_path):
     """A folder of that name comes first."""
     one = make_run(tmp_path / "logs" / "one")
@@ -123,6 +126,7 @@ def test_lightnings_word_for_the_newest_run(tmp_path):
         run_folder.existing_run_folder("last", logdir="nowhere")
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("name", "is_latest"),
     [
@@ -146,6 +150,7 @@ def test_which_files_hold_the_latest_vectors(tmp_path, name, is_latest):
     assert run_folder.RunFolder(folder, "").is_latest(folder / "checkpoints" / name) is is_latest
 
 
+@pytest.mark.one_reader
 def test_another_state_of_a_run(tmp_path):
     folder = make_run(tmp_path / "one")
     state = folder / "checkpoints" / "trainstep_checkpoints" / "epoch=1.ckpt"
@@ -155,6 +160,7 @@ def test_another_state_of_a_run(tmp_path):
     assert (run.path, found) == (folder, state)
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("place", "message"),
     [

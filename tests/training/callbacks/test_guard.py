@@ -123,6 +123,7 @@ def test_rate_of_a_schedule_is_halved(tiny_yaml, loss_times):
     assert state_of()["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(5e-3)
 
 
+@pytest.mark.done_or_said
 def test_too_many_rollbacks_are_an_error(tiny_yaml, capsys, loss_times):
     loss_times(lambda step: float("nan") if step >= 2 else 1)
     words = ["lightning.callbacks.training_guard.params.rollbacks=1"]
