@@ -278,7 +278,7 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
         ) from error
     family = base.family if base is not None else family_of(node)
     own = family_of_first_stage(Path(source)) if Path(source).is_file() else None
-    if own is not None and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
+    if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
         raise CheckpointError(
             f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
             "family"
