@@ -23,7 +23,7 @@ from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
 from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
-from ldm.training.precision import plugin_for, possible_precision
+from ldm.training.precision import half_for, plugin_for, possible_precision
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config, why_no_mps
 
@@ -305,6 +305,9 @@ def check_options(options: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ConfigError: Lightning refuses one.
     """
+    options = dict(options)
+    if half_for(options.get("precision"), options.get("accelerator", "auto")) is not None:
+        del options["precision"]  # which a plugin takes the place of, see `build_trainer`
     with refusals():
         pl.Trainer(
             **{**options, "enable_progress_bar": False, "enable_checkpointing": False},
