@@ -1,4 +1,4 @@
-"""What a run saves to be resumed: its YAMLs, and `last.ckpt` with its state and random states; and validation's own seed."""
+"""What a run saves to be resumed: its YAMLs, and `last.ckpt` with its state and random states; the seed of validation."""
 
 from __future__ import annotations
 
