@@ -20,8 +20,7 @@ from ldm.embeddings.concept import (
     Metadata,
     Progress,
 )
-from ldm.embeddings.file_metadata import RECORD_KEY, record_text
-from ldm.embeddings.payload import Payload
+from ldm.embeddings.payload import RECORD_KEY, Payload, record_text
 from ldm.embeddings.torch_files import save_legacy, save_zip
 from ldm.images import labelled
 from ldm.pickles import ParameterDict
