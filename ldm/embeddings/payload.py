@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,9 +29,9 @@ from ldm.embeddings.concept import (
     check_shape,
     is_possible_width,
 )
-from ldm.embeddings.torch_files import TorchFile
 from ldm.files import NO_TENSORS, file_kind, why_no_file
-from ldm.pickles import shapes_of
+from ldm.outlines import SLACK, asks_for, outline_of, unzipped
+from ldm.pickles import MAX_DEPTH, Storage, TensorRecord, shapes_of, tensor_records
 from ldm.util import shown
 from ldm.words import cleaned
 
@@ -128,6 +129,81 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+_MAX_NUMBERS = 256 * 2**20
+_CHUNK = 2**20
+
+
+class TorchFile:
+    """A file of `torch.save`: what it holds, with `TensorRecord` for tensors, until `load` reads the numbers.
+
+    Raises EmbeddingError if it is not such a file, is damaged, or unpacks to far more than it has.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.size = path, path.stat().st_size
+        outline = outline_of(path, kind)
+        self.pickle, self._places = outline.pickle, outline.places
+
+    def load(self) -> Any:
+        """Return the content with its tensors; raises EmbeddingError if they need more bytes than the file has."""
+        if self.pickle.foreign:
+            raise EmbeddingError(asks_for(self.pickle))
+        records = tensor_records(self.pickle.content)
+        for record in records:
+            record.check()
+        needed = sum(record.nbytes for record in records)
+        if needed > min(2 * self.size + SLACK, _MAX_NUMBERS):
+            raise EmbeddingError(
+                f"its tensors need {needed:,} bytes and the file has {self.size:,}; it is no embedding, or a "
+                "malicious one"
+            )
+        return self._loaded(self.pickle.content, {})
+
+    def _loaded(self, value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+        """Return a copy of nested containers with tensors; `known` are the copies by the id of their original."""
+        if not isinstance(value, (TensorRecord, dict, list, tuple)):
+            return value
+        if id(value) not in known:
+            known[id(value)] = None  # what a container that holds itself, or is nested too deeply, becomes
+            if isinstance(value, TensorRecord):
+                known[id(value)] = self._tensor(value)
+            elif depth <= MAX_DEPTH and isinstance(value, dict):
+                items = [(key, self._loaded(item, known, depth + 1)) for key, item in value.items()]
+                known[id(value)] = type(value)(items)
+            elif depth <= MAX_DEPTH:
+                known[id(value)] = type(value)([self._loaded(item, known, depth + 1) for item in value])
+        return known[id(value)]
+
+    def _tensor(self, record: TensorRecord) -> Tensor:
+        if not record.numel:
+            return torch.zeros(record.shape, dtype=record.storage.dtype)
+        item = record.storage.dtype.itemsize
+        data = self._numbers(record.storage, record.offset * item, record.span * item)
+        flat = torch.frombuffer(data, dtype=record.storage.dtype)
+        return flat.as_strided(record.shape, record.stride).clone()
+
+    def _numbers(self, storage: Storage, start: int, length: int) -> bytearray:
+        """Read a part of a storage; the other parts are read too, for the checksum, but not kept."""
+        place = self._places.get(storage.key)
+        total = storage.numbers * storage.dtype.itemsize
+        if isinstance(place, int):
+            with self.path.open("rb") as file:
+                file.seek(place + start)
+                return bytearray(file.read(length))
+        kept = bytearray()
+        with unzipped(self.path) as archive:
+            if place is None or archive.getinfo(place).file_size < total:
+                raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
+            with archive.open(place) as file:
+                at = 0
+                while chunk := file.read(_CHUNK):
+                    kept += chunk[max(start - at, 0) : max(start + length - at, 0)]
+                    at += len(chunk)
+        if len(kept) != length:
+            raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
+        return kept
 
 
 # The header of a LoRA with thousands of tensors is under 1 MB.
