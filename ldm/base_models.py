@@ -25,6 +25,7 @@ from ldm.model_kinds import (
     UNKNOWN,
     Kind,
 )
+from ldm.util import shown
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
 from ldm.yaml_files import CHECKOUT
 
@@ -144,8 +145,13 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
     if not isinstance(found, Kind):
         return _of_file(source, header, found)
     denoiser = Denoiser.of(Names(header.shapes))
-    alone = wanted is None and found != EMBEDDING_KIND
-    if alone or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
+    if denoiser is None and found is UNKNOWN and wanted is not None:
+        held = shown(next(iter(header.shapes), "nothing"))
+        raise CheckpointError(
+            f"'{source}' is {found.name}: it holds '{held}', and no denoiser (UNet); name another file"
+        )
+    ones_own = wanted is None and found != EMBEDDING_KIND
+    if ones_own or found is UNKNOWN or (denoiser is not None and denoiser.channels == channels != 4):
         return None
     raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
 
@@ -270,14 +276,16 @@ class Names:
 
 
 def _is_vectors(shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of a text encoder's width."""
-    return 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
+    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of the width of one of the text encoders."""
+    return (
+        1 <= len(shape) <= 2 and shape[-1] in (128, 768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
+    )
 
 
 def _of_header(header: Header, name: str) -> Found | Kind:
     """What a file is: a base model, or another kind."""
     names = Names(header.shapes)
-    if 0 < len(names.shapes) <= 8 and all(_is_vectors(shape) for shape in names.shapes.values()):
+    if 0 < len(names.shapes) <= 64 and all(_is_vectors(shape) for shape in names.shapes.values()):
         return EMBEDDING_KIND
     denoiser = Denoiser.of(names)
     for kind, remedy, *patterns in KINDS if denoiser else (*KINDS, *PARTS):

@@ -275,10 +275,11 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
         state, settings = read_vae(source)
     except CheckpointError as error:
         kind = what_is(source) if Path(source).is_file() else None
-        if kind is None:
+        if kind is None or "VAE" in kind.name:
             raise
+        lacks = "without a" if kind.name in FAMILIES.values() else "and no"
         raise CheckpointError(
-            f"'{source}' is {kind.name} without a first stage (VAE); name the file or folder of one"
+            f"'{source}' is {kind.name} {lacks} first stage (VAE); name the file or folder of one"
         ) from error
     family = base.family if base is not None else family_of(node)
     own = family_of_first_stage(Path(source)) if Path(source).is_file() else None

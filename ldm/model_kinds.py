@@ -129,7 +129,11 @@ PARTS: tuple[tuple[str, ...], ...] = (
         r"^(text_model|cond_stage_model|conditioner|transformer\.resblocks|text_encoder|embeddings)\.",
     ),
     ("a T5 text encoder alone", PART, r"(encoder\.block\.0\.layer|enc\.blk\.0)\."),
-    ("an image upscaler", PART, r"model\.1\.sub\.0\.|body\.0\.rdb1|RDB1\."),
+    (
+        "an image upscaler",
+        "name the model that generates the images",
+        r"model\.1\.sub\.0\.|body\.0\.rdb1|RDB1\.",
+    ),
 )
 
 

@@ -14,6 +14,8 @@ from ldm.base_models import ask_for_prediction, family_of_first_stage, recognise
 from ldm.weights import CheckpointError
 from tests.golden_record import GOLDEN
 
+pytestmark = pytest.mark.one_reader
+
 ROOT = Path(__file__).resolve().parents[1]
 UNET = "model.diffusion_model."
 
@@ -118,6 +120,8 @@ KINDS = {
     "embedding of AUTOMATIC1111": ({"string_to_param.*": (1, 768)}, "a textual inversion embedding"),
     "embedding of diffusers": ({"<cat>": (2, 768)}, "a textual inversion embedding"),
     "embedding for XL": ({"clip_g": (1, 1280), "clip_l": (1, 768)}, "a textual inversion embedding"),
+    "embedding for the embedded model": ({"<cat>": (1, 128)}, "a textual inversion embedding"),
+    "many words": ({f"<cat-{n}>": (3, 768) for n in range(40)}, "a textual inversion embedding"),
     "state of a run": (
         {"embedding_manager.string_to_param_dict.*": (1, 32), "embedding_manager.x.y": (2, 3, 4)},
         "the state of a training run",
@@ -348,6 +352,20 @@ def test_a_config_of_ones_own_decides_about_files_that_are_not_known(tmp_path) -
     kind = what_is(lora)
     assert kind is not None and kind.name == "a LoRA"
     assert what_is(write(tmp_path / "x.safetensors", KINDS["something else"][0])) is None
+
+
+def test_a_file_without_a_denoiser_is_not_tried_with_a_config_of_a_family(tmp_path) -> None:
+    path = write(tmp_path / "llama.safetensors", {"model.layers.0.x": (4, 4, 4), "lm_head.weight": (9, 9, 9)})
+    assert recognise_for(path, None, 4) is None
+    with pytest.raises(
+        CheckpointError, match=r"it holds 'model.layers.0.x', and no denoiser .*; name another"
+    ):
+        recognise_for(path, "sd1", 4)
+    embedding = write(tmp_path / "cat.safetensors", KINDS["embedding of diffusers"][0])
+    with pytest.raises(
+        CheckpointError, match="--embedding_path to generate, --embedding_manager_ckpt to train"
+    ):
+        recognise_for(embedding, None, 4)
 
 
 def test_the_embedded_model_names_its_own_yamls() -> None:

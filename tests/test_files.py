@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from ldm import files
-from ldm.files import atomic_write, content_kind, file_hash, file_kind, images_fingerprint, write_text
+from ldm.files import (
+    atomic_write,
+    content_kind,
+    file_hash,
+    file_kind,
+    images_fingerprint,
+    why_no_file,
+    write_text,
+)
 from ldm.util import UserError
 
 
@@ -15,6 +23,18 @@ def test_write_text_creates_parent_folders(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a" / "b.txt", "été")
     assert path.read_text(encoding="utf-8") == "été"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.one_reader
+def test_what_is_no_file_is_named_and_a_run_folder_names_its_file(tmp_path: Path) -> None:
+    assert why_no_file(tmp_path / "gone") == "does not exist; check the path"
+    assert why_no_file("/dev/null") == "is not an ordinary file; name a file on disk"
+    assert why_no_file(tmp_path) == "is a folder; name the file in it"
+    write_text(tmp_path / "checkpoints" / "embeddings.pt", "x")
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        assert (
+            why_no_file(folder) == f"is a folder; name the file in it, '{tmp_path}/checkpoints/embeddings.pt'"
+        )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

@@ -167,6 +167,7 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, monkeypatch):
 FTYP = b"\x00\x00\x00\x18ftyp"
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -203,6 +204,7 @@ def test_what_is_no_readable_image_is_named_for_what_it_is(tmp_path, monkeypatch
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.one_reader
 def test_an_installed_plugin_is_used(tmp_path, monkeypatch):
     def register() -> None:
         Image.register_open(
@@ -224,12 +226,14 @@ def test_an_installed_plugin_is_used(tmp_path, monkeypatch):
         open_image(path)
 
 
+@pytest.mark.one_reader
 def test_a_photo_of_a_phone_without_a_suffix_is_an_image(tmp_path):
     path = tmp_path / "IMG_0001"  # as some programs copy them
     path.write_bytes(FTYP + b"heic\0\0\0\0mif1heic")
     assert list_images(tmp_path) == [path]
 
 
+@pytest.mark.one_reader
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
 def test_avif_is_read(tmp_path):
     path = saved(tmp_path / "a.avif", Image.new("RGB", (16, 16), RED), quality=100)

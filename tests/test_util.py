@@ -180,6 +180,7 @@ def test_values_are_shown_short() -> None:
     assert len(shown("\n" * 10**6)) <= 60
 
 
+@pytest.mark.done_or_said
 def test_the_device_to_compute_on(apple_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_device() == "mps" and why_no_mps() is None
     monkeypatch.setenv("DISABLE_MPS", "1")

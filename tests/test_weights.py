@@ -70,6 +70,7 @@ def test_shards_are_read_together_and_a_missing_one_is_named(tmp_path: Path) -> 
         Folder(tmp_path).weights("unet")
 
 
+@pytest.mark.one_reader
 def test_a_header_is_read_without_the_numbers(tmp_path: Path) -> None:
     state = {"a.weight": torch.ones(2, 3), "b": torch.zeros(())}
     save_file(state, tmp_path / "m.safetensors", {"modelspec.title": "cat"})
@@ -85,6 +86,7 @@ def test_a_header_is_read_without_the_numbers(tmp_path: Path) -> None:
     assert header.shapes == {"a.weight": (2, 3), "b": ()} and header.notes["modelspec.title"] == "cat"
 
 
+@pytest.mark.one_reader
 def test_older_text_encoders_get_the_names_of_today(tmp_path: Path) -> None:
     old = {"cond_stage_model.transformer.final_layer_norm.bias": torch.zeros(3), "model.x": torch.zeros(1)}
     save_file(old, tmp_path / "m.safetensors")
@@ -298,3 +300,43 @@ def test_a_repository_in_another_layout_names_its_file(hub) -> None:
     hub(names=["README.md"])
     with pytest.raises(CheckpointError, match="name another one"):
         fetch("someone/y")
+
+
+# -- one reader of names -------------------------------------------------------------------------------------
+
+
+class Callback:
+    """A class of a training program, of which a checkpoint holds an instance."""
+
+
+@pytest.mark.one_reader
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+def test_a_checkpoint_of_a_training_on_several_devices_is_read(tmp_path: Path, key, legacy) -> None:
+    """The weights may be below another key, their names begin with a wrapper's; both readers see the same."""
+    state = {"module.model.x": torch.ones(2), "module.cond_stage_model.transformer.encoder.y": torch.ones(3)}
+    path = tmp_path / "m.ckpt"
+    torch.save({key: state, "epoch": 3}, path, _use_new_zipfile_serialization=not legacy)
+    names = {"model.x": (2,), "cond_stage_model.transformer.text_model.encoder.y": (3,)}
+    assert read_header(path).shapes == names
+    assert {name: tuple(value.shape) for name, value in weights.read_state_dict(path).items()} == names
+
+
+@pytest.mark.one_reader
+def test_a_file_is_recognised_before_it_is_refused(tmp_path: Path) -> None:
+    """Names and shapes are read beside classes of other programs, which are not run; the weights are not."""
+    path = tmp_path / "m.ckpt"
+    torch.save({"lora_unet_x.lora_down.weight": torch.zeros(4, 4), "callbacks": Callback()}, path)
+    assert read_header(path).shapes == {"lora_unet_x.lora_down.weight": (4, 4)}
+    with pytest.raises(
+        weights.UserError, match="asks for 'tests.test_weights.Callback', which tensors never need"
+    ):
+        weights.read_state_dict(path)
+
+
+@pytest.mark.one_reader
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"epoch": 3}])
+def test_a_checkpoint_without_weights_is_not_called_an_embedding(tmp_path: Path, content) -> None:
+    torch.save(content, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match="m.ckpt' holds no weights of a model; name another file"):
+        weights.read_state_dict(tmp_path / "m.ckpt")

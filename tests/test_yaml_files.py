@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ldm import yaml_files
 from ldm.util import ConfigError
 from ldm.yaml_files import (
     LARGEST,
     _explained,
     check_interpolations,
+    find_paths,
+    in_checkout,
     line_of,
     parse_yaml,
     place_in,
@@ -182,3 +185,57 @@ def test_lines_of_keys(tmp_path: Path) -> None:
 def test_durations_stay_texts() -> None:
     assert yaml_value("00:12:00:00") == "00:12:00:00" and yaml_value("12:30:00") == "12:30:00"
     assert yaml_value("1e-3") == 1e-3 and yaml_value("7") == 7
+
+
+# -- paths from another working directory --------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a model, a YAML beside its folder and a checkout; the working directory is another one."""
+    (tmp_path / "project" / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "project" / "models" / "mine" / "text").mkdir()
+    (tmp_path / "checkout" / "models" / "shipped").mkdir(parents=True)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(yaml_files, "CHECKOUT", tmp_path / "checkout")
+    return tmp_path / "project"
+
+
+@pytest.mark.one_reader
+def test_a_path_is_found_from_its_yaml_by_its_last_parts_and_in_the_checkout(elsewhere: Path) -> None:
+    mine, checkout = elsewhere / "models" / "mine", elsewhere.parent / "checkout"
+    assert in_checkout("models/mine/text", [mine]) == str(mine / "text")  # from a folder above
+    assert in_checkout("models/moved/text", [mine]) == str(mine / "text")  # by its last parts
+    assert in_checkout("models/shipped") == str(checkout / "models" / "shipped")
+    assert in_checkout("text") == "text" and in_checkout("models/none") == "models/none"
+    Path("models/mine/text").mkdir(parents=True)
+    assert in_checkout("models/mine/text", [mine]) == "models/mine/text"  # what is here comes first
+    for odd in ("", "a\0b", "models/" + "x" * 5000, "~", "${a}"):
+        assert in_checkout(odd, [mine]) == odd
+
+
+@pytest.mark.one_reader
+def test_the_paths_of_a_yaml_are_found_wherever_it_is_read(elsewhere: Path) -> None:
+    path = elsewhere / "own.yaml"
+    path.write_text(
+        "version: models/mine/text\nfolders: [models/shipped, models/none]\nname: text\nother: ${version}\n"
+        "later: ???\nnested: {ckpt_path: mine/text, title: mine/text}\n"
+    )
+    config = read_yaml(path)
+    text = str(elsewhere / "models" / "mine" / "text")
+    assert config.version == config.other == text and config.name == "text"
+    assert config.folders == [str(elsewhere.parent / "checkout" / "models" / "shipped"), "models/none"]
+    assert config.nested == {"ckpt_path": "mine/text", "title": "mine/text"}
+    find_paths(config, [elsewhere / "models"])
+    assert config.nested == {"ckpt_path": text, "title": "mine/text"}
+    plain = {"a": [{"tokenizer": "models/mine/text"}]}
+    find_paths(plain, [elsewhere])
+    assert plain == {"a": [{"tokenizer": text}]}
+
+
+@pytest.mark.one_reader
+def test_a_shipped_yaml_is_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "configs/latent-diffusion/txt2img-finetune.yaml"
+    assert read_yaml(name).model.target and place_in([name], "model.target").startswith(f" ({name}, line ")

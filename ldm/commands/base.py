@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,17 @@ def check_model(*sources: str | None) -> None:
     for source in sources:
         if source and not Path(source).exists() and not is_hub_id(source):
             raise UserError(f"'{source}' does not exist; check the path")
+
+
+@contextmanager
+def naming_the_checkpoint(path: str) -> Iterator[None]:
+    """Add the checkpoint's path to the error about an output that is not finite."""
+    from ldm.generate.images import OutputError
+
+    try:
+        yield
+    except OutputError as error:
+        raise UserError(f"'{path}': {error}") from error
 
 
 def read_model_config(ckpt: str, config: str | None) -> DictConfig:

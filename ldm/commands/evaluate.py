@@ -16,6 +16,7 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
+    naming_the_checkpoint,
     read_model_config,
 )
 from ldm.console import Parser, write_line
@@ -190,7 +191,8 @@ def run(options: argparse.Namespace) -> None:
     triggers = [triggers_of(file) if file else [] for file in files]
     check_prompts(options.prompt, triggers)
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]
-    evaluate(options, sampling, evaluated, features_of(options), judge_of(options))
+    with naming_the_checkpoint(options.ckpt_path):
+        evaluate(options, sampling, evaluated, features_of(options), judge_of(options))
 
 
 @dataclasses.dataclass(frozen=True)

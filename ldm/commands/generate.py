@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
+    naming_the_checkpoint,
     read_model_config,
 )
 from ldm.console import Parser, write_line
@@ -406,17 +406,6 @@ def sizes_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """Size conditions of Stable Diffusion XL in place of the size of the image."""
     given = {name: getattr(options, name) for name in ("original_size", "crop", "target_size")}
     return {name: (pair[0], pair[1]) for name, pair in given.items() if pair is not None}
-
-
-@contextmanager
-def naming_the_checkpoint(path: str) -> Iterator[None]:
-    """Add the checkpoint's path to the error about an output that is not finite."""
-    from ldm.generate.images import OutputError
-
-    try:
-        yield
-    except OutputError as error:
-        raise UserError(f"'{path}': {error}") from error
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -22,7 +22,7 @@ from ldm.console import Interrupted
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training import command_line, config, flags, hub, preflight, resuming, run_folder
 from ldm.training.callbacks import OPTIONAL_CALLBACKS, complete_lightning, is_gone_logger
-from ldm.training.callbacks.base import callbacks_of, is_personalization, personalization_of
+from ldm.training.callbacks.base import RunCallback, callbacks_of, is_personalization, personalization_of
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.interruption import Requests, handle_signals
@@ -260,6 +260,8 @@ def make_trainer(
         if isinstance(callback, EmbeddingSaver):
             callback.describe = Provenance(plan.config, model)
             callback.stems = plan.run.word_stems
+        if isinstance(callback, RunCallback) and (name := plan.config.get("actual_resume")):
+            callback.model_name = f"'{name}'"
     with refusals():
         return build_trainer(
             kwargs,

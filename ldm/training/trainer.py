@@ -18,12 +18,11 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from ldm.training.callbacks.base import RunCallback, is_personalization
-from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
+from ldm.training.callbacks.checkpoint import LastCheckpoint, SetupCallback, StateFile, ValidationSeed
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
-from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
-from ldm.training.precision import plugin_for, possible_precision
+from ldm.training.precision import half_for, plugin_for, possible_precision
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UsageError, UserError, instantiate_from_config, why_no_mps
 
@@ -305,6 +304,9 @@ def check_options(options: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ConfigError: Lightning refuses one.
     """
+    options = dict(options)
+    if half_for(options.get("precision"), options.get("accelerator", "auto")) is not None:
+        del options["precision"]  # which a plugin takes the place of, see `build_trainer`
     with refusals():
         pl.Trainer(
             **{**options, "enable_progress_bar": False, "enable_checkpointing": False},

@@ -66,6 +66,7 @@ def test_the_result_of_a_command_is_its_exit_code() -> None:
     assert guarded(lambda: None) == 0 and guarded(lambda: 3) == 3
 
 
+@pytest.mark.one_reader
 @pytest.mark.refused_first
 def test_a_missing_file_is_named(tmp_path) -> None:
     check_files(None, __file__)

@@ -99,6 +99,22 @@ def test_words_instead_of_an_embedding(run, folder, tmp_path) -> None:
     assert found["concepts"]["mine"]["embedding"] is None
 
 
+@pytest.mark.done_or_said
+def test_an_output_that_is_not_finite_names_the_checkpoint(run, folder, monkeypatch) -> None:
+    def broken(self, z, **options):
+        return torch.full((len(z), 3, 8, 8), float("nan"))
+
+    monkeypatch.setattr("ldm.models.diffusion.ddpm.LatentDiffusion.decode_first_stage", broken)
+    arguments = [
+        "--concept",
+        folder / "concepts" / "mine",
+        "--embedding_path",
+        folder / "learned" / "mine.pt",
+    ]
+    code, output, written = run(*arguments, "--no_edits")
+    assert code == 1 and written is None and "model.ckpt': the output for" in output.err
+
+
 def test_edits_are_optional(run, folder, monkeypatch) -> None:
     use_few_renderings(monkeypatch)
     arguments = ["--concept", folder / "concepts" / "zuzu", "--embedding_path", folder / "learned"]

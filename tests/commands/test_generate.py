@@ -234,6 +234,7 @@ def test_mistakes_are_one_line(run, arguments: list[str], code: int, message: st
     assert re.search(message, output.err)
 
 
+@pytest.mark.one_reader
 def test_files_of_another_kind_are_errors_of_one_line(run, folder, tmp_path) -> None:
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html>")
     (tmp_path / "empty.txt").write_text("\n")
@@ -307,6 +308,7 @@ def test_a_personalization_of_the_users_own(run, folder, tmp_path) -> None:
 # -- what was asked is done, or a line says that it is not --
 
 
+@pytest.mark.done_or_said
 def test_a_loaded_word_that_no_prompt_uses_is_named(run, folder, caplog) -> None:
     code, _, _ = run("--embedding_path", folder / "cat.pt", "--prompt", "a cat")
     assert code == 0
@@ -316,6 +318,7 @@ def test_a_loaded_word_that_no_prompt_uses_is_named(run, folder, caplog) -> None
     assert "no prompt contains" not in caplog.text
 
 
+@pytest.mark.done_or_said
 def test_weights_change_the_image_and_plain_takes_them_as_text(run, folder, tmp_path) -> None:
     images = {}
     for name, prompt, *options in (
@@ -333,6 +336,7 @@ def test_weights_change_the_image_and_plain_takes_them_as_text(run, folder, tmp_
     assert len(set(images.values())) == len(images) - 1
 
 
+@pytest.mark.done_or_said
 def test_embedding_in_a_prompt_finds_the_file(run, folder, tmp_path, monkeypatch) -> None:
     named = run(
         "--embedding_path", folder / "cat.pt", "--prompt", "a photo of <cat>", "--outdir", tmp_path / "a"
@@ -343,10 +347,14 @@ def test_embedding_in_a_prompt_finds_the_file(run, folder, tmp_path, monkeypatch
     assert first.read_bytes() == second.read_bytes()
     monkeypatch.chdir(folder)
     assert run("--prompt", "a photo of (embedding:cat.pt:1.2)")[0] == 0
+    assert run("--prompt", "a photo of Embedding:cat.")[0] == 0
+    code, output, _ = run("--prompt", "a photo of embedding: cat")
+    assert code == 1 and "'embedding:' without a name; write embedding:NAME without a space" in output.err
     code, output, _ = run("--prompt", "a photo of embedding:mouse")
     assert code == 1 and "'embedding:mouse', but there is no such file here or in 'embeddings'" in output.err
 
 
+@pytest.mark.done_or_said
 def test_the_token_limit_is_an_error_for_a_word_and_a_warning_for_text(run, folder, caplog) -> None:
     code, _, _ = run("--prompt", "a " * 75 + "photo of a dog")
     assert code == 0 and 'truncates the prompt: "photo of a dog" has no effect' in caplog.text
@@ -355,12 +363,14 @@ def test_the_token_limit_is_an_error_for_a_word_and_a_warning_for_text(run, fold
     assert "the token limit of 77 truncates '<cat>'" in output.err and "(0 of 1 vectors remain)" in output.err
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize("prompt", ["a <lora:cat:0.8>", "[cat:dog:0.5]"])
 def test_syntax_that_is_not_supported_is_refused(run, prompt) -> None:
     code, output, _ = run("--prompt", prompt)
     assert code == 1 and "not supported" in output.err
 
 
+@pytest.mark.done_or_said
 def test_an_output_that_is_not_finite_is_an_error(run, tmp_path, monkeypatch) -> None:
     def broken(self, z, **options):
         return torch.full((len(z), 3, 8, 8), float("nan"))
@@ -381,6 +391,7 @@ def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(run, tmp_path) ->
     assert images[0] == images[1]
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize("name", ["cat", "my.cat-2", "बिल्ली", "می\u200cخواهم", "café", "a/b"])
 @pytest.mark.parametrize("text", ["a {}", "({}:1.2)", "{}, red", "red {}."])
 def test_an_embedding_is_named_by_its_file_in_any_language(tmp_path, name: str, text: str) -> None:
@@ -465,3 +476,14 @@ def test_mistakes_in_editing_are_one_line(
     done, output, files = run("--embedding_path", folder / "cat.pt", "--prompt", "a <cat>", *arguments)
     assert done == code and message in output.err and not files
     assert "Traceback" not in output.err and len(output.err.strip().splitlines()) == 1
+
+
+@pytest.mark.done_or_said
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = generate.make_parser(generate.Profile(), "txt2img.py")
+    options = parser.parse_args(["--config", "models/ldm/creatures/config.yaml", "--vae", "mine.ckpt"])
+    assert Path(options.ckpt_path).is_file() and Path(options.config).is_file() and options.vae == "mine.ckpt"
+    Path("models/ldm/creatures").mkdir(parents=True)
+    Path("models/ldm/creatures/config.yaml").write_text("mine: 1")
+    assert not Path(parser.parse_args(["--config", "models/ldm/creatures/config.yaml"]).config).is_absolute()

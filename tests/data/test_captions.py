@@ -94,6 +94,7 @@ def test_an_unreadable_caption_is_named(folder, content, reason):
         PersonalizedBase(folder, use_captions=True)
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption", ".Caption"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_suffixes_and_encodings_of_caption_files(folder, suffix, encoding, caplog):
@@ -102,6 +103,7 @@ def test_suffixes_and_encodings_of_caption_files(folder, suffix, encoding, caplo
     assert "skipped" not in caplog.text
 
 
+@pytest.mark.done_or_said
 def test_of_two_caption_files_the_txt_is_used(folder, caplog):
     (folder / "02.caption").write_text("from caption")
     (folder / "02.txt").write_text(" \n")
@@ -113,6 +115,7 @@ def test_of_two_caption_files_the_txt_is_used(folder, caplog):
         assert "02.png has two captions: 02.txt is used" in caplog.text
 
 
+@pytest.mark.done_or_said
 def test_captions_that_were_asked_for_must_exist(folder):
     with pytest.raises(
         UserError, match=r"no image has a caption beside it; write '01 red mug.txt' or '01 red"
@@ -130,6 +133,7 @@ def test_captions_that_were_asked_for_must_exist(folder):
         PersonalizedBase(folder, use_captions=True)
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
@@ -151,12 +155,14 @@ def test_what_is_named_like_a_caption_and_holds_none_is_named(folder, caplog, ma
         PersonalizedBase(folder, use_captions=True)
 
 
+@pytest.mark.done_or_said
 def test_a_caption_that_holds_itself_is_refused(folder):
     (folder / "02.txt").write_text("a [filewords] on a mat")
     with pytest.raises(UserError, match=r"the caption of .*02.png holds \[filewords\]"):
         PersonalizedBase(folder, use_captions=True)
 
 
+@pytest.mark.done_or_said
 def test_a_name_inside_filewords_is_filled(folder, template_file):
     (folder / "02.txt").write_text("a [name] on {} mat")
     lines = template_file("photo, [filewords]")
@@ -165,6 +171,7 @@ def test_a_name_inside_filewords_is_filled(folder, template_file):
     )
 
 
+@pytest.mark.done_or_said
 def test_filewords_without_words_are_told(folder, template_file, caplog):
     with caplog.at_level(logging.INFO):
         captions(folder, template_file=template_file("[name], [filewords]"))

@@ -212,6 +212,7 @@ def test_other_uses_of_the_characters_pass(prompt: str) -> None:
     check_mentions([prompt], [])
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [
@@ -226,6 +227,7 @@ def test_a_placeholder_that_is_not_loaded_is_named(prompt: str, name: str) -> No
         check_mentions(["a <cat>", prompt], ["<cat>"], ["sk"])
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -259,6 +261,7 @@ def test_a_loaded_name_may_contain_another() -> None:
         check_mentions(["a <my *> b"], [])
 
 
+@pytest.mark.done_or_said
 def test_prompts_are_checked_against_the_placeholders_of_the_model(model) -> None:
     check_prompts(model, ["a photo of *"])
     with pytest.raises(UserError, match=r"mentions '\*'"):

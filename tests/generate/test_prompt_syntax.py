@@ -12,6 +12,8 @@ from ldm.generate.prompt_syntax import Segment, encode, parse
 from ldm.util import UserError
 from tests.modules.conftest import build_encoder, manager_of
 
+pytestmark = pytest.mark.done_or_said
+
 
 @pytest.fixture(scope="module")
 def clip():

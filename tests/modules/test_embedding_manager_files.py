@@ -20,6 +20,7 @@ from tests.modules.conftest import manager_of
 OLD_LAYOUT = GOLDEN / "embeddings_torch_1_10_layout.pt"
 
 
+@pytest.mark.one_reader
 def test_files_of_torch_1_10_are_read(clip):
     manager = manager_of(clip, "*")
     manager.load(OLD_LAYOUT)
@@ -64,6 +65,7 @@ def test_vectors_of_another_width_are_refused(bert):
     assert torch.equal(manager.export()["*"], before["*"])
 
 
+@pytest.mark.done_or_said
 def test_a_file_to_begin_from_brings_its_number_of_vectors(clip, caplog):
     path = Golden("clip_three_vectors").embeddings
     assert manager_of(clip, "*", embedding_manager_ckpt=path).placeholders == {"*": 3}
@@ -80,6 +82,7 @@ def file_of(path, format="original", **words):
     return write(LearnedEmbeddings(tuple(concepts)), path, format)
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     "format", ["original", "safetensors", "diffusers", "a1111", "a1111-png", "onetrainer"]
 )
@@ -90,6 +93,7 @@ def test_a_single_word_continues_as_the_placeholder(clip, tmp_path, format):
     assert torch.equal(manager.export()["<my cat>"], torch.full((2, 32), 0.5))
 
 
+@pytest.mark.one_reader
 def test_of_several_words_the_placeholders_are_taken_by_name(clip, tmp_path, caplog):
     path = file_of(tmp_path / "e.pt", dog=1.0, cat=2.0, house=3.0)
     with caplog.at_level(logging.INFO):
@@ -111,6 +115,7 @@ def test_words_of_single_images_that_a_file_lacks_begin_anew(clip, tmp_path):
     assert all(torch.equal(v, manager.export()[s]) for s, v in again.export().items())
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -131,6 +136,7 @@ def test_files_that_hold_something_else_are_refused(clip, tmp_path, content, mes
         manager_of(clip, "*").load(tmp_path / "e.pt")
 
 
+@pytest.mark.one_reader
 def test_plain_dicts_and_single_vectors_are_read(clip, tmp_path):
     torch.save({"string_to_param": {"*": torch.ones(32)}}, tmp_path / "e.pt")
     manager = manager_of(clip, "*")
@@ -202,6 +208,7 @@ def test_unused_vectors_of_both_towers_come_back(towers, tmp_path) -> None:
         assert torch.equal(other.vectors(word), manager.vectors(word))
 
 
+@pytest.mark.one_reader
 def test_files_of_diffusers_with_a_tower_each_are_joined(towers, tmp_path) -> None:
     manager = EmbeddingManager(towers, ["<cat>"])
     manager.save(tmp_path / "word.pt")

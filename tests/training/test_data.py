@@ -152,6 +152,7 @@ def test_invalid_numbers(params):
         DataModuleFromConfig(**params)
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(
     ("batch_size", "replicas", "limit", "expected"),
     [

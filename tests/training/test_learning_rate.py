@@ -28,6 +28,7 @@ def test_invalid_rate(tiny_yaml, capsys):
     assert "'quick' is not RATE:STEPS" in capsys.readouterr().err
 
 
+@pytest.mark.done_or_said
 def test_rates_by_steps_replace_a_schedule(tiny_yaml, capsys):
     schedule = "model.params.scheduler_config"
     words = [f"{schedule}.target=ldm.lr_scheduler.LambdaStepScheduler", f"{schedule}.params.rates=7"]

@@ -55,6 +55,7 @@ def test_trained_weights_are_not_converted() -> None:
     assert [layer.weight.dtype for layer in model.model] == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.done_or_said
 def test_names_of_precisions() -> None:
     assert plugin_for(None, "cpu") is plugin_for("32-true", "gpu") is plugin_for(5, "cpu") is None
     for name in ("bf16", "bf16-mixed", "bf16-true"):
@@ -63,6 +64,7 @@ def test_names_of_precisions() -> None:
     assert plugin_for(16, "cpu").precision == plugin_for("16-true", "cpu").precision == "bf16-mixed"
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(("native", "kind"), [(True, "bf16-mixed"), (False, "16-mixed")])
 def test_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -70,6 +72,7 @@ def test_gpu_without_bfloat16(native: bool, kind: str, monkeypatch) -> None:
     assert plugin_for("bf16-mixed", "gpu").precision == kind
 
 
+@pytest.mark.done_or_said
 def test_precisions_of_an_apple_gpu(apple_gpu, monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO, logger="ldm")
     plugin = plugin_for("bf16-mixed", "mps")

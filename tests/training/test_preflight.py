@@ -15,6 +15,7 @@ from tests.golden_record import Golden
 from tests.training.runs import start
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(
     ("steps", "warns"), [(400, True), (2000, True), (6100, False), (None, False), (-1, False)]
 )
@@ -28,18 +29,21 @@ def test_progressive_run_that_ends_before_its_second_vector(steps, warns: bool, 
     assert bool(caplog.records) is warns
 
 
+@pytest.mark.done_or_said
 def test_identical_captions(tiny_yaml, capsys):
     Path("one.txt").write_text("a photo of {}\n")
     assert start("--base", tiny_yaml, "data.params.train.params.template_file=one.txt") == 0
     assert "all captions are 'a photo of *'" in capsys.readouterr().err
 
 
+@pytest.mark.done_or_said
 def test_truncated_placeholder(tiny_yaml, capsys):
     Path("lines.txt").write_text("one " * 100 + "{}\n")
     assert start("--base", tiny_yaml, "-t", "data.params.train.params.template_file=lines.txt") == 1
     assert "cuts off the placeholder '*'" in capsys.readouterr().err
 
 
+@pytest.mark.done_or_said
 def test_run_warns_once_of_captions_without_placeholder(tiny_yaml, capsys):
     Path("some.txt").write_text("a photo of {}\na photo\n")
     assert start("--base", tiny_yaml, "data.params.train.params.template_file=some.txt") == 0
@@ -63,6 +67,7 @@ def model():
     return model
 
 
+@pytest.mark.done_or_said
 def test_captions_without_placeholder_are_one_warning(model, caplog) -> None:
     preflight.check_captions(model, Captions("a *", "an @", "a cat", "a dog"))
     assert [record.getMessage() for record in caplog.records] == [
@@ -72,12 +77,14 @@ def test_captions_without_placeholder_are_one_warning(model, caplog) -> None:
     assert len(caplog.records) == 1
 
 
+@pytest.mark.done_or_said
 def test_placeholder_of_the_dataset_in_no_caption(model) -> None:
     preflight.check_captions(model, Captions("a *", "the *", placeholders=("*", "another model's")))
     with pytest.raises(UserError, match="none of the captions contains the placeholder '@'"):
         preflight.check_captions(model, Captions("a *", "the *", placeholders=("*", "@")))
 
 
+@pytest.mark.done_or_said
 def test_token_limit_counts_the_most_positions(model, monkeypatch) -> None:
     room = model.cond_stage_model.max_length - 2
     long = " ".join(["a"] * (room - 3)) + " @"
@@ -93,6 +100,7 @@ def test_samples_of_a_dataset_that_cannot_list_its_captions(model) -> None:
     assert preflight.captions_of(iter(samples)) == []
 
 
+@pytest.mark.done_or_said
 def test_text_beyond_the_token_limit_is_a_warning(model, caplog):
     room = model.cond_stage_model.prompt_tokenizer.max_length - 2
     with caplog.at_level(logging.WARNING):

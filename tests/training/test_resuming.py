@@ -18,6 +18,8 @@ from ldm.training import resuming
 from ldm.training.callbacks.latent_cache import CachedLatents
 from tests.training.runs import only_run, start, state_of
 
+pytestmark = pytest.mark.done_or_said
+
 COSINE = (
     "model.params.scheduler_config.target=ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
     "model.params.scheduler_config.params={warm_up_steps: 0, lr_start: 1, lr_max: 1, lr_min: 0, max_decay_steps: null}",
@@ -288,6 +290,7 @@ def test_the_fixed_loss_of_other_samples_begins_anew(copy_of, image_folder, caps
     assert "begins anew" not in resumed(run, "--max_steps", 7, *words, capsys=capsys)
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -313,6 +316,7 @@ def test_states_of_the_original_and_its_forks(copy_of, capsys, monkeypatch, cont
     assert message in line and len(line) < 300
 
 
+@pytest.mark.one_reader
 def test_the_command_of_older_forks(copy_of, tiny_yaml, tiny_model, capsys) -> None:
     run = copy_of()
     checkpoints = run / "checkpoints"
@@ -424,6 +428,7 @@ def test_previews_and_other_settings_are_those_asked_for(copy_of, capsys) -> Non
     assert list((run / "images" / "train").glob("samples_gs-000005*"))
 
 
+@pytest.mark.one_reader
 def test_a_run_begun_from_a_file_resumes_without_it(copy_of, tiny_yaml, capsys) -> None:
     vectors = Path(shutil.copy(copy_of() / "checkpoints" / "embeddings.pt", "vectors.pt"))
     words = ["--embedding_manager_ckpt", vectors, "--max_steps", 1, "-l", "second"]
@@ -432,11 +437,48 @@ def test_a_run_begun_from_a_file_resumes_without_it(copy_of, tiny_yaml, capsys) 
     resumed(only_run("second"), "--max_steps", 2, capsys=capsys)
 
 
+@pytest.mark.one_reader
 @pytest.mark.slow
 def test_a_file_of_the_run_itself_is_not_needed(copy_of, capsys) -> None:
     run = copy_of()
     file = run / "checkpoints" / "embeddings_gs-4.pt"
     assert "is not needed" in resumed(run, "--max_steps", 5, "--embedding_manager_ckpt", file, capsys=capsys)
+
+
+@pytest.mark.one_reader
+def test_vectors_of_an_earlier_step_are_not_taken_for_those_of_the_state(
+    copy_of, capsys, monkeypatch
+) -> None:
+    run = copy_of()
+    earlier = shutil.copy(
+        run / "checkpoints" / "embeddings_gs-4.pt", run / "checkpoints" / "embeddings_gs-2.pt"
+    )
+    monkeypatch.setattr("ldm.training.run.make_data", lambda config: pytest.fail("something is loaded"))
+    assert start("-r", run, "-t", "--embedding_manager_ckpt", earlier) == 2
+    assert "gs-2.pt' and -r exclude each other: a resumed run goes on with its own" in capsys.readouterr().err
+
+
+def test_fewer_epochs_than_the_state_has_are_refused_and_not_kept(copy_of, capsys, monkeypatch) -> None:
+    """Lightning refuses them after everything is built and the settings are saved."""
+    run = copy_of()
+    saved = sorted(path.name for path in (run / "configs").iterdir())
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 3
+    torch.save(state, run / "checkpoints" / "last.ckpt")
+    monkeypatch.setattr("ldm.training.run.make_data", lambda config: pytest.fail("something is loaded"))
+    assert start("-r", run, "-t", "--num_train_epochs", 1) == 2
+    assert "3 of 1 epochs are done; go on with --max_epochs 4" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "configs").iterdir()) == saved
+
+
+@pytest.mark.one_reader
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/checkpoints/last.ckpt"])
+def test_a_project_is_a_place_in_a_run(copy_of, capsys, place) -> None:
+    copy_of()
+    capsys.readouterr()
+    assert start("--project", place, "-t", "--max_steps", 4) == 0
+    out = capsys.readouterr().out
+    assert "resuming from run/checkpoints/last.ckpt" in out and "is ignored" not in out
 
 
 def changed(was: object, now: object) -> list[str]:

@@ -58,6 +58,7 @@ def make_run(folder):
     return folder
 
 
+@pytest.mark.one_reader
 def test_resume_by_folder_file_and_latest(tmp_path):
     folder = make_run(tmp_path / "one")
     for place in (folder, folder / "checkpoints" / "last.ckpt", "latest"):
@@ -97,6 +98,7 @@ def vectors(path, word="*", value=1.0):
     return embeddings.write(embeddings.LearnedEmbeddings((concept,)), path)
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     "place",
     [
@@ -115,6 +117,40 @@ def test_every_place_in_a_run_leads_to_it(tmp_path, monkeypatch, place):
     assert (run.path, state) == (Path("one"), Path("one/checkpoints/last.ckpt"))
 
 
+@pytest.mark.one_reader
+def test_lightnings_word_for_the_newest_run(tmp_path):
+    """A folder of that name comes first."""
+    one = make_run(tmp_path / "logs" / "one")
+    assert run_folder.existing_run_folder("last", logdir=tmp_path / "logs")[0].path == one
+    with pytest.raises(UserError, match="--resume last: no run in 'nowhere' has a last.ckpt; name a run"):
+        run_folder.existing_run_folder("last", logdir="nowhere")
+
+
+@pytest.mark.one_reader
+@pytest.mark.parametrize(
+    ("name", "is_latest"),
+    [
+        ("embeddings.pt", True),
+        ("my-cat.safetensors", True),
+        ("embeddings_gs-12.pt", True),
+        ("my-cat_gs-12.safetensors", True),
+        ("embeddings_gs-4.pt", False),
+        ("my-cat_gs-4.safetensors", False),
+        ("my-cat_best.safetensors", False),
+        ("../embeddings.pt", False),
+    ],
+)
+def test_which_files_hold_the_latest_vectors(tmp_path, name, is_latest):
+    folder = make_run(tmp_path / "one")
+    for step in (4, 12):
+        for stem, suffix in (("embeddings", "pt"), ("my-cat", "safetensors")):
+            (folder / "checkpoints" / f"{stem}_gs-{step}.{suffix}").write_bytes(b"x")
+    for saved in ("embeddings.pt", "my-cat.safetensors", "my-cat_best.safetensors"):
+        (folder / "checkpoints" / saved).write_bytes(b"x")
+    assert run_folder.RunFolder(folder, "").is_latest(folder / "checkpoints" / name) is is_latest
+
+
+@pytest.mark.one_reader
 def test_another_state_of_a_run(tmp_path):
     folder = make_run(tmp_path / "one")
     state = folder / "checkpoints" / "trainstep_checkpoints" / "epoch=1.ckpt"
@@ -124,10 +160,23 @@ def test_another_state_of_a_run(tmp_path):
     assert (run.path, found) == (folder, state)
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("absent", "--flag 'absent' does not exist; name a run folder"),
+        ("absent", "--flag 'absent' does not exist; name a run folder such as logs/<run>, or 'latest'"),
+        (
+            "checkpoint-500",
+            "a run keeps its last state alone; name a run folder .* or 'latest' for the newest",
+        ),
+        (".", "'.': it holds runs and is none; name one of them, such as one$"),
+        ("diffusers", "it holds a model and no run; a frozen model is given as --actual_resume diffusers"),
+        ("photos", "it holds images and no run; training images are given as --data_root photos"),
+        ("alone", "it is the checkpoints folder of a run outside of it; put it back into logs/<run> beside"),
+        (
+            "original",
+            "begins from its vectors: --base YAML --embedding_manager_ckpt original/checkpoints/emb",
+        ),
         ("latest", "--flag latest: no run in 'logs' has a last.ckpt"),
         ("empty", "--flag 'empty': no YAML in"),
         ("unsaved", "there is no 'unsaved/checkpoints/last.ckpt'; the run ended before its first save"),
@@ -160,7 +209,12 @@ def test_nothing_to_resume(tmp_path, monkeypatch, place, message):
     for name in ("unsaved", "old"):
         (make_run(Path(name)) / "checkpoints" / "last.ckpt").unlink()
     vectors(Path("old/checkpoints/embeddings.pt"))
-    Path("empty").mkdir()
+    for folder in ("empty", "diffusers", "photos", "alone"):
+        Path(folder).mkdir()
+    Path("diffusers/model_index.json").write_text("{}")
+    Path("photos/a.JPG").write_bytes(b"x")
+    Path("alone/last.ckpt").write_bytes(b"x")
+    vectors(Path("original/checkpoints/embeddings.pt"))
     vectors(Path("stray.safetensors"))
     torch.save({"state_dict": {}, "loops": {}}, "moved.ckpt")
     torch.save({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, "model.ckpt")

@@ -75,12 +75,14 @@ def test_choose_devices_with_cuda(two_gpus, text, accelerator, count):
     assert (chosen.accelerator, chosen.count) == (accelerator, count)
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize("text", ["3", "2,", "0,5"])
 def test_missing_gpu(two_gpus, text):
     with pytest.raises(UserError, match="this machine has 2"):
         choose_devices(text)
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(("text", "lines"), [("0,", 1), ("-1", 1), ("0", 0), (None, 0)])
 def test_choose_devices_without_cuda(no_gpu, caplog, text, lines):
     caplog.set_level(logging.INFO, logger="ldm")
@@ -96,6 +98,7 @@ def test_accelerator_cpu(two_gpus, caplog):
     assert not caplog.messages
 
 
+@pytest.mark.done_or_said
 @pytest.mark.parametrize(
     ("gpus", "accelerator", "chosen"),
     [
@@ -114,6 +117,7 @@ def test_apple_gpu(apple_gpu, gpus, accelerator, chosen):
     assert (options["accelerator"], options["devices"], options["strategy"]) == (chosen, 1, "auto")
 
 
+@pytest.mark.done_or_said
 def test_several_apple_gpus(apple_gpu):
     with pytest.raises(UserError, match="this machine has one Apple GPU"):
         choose_devices("0,1")
@@ -121,6 +125,7 @@ def test_several_apple_gpus(apple_gpu):
         choose_devices(None, "cuda")
 
 
+@pytest.mark.done_or_said
 def test_why_there_is_no_apple_gpu(apple_gpu, monkeypatch):
     def refused(words):
         with pytest.raises(UserError, match=f"accelerator is mps, but .*{words}.*; leave it out"):
@@ -144,6 +149,7 @@ def test_unknown_accelerator(name):
         choose_devices(None, name)
 
 
+@pytest.mark.done_or_said
 def test_accelerator_that_is_not_here(no_gpu):
     with pytest.raises(UserError, match="accelerator is gpu, but torch finds no GPU here; leave it out"):
         choose_devices(None, "gpu")
@@ -186,6 +192,7 @@ def build_callbacks(tmp_path, lightning, model=None):
     )
 
 
+@pytest.mark.one_reader
 def test_old_option_names(caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     options = kwargs(
@@ -209,6 +216,7 @@ def test_old_option_names(caplog):
     ]
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -236,6 +244,7 @@ def test_old_options_that_have_a_successor(old, new, caplog):
     assert not caplog.messages
 
 
+@pytest.mark.one_reader
 @pytest.mark.parametrize("key", sorted(k for k, new in OLD_TRAINER_KEYS.items() if new is None))
 def test_old_options_that_mean_nothing_any_more(key, caplog):
     caplog.set_level(logging.INFO, logger="ldm")
@@ -249,6 +258,7 @@ def test_all_old_options_are_old():
     assert not OLD_TRAINER_KEYS.keys() - {"gpus"} & set(TRAINER_OPTIONS)
 
 
+@pytest.mark.one_reader
 def test_options_that_the_run_sets(caplog):
     caplog.set_level(logging.INFO, logger="ldm")
     assert trainer_module.translate_old_keys({"default_root_dir": "x", "logger": True, "plugins": None}) == {}
@@ -258,6 +268,7 @@ def test_options_that_the_run_sets(caplog):
     ]
 
 
+@pytest.mark.one_reader
 def test_old_options_in_a_run(tiny_yaml, capsys):
     """In a YAML and as flags; what is in use is saved under its current name."""
     words = [
@@ -281,6 +292,24 @@ def test_old_options_in_a_run(tiny_yaml, capsys):
     assert "lightning.modelcheckpoint: save_top_k is ignored" in out
     assert "TestTubeLogger no longer exists: TensorBoard takes its place" in out
     assert "enable_checkpointing: false is ignored: a run always saves its state" in out
+
+
+@pytest.mark.one_reader
+def test_options_of_the_trainer_are_no_mappings(tiny_yaml, capsys):
+    words = ["lightning.trainer.callbacks=[]", "--logger", "false"]
+    assert start("--base", tiny_yaml, *words) == 0
+    out = capsys.readouterr().out
+    assert "lightning.trainer.callbacks is set by the run and is ignored; use lightning.callbacks" in out
+    assert "lightning.trainer.logger is set by the run and is ignored; use lightning.logger" in out
+
+
+@pytest.mark.done_or_said
+def test_a_half_precision_is_not_warned_of_by_lightning(tiny_yaml, capsys):
+    """It would name its own choice before the run's own."""
+    assert start("--base", tiny_yaml, "--precision", "16") == 0
+    shown = capsys.readouterr()
+    assert "lightning.trainer.precision: 16 is not supported on a CPU; using bf16-mixed" in shown.out
+    assert "connector" not in shown.err + shown.out
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class RunCallback(Callback):
         runs_before_saving: the callback's state after a step belongs to the saved state of that step, so it must run
             before every callback that saves.
         requests: the stop and save requests of the run, which sets them; see `Requests.interruptible`.
+        model_name: what messages call the frozen model; the run sets it.
     """
 
     runs_before_saving: bool = False
@@ -28,6 +29,7 @@ class RunCallback(Callback):
     def __init__(self) -> None:
         super().__init__()
         self.requests = Requests()
+        self.model_name = "the model"
 
     def figures(self) -> list[str]:
         """The latest results as short texts for the progress line."""

@@ -118,8 +118,9 @@ class TrainingGuard(RunCallback):
     If the first check finds a learning rate of 0, no gradient, or vectors that have not changed, the run ends with a
     UserError; at later checks this is a warning, once. If a loss or a vector is not finite, vectors and optimizer
     return to the state of the last check and the learning rate is halved; after more than `rollbacks` such returns
-    the run ends with a UserError. Between two checks nothing is read from the device. Models without a
-    personalization are ignored.
+    the run ends with a UserError, and so it does at once if no loss was finite yet: then the model is broken, which
+    `model_name` names. Between two checks nothing is read from the device. Models without a personalization are
+    ignored.
     """
 
     runs_before_saving = True
@@ -139,6 +140,7 @@ class TrainingGuard(RunCallback):
         # Since the last check: the gradients' sum of absolute values, whether a loss was not finite, the largest rate.
         self._gradient = torch.zeros(())
         self._not_finite = torch.zeros((), dtype=torch.bool)
+        self._any_finite = torch.zeros((), dtype=torch.bool)  # of all losses
         self._rate = 0.0
         self._last_good: dict[str, Any] = {}
 
@@ -149,6 +151,7 @@ class TrainingGuard(RunCallback):
             return
         self._gradient = self._gradient.to(pl_module.device)
         self._not_finite = self._not_finite.to(pl_module.device)
+        self._any_finite = self._any_finite.to(pl_module.device)
         if not self._last_good:
             self._checked_step = trainer.global_step
             self._remember(trainer, vectors)
@@ -170,13 +173,27 @@ class TrainingGuard(RunCallback):
             return
         loss = loss_of(outputs)
         if loss is not None:
-            self._not_finite |= ~loss.detach().isfinite().all()
+            finite = loss.detach().isfinite().all()
+            self._not_finite |= ~finite
+            self._any_finite |= finite
         step = trainer.global_step
         if step % self.every_n_train_steps == 0 and step != self._checked_step:
             self._checked_step = step
             self._check(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._active:
+            self._check_model()
+
+    def _check_model(self) -> None:
+        if bool(self._not_finite) and not bool(self._any_finite):
+            raise UserError(
+                f"no loss is finite: {self.model_name} gives NaN or infinity from the first step on; use another copy "
+                "of it, or lightning.trainer.precision=32-true"
+            )
+
     def _check(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self._check_model()
         vectors = _vectors(model)
         for vector in vectors:
             self._not_finite |= ~vector.detach().isfinite().all()
@@ -278,6 +295,7 @@ class TrainingGuard(RunCallback):
             "rate": self._rate,
             "gradient": _copy(self._gradient),
             "bad": _copy(self._not_finite),
+            "finite": _copy(self._any_finite),
             "good": self._last_good,
         }
 
@@ -289,6 +307,7 @@ class TrainingGuard(RunCallback):
         self._rate = state_dict["rate"]
         self._gradient = state_dict["gradient"]
         self._not_finite = state_dict["bad"]
+        self._any_finite = state_dict.get("finite", torch.ones((), dtype=torch.bool))
         self._last_good = state_dict["good"]
 
 

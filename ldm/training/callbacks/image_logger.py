@@ -167,6 +167,15 @@ class ImageLogger(RunCallback):
             trainer.precision_plugin.val_step_context(),
         ):
             images = pl_module.log_images(batch, **arguments)
+        if broken := [key for key, tensor in images.items() if not tensor.isfinite().all()]:
+            logger.warning(
+                "step %d: no preview of %s: the output of %s is not finite (NaN or infinity) and would "
+                "be a black image; use another copy of it, another --vae, or lightning.trainer.precision=32-true",
+                trainer.global_step,
+                ", ".join(broken),
+                self.model_name,
+            )
+            images = {key: tensor for key, tensor in images.items() if key not in broken}
         name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         grids = {key: self._as_pil(tensor) for key, tensor in images.items()}
         if prompted := grids.pop("prompts", None):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm import embeddings
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -123,6 +123,7 @@ def test_rate_of_a_schedule_is_halved(tiny_yaml, loss_times):
     assert state_of()["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(5e-3)
 
 
+@pytest.mark.done_or_said
 def test_too_many_rollbacks_are_an_error(tiny_yaml, capsys, loss_times):
     loss_times(lambda step: float("nan") if step >= 2 else 1)
     words = ["lightning.callbacks.training_guard.params.rollbacks=1"]
@@ -133,6 +134,22 @@ def test_too_many_rollbacks_are_an_error(tiny_yaml, capsys, loss_times):
     assert torch.equal(last, second)
     assert not (only_run() / "checkpoints" / "embeddings_gs-3.pt").exists(), (
         "no file of vectors that are not finite"
+    )
+
+
+@pytest.mark.done_or_said
+@pytest.mark.parametrize("steps", [1, 6])  # before the first check, and beyond it
+def test_a_model_whose_loss_is_never_finite_is_named(tiny_yaml, tiny_model, capsys, steps):
+    broken = load_file(tiny_model)
+    next(value for name, value in broken.items() if name.endswith("diffusion_model.out.2.weight"))[:] = float(
+        "nan"
+    )
+    save_file(broken, "broken.safetensors")
+    words = ["--actual_resume", "broken.safetensors", "--max_steps", steps]
+    assert start("--base", tiny_yaml, "-t", *OFTEN, *words) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert line.startswith(
+        "error: no loss is finite: 'broken.safetensors' gives NaN or infinity from the first"
     )
 
 

@@ -52,6 +52,17 @@ class TestImageLogger:
         with Image.open(tmp_path / "images" / "train" / train_files[0]) as grid:
             assert grid.size[0] < 2 * 8 + 10, "two of the four images"
 
+    @pytest.mark.done_or_said
+    def test_a_black_preview_is_not_saved_and_said(self, line, numbers, tmp_path, monkeypatch, caplog):
+        shown = {"slope": torch.full((1, 3, 8, 8), float("nan")), "inputs": torch.zeros(1, 3, 8, 8)}
+        monkeypatch.setattr(type(line), "log_images", lambda self, batch, N: dict(shown))
+        logger = ImageLogger(batch_frequency=2, max_images=2, increase_log_steps=False)
+        logger.model_name = "'m.ckpt'"
+        fit_line(line, numbers, tmp_path, [logger], steps=2)
+        (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("ldm")]
+        assert warning.startswith("step 2: no preview of slope: the output of 'm.ckpt' is not finite")
+        assert [path.name[:6] for path in (tmp_path / "images" / "train").iterdir()] == ["inputs"]
+
     def test_training_is_unchanged(self, line, numbers, tmp_path):
         torch.manual_seed(1)
         start = {key: value.clone() for key, value in line.state_dict().items()}
