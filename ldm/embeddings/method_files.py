@@ -19,8 +19,7 @@ from ldm.embeddings.concept import (
     model_names,
     quoted,
 )
-from ldm.embeddings.file_metadata import METHOD, RECORD_KEY
-from ldm.embeddings.payload import Payload, open_payload, save_tensors
+from ldm.embeddings.payload import METHOD, RECORD_KEY, Payload, open_payload, save_tensors
 from ldm.embeddings.reader import read
 from ldm.embeddings.tensor_formats import is_xti
 from ldm.files import atomic_write

@@ -1,28 +1,210 @@
-"""What a file contains, whatever its name: the tensors, dict or metadata inside its container."""
+"""What a file contains, whatever its name: tensors, dict and metadata, such as this project's record and ModelSpec."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ldm.base_models import what_begins
 from ldm.embeddings import image_files
-from ldm.embeddings.concept import EmbeddingError, check_shape
-from ldm.embeddings.file_metadata import RECORD_KEY, MetadataRecord
-from ldm.embeddings.torch_files import TorchFile
+from ldm.embeddings.concept import (
+    ENCODER_KINDS,
+    Concept,
+    EmbeddingError,
+    LearnedEmbeddings,
+    Metadata,
+    architecture_of,
+    check_shape,
+    is_possible_width,
+)
 from ldm.files import NO_TENSORS, file_kind, why_no_file
-from ldm.pickles import shapes_of
+from ldm.outlines import SLACK, asks_for, outline_of, unzipped
+from ldm.pickles import MAX_DEPTH, Storage, TensorRecord, shapes_of, tensor_records
 from ldm.util import shown
 from ldm.words import cleaned
+
+RECORD_KEY = "textual_inversion"
+# The format, in the record, of a file of words that are more than vectors; see ldm.embeddings.method_files.
+METHOD = "method"
+_MAX_RECORD = 2**18
+
+
+def record_text(embeddings: LearnedEmbeddings, format: str) -> str:
+    """Return the JSON text that is written beside the vectors into a file of this format."""
+    concepts = [
+        {"trigger": c.trigger, "encoder": c.encoder, "part": c.part, "token": c.token}
+        for c in embeddings.concepts
+    ]
+    concepts = [{key: value for key, value in c.items() if value not in (None, "")} for c in concepts]
+    values = {"version": 1, "format": format, "concepts": concepts, **embeddings.metadata.known()}
+    return json.dumps(values, sort_keys=True)
+
+
+class MetadataRecord:
+    """The JSON record of a file, not trusted; false if the file has none, as those of other tools."""
+
+    def __init__(self, text: Any) -> None:
+        self._values: Mapping[str, Any] = {}
+        if isinstance(text, str) and len(text) <= _MAX_RECORD:
+            try:
+                values = json.loads(text)
+            except (ValueError, RecursionError):
+                values = None
+            self._values = values if isinstance(values, dict) else {}
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All values, not trusted."""
+        return self._values
+
+    @property
+    def format(self) -> str | None:
+        """The name of the format that the file was written in, which its keys may not tell."""
+        name = self._values.get("format")
+        return name if isinstance(name, str) else None
+
+    @property
+    def metadata(self) -> Metadata:
+        return Metadata.from_values(self._values)
+
+    def concept(self, index: int, trigger: str, vectors: Tensor, encoder: str | None = None) -> Concept:
+        """Build the concept of these vectors; values in the record's entry `index` replace the given ones."""
+        concepts = self._values.get("concepts")
+        entry = concepts[index] if isinstance(concepts, list) and index < len(concepts) else None
+        entry = entry if isinstance(entry, dict) else {}
+        width = vectors.shape[-1] if isinstance(vectors, Tensor) and vectors.ndim else 0
+        kind, part, token = entry.get("encoder"), entry.get("part"), entry.get("token")
+        return Concept(
+            trigger=entry["trigger"] if isinstance(entry.get("trigger"), str) else trigger,
+            vectors=vectors,
+            encoder=kind if isinstance(kind, str) and is_possible_width(kind, width) else encoder,
+            part=part if part == "negative" else "",
+            token=token if type(token) is int and 0 <= token < 2**31 else None,
+        )
+
+
+def modelspec_header(embeddings: LearnedEmbeddings, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the ModelSpec texts of a header for these tensors; the date is the metadata's, or now."""
+    widest = max(embeddings.concepts, key=lambda concept: concept.width)
+    metadata = embeddings.metadata
+    side = metadata.resolution or (
+        ENCODER_KINDS[widest.encoder].resolution if widest.encoder in ENCODER_KINDS else None
+    )
+    trigger = widest.trigger
+    values = {
+        "sai_model_spec": "1.0.1",
+        "architecture": architecture_of(widest.encoder, widest.width),
+        "implementation": "ldm",
+        "title": f"{trigger} (textual inversion)",
+        "trigger_phrase": trigger,
+        "usage_hint": f"Write {trigger} in the prompt.",
+        "resolution": side and f"{side}x{side}",
+        "date": metadata.date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "prediction_type": "epsilon" if widest.encoder in ("clip_l", "clip_g", "bert") else None,
+        "implementation_version": metadata.tool,
+        "is_negative_embedding": "true" if any(c.part == "negative" for c in embeddings.concepts) else None,
+        "hash_sha256": f"0x{_digest(tensors)}",
+    }
+    return {f"modelspec.{key}": value for key, value in values.items() if value}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bytes, in the order of their names, as the file stores them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_MAX_NUMBERS = 256 * 2**20
+_CHUNK = 2**20
+
+
+class TorchFile:
+    """A file of `torch.save`: what it holds, with `TensorRecord` for tensors, until `load` reads the numbers.
+
+    Raises EmbeddingError if it is not such a file, is damaged, or unpacks to far more than it has.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.size = path, path.stat().st_size
+        outline = outline_of(path, kind)
+        self.pickle, self._places = outline.pickle, outline.places
+
+    def load(self) -> Any:
+        """Return the content with its tensors; raises EmbeddingError if they need more bytes than the file has."""
+        if self.pickle.foreign:
+            raise EmbeddingError(asks_for(self.pickle))
+        records = tensor_records(self.pickle.content)
+        for record in records:
+            record.check()
+        needed = sum(record.nbytes for record in records)
+        if needed > min(2 * self.size + SLACK, _MAX_NUMBERS):
+            raise EmbeddingError(
+                f"its tensors need {needed:,} bytes and the file has {self.size:,}; it is no embedding, or a "
+                "malicious one"
+            )
+        return self._loaded(self.pickle.content, {})
+
+    def _loaded(self, value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+        """Return a copy of nested containers with tensors; `known` are the copies by the id of their original."""
+        if not isinstance(value, (TensorRecord, dict, list, tuple)):
+            return value
+        if id(value) not in known:
+            known[id(value)] = None  # what a container that holds itself, or is nested too deeply, becomes
+            if isinstance(value, TensorRecord):
+                known[id(value)] = self._tensor(value)
+            elif depth <= MAX_DEPTH and isinstance(value, dict):
+                items = [(key, self._loaded(item, known, depth + 1)) for key, item in value.items()]
+                known[id(value)] = type(value)(items)
+            elif depth <= MAX_DEPTH:
+                known[id(value)] = type(value)([self._loaded(item, known, depth + 1) for item in value])
+        return known[id(value)]
+
+    def _tensor(self, record: TensorRecord) -> Tensor:
+        if not record.numel:
+            return torch.zeros(record.shape, dtype=record.storage.dtype)
+        item = record.storage.dtype.itemsize
+        data = self._numbers(record.storage, record.offset * item, record.span * item)
+        flat = torch.frombuffer(data, dtype=record.storage.dtype)
+        return flat.as_strided(record.shape, record.stride).clone()
+
+    def _numbers(self, storage: Storage, start: int, length: int) -> bytearray:
+        """Read a part of a storage; the other parts are read too, for the checksum, but not kept."""
+        place = self._places.get(storage.key)
+        total = storage.numbers * storage.dtype.itemsize
+        if isinstance(place, int):
+            with self.path.open("rb") as file:
+                file.seek(place + start)
+                return bytearray(file.read(length))
+        kept = bytearray()
+        with unzipped(self.path) as archive:
+            if place is None or archive.getinfo(place).file_size < total:
+                raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
+            with archive.open(place) as file:
+                at = 0
+                while chunk := file.read(_CHUNK):
+                    kept += chunk[max(start - at, 0) : max(start + length - at, 0)]
+                    at += len(chunk)
+        if len(kept) != length:
+            raise EmbeddingError("it declares a tensor whose numbers are missing; it is damaged")
+        return kept
+
 
 # The header of a LoRA with thousands of tensors is under 1 MB.
 _MAX_HEADER = 16 * 2**20

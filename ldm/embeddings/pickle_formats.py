@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import pickle
 import re
+import struct
+import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
@@ -20,10 +25,9 @@ from ldm.embeddings.concept import (
     Metadata,
     Progress,
 )
-from ldm.embeddings.file_metadata import RECORD_KEY, record_text
-from ldm.embeddings.payload import Payload
-from ldm.embeddings.torch_files import save_legacy, save_zip
+from ldm.embeddings.payload import RECORD_KEY, Payload, record_text
 from ldm.images import labelled
+from ldm.outlines import MAGIC
 from ldm.pickles import ParameterDict
 
 # The token id of "*", the usual placeholder, in the vocabularies of CLIP and BERT.
@@ -244,3 +248,53 @@ def _titled(preview: Image.Image, embeddings: LearnedEmbeddings) -> Image.Image:
             (256, max(1, 256 * preview.height // preview.width)), Image.Resampling.NEAREST
         )
     return labelled(preview.convert("RGB"), "  ".join(part for part in parts if part))
+
+
+_PROTOCOL = 1001
+_SYSTEM = {
+    "protocol_version": _PROTOCOL,
+    "little_endian": sys.byteorder == "little",
+    "type_sizes": {"short": 2, "int": 4, "long": 4},
+}
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors without their storages, which it numbers in the order of their first use."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, protocol=2)
+        self.storages: dict[int, tuple[str, torch.storage.TypedStorage]] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.storage.TypedStorage):
+            return None
+        key, _ = self.storages.setdefault(obj._cdata, (str(len(self.storages)), obj))
+        return ("storage", getattr(torch, obj._pickle_storage_type()), key, "cpu", obj._size(), None)
+
+
+def save_legacy(content: Any, file: BinaryIO) -> None:
+    """Write dicts, texts, numbers and CPU tensors in the layout of torch before 1.6.
+
+    Equal contents give equal bytes.
+    """
+    for head in (MAGIC, _PROTOCOL, _SYSTEM):
+        pickle.dump(head, file, protocol=2)
+    pickler = _Pickler(file)
+    pickler.dump(content)
+    pickle.dump([key for key, _ in pickler.storages.values()], file, protocol=2)
+    for _, storage in pickler.storages.values():
+        numbers = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+        file.write(struct.pack("<q", storage._size()) + numbers.numpy().tobytes())
+
+
+def save_zip(content: Any, file: BinaryIO) -> None:
+    """Write what `torch.save` writes, with only the entries that torch 1.6 to 2.0 wrote.
+
+    AUTOMATIC1111 refuses an archive with any other entry as malicious. Equal contents give equal bytes.
+    """
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    with zipfile.ZipFile(whole) as new, zipfile.ZipFile(file, "w") as old:
+        for name in new.namelist():
+            if name.split("/")[1] in ("data.pkl", "data", "version"):
+                old.writestr(zipfile.ZipInfo(name), new.read(name))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ldm.base_models import FAMILIES, what_holds
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
-from ldm.embeddings.file_metadata import METHOD
-from ldm.embeddings.payload import Payload, open_payload
+from ldm.embeddings.payload import METHOD, Payload, open_payload
 from ldm.embeddings.pickle_formats import parse_a1111, parse_original
 from ldm.embeddings.tensor_formats import (
     is_xti,

@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ldm.embeddings import file_metadata
 from ldm.embeddings.concept import (
     ENCODER_KINDS,
     Concept,
@@ -20,8 +19,7 @@ from ldm.embeddings.concept import (
     kind_of_architecture,
     quoted,
 )
-from ldm.embeddings.file_metadata import RECORD_KEY, record_text
-from ldm.embeddings.payload import Payload, save_tensors
+from ldm.embeddings.payload import RECORD_KEY, Payload, modelspec_header, record_text, save_tensors
 from ldm.words import MAX_LENGTH
 
 _EMB_PARAMS = "emb_params"
@@ -48,7 +46,7 @@ def save_emb_params(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     tensors = {_EMB_PARAMS: embeddings.concepts[0].vectors}
     if len(embeddings.concepts) > 1:
         tensors = {str(concept.encoder): concept.vectors for concept in embeddings.concepts}
-    header = file_metadata.modelspec_header(embeddings, tensors) | {
+    header = modelspec_header(embeddings, tensors) | {
         "format": "pt",
         RECORD_KEY: record_text(embeddings, "safetensors"),
     }
