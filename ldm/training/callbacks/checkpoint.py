@@ -1,4 +1,4 @@
-"""What a run saves to be resumed: its YAMLs, and `last.ckpt` with its state and random states; the seed of validation."""
+"""What a run saves to be resumed: its YAMLs, and `last.ckpt` with its state and random states; validation's seed."""
 
 from __future__ import annotations
 
