@@ -12,9 +12,9 @@ from ldm.commands.entry import train as main
 from ldm.util import get_obj_from_str
 
 if TYPE_CHECKING:
+    from ldm.training.callbacks.checkpoint import SetupCallback
     from ldm.training.callbacks.image_logger import ImageLogger
     from ldm.training.callbacks.performance import CUDACallback
-    from ldm.training.callbacks.setup import SetupCallback
     from ldm.training.data import DataModuleFromConfig, WrappedDataset
 
 __all__ = ["CUDACallback", "DataModuleFromConfig", "ImageLogger", "SetupCallback", "WrappedDataset", "main"]

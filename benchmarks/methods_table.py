@@ -109,8 +109,13 @@ METHODS: dict[str, Method] = {
     "prospect_2_vectors": _own("prospect", _vectors(2)),
     "prospect_core": _own("prospect_core"),
     "prospect_residual": _own("prospect_residual"),
+    "prospect_residual_keys": _own(
+        "prospect_residual", "model.params.personalization_config.params.residual_keys=true"
+    ),
     "prospect_residual_core": _own(
-        "prospect_core", "model.params.personalization_config.params.residual_layers=true"
+        "prospect_core",
+        "model.params.personalization_config.params.residual_layers=true",
+        "model.params.personalization_config.params.residual_keys=false",
     ),
     "xti": _own("xti"),
     "grid": _own("grid"),

@@ -114,7 +114,14 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
     """
     path = located(source, variant, revision)
     if path.is_dir():
-        return _of_folder(str(source), Folder(path, variant))
+        try:
+            return _of_folder(str(source), Folder(path, variant))
+        except CheckpointError:
+            raise
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"'{source}': its settings are damaged ({error}); download it again"
+            ) from error
     header = checked_header(path)
     found = _of_header(header, path.name)
     if isinstance(found, Kind):

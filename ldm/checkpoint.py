@@ -136,6 +136,11 @@ def complete_config(
     if not isinstance(node, Mapping) or "target" not in node:
         name = f"'{config}'" if files else "the config"
         raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
+    if str(node["target"]).startswith("sgm."):
+        raise ConfigError(
+            f"'{config}' is a YAML of Stability's generative-models, whose classes are not here; leave it out, and the "
+            "YAML follows from the model"
+        )
     check_config(node, "model", place)
     find_paths(node, places)
     path = Path(ckpt)

@@ -81,20 +81,31 @@ def make_streams_lasting() -> None:
 FILES = 4096  # open at once, more than any run needs
 
 
-def raise_file_limit() -> None:
+# What a run has open without loader processes, and what each of them adds: pipes, and the batches on their way.
+_OWN_FILES, _FILES_OF_LOADER = 64, 32
+
+
+def raise_file_limit() -> int:
     """Raise this process's own limit of open files to `FILES`, as far as it may; shells start with 256 on some systems.
 
-    Loader processes hand their batches over as open files.
+    Loader processes hand their batches over as open files. Returns the limit, at most `FILES`.
     """
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):  # macOS allows less than it says
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return FILES if soft == resource.RLIM_INFINITY else min(soft, FILES)
+
+
+def most_loader_processes() -> int:
+    """How many loader processes the limit of open files has room for; with more, a run ends or waits for ever."""
+    return max(0, (raise_file_limit() - _OWN_FILES) // _FILES_OF_LOADER)
 
 
 def is_out_of_files(error: BaseException) -> bool:

@@ -141,6 +141,8 @@ _OWNERS = {
 
 def _check_usual(part: str, config: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
     """Check that no option of a part's config.json changes what is computed; CheckpointError names the first."""
+    if config.get("quantization_config"):
+        raise CheckpointError(f"the {part} is quantised; name a folder with its weights in half precision")
     for key, value in usual.items():
         own = config.get(key, value)
         if (own or None) != (value or None):
@@ -315,6 +317,8 @@ def folder_params(folder: Folder, family: str) -> dict[str, Any]:
                     "again"
                 )
         params["cond_stage_config"] = {"params": _encoder_params(folder, family)}
+        if family == "sdxl":
+            params["zero_empty_negative"] = folder.index().get("force_zeros_for_empty_prompt") is not False
     except CheckpointError as error:
         raise CheckpointError(f"'{folder.path}': {error}") from error
     except KeyError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -81,7 +82,7 @@ def check_image_folder(folder: str | Path) -> None:
 
 def _listed(folder: Path) -> tuple[list[Path], str, int]:
     """The images in a folder; what else is there, with a remedy if it may be images; and the level to log that at."""
-    if not folder.exists():
+    if not os.path.exists(folder):  # False for what no path can be
         raise ImageError(f"image folder not found: {folder}")
     if not folder.is_dir():
         raise ImageError(f"{folder} is a file; name the folder that holds the images")
@@ -185,7 +186,7 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(f"cannot read image {path}: {_why_unidentified(_format_of(path))}") from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error ... on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError(f"cannot read image {path}: {reason}") from None
 
 

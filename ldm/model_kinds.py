@@ -79,6 +79,11 @@ KINDS: tuple[tuple[str, ...], ...] = (
     ("a T2I adapter", ADAPTER, r"^(adapter\.)?body\.0\.(block1|resnets|in_conv)"),
     ("a motion module of AnimateDiff", ADAPTER, r"motion_modules\.|temporal_transformer\."),
     ("a hypernetwork", ADAPTER, r"^(320|640|768|1024|1280)\.\d+\..*linear"),
+    (
+        "a model with quantised weights (NF4, int8 or scaled fp8)",
+        "name the file in half precision that it was made from",
+        r"\.(absmax|quant_map|SCB|scale_weight|weight_scale)$|^scaled_fp8$",
+    ),
     # Models of Stable Diffusion's architecture that compute something else.
     ("a latent consistency model (LCM), which is told the guidance scale", _DISTILLED, r"\.cond_proj\."),
     ("Playground 2.5, whose noise and latents are scaled otherwise (EDM)", OTHER_MODEL, r"^edm_(mean|std)$"),

@@ -197,7 +197,7 @@ _MOVED = {
     "main.DataModuleFromConfig": "ldm.training.data.DataModuleFromConfig",
     "main.WrappedDataset": "ldm.training.data.WrappedDataset",
     "main.ImageLogger": "ldm.training.callbacks.image_logger.ImageLogger",
-    "main.SetupCallback": "ldm.training.callbacks.setup.SetupCallback",
+    "main.SetupCallback": "ldm.training.callbacks.checkpoint.SetupCallback",
     "main.CUDACallback": "ldm.training.callbacks.performance.CUDACallback",
 }
 

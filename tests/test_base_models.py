@@ -168,6 +168,10 @@ KINDS = {
     "PixArt": ({"t_block.1.weight": (9, 9, 9), "y_embedder.y_proj.fc1.weight": (9, 9)}, "PixArt"),
     "Cascade": ({"down_blocks.0.0.depthwise.weight": (9, 9, 9), "clip_txt_mapper.weight": (9,)}, "Würstchen"),
     "AuraFlow": ({"model.double_layers.0.attn.w1k.weight": (9, 9, 9)}, "AuraFlow"),
+    "NF4": (
+        denoiser(4, 2048, 2816) | {f"{UNET}input_blocks.1.1.proj_in.weight.absmax": (9,)},
+        "a model with quantised weights",
+    ),
     "LCM": (
         denoiser() | {f"{UNET}time_embed.cond_proj.weight": (320, 256)},
         "a latent consistency model",
@@ -309,6 +313,24 @@ def test_folders_that_are_no_model_are_named(tmp_path, case) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         recognise(tmp_path)
     assert len(str(error.value).replace(str(tmp_path), "")) < 300
+    assert "settings are damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler"),
+    [
+        ({"in_channels": "four"}, {}),
+        ({"cross_attention_dim": {"a": 1}}, {}),
+        ({"in_channels": 4}, {"prediction_type": ["epsilon"]}),
+    ],
+)
+def test_settings_of_wrong_types_are_damaged(tmp_path, unet, scheduler) -> None:
+    for part, name, content in (("unet", "config", unet), ("scheduler", "scheduler_config", scheduler)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="its settings are damaged .*; download it again"):
+        recognise(tmp_path)
 
 
 def test_a_part_in_a_whole_folder_names_the_folder_above(tmp_path) -> None:

@@ -387,6 +387,15 @@ def test_a_first_stage_in_a_file_of_another_family_or_width_is_refused(tmp_path:
             load_model_from_config(config, tmp_path / "model.safetensors", vae=tmp_path / name)
 
 
+def test_stabilitys_yaml_of_stable_diffusion_xl_is_not_needed(tmp_path: Path) -> None:
+    config = tmp_path / "sd_xl_base.yaml"
+    config.write_text(
+        "model: {target: sgm.models.diffusion.DiffusionEngine, params: {scale_factor: 0.13025}}"
+    )
+    with pytest.raises(ConfigError, match="a YAML of Stability's generative-models.*leave it out"):
+        complete_config(config, tmp_path / "model.safetensors")
+
+
 def test_the_mark_of_zero_terminal_snr_changes_the_noise_schedule(tmp_path: Path) -> None:
     state = {
         "model.diffusion_model.input_blocks.0.0.weight": torch.ones(1, 4, 1, 1),

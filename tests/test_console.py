@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ldm.console import ConsoleHandler, is_out_of_files, make_streams_lasting, raise_file_limit
+from ldm.console import (
+    ConsoleHandler,
+    is_out_of_files,
+    make_streams_lasting,
+    most_loader_processes,
+    raise_file_limit,
+)
 
 pytestmark = pytest.mark.refused_first
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,8 +116,14 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, limits,
     calls = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: calls.append(wanted))
-    raise_file_limit()
+    assert raise_file_limit() == min(4096, (raised or limits)[0] if limits[0] > 0 else 4096)
     assert calls == ([] if raised is None else [raised])
+
+
+@pytest.mark.parametrize(("limit", "most"), [(20, 0), (64, 0), (128, 2), (1_000_000, 126)])
+def test_loader_processes_need_open_files(monkeypatch, limit, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert most_loader_processes() == most
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,14 @@ def test_sizes_and_vocabulary_come_from_the_folder(tmp_path, family) -> None:
     assert params["first_stage_config"]["params"]["embed_dim"] == 4
 
 
+@pytest.mark.parametrize(("index", "zero"), [({}, True), ({"force_zeros_for_empty_prompt": False}, False)])
+def test_what_an_empty_negative_prompt_is_comes_from_the_folder(tmp_path, index, zero) -> None:
+    folder = folder_of(tmp_path, "sdxl")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert settings.folder_params(folder, "sdxl")["zero_empty_negative"] is zero
+    assert "zero_empty_negative" not in settings.folder_params(folder, "sd2")
+
+
 # What other models' folders say, and what no folder may: (family, part, settings, a part of the message).
 MISFITS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "LCM": ("sd1", "unet", {"time_cond_proj_dim": 256}, r"latent consistency models \(LCM\)"),
@@ -124,6 +132,7 @@ MISFITS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "continuous": ("sdxl", "scheduler", {"timestep_type": "continuous"}, "not by betas"),
     "activation": ("sd2", "text_encoder", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
     "second": ("sdxl", "text_encoder_2", {"hidden_act": "quick_gelu"}, "text_encoder_2's hidden_act"),
+    "quantised": ("sdxl", "unet", {"quantization_config": {"load_in_4bit": True}}, "the unet is quantised"),
     "T5": ("sd1", "text_encoder", {"architectures": ["T5EncoderModel"]}, "is a T5EncoderModel and not CLIP"),
     "no heads": ("sd2", "text_encoder", {"num_attention_heads": ...}, "lack 'num_attention_heads'"),
     "null": ("sd1", "unet", {"block_out_channels": None}, "settings are damaged"),

@@ -296,9 +296,7 @@ def test_every_module_imports_by_itself_without_torchvision():
     modules = [module_name(path, ROOT) for path in sources(ROOT) if path.is_relative_to(ROOT / "ldm")]
     if importlib.util.find_spec("gradio") is None:  # an extra
         modules = [
-            name
-            for name in modules
-            if name.removeprefix("ldm.studio.") not in ("page", "tabs", "train", "server")
+            name for name in modules if name.removeprefix("ldm.studio.") not in ("page", "tabs", "server")
         ]
     assert import_all(ROOT, modules) == {}
 

@@ -6,6 +6,7 @@ folder import heavy packages only inside functions.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -51,6 +52,10 @@ def guarded(command: Callable[[], int | None], debug: bool = False, less_memory:
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_files(error):
             write_error("too many open files; raise the limit with 'ulimit -n 4096', or use num_workers: 0")
+            return 1
+        if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and not debug:
+            name = os.fsdecode(error.filename)
+            write_error(UserError(f"'{name}': {error.strerror}; check the path, or choose another"))
             return 1
         from ldm.training.fitting import is_out_of_memory
 

@@ -14,6 +14,7 @@ from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
+from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,7 +118,7 @@ def inspect(options: argparse.Namespace) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Write one file in the format of another tool."""
     check_files(options.file, options.preview)
-    trigger = check_word(options.trigger, "--trigger") if options.trigger else None
+    trigger = check_word(options.trigger, "--trigger") if options.trigger is not None else None
 
     from ldm.embeddings import read
     from ldm.images import open_image
@@ -346,7 +347,9 @@ def _make_parser(prog: str) -> Parser:
 
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    command.add_argument("--ckpt_path", help="model (file, folder or hub id) to compare with its vocabulary")
+    command.add_argument(
+        "--ckpt_path", type=in_checkout, help="model (file, folder or hub id) to compare with its vocabulary"
+    )
     command.add_argument(
         "--tokenizer",
         type=Path,
@@ -392,9 +395,16 @@ def _make_parser(prog: str) -> Parser:
     command = commands.add_parser("transfer", help="move a word to another model, as a start for training")
     command.add_argument("file", type=Path, metavar="FILE")
     model = "a checkpoint, a folder as diffusers writes it, or a hub id"
-    command.add_argument("--from", dest="source", required=True, metavar="MODEL", help=f"its model: {model}")
     command.add_argument(
-        "--to", dest="target", required=True, metavar="MODEL", help="the model that it will be for"
+        "--from", dest="source", type=in_checkout, required=True, metavar="MODEL", help=f"its model: {model}"
+    )
+    command.add_argument(
+        "--to",
+        dest="target",
+        type=in_checkout,
+        required=True,
+        metavar="MODEL",
+        help="the model that it will be for",
     )
     command.add_argument(
         "-o",

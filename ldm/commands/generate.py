@@ -131,6 +131,8 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         metavar="MODEL",
         help="first stage in place of the model's: a file, a folder or a hub id",
     )
+    model.add_argument("--variant", metavar="NAME", help="of a hub id: fetch these weights, such as fp16")
+    model.add_argument("--revision", metavar="NAME", help="of a hub id: a branch, a tag or a commit")
     model.add_argument(
         "--embedding_path",
         nargs="+",
@@ -296,6 +298,14 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
         )
     check_model(options.ckpt_path, options.vae)
     check_files(options.config, options.from_file, *options.embedding_path)
+    if options.variant or options.revision:
+        if Path(options.ckpt_path).exists():
+            raise UsageError(
+                f"--variant and --revision are for a hub id; '{options.ckpt_path}' is here: leave them out"
+            )
+        from ldm.weights import located
+
+        options.ckpt_path = str(located(options.ckpt_path, options.variant, options.revision))
     lines = read_lines(options.from_file) if options.from_file else None
 
     from tqdm import tqdm

@@ -84,7 +84,8 @@ def to_pipeline(model: nn.Module, config: Mapping[str, Any]) -> Any:
                 parts[f"text_encoder{end}"] = _text_encoder(tower, weights[f"text_encoder{end}"])
                 parts[f"tokenizer{end}"] = _tokenizer(tower)
     if family == "sdxl":
-        return diffusers.StableDiffusionXLPipeline(**parts)
+        zeros = bool(getattr(model, "zero_empty_negative", True))
+        return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros)
     return diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )

@@ -5,31 +5,44 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import functools
 import hmac
 import importlib.util
 import ipaddress
 import logging
+import mimetypes
 import os
+import re
 import threading
 import webbrowser
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ldm.console import Parser, positive, set_up_logging, write_line
-from ldm.studio.assets import App, Assets, Receive, Scope, Send, needed
 from ldm.studio.queue import STATE_FOLDER
 from ldm.studio.workspace import Workspace
 from ldm.util import UsageError, UserError
 
 logger = logging.getLogger(__name__)
 
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
 HERE, PORT = "127.0.0.1", 7860
 # The most bytes of one request: a few photos.
 MOST_UPLOADED = 256 * 2**20
 _FAILED_LOGIN_SECONDS = 0.5
+_PREFIX, _THEME = "/assets/", "/theme.css"
+# A list of chunks that a script may fetch, as vite writes it: m.f=["./a.js","./b.css"]
+_CHUNKS = re.compile(r'm\.f=\[((?:"\./[^"]+",?)+)\]')
+# The chunks of one kind of component, as places in that list: textbox:{... component:()=>...__vite__mapDeps([1,2])
+_COMPONENT = re.compile(r"[{,](\w+):\{(?:\w+:\(\)=>[^{}]*?__vite__mapDeps\(\[[\d,]*\]\)[^{}]*?)+\}")
+_PLACES = re.compile(r"__vite__mapDeps\(\[([\d,]*)\]\)")
 # Nothing is loaded from elsewhere, and no other page may frame this one.
 _HEADERS = {
     b"content-security-policy": b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'",
@@ -278,6 +291,95 @@ async def _answer(scope: Scope, send: Send, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode()})
 
 
+class Assets:
+    """Answers a request for a script or style of gradio from memory; hands every other one to the application.
+
+    Gradio compresses each file anew for every visitor, and a browser learns of most of them only after it has run
+    others; both together take longer than everything else between the address and the page.
+
+    Args:
+        app: the application behind.
+        folder: the files; their names hold a digest of their content, so that a browser may keep them.
+        first: names of the files that the page needs at once, for hints beside its first answer.
+        theme: the theme's style, and the digest by which the page asks for it.
+    """
+
+    def __init__(
+        self, app: App, folder: Path, first: Iterable[str] = (), theme: tuple[str, str] = ("", "")
+    ) -> None:
+        self.app = app
+        self.theme = theme[0].encode()
+        self.files = {path.name: path for path in folder.iterdir() if path.is_file()}
+        hints = [_hint(name) for name in first if name in self.files]
+        hints += [f"<{_THEME}?v={theme[1]}>; rel=preload; as=style"] if self.theme else []
+        self.hints = ", ".join(hints).encode()
+        self.read = functools.lru_cache(maxsize=256)(Path.read_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return await self.app(scope, receive, send)
+        if path == "/" and self.hints:
+            return await self.app(scope, receive, self._with_hints(send))
+        file = self.files.get(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else None
+        if file is None and (path != _THEME or not self.theme):
+            return await self.app(scope, receive, send)
+        content = self.read(file) if file else self.theme
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        headers = [
+            (b"content-type", ("text/javascript" if path.endswith(".js") else kind).encode()),
+            (b"content-length", str(len(content)).encode()),
+            (b"cache-control", b"private, max-age=31536000, immutable"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else content})
+
+    def _with_hints(self, send: Send) -> Send:
+        async def hinting(event: MutableMapping[str, Any]) -> None:
+            if event["type"] == "http.response.start":
+                event["headers"] = [*event["headers"], (b"link", self.hints)]
+            await send(event)
+
+        return hinting
+
+
+def _hint(name: str) -> str:
+    kind = "rel=modulepreload" if name.endswith(".js") else "rel=preload; as=style; crossorigin"
+    return f"<{_PREFIX}{name}>; {kind}"
+
+
+def needed(folder: Path, kinds: Iterable[str]) -> list[str]:
+    """The files that a page with components of these kinds fetches, in the order in which it learns of them.
+
+    They are read from gradio's own lists; an empty list, if gradio writes them otherwise one day, costs time only.
+    """
+    wanted = set(kinds)
+    index = (folder.parent / "index.html").read_text(encoding="utf-8")
+    found = level = re.findall(r'(?:src|href)="\./assets/([^"]+)"', index)
+    # The first script fetches the page's own, and that one the components; what those fetch later on, as for a
+    # diagram in a text, is not needed yet.
+    for _ in range(2):
+        found = [
+            *found,
+            *(level := [further for name in level for further in _fetched(folder / name, wanted)]),
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _fetched(script: Path, kinds: set[str]) -> list[str]:
+    """The files that a script fetches, of the components only those of some kinds."""
+    text = script.read_text(encoding="utf-8") if script.suffix == ".js" else ""
+    listed = _CHUNKS.search(text)
+    if listed is None:
+        return []
+    chunks = re.findall(r'"\./([^"]+)"', listed[1])
+    components = {match[1]: match[0] for match in _COMPONENT.finditer(text)}
+    if components:
+        text = "".join(components[kind] for kind in components if kind in kinds)
+    places = [int(place) for match in _PLACES.finditer(text) for place in match[1].split(",") if place]
+    return [chunks[place] for place in places if place < len(chunks)]
+
+
 def make_app(service: Any, users: dict[str, str], *, local: bool, most: int = MOST_UPLOADED) -> Guard:
     """The whole application: the page, the images of runs, and the guard in front of both."""
     import fastapi
@@ -321,4 +423,5 @@ def make_app(service: Any, users: dict[str, str], *, local: bool, most: int = MO
         head=page_script(),
     )
     folder = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
-    return Guard(Assets(app, folder, needed(folder, first_kinds(page))), users, local=local, most=most)
+    style = page.theme_css, page.theme_hash
+    return Guard(Assets(app, folder, needed(folder, first_kinds(page)), style), users, local=local, most=most)

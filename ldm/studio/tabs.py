@@ -19,6 +19,7 @@ from ldm.generate.session import WEIGHTS
 from ldm.studio import views
 from ldm.studio.generation import AXES
 from ldm.studio.service import Service
+from ldm.studio.workspace import Word
 from ldm.util import UserError
 from ldm.yaml_files import CHECKOUT, in_checkout
 
@@ -167,7 +168,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             asked = form(values)
             made = service.generation.generate(asked, lambda done, total: progress((done, total), desc="sampling"))
         except UserError as error:
-            return gr.skip(), [], views.message(str(error), "bad"), ""
+            return gr.skip(), gr.skip(), views.message(str(error), "bad"), gr.skip()
         where = work.shown(made[0][1].parent)
         said = views.message(f"{len(made)} image{'s' * (len(made) > 1)}, saved in {where}", "good")
         return [_for_gallery(image) for image, _, _ in made], [text for _, _, text in made], said, made[0][2]
@@ -179,7 +180,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                 asked["prompt"] = str(values[0])
             sheet, path = service.generation.grid(asked, (x, xs), (y, ys), lambda d, t: progress((d, t), desc="images"))
         except UserError as error:
-            return gr.skip(), [], views.message(str(error), "bad"), ""
+            return gr.skip(), gr.skip(), views.message(str(error), "bad"), gr.skip()
         settings = sheet.info["parameters"]
         return [sheet], [settings], views.message(f"saved as {work.shown(path)}", "good"), settings
 
@@ -189,19 +190,28 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
 
     def settings_back(path: str | None, chosen: list[str]) -> Any:
         if not path:
-            return [gr.skip()] * 10
+            return [gr.skip()] * 11
         found = service.generation.settings_of(Path(path))
-        gr.Info("the settings are those of the image")
+        listed, _ = work.words()
+        used: dict[str, str] = {}
+        # Of several files with a word of the image, one that is chosen already is kept.
+        for one in sorted(listed, key=lambda one: _choice(one) not in (chosen or [])):
+            if one.trigger in found.prompt + found.negative_prompt:
+                used.setdefault(one.trigger, _choice(one))
+        gr.Info("the settings are those of the image", title="")
+
+        def known(value: Any) -> Any:
+            return gr.skip() if value is None else value
+
         return (
-            found.prompt, found.negative_prompt, found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(),
-            found.steps or gr.skip(), found.scale if found.scale is not None else gr.skip(),
-            found.seed if found.seed is not None else gr.skip(), 1, found.width or "", found.height or "",
-            found.number or "",
+            found.prompt, list(used.values()), found.negative_prompt,
+            found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(), known(found.steps), known(found.scale),
+            known(found.seed), 1, found.width or "", found.height or "", found.number or "",
         )
 
     def refresh(chosen: list[str]) -> Any:
         listed, _ = work.words()
-        choices = [(f"{one.trigger}  ({one.source})", f"{one.trigger}|{one.source}") for one in listed]
+        choices = [(f"{one.trigger}  ({one.source})", _choice(one)) for one in listed]
         known = {value for _, value in choices}
         kept = [value for value in chosen or [] if value in known]
         if not kept and choices and not chosen:
@@ -235,9 +245,14 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     gallery.select(choose, texts, text, show_progress="hidden")
     dropped.upload(
         or_line(settings_back), [dropped, words],
-        [prompt, negative, sampler, steps, scale, seed, count, width, height, number], show_progress="hidden",
+        [prompt, words, negative, sampler, steps, scale, seed, count, width, height, number], show_progress="hidden",
     )
     return refresh, words
+
+
+def _choice(word: Word) -> str:
+    """A word in a file, as the list of words gives it to the form."""
+    return f"{word.trigger}|{word.source}"
 
 
 def _for_gallery(image: Image.Image) -> Image.Image:

@@ -39,8 +39,8 @@ def finding_list(found: Sequence[Finding], count: int) -> str:
     return f'<ul class="findings">{items}</ul>'
 
 
-def thumbnails(images: Sequence[Thumbnail]) -> str:
-    """The images as training sees them, each with a field for its caption."""
+def thumbnails(folder: str, images: Sequence[Thumbnail]) -> str:
+    """The images of a folder as training sees them, each with a field for its caption."""
     cells = ""
     for one in images:
         name, caption = escape(one.name), escape(one.caption)
@@ -52,7 +52,8 @@ def thumbnails(images: Sequence[Thumbnail]) -> str:
         cells += f'title="{caption}" rows="2">{caption}</textarea></figure>'
     side = images[0].side if images else None
     size = f", {side} x {side} pixels" if side else ""
-    return f'<p class="head">As training sees them{size}; captions</p><div class="thumbnails">{cells}</div>'
+    head = f'<p class="head">As training sees them{size}; captions</p>'
+    return f'{head}<div class="thumbnails" data-folder="{escape(folder)}">{cells}</div>'
 
 
 def tokens(pieces: Sequence[str], vectors: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ldm.console import Parser
 from ldm.training import flags
 from ldm.util import UsageError
-from ldm.yaml_files import is_number, yaml_value
+from ldm.yaml_files import in_checkout, is_number, yaml_value
 
 # Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
 OLD_TRAINER_KEYS: dict[str, str | None] = {
@@ -115,6 +115,7 @@ def make_parser(prog: str = "main.py") -> Parser:
         "-b",
         "--base",
         nargs="*",
+        type=in_checkout,
         default=[],
         metavar="YAML",
         help="merged from left to right (default: that of the model)",

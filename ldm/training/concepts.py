@@ -175,9 +175,10 @@ def _concepts_of(source: str | Path) -> list[Concept]:
             f"the source of a word is {shown(repr(source))}; name an embedding file, a run folder, or OWNER/NAME"
         )
     path = Path(in_checkout(str(source)))
-    if not path.exists() and (match := _HUB.fullmatch(str(source))):
+    # Unlike those of Path, these functions of os.path take any text.
+    if not os.path.exists(path) and (match := _HUB.fullmatch(str(source))):
         path = _from_hub(match["repository"], match["file"])
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [Concept(read_words(path), path)]
     if is_run(path):
         return [concept_of_run(path)]

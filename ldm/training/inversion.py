@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ldm import files
 from ldm.console import ConsoleHandler, Interrupted
 from ldm.data.captions import CaptionFiles
 from ldm.generate.session import WEIGHTS, checkpoint_of
-from ldm.images import MASK_ENDINGS, mask_files, open_alpha, open_image, open_mask
+from ldm.images import MASK_ENDINGS, check_image_folder, mask_files, open_alpha, open_image, open_mask
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
 from ldm.training.concepts import Concept, concept_of_run, files_of_run
@@ -334,8 +335,10 @@ def overrides(settings: Mapping[str, Any] | None) -> list[str]:
 
 def copies_of(images: Images, logdir: Path) -> tuple[Path, bool]:
     """The folder of the images, and whether it was given; image files and images are copied into one."""
-    if isinstance(images, (str, Path)) and not Path(images).is_file():
-        return Path(in_checkout(str(images))), True
+    if isinstance(images, (str, Path)) and not os.path.isfile(images):
+        folder = Path(in_checkout(str(images)))
+        check_image_folder(folder)
+        return folder, True
     is_list = isinstance(images, Iterable) and not isinstance(images, (str, Path, bytes, np.ndarray, Tensor))
     several: list[Any] = list(images) if is_list else [images]  # type: ignore[arg-type]
     if not several:

@@ -18,10 +18,9 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from ldm.training.callbacks.base import RunCallback, is_personalization
-from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
+from ldm.training.callbacks.checkpoint import LastCheckpoint, SetupCallback, StateFile, ValidationSeed
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
-from ldm.training.callbacks.setup import SetupCallback, ValidationSeed
 from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
 from ldm.training.precision import half_for, plugin_for, possible_precision
 from ldm.training.run_folder import RunFolder

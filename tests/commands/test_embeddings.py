@@ -251,6 +251,19 @@ def test_merge_and_split(cat, tmp_path, capsys):
 
 
 @pytest.mark.refused_first
+def test_an_empty_word_is_not_left_out(cat, tmp_path, capsys):
+    line = fails(capsys, 1, "convert", cat, "--to", "a1111", "--trigger", "", "-o", tmp_path / "x.pt")
+    assert "--trigger '' is empty" in line and not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.refused_first
+@pytest.mark.parametrize("place", ["x" * 300, "cat.pt/x.pt", "."])
+def test_a_place_that_cannot_be_written_is_one_line(place, cat, tmp_path, capsys):
+    line = fails(capsys, 1, "convert", cat, "--to", "a1111", "-o", tmp_path / place, "--overwrite")
+    assert line.startswith("error: ") and line.count("\n") == 1 and len(line) < 308
+
+
+@pytest.mark.refused_first
 def test_mistakes_end_in_one_line(cat, tmp_path, capsys):
     assert fails(capsys, 1, "inspect", tmp_path / "absent.pt").count("\n") == 1
     assert "old=new" in fails(capsys, 2, "merge", cat, "-o", tmp_path / "b", "--rename", "x")

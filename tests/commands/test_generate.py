@@ -192,6 +192,16 @@ def test_defaults_of_stable_diffusion(monkeypatch) -> None:
     assert (ROOT / laion.config).is_file()
 
 
+def test_a_variant_of_a_model_of_the_hub_is_what_is_fetched(run, folder, monkeypatch) -> None:
+    def fetch(*asked) -> Path:
+        assert asked == ("me/model", "fp16", "main")
+        return folder / "model.ckpt"
+
+    monkeypatch.setattr("ldm.weights.located", fetch)
+    words = ["--ckpt_path", "me/model", "--variant", "fp16", "--revision", "main", "--prompt", "a dog"]
+    assert run(*words)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -207,6 +217,7 @@ def test_defaults_of_stable_diffusion(monkeypatch) -> None:
         (["--colour"], 2, "unrecognized arguments: --colour"),
         (["--ckpt_path", "gone.ckpt"], 1, "'gone.ckpt' does not exist"),
         (["--embedding_path", "gone.pt"], 1, "'gone.pt' does not exist"),
+        (["--variant", "fp16"], 2, "--variant and --revision are for a hub id; '.*model.ckpt' is here"),
         (["--config", "gone.yaml"], 1, "'gone.yaml' does not exist"),
         (["--from-file", "gone.txt"], 1, "'gone.txt' does not exist"),
         (["--prompt", "a photo of <cat>"], 1, "mentions '<cat>', but no loaded embedding"),

@@ -32,6 +32,10 @@ CASES = {
     ("sd2", "v_prediction"): "v2-finetune_v.yaml",
     ("sdxl", "epsilon"): "xl-finetune.yaml",
 }
+# Whole commands are run with one of each family.
+COMMANDS = pytest.mark.parametrize(
+    "case", [("sd1", "v_prediction"), ("sd2", "v_prediction"), ("sdxl", "epsilon")], ids=str, indirect=True
+)
 SIZES = (16, 16, 0, 0, 16, 16)
 PROMPTS = ["a photo of a dog, on the beach", "a painting"]
 
@@ -172,6 +176,7 @@ def test_an_exported_folder_and_a_single_file_are_read_by_diffusers(case, tmp_pa
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), part
 
 
+@COMMANDS
 def test_a_folder_draws_without_a_yaml(case, tmp_path, monkeypatch, capsys) -> None:
     """The command line finds the YAML, and nothing is fetched: the hub may not be asked."""
     import huggingface_hub
@@ -189,6 +194,7 @@ def test_a_folder_draws_without_a_yaml(case, tmp_path, monkeypatch, capsys) -> N
     assert "samples/0000.png" in capsys.readouterr().out
 
 
+@COMMANDS
 def test_a_word_is_trained_on_a_folder_and_drawn(case, tmp_path, monkeypatch, capsys) -> None:
     import main
 

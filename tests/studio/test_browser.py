@@ -168,6 +168,7 @@ def test_train_from_dropped_files_to_a_concept_and_generate(page: Any, server: S
     fill(page, "steps", str(STEPS))
     fill(page, "init", "grey bear")
     until_shown(page, "tokens", "bear")
+    assert page.locator("#vectors textarea, #vectors input").first.get_attribute("placeholder") == "1"
     page.get_by_role("button", name="More").click()
     fill(page, "settings", "lightning.callbacks.image_logger.params.batch_frequency=15")
     page.wait_for_function(
@@ -209,6 +210,28 @@ def test_train_from_dropped_files_to_a_concept_and_generate(page: Any, server: S
     page.locator("#keep").click()
     page.get_by_text(re.compile("is saved as embeddings/")).first.wait_for()
     assert list((server.root / "embeddings").glob("bobo*"))
+
+
+def test_captions_and_all_settings_are_edited(page: Any, server: Server) -> None:
+    page.locator("#drop input[type=file]").set_input_files([str(path) for path in BOBO])
+    page.wait_for_function("document.querySelector('#folder textarea').value.includes('uploads')")
+    page.locator("#thumbnails [data-folder*=uploads]").wait_for()
+    caption = page.locator("#thumbnails textarea").nth(1)
+    caption.fill("<b>[name]</b> & a friend")
+    caption.blur()
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('use_captions=true')")
+    (written,) = (server.root / "data" / "uploads").glob("*/*.txt")
+    assert written.read_text() == caption.input_value() + "\n" == "<b>[name]</b> & a friend\n"
+    page.locator("#personalization input").click()
+    page.get_by_role("option", name="/prospect.yaml").click()
+    until_shown(page, "tokens", "quarter of the denoising")
+    page.get_by_role("button", name="More").click()
+    page.locator("#merge").click()
+    page.locator("#yaml .cm-content").get_by_text("ProSpect").first.wait_for()
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('.studio/settings-')")
+    page.locator("#discard").click()
+    page.wait_for_function("!document.querySelector('#command textarea').value.includes('.studio/settings-')")
+    written.unlink()
 
 
 def test_generate_plot_and_get_settings_back(page: Any, server: Server) -> None:

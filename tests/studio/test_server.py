@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ldm.studio import server
-from ldm.studio.server import Guard, is_local, make_parser, read_users, serve
+from ldm.studio.server import Assets, Guard, is_local, make_parser, needed, read_users, serve
 from ldm.util import UsageError
 
 MOST = 1000
@@ -161,3 +162,77 @@ def test_small_answers_are_sent_without_delay():
         # What asyncio looks at before it switches the delay off.
         assert connection.proto == socket.IPPROTO_TCP
         connection.close()
+
+
+CORE = (
+    'const __vite__mapDeps=(i,m=__vite__mapDeps,d=(m.f||(m.f=["./text.js","./text.css","./plot.js","./all.js"])))=>'
+    "i.map(i=>d[i]);var k={textbox:{example:()=>v(()=>import(`./text.js`).then(e=>e.n),__vite__mapDeps([0]),u),"
+    "component:()=>v(()=>import(`./text.js`),__vite__mapDeps([0,1,3]),u)},plot:{component:()=>v(()=>"
+    "import(`./plot.js`),__vite__mapDeps([2,3]),u)}};"
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (tmp_path / "index.html").write_text(
+        '<script type="module" src="./assets/index.js"></script><link href="./assets/index.css">'
+    )
+    first = 'd=(m.f||(m.f=["./page.js","./core.js"])))=>i;v(()=>import(`./page.js`),__vite__mapDeps([0,1]),u)'
+    later = 'd=(m.f||(m.f=["./diagram.js"])))=>i;v(()=>import(`./diagram.js`),__vite__mapDeps([0]),u)'
+    contents = {"index.js": first, "core.js": CORE, "text.js": later, "index.css": "a{}"}
+    for name in ("page.js", "text.css", "plot.js", "all.js", "diagram.js"):
+        contents[name] = "1"
+    for name, content in contents.items():
+        (assets / name).write_text(content)
+    return assets
+
+
+def test_the_files_of_the_components_of_a_page(folder):
+    first = ["index.js", "index.css", "page.js", "core.js"]
+    assert needed(folder, {"textbox", "row"}) == [*first, "text.js", "text.css", "all.js"]
+    assert needed(folder, set()) == first
+
+
+def answer_of(app: Assets, path: str, method: str = "GET") -> tuple[int, bytes, dict[bytes, bytes]]:
+    sent: list[dict[str, Any]] = []
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    asyncio.run(app({"type": "http", "method": method, "path": path, "headers": []}, receive, send))
+    return sent[0]["status"], sent[1]["body"], dict(sent[0]["headers"])
+
+
+def test_files_are_answered_from_memory(folder):
+    (folder.parent / "secret.txt").write_text("secret")
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b"behind"})
+
+    app = Assets(behind, folder, ["index.js", "index.css", "gone.js"], ("b{}", "0a1"))
+    status, body, headers = answer_of(app, "/assets/text.css")
+    assert (status, body, headers[b"content-type"]) == (200, b"1", b"text/css")
+    assert answer_of(app, "/assets/index.js", "HEAD")[1] == b""
+    assert answer_of(app, "/assets/index.js")[2][b"content-type"] == b"text/javascript"
+    for path in ("/assets/../secret.txt", "/assets/", "/assets/none.js", "/assets//index.js", "/other"):
+        assert answer_of(app, path)[:2] == (404, b"behind"), path
+    assert answer_of(app, "/theme.css")[:2] == (200, b"b{}")
+    assert answer_of(Assets(behind, folder), "/theme.css")[0] == 404
+    assert answer_of(app, "/assets/index.js", "POST")[0] == 404
+    link = answer_of(app, "/")[2][b"link"].decode()
+    assert "</assets/index.js>; rel=modulepreload" in link and "as=style" in link and "gone" not in link
+    assert link.endswith("</theme.css?v=0a1>; rel=preload; as=style")
+
+
+def test_the_lists_of_gradio_are_read():
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[ui]'")
+    folder = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
+    few, more = needed(folder, {"textbox"}), needed(folder, {"textbox", "gallery"})
+    assert len(few) > 20 and set(few) < set(more)
+    assert all((folder / name).is_file() for name in more)

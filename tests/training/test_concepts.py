@@ -102,6 +102,15 @@ def test_what_is_no_source_is_refused(source) -> None:
     assert ldm.load_all([]) == []
 
 
+@pytest.mark.refused_first
+@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "a prompt in place of a path " * 20])
+def test_a_text_that_is_no_path_is_one_line(source, tmp_path) -> None:
+    for call in (ldm.load, lambda text: ldm.invert(text, logdir=tmp_path)):
+        with pytest.raises(ldm.UserError) as error:
+            call(source)
+        assert len(str(error.value)) < 300
+
+
 def test_the_format_of_a_saved_file_is_that_of_its_suffix(learned) -> None:
     for name, format in (
         ("a.safetensors", "safetensors"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import main
-from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings import Concept, LearnedEmbeddings, read, write
+from ldm.yaml_files import CHECKOUT
 from tests.training.runs import only_run, start
 
 pytestmark = pytest.mark.refused_first
@@ -165,3 +168,18 @@ def test_validation_interval_beyond_an_epoch(tiny_yaml, files, capsys) -> None:
     lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
     assert code == 1 and len(lines) == 1, shown.err
     assert "val_check_interval is 5000, more than the" in lines[0]
+
+
+def test_a_word_for_each_image_is_learned_in_a_console_without_its_letters(tiny_yaml, monkeypatch) -> None:
+    """configs/personalization/per_image_tokens.yaml has Hebrew letters as words, which messages name."""
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(), "cp1252", errors="strict") for name in ("stdout", "stderr")
+    }
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    overlay = CHECKOUT / "configs" / "personalization" / "per_image_tokens.yaml"
+    assert start("--base", tiny_yaml, overlay, "-t", "--max_steps", 1) == 0
+    streams["stdout"].flush()
+    assert b"\\u05d0" in streams["stdout"].buffer.getvalue()
+    checkpoints = only_run() / "checkpoints"
+    assert "\u05d0" in read(checkpoints / "embeddings.pt").triggers

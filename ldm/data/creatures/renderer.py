@@ -102,7 +102,7 @@ def world_version(size: int) -> int:
 
     Increase it when a seed gives another image than before.
     """
-    return 2 if size >= CENTRED_FROM else 1
+    return 3 if size >= CENTRED_FROM else 1
 
 
 def render(creatures: Sequence[Creature], scenes: Sequence[Scene], size: int) -> Tensor:
@@ -225,18 +225,20 @@ def _free_pattern(pattern: str, build: Build, x: Tensor, y: Tensor) -> Tensor:
 def _centred_pattern(pattern: str, build: Build, x: Tensor, y: Tensor) -> Tensor:
     """The mask of stripes or spots around the middle of the shell or body, with a small random phase.
 
-    On each side of the middle there is one stripe, or one spot of the middle row, so at least two are visible.
+    On each side of the middle there is one stripe, or one spot of the middle row, so at least two are visible. Stripes
+    cover 62 percent and spots 26 percent: the body's average colour tells a denoiser which word fits long before it can
+    tell where they are. With 48 and 41 percent it learned next to nothing of the difference in 2,800 steps.
     """
     middle_x, middle_y = build.shell[:2] if build.shell[2] else build.body[:2]
     u, v = _rotated(x - middle_x, y - middle_y, build.pattern_angle)
     shift, scale = 0.2 * (build.pattern_phase - 0.5), 0.5 + 0.5 * build.pattern_period
     if pattern == "stripes":
-        return (torch.frac(u / (0.42 * scale) + shift + 64) - 0.5).abs() < 0.24
-    period = 0.38 * scale
+        return (torch.frac(u / (0.44 * scale) + shift + 64) - 0.5).abs() < 0.31
+    period = 0.4 * scale
     rows = v / (0.88 * period) + shift + 0.5
     row = torch.floor(rows)
     across = torch.frac(u / period + 0.5 * torch.remainder(row, 2) + 64) - 0.5
-    return across.square() + (0.88 * (rows - row - 0.5)).square() < 0.115
+    return across.square() + (0.88 * (rows - row - 0.5)).square() < 0.066
 
 
 def _rotated(x: Tensor, y: Tensor, angle: float) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ class LatentDiffusionXL(LatentDiffusion):
     Args:
         cond_stage_config: node of a `FrozenSDXLEmbedder`.
         conditioning_key: must be crossattn-adm.
+        zero_empty_negative: what an empty negative prompt is: zeros, or with False the encoded empty text.
         **options: see `LatentDiffusion`.
     Raises:
         ConfigError: the text encoder is another one, or the UNet takes no vector of its width and six sizes.
@@ -53,6 +54,7 @@ class LatentDiffusionXL(LatentDiffusion):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
+        zero_empty_negative: bool = True,
         **options: Any,
     ) -> None:
         if conditioning_key != "crossattn-adm":
@@ -76,6 +78,7 @@ class LatentDiffusionXL(LatentDiffusion):
                 f"unet_config: adm_in_channels is {width}; it must be {pooled}, the width of the pooled text, and 6 "
                 "times the width of the embedded sizes"
             )
+        self.zero_empty_negative = zero_empty_negative
         self._drawn: Sizes | None = None
         self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
@@ -111,9 +114,9 @@ class LatentDiffusionXL(LatentDiffusion):
         """Return what the text encoder gave for prompts, with the sizes of what is drawn.
 
         Of an empty negative prompt all but the sizes becomes 0, as in diffusers and AUTOMATIC1111: that is what
-        training put in place of dropped captions.
+        training put in place of dropped captions, unless `zero_empty_negative` is False.
         """
-        if negatives is not None:
+        if negatives is not None and self.zero_empty_negative:
             kept = torch.tensor([bool(text.strip()) for text in negatives], device=self.device)
             encoded = condition_map(lambda part: part * kept.view(-1, *[1] * (part.ndim - 1)), encoded)
         return self._with_sizes(encoded, None)

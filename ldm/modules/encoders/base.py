@@ -136,7 +136,8 @@ def reading(what: str, source: str) -> Iterator[None]:
             raise UserError(f"{what}: a file in the folder cannot be read ({reason}); replace it") from error
         raise UserError(
             f"{what} is neither a folder here nor readable from the Hugging Face hub ({reason}); "
-            f"go online for the first use, or name a local folder"
+            "go online for the first use, or name a local folder as version or tokenizer of "
+            "cond_stage_config in a YAML"
         ) from error
 
 
@@ -160,5 +161,5 @@ def read_tokenizer(tokenizer_class: Any, what: str, source: str) -> Any:
     with reading(what, source):
         tokenizer = tokenizer_class.from_pretrained(source)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise OSError("no vocabulary was found")
+            raise OSError("it is not there, or there is no connection")
     return tokenizer

@@ -11,8 +11,7 @@ from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile
 from ldm.modules.methods.core import CoRe, CoReGrid, CoReNeTI
 from ldm.modules.methods.dreamartist import DreamArtist
-from ldm.modules.methods.grid import Grid, OutputResidual, ProSpect
-from ldm.modules.methods.layers import XTI
+from ldm.modules.methods.grid import XTI, Grid, OutputResidual, ProSpect
 from ldm.modules.methods.neti import NeTI
 from ldm.modules.methods.words import LearnedWords, PlainWords, ShapedWords, Together
 from ldm.modules.personalization import DenoiserShape, TextEncoder

@@ -1,4 +1,4 @@
-"""Vectors and output residuals for each stage of the denoising, for each layer, or for both."""
+"""Vectors and output residuals for each stage of the denoising (ProSpect), for each layer (XTI), or for both."""
 
 from __future__ import annotations
 
@@ -223,3 +223,41 @@ class OutputResidual(Grid):
 
     def options(self) -> dict[str, float | int]:
         return {}
+
+
+class Layers(nn.Module):
+    """The vectors of a word, one parameter [N, d] for each layer under the layer's name."""
+
+    def __init__(self, names: tuple[str, ...], count: int, width: int) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(count, width)))
+
+
+class XTI(LearnedWords):
+    """Own vectors for each layer with cross-attention: extended textual inversion, P+ (Voynov et al. 2023, 2303.09522).
+
+    The inner layers carry shape, the outer ones appearance. The text encoder runs once for each layer. A file of one
+    word is what the tools of XTI read and write: a tensor for each layer, named IN01, ..., MID, ..., OUT11.
+
+    Args:
+        words: see `LearnedWords`.
+    Raises:
+        UserError: the denoiser has no cross-attention; and what LearnedWords raises.
+    """
+
+    method = "xti"
+
+    def __init__(self, embedder: TextEncoder, denoiser: DenoiserShape = NO_DENOISER, **words: Any) -> None:
+        check_layers(denoiser, "XTI")
+        super().__init__(embedder, denoiser=denoiser, **words)
+
+    def new_word(self, count: int) -> Layers:
+        return Layers(self.denoiser.layers, count, self.width)
+
+    def begin(self, word: nn.Module, initial: Tensor, embedder: TextEncoder, seed: int) -> None:
+        for vectors in word.parameters():
+            vectors.copy_(initial)
+
+    def rows_of(self, word: nn.Module, times: Tensor | None) -> Rows:
+        return Rows(torch.stack([word.get_parameter(name) for name in self.denoiser.layers])[None])

@@ -84,6 +84,10 @@ def test_an_empty_negative_prompt_is_zero_and_another_one_is_encoded(model) -> N
         close(kept, encoded[key][0][1, ..., :width])
         assert encoded[key][0][0, ..., :width].any()
     assert torch.equal(numbers(condition), numbers(encoded))
+    other = copy.copy(model)
+    other.zero_empty_negative = False  # as some folders say
+    condition = other.get_unconditional_conditioning(["", "a dog"])
+    assert all(torch.equal(condition[key][0], encoded[key][0]) for key in encoded)
 
 
 @torch.no_grad()

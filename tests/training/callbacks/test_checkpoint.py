@@ -1,4 +1,4 @@
-"""last.ckpt: when it is saved, what it holds, and the random states in it."""
+"""Saved YAMLs; last.ckpt: when it is saved, what it holds, and the random states in it; the seed of validation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ldm import random_state
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.training.callbacks.checkpoint import LastCheckpoint, StateFile
+from ldm.training.callbacks.checkpoint import LastCheckpoint, SetupCallback, StateFile, ValidationSeed
 from ldm.util import UserError
 from tests.training.runs import fit_line, start, state_of
 
@@ -96,3 +96,36 @@ def test_new_noise_with_another_number_of_processes(tmp_path):
 
     assert not torch.equal(first_noise(0, 5), first_noise(1, 5)), "two processes draw the same"
     assert not torch.equal(first_noise(0, 5), first_noise(0, 6)), "the first noise is repeated"
+
+
+def test_validation_seed(line, numbers, tmp_path):
+    losses = []
+
+    class Collect(pl.Callback):
+        def on_validation_end(self, trainer, *rest):
+            losses.append(float(trainer.callback_metrics["val/loss"]))
+
+    start = {key: value.clone() for key, value in line.state_dict().items()}
+    torch.manual_seed(1)
+    fit_line(line, numbers, tmp_path, [ValidationSeed(), Collect()], steps=6, validate=True)
+    assert len(losses) == 2 and losses[0] == losses[1]
+    validated = line.line.weight.detach().clone()
+    line.load_state_dict(start)
+    torch.manual_seed(1)
+    fit_line(line, numbers, tmp_path, [], steps=6)
+    assert torch.equal(line.line.weight, validated)
+
+
+def test_saved_yamls(line, numbers, tmp_path):
+    run = tmp_path / "run"
+    setup = SetupCallback("", "now", run, run / "checkpoints", run / "configs", {"model": 1}, {"trainer": 2})
+    fit_line(line, numbers, tmp_path, [setup])
+    assert (tmp_path / "run/configs/now-project.yaml").read_text() == "model: 1\n"
+    assert (tmp_path / "run/configs/now-lightning.yaml").read_text() == "lightning:\n  trainer: 2\n"
+
+
+def test_unwritable_folder(line, numbers, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    setup = SetupCallback("", "now", tmp_path / "run", tmp_path / "run/c", tmp_path / "run/configs", {}, {})
+    with pytest.raises(UserError, match="cannot write"):
+        fit_line(line, numbers, tmp_path, [setup])
