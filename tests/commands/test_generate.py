@@ -252,7 +252,7 @@ def test_files_of_another_kind_are_errors_of_one_line(run, folder, tmp_path) -> 
     OmegaConf.save(config, tmp_path / "nowhere.yaml")
     beside = ["--config", folder / "config.yaml", "--outdir", tmp_path / "o"]
     for arguments, message in (
-        (["--ckpt_path", tmp_path / "cut.ckpt", *beside], "cut.ckpt' is damaged"),
+        (["--ckpt_path", tmp_path / "cut.ckpt", *beside], "cut.ckpt': it is damaged"),
         (["--embedding_path", tmp_path / "cut.pt", *beside], "cut.pt"),
         (["--config", tmp_path / "wider.yaml", "--outdir", tmp_path / "o"], "does not fit the config"),
         (["--config", tmp_path / "misspelt.yaml", "--outdir", tmp_path / "o"], "unknown key 'chanels'"),
