@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -244,15 +243,6 @@ def checked_header(path: Path) -> Header:
             f"'{path}' is no file of weights: it is neither safetensors nor PyTorch, or its beginning is damaged; "
             "download it again or name another file"
         )
-    if kind == "zip":
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"checkpoint '{path}' is damaged: its end is missing; download it again")
-        with zipfile.ZipFile(path) as archive:
-            inside = archive.namelist()
-        if not any(name.endswith("data.pkl") for name in inside):
-            raise CheckpointError(
-                f"'{path}' is a zip archive and no file of weights; unpack it and name the file in it"
-            )
     return read_header(path)
 
 

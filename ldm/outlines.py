@@ -63,7 +63,9 @@ def _of_zip(path: Path) -> Outline:
         by_name = {entry.filename: entry for entry in entries}
         pickled = [name for name in by_name if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickled) != 1:
-            raise PickleError("it is a zip archive, but not of torch.save; unpack it first")
+            raise PickleError(
+                "it is a zip archive, but not of torch.save; unpack it first and name the file in it"
+            )
         root = pickled[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in by_name:
             raise PickleError("it is a TorchScript program, and no file of tensors; name another file")

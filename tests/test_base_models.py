@@ -227,7 +227,10 @@ HEADS = {
     "model.safetensors.part": (b"\0\0\0\0\0\0\0\0\0", "an unfinished download"),
     "noise.ckpt": (b"\xff\xfe\xfd\xfc" * 20, "no file of weights"),
     "cat.png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "an image"),
-    "cut.ckpt": (b"PK\x03\x04" + b"\0" * 40, "is damaged: its end is missing; download it again"),
+    "cut.ckpt": (
+        b"PK\x03\x04" + b"\0" * 40,
+        "it is damaged or cut off (File is not a zip file); download it again",
+    ),
 }
 
 
@@ -243,8 +246,19 @@ def test_files_without_weights_are_named(tmp_path, name) -> None:
 def test_an_archive_of_other_files_is_named(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
         archive.writestr("model/v1-5.ckpt", "x")
-    with pytest.raises(CheckpointError, match="is a zip archive .*unpack it"):
+    with pytest.raises(CheckpointError, match="is a zip archive, but not of torch.save; unpack it"):
         recognise(tmp_path / "model.zip")
+
+
+def test_a_damaged_archive_is_one_line(tmp_path) -> None:
+    torch.save({"state_dict": {"x": torch.zeros(3)}}, tmp_path / "model.ckpt")
+    data = bytearray((tmp_path / "model.ckpt").read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 2] = 0  # in the list of its entries
+    (tmp_path / "model.ckpt").write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"it is damaged or cut off \(.*central directory\); download it again"
+    ):
+        recognise(tmp_path / "model.ckpt")
 
 
 def test_a_truncated_file_says_how_much_is_there(tmp_path) -> None:

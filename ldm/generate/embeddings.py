@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.embeddings import LearnedEmbeddings, merge, read
@@ -80,6 +80,22 @@ def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> l
 def _vectors_of(word: Words) -> LearnedEmbeddings:
     assert not isinstance(word, MethodFile), "files of methods are looked for first"
     return word if isinstance(word, LearnedEmbeddings) else read(word)
+
+
+def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
+    """Check that a model's text encoder can use vectors, as far as its config tells; the model is not read.
+
+    Raises:
+        UserError: as `load_embeddings`.
+    """
+    target = OmegaConf.select(config, "model.params.cond_stage_config.target")
+    width = OmegaConf.select(config, "model.params.unet_config.params.context_dim")
+    family = getattr(get_obj_from_str(target), "family", None) if target else None
+    if not words or family is None or not isinstance(width, int):
+        return
+    held = [read_method_file(word) if isinstance(word, (str, Path)) else word for word in words]
+    if not any(isinstance(one, MethodFile) for one in held):
+        merge([_vectors_of(word) for word in words]).vectors_for(width, family)
 
 
 def set_dials(model: LatentDiffusion, settings: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from ldm.files import file_hash
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
+    check_encoder,
     check_mentions,
     load_embeddings,
     of_own_class,
@@ -78,7 +79,8 @@ def resolve(
     where `embedding:NAME` looks beside the current folder. A file whose word is in no prompt is a warning.
 
     Raises:
-        UserError: a file cannot be read, or a prompt has a placeholder that no file holds.
+        UserError: a file cannot be read, or is for another text encoder, or a prompt has a placeholder that no file
+            holds.
     """
     node = OmegaConf.select(config, "model.params.personalization_config") or {}
     params = node.get("params") or {}
@@ -99,6 +101,7 @@ def resolve(
     warn_unused(triggers, [*given, negative_prompt])
     for prompt in [*given, negative_prompt]:
         parse(prompt, {*learned, *configured}, syntax)
+    check_encoder(config, words)
     return Prompts(given, negative_prompt, words)
 
 

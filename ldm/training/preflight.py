@@ -10,8 +10,9 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import random_state
-from ldm.modules.embedding_manager import EmbeddingManager
+from ldm import embeddings, random_state
+from ldm.generate.embeddings import check_encoder
+from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.training.callbacks.base import personalization_of
@@ -24,7 +25,7 @@ SAMPLES = 32
 
 
 def check_first_vectors(config: DictConfig) -> None:
-    """Check that the embedding file that a run begins from is one, and has its placeholders, before a model is read.
+    """Check that a run can begin from its embedding file, before a model is read: its words and the text encoder.
 
     Raises:
         UserError: it is not, or does not.
@@ -34,7 +35,12 @@ def check_first_vectors(config: DictConfig) -> None:
     if path := params.get("embedding_manager_ckpt"):
         words = params.get("placeholder_strings") or []
         kind: type[Personalization] = get_obj_from_str(node["target"])
-        kind.check_file(path, [words] if isinstance(words, str) else list(words))
+        strings = [words] if isinstance(words, str) else list(words)
+        kind.check_file(path, strings)
+        base = config.get("actual_resume")
+        # A folder of diffusers, or a hub id, replaces the width of the YAML by its own.
+        if kind is EmbeddingManager and (base is None or Path(base).is_file()):
+            check_encoder(config, [chosen(embeddings.read(path), strings, str(path))])
 
 
 def check_keys(config: DictConfig, dataset: Any) -> None:

@@ -252,7 +252,7 @@ def test_files_of_another_kind_are_errors_of_one_line(run, folder, tmp_path) -> 
     OmegaConf.save(config, tmp_path / "nowhere.yaml")
     beside = ["--config", folder / "config.yaml", "--outdir", tmp_path / "o"]
     for arguments, message in (
-        (["--ckpt_path", tmp_path / "cut.ckpt", *beside], "cut.ckpt' is damaged"),
+        (["--ckpt_path", tmp_path / "cut.ckpt", *beside], "cut.ckpt': it is damaged"),
         (["--embedding_path", tmp_path / "cut.pt", *beside], "cut.pt"),
         (["--config", tmp_path / "wider.yaml", "--outdir", tmp_path / "o"], "does not fit the config"),
         (["--config", tmp_path / "misspelt.yaml", "--outdir", tmp_path / "o"], "unknown key 'chanels'"),
@@ -487,3 +487,11 @@ def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch) -> None:
     Path("models/ldm/creatures").mkdir(parents=True)
     Path("models/ldm/creatures/config.yaml").write_text("mine: 1")
     assert not Path(parser.parse_args(["--config", "models/ldm/creatures/config.yaml"]).config).is_absolute()
+
+
+@pytest.mark.done_or_said
+def test_vectors_for_another_text_encoder_are_refused_before_the_model_is_read(run, tmp_path, monkeypatch):
+    write(LearnedEmbeddings((Concept("<wide>", torch.zeros(1, 768)),)), tmp_path / "wide.pt", "original")
+    monkeypatch.setattr(generate, "load_latent_diffusion", lambda *a, **k: pytest.fail("the model is read"))
+    code, output, _ = run("--embedding_path", tmp_path / "wide.pt", "--prompt", "a <wide>")
+    assert code == 1 and "'<wide>' (width 768) is for Stable Diffusion 1.x" in output.err

@@ -307,11 +307,13 @@ def test_the_readmes_command_with_a_model_of_the_hub(tmp_path, monkeypatch, caps
     make_pipeline("sd1", tmp_path / "tokenizers").save_pretrained(folder, variant="fp16")
     asked = set()
 
-    def fetch(repository: str, variant: str | None = None, revision: str | None = None) -> Path:
+    def fetch(
+        repository: str, variant: str | None = None, revision: str | None = None, *parts: object
+    ) -> Path:
         asked.add((repository, variant, revision))
         return folder
 
-    monkeypatch.setattr("ldm.base_models.fetch", fetch)
+    monkeypatch.setattr("ldm.weights.fetch", fetch)
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     Image.new("RGB", (32, 32), "red").save("photos/one.png")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm import embeddings
 from ldm.training import preflight
 from ldm.util import UserError
 from tests.golden_record import Golden
@@ -27,6 +28,17 @@ def test_progressive_run_that_ends_before_its_second_vector(steps, warns: bool, 
         preflight.check_progress(Golden("clip_one_vector").model(), steps)
         preflight.check_progress(nn.Identity(), steps)
     assert bool(caplog.records) is warns
+
+
+@pytest.mark.done_or_said
+def test_vectors_for_another_text_encoder_are_refused_before_the_model_is_read(
+    tiny_yaml, capsys, monkeypatch
+):
+    concept = embeddings.Concept("*", torch.zeros(1, 768))
+    embeddings.write(embeddings.LearnedEmbeddings((concept,)), Path("wide.pt"), "original")
+    monkeypatch.setattr("ldm.training.run.make_model", lambda *a, **k: pytest.fail("the model is read"))
+    assert start("--base", tiny_yaml, "-t", "--embedding_manager_ckpt", "wide.pt") == 1
+    assert "(width 768) is for Stable Diffusion 1.x" in capsys.readouterr().err
 
 
 @pytest.mark.done_or_said
