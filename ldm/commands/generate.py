@@ -13,6 +13,7 @@ from ldm.commands.base import (
     WEIGHTS,
     check_files,
     check_model,
+    found_path,
     guarded,
     load_latent_diffusion,
     naming_the_checkpoint,
@@ -21,7 +22,6 @@ from ldm.commands.base import (
 from ldm.console import Parser, write_line
 from ldm.util import UsageError, UserError, shown
 from ldm.values import argument
-from ldm.yaml_files import in_checkout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,18 +116,18 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     model.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=in_checkout,
+        type=found_path,
         default=profile.ckpt,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
     )
     own_config = profile.config or "config.yaml beside the model, or that of the published model it is"
     model.add_argument(
-        "--config", type=in_checkout, default=profile.config, metavar="YAML", help=f"default: {own_config}"
+        "--config", type=found_path, default=profile.config, metavar="YAML", help=f"default: {own_config}"
     )
     model.add_argument(
         "--vae",
-        type=in_checkout,
+        type=found_path,
         metavar="MODEL",
         help="first stage in place of the model's: a file, a folder or a hub id",
     )
