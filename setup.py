@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-# Folders beside ldm/ that an installation keeps inside it: there `ldm.yaml_files.in_checkout` finds them.
+# Folders beside ldm/ that an installation keeps inside it: there `ldm.files.in_checkout` finds them.
 SHIPPED = ["configs", "models", "data"]
 
 setup(

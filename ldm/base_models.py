@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_settings import PREDICTIONS, Prediction
-from ldm.files import NO_TENSORS, file_kind
+from ldm.files import CHECKOUT, NO_TENSORS, file_kind
 from ldm.model_kinds import (
     ADAPTER,
     BY_BYTES,
@@ -26,7 +26,6 @@ from ldm.model_kinds import (
 )
 from ldm.util import shown
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
-from ldm.yaml_files import CHECKOUT
 
 logger = logging.getLogger(__name__)
 

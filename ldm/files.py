@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -68,6 +69,35 @@ def why_no_file(path: str | Path) -> str:
     names = ("embeddings.pt", "checkpoints/embeddings.pt", "learned_embeds.safetensors", "learned_embeds.bin")
     there = next((path / name for name in names if (path / name).is_file()), None)
     return f"is a folder; name the file in it, '{there}'" if there else NO_TENSORS[kind]
+
+
+# The repository's root, or in an installation what takes its place, and its folders that YAMLs and commands name.
+_PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+FOLDERS = ("models", "configs", "data")
+
+
+def in_checkout(path: str, places: Iterable[Path] = ()) -> str:
+    """The path, or where it is if it leads nowhere from the working directory.
+
+    It is looked for from each of `places` and from the folders above it, so that a model and its YAML can be used from
+    any working directory; then by its last parts in `places`, so that a model's folder can be moved; then, if it begins
+    with models/, configs/ or data/, in the checkout.
+    """
+    with suppress(OSError, ValueError):  # no system has such a name
+        if path and not Path(path).exists():
+            return next((str(place) for place in _candidates(path, list(places)) if place.exists()), path)
+    return path
+
+
+def _candidates(path: str, places: list[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from (folder / path for folder in (place.resolve(), *place.resolve().parents))
+    parts = Path(path).parts
+    for start in range(1, len(parts)):
+        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
+    if len(parts) > 1 and parts[0] in FOLDERS:
+        yield CHECKOUT / path
 
 
 def content_kind(head: bytes) -> FileKind:

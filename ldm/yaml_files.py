@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from omegaconf.errors import (
 )
 from yaml.reader import ReaderError
 
+from ldm.files import FOLDERS, in_checkout
 from ldm.util import ConfigError
 
 LARGEST = 2**20  # bytes of a YAML; the largest shipped one has 6 KB
@@ -268,42 +269,15 @@ def place_in(paths: Sequence[str | Path], key: str) -> str:
     return ""
 
 
-# The repository's root, or in an installation what takes its place, and its folders that YAMLs and commands name.
-_PACKAGE = Path(__file__).resolve().parent
-CHECKOUT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
-_FOLDERS = ("models", "configs", "data")
 # Keys of a YAML that hold the path of a file or folder, or a hub id.
 _PATH_KEYS = ("version", "tokenizer", "image_tower", "ckpt_path", "embedding_manager_ckpt")
-
-
-def in_checkout(path: str, places: Iterable[Path] = ()) -> str:
-    """The path, or where it is if it leads nowhere from the working directory.
-
-    It is looked for from each of `places` and from the folders above it, so that a model and its YAML can be used from
-    any working directory; then by its last parts in `places`, so that a model's folder can be moved; then, if it begins
-    with models/, configs/ or data/, in the checkout.
-    """
-    with suppress(OSError, ValueError):  # no system has such a name
-        if path and not Path(path).exists():
-            return next((str(place) for place in _candidates(path, list(places)) if place.exists()), path)
-    return path
-
-
-def _candidates(path: str, places: list[Path]) -> Iterator[Path]:
-    for place in places:
-        yield from (folder / path for folder in (place.resolve(), *place.resolve().parents))
-    parts = Path(path).parts
-    for start in range(1, len(parts)):
-        yield from (place.resolve().joinpath(*parts[start:]) for place in places)
-    if len(parts) > 1 and parts[0] in _FOLDERS:
-        yield CHECKOUT / path
 
 
 def find_paths(node: Any, places: Sequence[Path]) -> None:
     """Replace the paths in a node by where they are (see `in_checkout`), in place; `places` are those of its YAMLs."""
     for key, value in _entries(node):
         if isinstance(value, str):
-            if key in _PATH_KEYS or value.startswith(tuple(f"{folder}/" for folder in _FOLDERS)):
+            if key in _PATH_KEYS or value.startswith(tuple(f"{folder}/" for folder in FOLDERS)):
                 found = in_checkout(value, places)
                 if found != value:
                     node[key] = found

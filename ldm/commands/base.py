@@ -77,13 +77,6 @@ def check_files(*paths: str | Path | None) -> None:
             raise UserError(f"'{path}' {why_no_file(path)}")
 
 
-def found_path(text: str) -> str:
-    """Argument type: a path, which is that of the checkout if it is not here (see `ldm.yaml_files.in_checkout`)."""
-    from ldm.yaml_files import in_checkout  # with a third package, and --help answers without any
-
-    return in_checkout(text)
-
-
 def check_model(*sources: str | None) -> None:
     """Raise UserError for the first that was given but is neither a file, a folder nor a possible hub id."""
     for source in sources:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.commands.base import check_files, check_model, found_path, guarded, write_error
+from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
+from ldm.files import in_checkout
 from ldm.util import UsageError, UserError, shown
 from ldm.words import check_word
 
@@ -347,7 +348,7 @@ def _make_parser(prog: str) -> Parser:
     command = commands.add_parser("inspect", help="report what files contain")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument(
-        "--ckpt_path", type=found_path, help="model (file, folder or hub id) to compare with its vocabulary"
+        "--ckpt_path", type=in_checkout, help="model (file, folder or hub id) to compare with its vocabulary"
     )
     command.add_argument(
         "--tokenizer",
@@ -395,12 +396,12 @@ def _make_parser(prog: str) -> Parser:
     command.add_argument("file", type=Path, metavar="FILE")
     model = "a checkpoint, a folder as diffusers writes it, or a hub id"
     command.add_argument(
-        "--from", dest="source", type=found_path, required=True, metavar="MODEL", help=f"its model: {model}"
+        "--from", dest="source", type=in_checkout, required=True, metavar="MODEL", help=f"its model: {model}"
     )
     command.add_argument(
         "--to",
         dest="target",
-        type=found_path,
+        type=in_checkout,
         required=True,
         metavar="MODEL",
         help="the model that it will be for",

@@ -14,13 +14,13 @@ from ldm.commands.base import (
     WEIGHTS,
     check_files,
     check_model,
-    found_path,
     guarded,
     load_latent_diffusion,
     naming_the_checkpoint,
     read_model_config,
 )
 from ldm.console import Parser, write_line
+from ldm.files import in_checkout
 from ldm.util import UsageError, UserError
 from ldm.values import argument
 
@@ -58,13 +58,13 @@ def make_parser(prog: str) -> Parser:
     what.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=found_path,
+        type=in_checkout,
         default=WEIGHTS,
         metavar="MODEL",
         help="default: %(default)s",
     )
     what.add_argument(
-        "--config", type=found_path, metavar="YAML", help="default: config.yaml beside the model"
+        "--config", type=in_checkout, metavar="YAML", help="default: config.yaml beside the model"
     )
     what.add_argument(
         "--concept",
@@ -152,7 +152,7 @@ def features_of(options: argparse.Namespace) -> list[str]:
 
 def judge_of(options: argparse.Namespace) -> str | None:
     """The folder of --judge, by default the shipped judge if it is there; None for no judge."""
-    folder, shipped = options.judge, found_path(str(JUDGE))
+    folder, shipped = options.judge, in_checkout(str(JUDGE))
     if folder == NONE or (folder is None and not Path(shipped).is_dir()):
         return None
     if folder is not None and not Path(folder).is_dir():

@@ -11,12 +11,12 @@ from ldm.commands.base import (
     WEIGHTS,
     check_files,
     check_model,
-    found_path,
     guarded,
     load_latent_diffusion,
     read_model_config,
 )
 from ldm.console import Parser, write_line
+from ldm.files import in_checkout
 from ldm.util import UserError, shown
 
 if TYPE_CHECKING:
@@ -97,20 +97,20 @@ def _make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=found_path,
+        type=in_checkout,
         default=WEIGHTS,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
     )
     parser.add_argument(
         "--vae",
-        type=found_path,
+        type=in_checkout,
         metavar="MODEL",
         help="first stage in place of the model's: a file, a folder or a hub id",
     )
     parser.add_argument(
         "--config",
-        type=found_path,
+        type=in_checkout,
         metavar="YAML",
         help="default: config.yaml beside the model, or that of the published model",
     )

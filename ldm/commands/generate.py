@@ -13,13 +13,13 @@ from ldm.commands.base import (
     WEIGHTS,
     check_files,
     check_model,
-    found_path,
     guarded,
     load_latent_diffusion,
     naming_the_checkpoint,
     read_model_config,
 )
 from ldm.console import Parser, write_line
+from ldm.files import in_checkout
 from ldm.util import UsageError, UserError, shown
 from ldm.values import argument
 
@@ -116,18 +116,18 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     model.add_argument(
         "--ckpt_path",
         "--ckpt",
-        type=found_path,
+        type=in_checkout,
         default=profile.ckpt,
         metavar="MODEL",
         help="a checkpoint, a folder of diffusers or a hub id (default: %(default)s)",
     )
     own_config = profile.config or "config.yaml beside the model, or that of the published model it is"
     model.add_argument(
-        "--config", type=found_path, default=profile.config, metavar="YAML", help=f"default: {own_config}"
+        "--config", type=in_checkout, default=profile.config, metavar="YAML", help=f"default: {own_config}"
     )
     model.add_argument(
         "--vae",
-        type=found_path,
+        type=in_checkout,
         metavar="MODEL",
         help="first stage in place of the model's: a file, a folder or a hub id",
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm.checkpoint import load_model_from_config, read_config
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of
-from ldm.files import file_hash
+from ldm.files import file_hash, in_checkout
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
@@ -44,7 +44,6 @@ from ldm.util import (
 )
 from ldm.values import plain
 from ldm.words import check_text, pattern
-from ldm.yaml_files import in_checkout
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import gradio as gr
 
+from ldm.files import in_checkout
 from ldm.generate.session import WEIGHTS
 from ldm.studio import views
 from ldm.studio.service import Service
 from ldm.studio.tabs import generate_tab, in_root, models, or_line, shown_error, words_tab, yamls
 from ldm.training.record import RunRecord
 from ldm.util import UserError
-from ldm.yaml_files import in_checkout
 
 # fmt: off
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm import files
+from ldm.files import CHECKOUT
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import holder
 from ldm.util import UserError
-from ldm.yaml_files import CHECKOUT
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from ldm.base_models import recognise
 from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, write_method_file
+from ldm.files import in_checkout
 from ldm.generate.session import checkpoint_of
 from ldm.studio.generation import Generation, whole
 from ldm.studio.queue import STATE_FOLDER, Job, Queue, train_command
@@ -40,7 +41,7 @@ from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import existing_run_folder
 from ldm.util import UserError, best_device
 from ldm.words import check_word, file_stem
-from ldm.yaml_files import in_checkout, parse_yaml, read_yaml
+from ldm.yaml_files import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from ldm.embeddings import FORMATS
+from ldm.files import CHECKOUT, in_checkout
 from ldm.generate.images import SAMPLER_NAMES
 from ldm.generate.session import WEIGHTS
 from ldm.studio import views
@@ -21,7 +22,6 @@ from ldm.studio.generation import AXES
 from ldm.studio.service import Service
 from ldm.studio.workspace import Word
 from ldm.util import UserError
-from ldm.yaml_files import CHECKOUT, in_checkout
 
 # fmt: off
 

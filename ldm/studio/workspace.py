@@ -22,13 +22,13 @@ from ldm.data.personalized import squares
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.concept import model_names
 from ldm.embeddings.method_files import MethodFile, read_words
+from ldm.files import CHECKOUT, in_checkout
 from ldm.generate.session import WEIGHTS
 from ldm.images import CAPTION_SUFFIXES, ImageError, list_images, open_image
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.record import RunRecord
 from ldm.util import UserError
 from ldm.words import file_stem
-from ldm.yaml_files import CHECKOUT, in_checkout
 
 # The most bytes of one file and pixels of one image that are taken, and the most images of one set.
 MOST_BYTES, MOST_PIXELS, MOST_IMAGES = 64 * 2**20, 50_000_000, 200

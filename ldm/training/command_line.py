@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldm.console import Parser
+from ldm.files import in_checkout
 from ldm.training import flags
 from ldm.util import UsageError
-from ldm.yaml_files import in_checkout, is_number, yaml_value
+from ldm.yaml_files import is_number, yaml_value
 
 # Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
 OLD_TRAINER_KEYS: dict[str, str | None] = {

@@ -19,6 +19,7 @@ from ldm.embeddings import Concept as ConceptVectors
 from ldm.embeddings.method_files import MethodFile, read_words, write_method_file
 from ldm.embeddings.tensor_formats import SECOND_FILE
 from ldm.embeddings.writer import format_named
+from ldm.files import in_checkout
 from ldm.generate.embeddings import of_own_class
 from ldm.images import open_image
 from ldm.modules.embedding_manager import NEGATIVE
@@ -27,7 +28,7 @@ from ldm.util import UserError, check_value, cut, shown
 from ldm.values import plain
 from ldm.weights import hub_reason
 from ldm.words import check_word, file_stem
-from ldm.yaml_files import in_checkout, read_yaml
+from ldm.yaml_files import read_yaml
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm import files
 from ldm.console import ConsoleHandler, Interrupted
 from ldm.data.captions import CaptionFiles
+from ldm.files import in_checkout
 from ldm.generate.session import WEIGHTS, checkpoint_of
 from ldm.images import MASK_ENDINGS, check_image_folder, mask_files, open_alpha, open_image, open_mask
 from ldm.training import record
@@ -34,7 +35,6 @@ from ldm.training.run_folder import existing_run_folder
 from ldm.util import ConfigError, UserError, check_value, shown
 from ldm.values import hint, misfits, plain
 from ldm.words import check_word
-from ldm.yaml_files import in_checkout
 
 logger = logging.getLogger(__name__)
 

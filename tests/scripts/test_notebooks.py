@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm.yaml_files import CHECKOUT
+from ldm.files import CHECKOUT
 
 NOTEBOOKS = sorted((CHECKOUT / "scripts").glob("*.ipynb"))
 TIMEOUT = 900  # seconds for one cell, on a machine that is busy with other things

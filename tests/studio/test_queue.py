@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from ldm.files import CHECKOUT
 from ldm.studio.queue import Queue, train_command
 from ldm.training.record import RunRecord
 from ldm.util import UserError
-from ldm.yaml_files import CHECKOUT
 
 # In place of main.py: makes the run folder, holds its lock, writes its status, and ends when it is asked to.
 FAKE = f"""

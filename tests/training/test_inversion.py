@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import ldm
+from ldm.files import CHECKOUT
 from ldm.images import open_image
 from ldm.training.config import training_yaml
 from ldm.training.inversion import Inversion, copies_of, named_yaml, overrides
-from ldm.yaml_files import CHECKOUT
 from tests.golden_record import Golden
 from tests.training.runs import only_run
 

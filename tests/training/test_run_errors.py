@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import main
 from ldm.embeddings import Concept, LearnedEmbeddings, read, write
-from ldm.yaml_files import CHECKOUT
+from ldm.files import CHECKOUT
 from tests.training.runs import only_run, start
 
 pytestmark = pytest.mark.refused_first
@@ -101,7 +101,7 @@ def files(tiny_model: Path, tmp_path: Path) -> Path:
     ("words", "code", "message"),
     [
         ("--actual_resume gone.ckpt", 1, "checkpoint 'gone.ckpt' does not exist"),
-        ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt' is damaged"),
+        ("--actual_resume cut.ckpt", 1, "checkpoint 'cut.ckpt': it is damaged or cut off"),
         ("--actual_resume cut.safetensors", 1, "checkpoint 'cut.safetensors' is truncated"),
         ("--actual_resume none.ckpt", 1, "checkpoint 'none.ckpt' is empty"),
         ("--actual_resume page.ckpt", 1, "checkpoint 'page.ckpt' is a web page"),
