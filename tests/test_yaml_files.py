@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm import yaml_files
+from ldm import files
 from ldm.util import ConfigError
 from ldm.yaml_files import (
     LARGEST,
@@ -198,7 +198,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "checkout" / "models" / "shipped").mkdir(parents=True)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(yaml_files, "CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path / "checkout")
     return tmp_path / "project"
 
 
