@@ -31,7 +31,14 @@ from ldm.base_models import (
 from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
 from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
 from ldm.files import is_hub_id
-from ldm.util import ConfigError, UserError, check_config, instantiate_from_config, skip_pretrained
+from ldm.util import (
+    ConfigError,
+    UserError,
+    check_config,
+    instantiate_from_config,
+    refuse_foreign_target,
+    skip_pretrained,
+)
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
@@ -136,11 +143,7 @@ def complete_config(
     if not isinstance(node, Mapping) or "target" not in node:
         name = f"'{config}'" if files else "the config"
         raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
-    if str(node["target"]).startswith("sgm."):
-        raise ConfigError(
-            f"'{config}' is a YAML of Stability's generative-models, whose classes are not here; leave it out, and the "
-            "YAML follows from the model"
-        )
+    refuse_foreign_target(node["target"], f"'{config}'" if files else "the config")
     check_config(node, "model", place)
     find_paths(node, places)
     path = Path(ckpt)

@@ -268,6 +268,15 @@ def check_config(
     raise_problems(list(config_problems(config, where)), place)
 
 
+def refuse_foreign_target(target: object, name: str) -> None:
+    """Raise ConfigError for the target of another code base's model; `name` is what messages call the YAML."""
+    if str(target).startswith("sgm."):
+        raise ConfigError(
+            f"{name} is a YAML of Stability's generative-models, whose classes are not here; leave it out, and the "
+            "YAML follows from the model"
+        )
+
+
 def raise_problems(problems: Sequence[Problem], place: Callable[[str], str] = lambda key: "") -> None:
     """Raise a ConfigError that lists problems, if there are any; a UsageError if one was set by a flag."""
     if problems:

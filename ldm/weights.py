@@ -156,12 +156,14 @@ def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
     return {_current(str(key)): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-# What training on several devices puts before each name.
+# What training on several devices puts before each name, and torch.compile before any part of it.
 _WRAPPERS = ("module.", "_forward_module.")
+_COMPILED = "_orig_mod."
 
 
 def _current(key: str) -> str:
-    """The name of today: without a training's wrapper, and with a level that older anime models leave out."""
+    """The name of today: without wrappers, and with a level that older anime models leave out."""
+    key = key.replace(_COMPILED, "")
     key = next((key.removeprefix(start) for start in _WRAPPERS if key.startswith(start)), key)
     start, _, rest = key.partition("cond_stage_model.transformer.")
     if start or not rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):

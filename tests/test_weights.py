@@ -314,7 +314,10 @@ class Callback:
 @pytest.mark.parametrize("key", ["state_dict", "model", "module"])
 def test_a_checkpoint_of_a_training_on_several_devices_is_read(tmp_path: Path, key, legacy) -> None:
     """The weights may be below another key, their names begin with a wrapper's; both readers see the same."""
-    state = {"module.model.x": torch.ones(2), "module.cond_stage_model.transformer.encoder.y": torch.ones(3)}
+    state = {
+        "module.model._orig_mod.x": torch.ones(2),
+        "module.cond_stage_model.transformer.encoder.y": torch.ones(3),
+    }
     path = tmp_path / "m.ckpt"
     torch.save({key: state, "epoch": 3}, path, _use_new_zipfile_serialization=not legacy)
     names = {"model.x": (2,), "cond_stage_model.transformer.text_model.encoder.y": (3,)}

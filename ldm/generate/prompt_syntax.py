@@ -44,7 +44,10 @@ _TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 _NUMBER_AT_END = re.compile(r":\s*([^\s:]+)\s*$")
-_LIKE_A_NUMBER = re.compile(r"(?<!\\):\s*([+-]?[\d.,]*\d[\d.,]*)\s*\)")
+_LIKE_A_NUMBER = re.compile(
+    r"(?<!\\):\s*([+-]?(?:[\d.,]*\d[\d.,]*(?:e[+-]?\d+)?|nan|inf(?:inity)?))\s*\)", re.IGNORECASE
+)
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 _WHEN = re.compile(r":\s*[\d.]+\s*$")
 # Syntax of other tools that has no meaning here -> what it is and the remedy. Placeholders are private characters.
 _FOREIGN = (
@@ -212,7 +215,8 @@ def _refuse_foreign(prompt: str, hidden: Mapping[str, str], syntax: str) -> None
     """Raise UserError for syntax that would otherwise be rendered as letters."""
     found = next(((match[0], remedy) for form, remedy in _FOREIGN if (match := form.search(prompt))), None)
     for match in _LIKE_A_NUMBER.finditer(prompt):
-        if _number(match[1]) is None:
+        # ComfyUI reads every number of Python, and its range is checked; AUTOMATIC1111 takes such a one for text.
+        if (_number(match[1]) if syntax == "comfyui" else _NUMBER.fullmatch(match[1])) is None:
             found = (match[0], "it is not a number; write a weight as (words:1.3)")
     if syntax == "a1111":
         if editing := _editing(prompt):

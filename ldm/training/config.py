@@ -33,6 +33,7 @@ from ldm.util import (
     config_problems,
     get_obj_from_str,
     raise_problems,
+    refuse_foreign_target,
     shown_value,
 )
 from ldm.words import check_word
@@ -130,6 +131,7 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
             "configs/latent-diffusion/txt2img-finetune.yaml, or a model with --pretrained_model_name_or_path "
             "(--actual_resume), whose YAML is then used"
         )
+    refuse_foreign_target(OmegaConf.select(config, "model.target"), ", ".join(f"'{path}'" for path in base))
 
 
 def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:

@@ -200,6 +200,12 @@ def test_syntax_without_a_meaning_here_is_refused(prompt, message):
     assert parts(prompt, "plain") == [[(prompt, 1)]]
 
 
+@pytest.mark.parametrize("number", ["nan", "-inf", "1e400", "1e-1"])
+def test_numbers_that_automatic1111_takes_for_text_are_refused(number):
+    with pytest.raises(UserError, match="it is not a number; write a weight as"):
+        parts(f"a (cat:{number}) on a mat")
+
+
 @pytest.mark.parametrize("prompt", ["(a:nan)", "(a:inf)", "(a:-11)"])
 def test_weights_of_comfyui_have_a_range(prompt):
     with pytest.raises(UserError, match="beyond -10 to 10"):

@@ -358,3 +358,13 @@ def test_single_text_as_placeholder(tmp_path, base):
     merged = load(tmp_path, "", base, other)
     check(merged)
     assert merged.data.params.train.params.placeholder_token == "<cat>"
+
+
+@pytest.mark.one_reader
+def test_a_yaml_of_stabilitys_generative_models_is_named(tmp_path):
+    path = tmp_path / "sd_xl_base.yaml"
+    path.write_text("model: {target: sgm.models.diffusion.DiffusionEngine}")
+    with pytest.raises(
+        ConfigError, match=r"sd_xl_base.yaml' is a YAML of Stability's generative-models.*leave it out"
+    ):
+        config.check_command_line(parse(["--base", str(path), "-t"]))
