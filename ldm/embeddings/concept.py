@@ -382,9 +382,11 @@ class LearnedEmbeddings:
             made_for = (
                 f"holds {one.part} vectors, not those of a word" if one.part else f"is for {one.models}"
             )
+            known = kind is not None and kind in ENCODER_KINDS
             raise EmbeddingError(
                 f"{name}'{shown(one.trigger, 30)}' (width {one.width}) {made_for}; this model's text encoder "
-                f"has width {width}, {model_names(kind, width)}; use the model that it was trained on"
+                f"has width {width}{f', {model_names(kind, width)}' if known else ''}; use the model that it was "
+                "trained on"
             )
         if kind is not None and any(is_ambiguous_width(c.encoder, c.width) for c in usable):
             raise EmbeddingError(

@@ -167,7 +167,8 @@ class EmbeddingManager(nn.Module, Personalization):
                 )
             if len(value) > self.max_vectors:
                 raise UserError(
-                    f"{source}: '{string}' has {len(value)} vectors, a prompt has room for {self.max_vectors}"
+                    f"{source}: '{string}' has {len(value)} vectors, a prompt has room for {self.max_vectors}; learn "
+                    "it with fewer, or name another word's file"
                 )
         device = next((p.device for p in self.embedding_parameters()), torch.device("cpu"))
         initial = {s: v for s in vectors if (v := self.initial(s)) is not None}
