@@ -85,7 +85,11 @@ KINDS: tuple[tuple[str, ...], ...] = (
         r"\.(absmax|quant_map|SCB|scale_weight|weight_scale)$|^scaled_fp8$",
     ),
     # Models of Stable Diffusion's architecture that compute something else.
-    ("a latent consistency model (LCM), which is told the guidance scale", _DISTILLED, r"\.cond_proj\."),
+    (
+        "a latent consistency model (LCM), which is conditioned on the guidance scale",
+        _DISTILLED,
+        r"\.cond_proj\.",
+    ),
     ("Playground 2.5, whose noise and latents are scaled otherwise (EDM)", OTHER_MODEL, r"^edm_(mean|std)$"),
     (
         "CosXL or a model like it, whose noise is scaled otherwise (EDM)",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.embeddings import LearnedEmbeddings, merge, read
-from ldm.embeddings.method_files import MethodFile, read_method_file
+from ldm.embeddings.method_files import MethodFile, read_method_file, read_words
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import words_of
@@ -83,7 +83,7 @@ def _vectors_of(word: Words) -> LearnedEmbeddings:
 
 
 def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
-    """Check that a model's text encoder can use vectors, as far as its config tells; the model is not read.
+    """Check that a model's text encoder can use vectors, as far as its config says; the model is not read.
 
     Raises:
         UserError: as `load_embeddings`.
@@ -93,9 +93,10 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
     family = getattr(get_obj_from_str(target), "family", None) if target else None
     if not words or family is None or not isinstance(width, int):
         return
-    held = [read_method_file(word) if isinstance(word, (str, Path)) else word for word in words]
-    if not any(isinstance(one, MethodFile) for one in held):
-        merge([_vectors_of(word) for word in words]).vectors_for(width, family)
+    held = [read_words(word) if isinstance(word, (str, Path)) else word for word in words]
+    vectors = [one for one in held if isinstance(one, LearnedEmbeddings)]
+    if len(vectors) == len(held):
+        merge(vectors).vectors_for(width, family)
 
 
 def set_dials(model: LatentDiffusion, settings: Sequence[str]) -> None:

@@ -118,8 +118,8 @@ class Concept:
             place /= f"{file_stem(self.word)}{suffix}"
         if isinstance(self.embeddings, MethodFile) and format == DEFAULT_FORMAT:
             return write_method_file(self.embeddings, place)
-        picture = None if preview is None else open_image(preview)
-        return write(self._plain(f"be written as {format}"), place, format, picture)
+        image = None if preview is None else open_image(preview)
+        return write(self._plain(f"be written as {format}"), place, format, image)
 
     def __repr__(self) -> str:
         if isinstance(self.embeddings, MethodFile):

@@ -358,9 +358,9 @@ def copies_of(images: Images, logdir: Path) -> tuple[Path, bool]:
     folder = logdir / ".images" / digest
     for number, (image, mask, text) in enumerate(zip(copies, masks, texts, strict=True), start=1):
         target = folder / f"{number:03}.png"
-        for picture, file in ((image, target), (mask, target.with_stem(f"{target.stem}{MASK_ENDINGS[0]}"))):
-            if picture is not None and not file.is_file():
-                files.atomic_write(file, partial(picture.save, format="PNG"))
+        for layer, file in ((image, target), (mask, target.with_stem(f"{target.stem}{MASK_ENDINGS[0]}"))):
+            if layer is not None and not file.is_file():
+                files.atomic_write(file, partial(layer.save, format="PNG"))
         if text is not None:
             files.write_text(target.with_suffix(".txt"), text)
     return folder, False

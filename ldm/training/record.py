@@ -307,7 +307,7 @@ class RunRecord:
         return {name: sorted(found[name].items()) for name in CURVES.values() if name in found}
 
     def plot(self) -> Image.Image | None:
-        """The fixed loss and the norm as a picture, with the best step so far; None before they are measured."""
+        """The fixed loss and the norm as an image, with the best step so far; None before they are measured."""
         found = self.curves()
         losses = found.get("fixed loss", [])
         finite = [(value, step) for step, value in losses if math.isfinite(value)]

@@ -226,8 +226,8 @@ def _centred_pattern(pattern: str, build: Build, x: Tensor, y: Tensor) -> Tensor
     """The mask of stripes or spots around the middle of the shell or body, with a small random phase.
 
     On each side of the middle there is one stripe, or one spot of the middle row, so at least two are visible. Stripes
-    cover 62 percent and spots 26 percent: the body's average colour tells a denoiser which word fits long before it can
-    tell where they are. With 48 and 41 percent it learned next to nothing of the difference in 2,800 steps.
+    cover 62 percent and spots 24 percent, so the average colour of the body depends on the word, also where noise hides
+    the pattern itself. With 48 and 41 percent a denoiser had learned next to nothing of the word after 2,800 steps.
     """
     middle_x, middle_y = build.shell[:2] if build.shell[2] else build.body[:2]
     u, v = _rotated(x - middle_x, y - middle_y, build.pattern_angle)

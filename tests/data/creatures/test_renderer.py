@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ldm.data.creatures.renderer import render, render_with_masks, world_version
+from ldm.data.creatures.renderer import _centred_pattern, render, render_with_masks, world_version
 from ldm.data.creatures.world import HELD_OUT_STYLES, STYLES, creature, scene
 
 
@@ -72,3 +72,9 @@ def test_stripes_and_spots_differ_on_average_at_64():
 
     apart = {size: (mean("stripes", size) - mean("spots", size)).square().mean() for size in (32, 64)}
     assert apart[64] > 3 * apart[32]
+
+
+@pytest.mark.parametrize(("pattern", "share"), [("stripes", 0.62), ("spots", 0.24)])
+def test_how_much_of_a_body_a_pattern_covers_at_64(pattern, share):
+    y, x = torch.meshgrid(torch.linspace(-20, 20, 800), torch.linspace(-20, 20, 800), indexing="ij")
+    assert _centred_pattern(pattern, creature(3).build, x, y).float().mean() == pytest.approx(share, abs=0.01)
