@@ -9,24 +9,29 @@ from torch.nn import functional as F
 
 from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, zero_module
 
-# Queries times keys. Up to this many, the plain product with its backward pass took on an AVX-512 CPU 0.25 (64 x 64)
-# to 0.67 of the fused kernel's time in bfloat16, and 0.5 to 1.13 (1024 x 77) of it in float32; its weights take little
-# memory.
+# Queries times keys. Up to this many, the plain product with its backward pass took on an AVX-512 CPU 0.2 (64 x 64) to
+# 0.7 (1024 x 77) of the fused kernel's time in bfloat16; its weights take little memory. In float32, and without a
+# backward pass, the fused kernel is the faster one: 0.5 to 1.0 of the product's time.
 SHORT = 1 << 17
 
 
-def is_short(queries: int, keys: int, device: torch.device) -> bool:
-    """Return whether sequences of these lengths attend by the plain product; on an accelerator none does."""
-    return device.type == "cpu" and queries * keys <= SHORT
+def is_short(queries: int, keys: int, states: Tensor) -> bool:
+    """Return whether attention over so many queries and keys is the plain product: for gradients in half on a CPU.
+
+    `states` is any tensor that they are computed from; it tells the device and the type.
+    """
+    if states.device.type != "cpu" or not torch.is_grad_enabled() or queries * keys > SHORT:
+        return False
+    return states.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v, attention without a mask.
 
-    q: [B, H, N, d], k and v: [B, H, M, d]; returns [B, H, N, d]. Uses torch's fused kernel, except for short sequences
-    on a CPU, where the plain product is faster.
+    q: [B, H, N, d], k and v: [B, H, M, d]; returns [B, H, N, d]. Uses torch's fused kernel, except where the plain
+    product is faster, see `is_short`.
     """
-    if is_short(q.shape[-2], k.shape[-2], q.device):
+    if is_short(q.shape[-2], k.shape[-2], q):
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return weights.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)

@@ -70,7 +70,7 @@ def _text_model_forward(
     """Replaces the forward of the text model: embeddings, causal transformer, final norm."""
     embedded = self.embeddings(input_ids, embedding_manager=embedding_manager)
     length = embedded.shape[1]
-    fused = _choose_attention(self, length, embedded.device)
+    fused = _choose_attention(self, embedded)
     encoder = _without_last(self.encoder, skip_last)
     if "causal_attention_mask" in inspect.signature(encoder.forward).parameters:  # transformers 4
         encoded = encoder(inputs_embeds=embedded, causal_attention_mask=_causal_mask(length, embedded))
@@ -90,9 +90,10 @@ def _without_last(encoder: Any, layers: int) -> Any:
     return shorter
 
 
-def _choose_attention(text_model: Any, length: int, device: torch.device) -> bool:
-    """Choose the faster attention kernel for this length; return whether it is the fused one."""
-    kind = "eager" if is_short(length, length, device) else "sdpa"
+def _choose_attention(text_model: Any, embedded: Tensor) -> bool:
+    """Choose the faster attention kernel for embeddings [B, L, d]; return whether it is the fused one."""
+    length = embedded.shape[1]
+    kind = "eager" if is_short(length, length, embedded) else "sdpa"
     # Older versions fix the kernel when the model is built.
     if text_model.config._attn_implementation != kind and hasattr(text_model, "set_attn_implementation"):
         text_model.set_attn_implementation(kind)
