@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,10 +85,10 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         keys, values = (context, context) if context.ndim == 3 else (context[:, 0], context[:, -1])
         q, k, v = (
-            rearrange(states, "b n (h d) -> b h n d", h=self.heads)
+            states.view(*states.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, N or M, d)
             for states in (self.to_q(x), self.to_k(keys), self.to_v(values))
         )
-        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -122,11 +121,24 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class PositionConv(nn.Conv2d):
+    """A convolution of size 1 of positions [B, N, in] -> [B, N, out]: a linear layer with the weights of a convolution.
+
+    The positions of a transformer are thus projected where they lie, without the copies between both layouts.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.linear(positions, self.weight.flatten(1), self.bias)
+
+
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map [B, C, H, W], with context [B, M, context_dim].
 
-    With `use_linear` the projections in and out are linear layers, as in Stable Diffusion 2 and XL, not convolutions
-    of size 1; the results are the same, the shapes of the weights are not.
+    With `use_linear` the weights of the projections in and out have the shape of those of linear layers, as in Stable
+    Diffusion 2 and XL, not of convolutions of size 1; the results are the same.
 
     A layered context [B, layers, 1 or 2, M, context_dim] (see `ldm.modules.personalization`) has a row for each
     transformer of the denoiser, of which this one takes the row `layer`, or one row for all.
@@ -150,27 +162,19 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner = n_heads * d_head
-        self.use_linear = use_linear
+        projection = nn.Linear if use_linear else PositionConv
         self.norm = GroupNorm32(32, in_channels, eps=1e-6)
-        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
+        self.proj_in = projection(in_channels, inner)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim, use_checkpoint)
             for _ in range(depth)
         )
-        self.proj_out = zero_module(
-            nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
-        )
+        self.proj_out = zero_module(projection(inner, in_channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None and context.ndim == 5:
             context = context[:, self.layer if context.shape[1] > 1 else 0]
-        h = self.norm(x)
-        if self.use_linear:
-            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
-        else:
-            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2).contiguous())  # (B, H*W, inner)
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.use_linear:
-            return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
-        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]))
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)

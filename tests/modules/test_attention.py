@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from ldm.modules import attention as room
-from ldm.modules.attention import CrossAttention, SpatialTransformer, attend
+from ldm.modules.attention import CrossAttention, PositionConv, SpatialTransformer, attend
 
 
 def test_attention_is_softmax_attention() -> None:
@@ -51,3 +51,23 @@ def test_a_transformer_takes_its_row_of_a_layered_context() -> None:
         transformer.layer = layer
         torch.testing.assert_close(transformer(x, context), transformer(x, context[:, layer, 0]))
         torch.testing.assert_close(transformer(x, context[:, 1:2]), transformer(x, context[:, 1, 0]))
+
+
+def test_a_convolution_of_positions_is_a_convolution_of_size_1() -> None:
+    torch.manual_seed(0)
+    conv, reference = PositionConv(6, 4), torch.nn.Conv2d(6, 4, 1)
+    reference.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 6, 3, 5)
+    positions = conv(x.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(positions.transpose(1, 2).reshape(2, 4, 3, 5), reference(x))
+
+
+def test_both_shapes_of_the_projections_give_the_same() -> None:
+    torch.manual_seed(0)
+    conv, linear = (SpatialTransformer(32, 2, 16, context_dim=6, use_linear=one) for one in (False, True))
+    torch.nn.init.normal_(conv.proj_out.weight)
+    state = conv.state_dict()
+    assert state["proj_in.weight"].shape == (32, 32, 1, 1)
+    linear.load_state_dict({k: v.flatten(1) if v.ndim == 4 else v for k, v in state.items()})
+    x, context = torch.randn(2, 32, 3, 5), torch.randn(2, 4, 6)
+    torch.testing.assert_close(conv(x, context), linear(x, context))
