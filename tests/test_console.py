@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from ldm.console import (
     ConsoleHandler,
+    importing,
     is_out_of_files,
     make_streams_lasting,
     most_loader_processes,
@@ -147,3 +149,17 @@ def test_warnings_are_short_and_in_one_line(capsys):
     out, err = capsys.readouterr()
     assert err.startswith("warning: a bbb") and err.count("\n") == 1 and len(err) < 320
     assert len(out) == 1001
+
+
+def test_imports_are_not_interrupted_by_the_garbage_collector(tmp_path, monkeypatch) -> None:
+    (tmp_path / "heavy_package.py").write_text("import gc\ncollects = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    frozen: list[bool] = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(gc.isenabled()))
+    for _ in range(2):  # the second time nothing is new
+        with importing():
+            import heavy_package  # type: ignore[import-not-found]
+    assert not heavy_package.collects
+    assert frozen == [True]
+    assert gc.isenabled()
+    monkeypatch.delitem(sys.modules, "heavy_package")

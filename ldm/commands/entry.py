@@ -76,7 +76,8 @@ def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
 
     config.check_command_line(options)
     # Torch and Lightning, which take seconds, are imported when nothing is wrong with the command line.
-    from ldm.training.run import run
+    with console.importing():
+        from ldm.training.run import run
 
     console.set_up_logging(debug)
     return run(argv, prog)
