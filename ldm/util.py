@@ -161,14 +161,18 @@ def free_memory() -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for this block; afterwards each submodule returns to its own mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    """Put a module into evaluation mode for this block; afterwards each submodule returns to its own mode.
+
+    Only submodules that are in training mode are touched: of a frozen model, few are.
+    """
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part in training:
+            part.training = True
 
 
 # Targets in saved runs and models -> where they are now.
