@@ -138,29 +138,34 @@ class Plateau:
 
 
 LEAST_SAMPLES = 4
+# A measurement takes half as long as a training step.
+STEPS_APART, STEPS_APART_WITH_STOP = 20, 10
 
 
 class DeterministicLoss(RunCallback):
     """Measures the loss of fixed samples every `every_n_train_steps` and logs it as `val/loss_deterministic`.
 
-    Each measurement uses `samples` samples (None: one batch, but at least 4). The best step has the lowest mean of
-    the last `smooth` measurements; its vectors are saved as `embeddings_best.pt`, and in the formats of the
-    embedding saver, whenever the run's state is saved. With `stop`, the parameters of `Plateau`, the run ends as soon
-    as the curve is flat. Measuring does not change the random numbers of the training. A resumed run measures the
-    samples that it began with, whatever its batch size is then; with another `samples`, other images, captions or
-    settings of the loss the curve begins anew. Models without a personalization are ignored.
+    By default that is every 20 steps, and every 10 with `stop`, whose rule counts measurements. Each measurement uses
+    `samples` samples (None: one batch, but at least 4). The best step has the lowest mean of the last `smooth`
+    measurements; its vectors are saved as `embeddings_best.pt`, and in the formats of the embedding saver, whenever the
+    run's state is saved. With `stop`, the parameters of `Plateau`, the run ends as soon as the curve is flat. Measuring
+    does not change the random numbers of the training. A resumed run measures the samples that it began with, whatever
+    its batch size is then; with another `samples`, other images, captions or settings of the loss the curve begins
+    anew. Models without a personalization are ignored.
     """
 
     runs_before_saving = True
 
     def __init__(
         self,
-        every_n_train_steps: int = 10,
+        every_n_train_steps: int | None = None,
         samples: int | None = None,
         smooth: int = 3,
         stop: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if every_n_train_steps is None:
+            every_n_train_steps = STEPS_APART if stop is None else STEPS_APART_WITH_STOP
         check_integer(every_n_train_steps, "deterministic_loss: every_n_train_steps")
         check_integer(smooth, "deterministic_loss: smooth")
         if samples is not None:

@@ -266,3 +266,9 @@ def test_best_vectors_are_saved_although_saves_are_rarer(tiny_yaml, monkeypatch)
 def test_invalid_settings(options, name):
     with pytest.raises(UserError, match=name):
         DeterministicLoss(**options)
+
+
+def test_without_a_stop_it_is_measured_half_as_often():
+    assert DeterministicLoss().every_n_train_steps == 20
+    assert DeterministicLoss(stop={"window": 5}).every_n_train_steps == 10
+    assert DeterministicLoss(7, stop={"window": 5}).every_n_train_steps == 7
