@@ -158,3 +158,17 @@ def test_virtual_ids_are_looked_up_as_something_and_the_manager_sees_them():
 def test_a_tokenizer_of_another_encoder_is_refused(clip):
     with pytest.raises(UserError, match="ids up to 49407 but the text encoder only 100 embeddings"):
         PromptTokenizer(clip.tokenizer, max_length=77, vocab_size=100, start_id=0, end_id=1, pad_id=2)
+
+
+def test_a_text_is_tokenised_once(clip, monkeypatch):
+    tokenizer, read = PromptTokenizer.__new__(PromptTokenizer), []
+    tokenizer.__dict__ |= {**clip.prompt_tokenizer.__dict__, "_known": {}}
+    tokenizer.tokenizer = lambda text, **options: read.append(text) or clip.tokenizer(text, **options)
+    first = tokenizer.token_ids("a dog")
+    first.append(0)  # a list of its own
+    assert tokenizer.token_ids("a dog") == first[:-1] == clip.prompt_tokenizer.token_ids("a dog")
+    assert read == ["a dog"]
+    monkeypatch.setattr("ldm.modules.prompt_tokenizer.MOST_KNOWN", 2)
+    for text in ("a cat", "a cow", "a dog"):
+        tokenizer.token_ids(text)
+    assert len(tokenizer._known) == 2 and read == ["a dog", "a cat", "a cow", "a dog"]
