@@ -148,8 +148,10 @@ _REMEDY = {
 }
 
 
-def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
+def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object], *, sync: bool = True) -> Path:
     """Write a temporary file, sync it and rename it to `path`: a reader sees the old file or the complete new one.
+
+    Without `sync`, which waits for the disk, that does not hold if the machine itself goes down.
 
     `writer` is called with the open binary file. Parent folders are created; a device or pipe is written to. Returns
     the path. Raises UserError with the path and the remedy; the old file is then unchanged.
@@ -168,7 +170,8 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path
         with os.fdopen(handle, "wb") as file:
             writer(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
@@ -212,9 +215,9 @@ def read_text(path: str | Path, what: str) -> str:
     return text
 
 
-def write_text(path: str | Path, text: str) -> Path:
+def write_text(path: str | Path, text: str, *, sync: bool = True) -> Path:
     """Write a text file in UTF-8 with `atomic_write`; parts of names that are not UTF-8 are escaped."""
-    return atomic_write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    return atomic_write(path, lambda file: file.write(text.encode(errors="backslashreplace")), sync=sync)
 
 
 def _umask() -> int:

@@ -131,3 +131,13 @@ def test_the_kind_of_a_path_that_is_not_a_file(tmp_path: Path) -> None:
     assert file_kind(tmp_path) == "folder" and file_kind(tmp_path / "absent") == "missing"
     os.mkfifo(tmp_path / "pipe")
     assert file_kind(tmp_path / "pipe") == "special"
+
+
+def test_what_is_written_often_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    write_text(tmp_path / "status.json", "one", sync=False)
+    path = write_text(tmp_path / "status.json", "two", sync=False)
+    assert path.read_text() == "two" and [*tmp_path.iterdir()] == [path] and not synced
+    write_text(path, "three")
+    assert len(synced) == 1

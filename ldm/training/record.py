@@ -139,7 +139,8 @@ class Recorder(RunCallback):
         self._written = time.monotonic()
         # The training goes on if this small file cannot be written; the state file reports a full disk.
         try:
-            files.write_text(self.folder / STATUS, json.dumps(self.status | {"updated": time.time()}))
+            text = json.dumps(self.status | {"updated": time.time()})
+            files.write_text(self.folder / STATUS, text, sync=False)  # every second
         except UserError:
             logging.getLogger(__name__).debug("%s cannot be written", self.folder / STATUS)
 

@@ -194,7 +194,7 @@ class ImageLogger(RunCallback):
 
     def _save(self, trainer: pl.Trainer, split: str, key: str, name: str, grid: Image.Image) -> None:
         path = Path(trainer.default_root_dir) / "images" / split / f"{key}_{name}.jpg"
-        files.atomic_write(path, lambda file: grid.save(file, "JPEG", quality=95))
+        files.atomic_write(path, lambda file: grid.save(file, "JPEG", quality=95), sync=False)
         log: Any
         for log in trainer.loggers:
             if hasattr(log, "log_image"):  # Weights & Biases, Comet, MLflow
