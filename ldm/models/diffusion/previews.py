@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +14,16 @@ from ldm import random_state
 from ldm.images import text_image, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.sampler import Sampler
 from ldm.modules.diffusionmodules.util import channels_first
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 GUIDANCE_SCALE = 5.0
+# Of DPM-Solver++. With the embedded model the images of 12 steps differ by 0.03 from those of 100 (root mean square, of
+# a range of 2), which is not to be seen, those of 20 by 0.016; some of 8 steps are other images.
+STEPS = 12
 
 
 @torch.no_grad()
@@ -38,6 +43,7 @@ def preview_images(
     seed: int = 0,
     prompts: Sequence[str] = (),
     images_per_prompt: int = 1,
+    steps: int = STEPS,
 ) -> dict[str, Tensor]:
     """Return images [n, 3, H, W] in [-1, 1] by name, of a batch and of prompts.
 
@@ -47,7 +53,7 @@ def preview_images(
     Args:
         N: the number of images of the batch, and the batch size of sampling.
         sample: sample under the batch's captions; by default only without `prompts`.
-        ddim_steps, ddim_eta: sample by DDIM; without `ddim_steps`, by DPM-Solver++ (2M) with 20 steps.
+        ddim_steps, ddim_eta: sample by DDIM; without `ddim_steps`, by DPM-Solver++ (2M) with `steps` steps.
         return_keys: return these only.
         guidance_scale: scale of the guided samples.
         seed: seed of the noise; it is the same at every call, so that images of a run can be compared.
@@ -59,6 +65,11 @@ def preview_images(
     shown: dict[str, Tensor] = {"inputs": x}
     first = {key: value[: len(x)] for key, value in batch.items()}
     size = x.shape[-2], x.shape[-1]
+    sampler: Sampler = DPMSolverSampler(model)
+    options: dict[str, Any] = {"S": steps}
+    if ddim_steps is not None:
+        sampler, options = DDIMSampler(model), {"S": ddim_steps, "eta": ddim_eta}
+    draw = partial(_samples, model, sampler, options)
     with random_state.isolated(seed), model.first_stage_on(model.device), model.drawing_at(*size, {}):
         z, raw = model.get_input(first, model.first_stage_key)
         shown["reconstruction"] = model.decode_first_stage(z)
@@ -67,9 +78,9 @@ def preview_images(
             shown["conditioning"] = torch.stack([to_tensor(text_image(text, side, side)) for text in raw])
         if raw is not None and (not prompts if sample is None else sample):
             noise = torch.randn(z.shape)
-            shown["samples"] = _samples(model, raw, noise, ddim_steps, ddim_eta)
+            shown["samples"] = draw(raw, noise)
             if isinstance(raw, list):
-                shown["samples_scaled"] = _samples(model, raw, noise, ddim_steps, ddim_eta, guidance_scale)
+                shown["samples_scaled"] = draw(raw, noise, guidance_scale)
         if prompts:
             # Drawn image by image, so that those of a prompt stay the same when there are more of them.
             noise = torch.stack([_noise(z.shape[1:], seed + index) for index in range(images_per_prompt)])
@@ -77,14 +88,7 @@ def preview_images(
             noise = repeat(noise, "n c h w -> (p n) c h w", p=len(prompts))
             shown["prompts"] = torch.cat(
                 [
-                    _samples(
-                        model,
-                        texts[start : start + N],
-                        noise[start : start + N],
-                        ddim_steps,
-                        ddim_eta,
-                        guidance_scale,
-                    )
+                    draw(texts[start : start + N], noise[start : start + N], guidance_scale)
                     for start in range(0, len(texts), N)
                 ]
             )
@@ -93,14 +97,13 @@ def preview_images(
 
 def _samples(
     model: LatentDiffusion,
+    sampler: Sampler,
+    options: Mapping[str, Any],
     raw: Any,
     noise: Tensor,
-    ddim_steps: int | None,
-    ddim_eta: float,
     scale: float = 1.0,
 ) -> Tensor:
     """Sample images under raw conditions from noise [B, C, h, w], guided by `scale` away from the empty caption."""
-    sampler = DPMSolverSampler(model) if ddim_steps is None else DDIMSampler(model)
     guidance: dict[str, Any] = {}
     if scale != 1.0:
         texts = raw if isinstance(raw, list) else [""] * len(noise)
@@ -108,13 +111,12 @@ def _samples(
         guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": empty}
     with model.ema_scope("previews"):
         latents, _ = sampler.sample(
-            S=ddim_steps or 20,
             batch_size=len(noise),
             shape=tuple(noise.shape[1:]),
             conditioning=model.get_learned_conditioning(raw),
             x_T=noise.to(model.device),
-            eta=0.0 if ddim_steps is None else ddim_eta,
             verbose=False,
+            **options,
             **guidance,
         )
     return model.decode_first_stage(latents)

@@ -113,7 +113,10 @@ def test_sampler_of_previews(monkeypatch) -> None:
 
     monkeypatch.setattr(previews, "DPMSolverSampler", Spy)
     model.log_images(BATCH, N=2, prompts=["a", "b", "c"])
-    assert calls == [(20, 2, 5.0), (20, 1, 5.0)], "no more images at once than the previews hold"
+    assert calls == [(12, 2, 5.0), (12, 1, 5.0)], "no more images at once than the previews hold"
+    calls.clear()
+    model.log_images(BATCH, N=4, prompts=["a"], steps=20)
+    assert calls == [(20, 1, 5.0)]
 
 
 def test_prompts_are_filled_with_every_placeholder() -> None:
