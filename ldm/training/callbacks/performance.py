@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +17,7 @@ from torch import nn
 
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.training.callbacks.progress import total_steps
-from ldm.util import check_integer
+from ldm.util import UserError, check_integer
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +26,27 @@ logger = logging.getLogger(__name__)
 LEAST_STEPS = 2000
 
 
+# What torch calls a compiled function whose launches of kernels are recorded once as a CUDA graph, and then repeated.
+GRAPH_MODE = "reduce-overhead"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
 class CompiledDenoiser(Callback):
     """Compiles the denoiser's training step with `torch.compile`, if the run has at least `least_steps` left.
 
     For a shorter run it logs one line and does nothing. Previews and measurements are not compiled: they have other
-    batch sizes and no gradients. Names in checkpoints do not change. `backend`, `mode` and `dynamic` are arguments of
-    torch.compile.
+    batch sizes and no gradients. Names in checkpoints do not change. What was compiled is kept in the user's cache
+    (~/.cache/textual-inversion, or the folder of TORCHINDUCTOR_CACHE_DIR): a later run of the same model and batch size
+    begins in seconds, so that `least_steps: 0` pays for it.
+
+    Args:
+        least_steps: the fewest steps that are left of a run that is compiled.
+        backend, mode, dynamic: arguments of torch.compile.
+        graph: on CUDA, record the kernels of the step as a CUDA graph, which is launched at once: for a small denoiser
+            or a small batch, where Python is slower than the GPU. It needs batches of one size, and memory for the
+            activations that no one else can use. It is torch's mode "reduce-overhead"; another device ignores it.
+    Raises:
+        UserError: `graph` together with a `mode`.
     """
 
     def __init__(
@@ -37,10 +55,14 @@ class CompiledDenoiser(Callback):
         backend: str = "inductor",
         mode: str | None = None,
         dynamic: bool | None = False,
+        graph: bool = False,
     ) -> None:
         super().__init__()
         check_integer(least_steps, "compiled: least_steps", minimum=0)
+        if graph and mode is not None:
+            raise UserError(f"compiled: graph is itself a mode, and mode is {mode}; leave one of them out")
         self.least_steps = least_steps
+        self.graph = graph
         self.options: dict[str, Any] = {"backend": backend, "mode": mode, "dynamic": dynamic}
         self._eager: Callable[..., Any] | None = None
 
@@ -57,8 +79,14 @@ class CompiledDenoiser(Callback):
                 self.least_steps,
             )
             return
+        options = dict(self.options)
+        if self.graph and pl_module.device.type == "cuda":
+            options["mode"] = GRAPH_MODE
+        elif self.graph:
+            logger.info("compiled: graph is ignored, because it is for CUDA devices")
+        _keep_compiled()
         self._eager = eager = denoiser.forward
-        compiled = torch.compile(eager, **self.options)
+        compiled = torch.compile(eager, **options)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
@@ -66,11 +94,36 @@ class CompiledDenoiser(Callback):
         # An attribute of the instance, so that neither its class nor the names of its parameters change.
         setattr(denoiser, "forward", forward)  # noqa: B010  (a method is replaced on purpose)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._eager is not None:
+            # A CUDA graph may now overwrite what it returned for the batch before.
+            torch.compiler.cudagraph_mark_step_begin()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         denoiser = _denoiser(pl_module)
         if denoiser is not None and self._eager is not None:
             delattr(denoiser, "forward")
             self._eager = None
+
+
+def _keep_compiled() -> None:
+    """Let torch keep what it compiles in the user's cache: its default is the temporary folder, which is emptied.
+
+    Torch itself sets the variable to that default as soon as its compiler is imported.
+    """
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    if not os.environ.get(CACHE_VARIABLE, default).startswith(default):
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(home) / "textual-inversion" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.debug("compiled: nothing is kept in '%s': %s", folder, error)
+        return
+    os.environ[CACHE_VARIABLE] = str(folder)
 
 
 class ChannelsLast(Callback):

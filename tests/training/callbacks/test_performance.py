@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,16 @@ from ldm.training.callbacks.performance import ChannelsLast, CompiledDenoiser, C
 from ldm.util import UserError
 from tests.golden_record import Golden
 from tests.training.runs import fit_line
+
+DEFAULT = os.path.join(tempfile.gettempdir(), "torchinductor_someone")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of this test in which torch keeps what it compiles."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(performance.CACHE_VARIABLE, DEFAULT)  # as importing torch's compiler does
+    return tmp_path / "textual-inversion" / "compiled"
 
 
 @pytest.fixture
@@ -78,6 +91,73 @@ def test_short_run_is_not_compiled(model, caplog) -> None:
     ]
     assert "forward" not in vars(model.model.diffusion_model)
     CompiledDenoiser().on_train_start(trainer_of(), torch.nn.Identity())
+
+
+def test_what_is_compiled_is_kept_in_the_users_cache(model, cache, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    callback = CompiledDenoiser()
+    callback.on_train_start(trainer_of(), model)
+    assert cache.is_dir() and os.environ[performance.CACHE_VARIABLE] == str(cache)
+    callback.teardown(trainer_of(), model, "fit")
+    monkeypatch.setenv(performance.CACHE_VARIABLE, "/elsewhere")
+    callback.on_train_start(trainer_of(), model)
+    assert os.environ[performance.CACHE_VARIABLE] == "/elsewhere"
+
+
+def test_a_cache_that_cannot_be_made_is_not_used(model, cache, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    cache.parent.write_text("a file in its place")
+    CompiledDenoiser().on_train_start(trainer_of(), model)
+    assert os.environ[performance.CACHE_VARIABLE] == DEFAULT
+
+
+@pytest.mark.parametrize(("device", "mode"), [("cuda", "reduce-overhead"), ("cpu", None)])
+def test_a_graph_of_the_step_is_for_cuda(model, monkeypatch, caplog, device: str, mode: str | None) -> None:
+    caplog.set_level(logging.INFO, logger=performance.__name__)
+    modes, marks = [], []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: modes.append(options["mode"]) or function
+    )
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    callback = CompiledDenoiser(graph=True)
+    callback.on_train_batch_start(trainer_of(), model, {}, 0)
+    assert not marks, "nothing is compiled"
+    callback.on_train_start(trainer_of(), model)
+    callback.on_train_batch_start(trainer_of(), model, {}, 0)
+    assert modes == [mode] and marks == [1]
+    assert (caplog.messages == ["compiled: graph is ignored, because it is for CUDA devices"]) == (
+        device == "cpu"
+    )
+    with pytest.raises(UserError, match="mode is max-autotune; leave one of them out"):
+        CompiledDenoiser(graph=True, mode="max-autotune")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_graph_gives_the_gradients_of_the_step() -> None:
+    model = Golden("clip_one_vector").model().cuda()
+    (vectors,) = model.embedding_manager.embedding_parameters()
+
+    def gradients(callback: CompiledDenoiser | None) -> list[torch.Tensor]:
+        found = []
+        for step in range(6):  # torch records the graph at the second or third
+            if callback is not None:
+                callback.on_train_batch_start(trainer_of(), model, {}, step)
+            model.zero_grad()
+            x = torch.randn(2, model.channels, 8, 8, generator=torch.Generator().manual_seed(step)).cuda()
+            times = torch.tensor([3, 500 + step], device="cuda")
+            condition = model.get_learned_conditioning(["a *"] * 2)
+            model.apply_model(x, times, condition).square().mean().backward()
+            found.append(vectors.grad.clone())
+        return found
+
+    expected = gradients(None)
+    callback = CompiledDenoiser(graph=True)
+    callback.on_train_start(trainer_of(), model)
+    for compiled, eager in zip(gradients(callback), expected, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    callback.teardown(trainer_of(), model, "fit")
 
 
 def test_channels_last(model) -> None:
