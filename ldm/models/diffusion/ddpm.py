@@ -211,8 +211,7 @@ class DDPM(NoiseSchedule, pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss, parts = self.shared_step(batch)
         size = len(next(iter(batch.values())))
-        self.log_dict(parts, prog_bar=False, logger=True, on_step=True, on_epoch=False, batch_size=size)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, batch_size=size)
+        self.log_dict(parts, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
         return loss
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
