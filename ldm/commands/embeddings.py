@@ -84,7 +84,8 @@ def inspect(options: argparse.Namespace) -> None:
             learned = read(file)
         except UserError as error:
             if method := read_method_file(file):
-                record = {"method": method.method, "words": dict(method.words), "dials": dict(method.dials)}
+                held = ("method", "words", "initializers", "dials")
+                record = {name: getattr(method, name) for name in held}
                 reports.append({"file": str(file), **record})
                 if not options.json:
                     write_line(f"{file}: {method.described()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -165,7 +166,7 @@ def parse_by_encoder(payload: Payload) -> LearnedEmbeddings | None:
         )
         recorded = record.concept(0, concept.trigger, concept.vectors, encoder)
         part = "output" if key in outputs else recorded.part
-        concepts.append(Concept(recorded.trigger, concept.vectors, encoder, part))
+        concepts.append(dataclasses.replace(recorded, vectors=concept.vectors, encoder=encoder, part=part))
     metadata = record.metadata if record else header_metadata(payload.header)
     kind = "sdxl pair" if {"clip_l", "clip_g"} <= keys else "by encoder"
     return LearnedEmbeddings(tuple(concepts), metadata, record.format or ("safetensors" if record else kind))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
+from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings
 from ldm.embeddings.inspection import nearest_words
 from ldm.util import shown
 
@@ -141,7 +141,7 @@ def transferred(
             concept = usable[0]
             # The token id stays: both models have the same vocabulary.
             concepts.append(
-                Concept(trigger, transfer(concept.vectors), other, part=concept.part, token=concept.token)
+                dataclasses.replace(concept, vectors=transfer(concept.vectors), encoder=other, unused=None)
             )
     metadata = dataclasses.replace(
         embeddings.metadata, base_model=target, base_model_hash=None, steps=None, transferred_from=source

@@ -139,12 +139,15 @@ def dial_labels(strength: float, class_words: ClassWords) -> dict[str, str]:
 
 
 def class_words(
-    held: Iterable[str | Path | LearnedEmbeddings | MethodFile], given: Sequence[str] = ()
+    held: Iterable[str | Path | LearnedEmbeddings | MethodFile],
+    prompts: Iterable[str],
+    given: Sequence[str] = (),
 ) -> ClassWords:
-    """Return the class words of placeholders, from what is given and else from the files' metadata.
+    """Return the class words of placeholders, from what is given and else the initializers that the files state.
 
     Args:
         held: the embedding files, or what was read from them.
+        prompts: that the images are generated from; only placeholders in them need a class word.
         given: WORD for all placeholders, or PLACEHOLDER=WORD for one.
     Raises:
         UserError: a file cannot be read, a placeholder is unknown, or the class word of one is not known.
@@ -154,13 +157,7 @@ def class_words(
     found: dict[str, str | None] = {}
     for one in held:
         learned = read_words(one) if isinstance(one, (str, Path)) else one
-        # A run of several placeholders writes their initializers in one line, in the same order.
-        noted = learned.metadata.initializer if isinstance(learned, LearnedEmbeddings) else None
-        initializers: list[str | None] = [*(noted or "").split(", ")]
-        several = len(initializers) == len(learned.triggers) and all(initializers)
-        alone = noted if len(learned.triggers) == 1 else None
-        for number, trigger in enumerate(learned.triggers):
-            found[trigger] = initializers[number] if several else alone
+        found.update({trigger: learned.initializers.get(trigger) for trigger in learned.triggers})
     for text in given:
         name, mark, word = text.rpartition("=")
         if mark and name not in found:
@@ -168,7 +165,8 @@ def class_words(
                 f"--class_word '{shown(text)}' names no loaded word; loaded: {', '.join(map(shown, found)) or 'none'}"
             )
         found.update({name: word.strip()} if mark else dict.fromkeys(found, word.strip()))
-    unknown = next((trigger for trigger, word in found.items() if not word), None)
+    pieces = [piece for prompt in prompts for piece in words.split(prompt, found)]
+    unknown = next((name for _, name in pieces if name is not None and not found[name]), None)
     if unknown is not None:
         raise UserError(
             f"the class word of '{shown(unknown)}' is not in its file; name it, as in --class_word cat or "

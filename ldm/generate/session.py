@@ -298,7 +298,7 @@ class Session:
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
         if settings.get("concept_strength", 1.0) != 1.0 and settings.get("class_words") is None:
-            settings["class_words"] = class_words(resolved.words)
+            settings["class_words"] = class_words(resolved.words, resolved.prompts)
         try:
             return generate(
                 self.model,

@@ -82,6 +82,7 @@ class EmbeddingManager(nn.Module, Personalization):
         self.progressive_scale = progressive_scale
         self.seed, self.cross_init = seed, cross_init
         self.loaded = False
+        self._stated: Mapping[str, str] = {}
         self.widths = embedder.widths
         self._norms = NormControl(norm_control, norm_ratio, self.widths)
         self._set_vectors({}, {})
@@ -201,7 +202,7 @@ class EmbeddingManager(nn.Module, Personalization):
         known = pretrained_wanted()
         vectors = {}
         for index, (string, count) in enumerate(self._counts.items()):
-            tokens = self._initializers.get(string, ())
+            tokens = self.tokenizer.token_ids(self._initializers.get(string, ""))
             rows = encoded_tokens(embedder, tokens) if self.cross_init and tokens and known else None
             first = initial_vectors(table, tokens, count, self.seed + index, rows)
             vectors[string] = self._norms.applied(first)
@@ -286,6 +287,7 @@ class EmbeddingManager(nn.Module, Personalization):
                 self.family,
                 token=token if token < self.tokenizer.vocab_size else None,
                 unused=self.vectors(string)[len(vectors) :] if len(vectors) < count else None,
+                initializer=self._stated.get(string) or self._initializers.get(string),
             )
         write(LearnedEmbeddings(tuple(concepts), progress=progress), path, "original")
 
@@ -327,7 +329,7 @@ class EmbeddingManager(nn.Module, Personalization):
         """Take the vectors of a file, and those at present of the words that it lacks, in the present order."""
         whole = learned.vectors_for(self.width, self.family, unused=True)
         self.take({**present, **whole}, f"embedding file '{path}'")
-        self.loaded = True
+        self.loaded, self._stated = True, learned.initializers
         if learned.progress is not None:
             self.progressive_step, self.progressive_scale = learned.progress.step, learned.progress.scale
         elif self.progressive_step is not None:
@@ -396,8 +398,8 @@ def configured_words(
     num_vectors_per_token: int | Sequence[int] | Mapping[str, int],
     limit: int,
     further: Sequence[str] = (),
-) -> tuple[list[str], dict[str, int], dict[str, list[int]]]:
-    """The words that a YAML configures: those it names, all with their numbers of vectors, and initial tokens.
+) -> tuple[list[str], dict[str, int], dict[str, str]]:
+    """The words that a YAML configures: those it names, all with their numbers of vectors, and the initializers.
 
     `further` placeholders have one vector and no initializer. A placeholder that is an ordinary word is a warning.
 
@@ -414,11 +416,9 @@ def configured_words(
     for string in filter(tokenizer.is_word, strings):
         logger.warning("placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string)
     counts = vector_counts(strings, placeholders, num_vectors_per_token, limit)
-    initializers = {
-        string: initializer_tokens(tokenizer, word, counts[string])
-        for string, word in zip(strings, words, strict=False)
-        if word
-    }
+    initializers = {string: word for string, word in zip(strings, words, strict=False) if word}
+    for string, word in initializers.items():
+        check_initializer(tokenizer, word, counts[string])
     return strings, counts, initializers
 
 
@@ -464,12 +464,8 @@ def _as_list(value: Sequence[Any] | str | None) -> list[Any]:
 # -- initial vectors and their norm --------------------------------------------------------------------------
 
 
-def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> list[int]:
-    """The tokens of an initializer for `count` vectors; a warning if they are more.
-
-    Raises:
-        UserError: it has no tokens.
-    """
+def check_initializer(tokenizer: PromptTokenizer, word: str, count: int) -> None:
+    """Warn of an initializer with more tokens than `count` vectors; UserError for one that has none."""
     tokens = tokenizer.token_ids(check_text(word, "initializer word"))
     if not tokens:
         raise UserError(f"initializer word '{word}' has no tokens; choose another word")
@@ -481,7 +477,6 @@ def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> lis
             count,
             "s" * (count > 1),
         )
-    return tokens
 
 
 def initial_vectors(

@@ -13,8 +13,10 @@ from ldm.embeddings import (
     Progress,
     merge,
     plan_renames,
+    read,
     renames_from,
     split,
+    write,
 )
 from ldm.util import UsageError
 from tests.embeddings.samples import learned, progressive, vectors
@@ -167,3 +169,13 @@ def test_words_of_sd2_are_merged_and_named():
         LearnedEmbeddings((Concept(name, vectors(width=1024, seed=seed)),)) for seed, name in enumerate("ab")
     ]
     assert [(c.encoder, c.models) for c in merge(parts).concepts] == [("clip_h", "Stable Diffusion 2.x")] * 2
+
+
+@pytest.mark.parametrize("format", ["original", "safetensors"])
+def test_every_word_keeps_the_initializer_of_its_file(format, tmp_path):
+    parts = [part("a.pt", "x", "y", initializer="cat, dog"), part("b.pt", "z", seed=7, initializer="bird")]
+    merged = merge(parts, {"z": "w"})
+    assert merged.initializers == {"x": "cat", "y": "dog", "w": "bird"}
+    for word in split(merged):
+        write(word, tmp_path / "a", format)
+        assert read(tmp_path / "a").initializers == word.initializers

@@ -83,7 +83,7 @@ class ContextRegularised:
     string_to_token_dict: dict[str, Tensor]
     timed: bool
     _counts: dict[str, int]
-    _initializers: dict[str, list[int]]
+    _initializers: dict[str, str]
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class ContextRegularised:
     def _distance(self, embedder: TextEncoder, string: str, prompts: list[str]) -> Tensor:
         assert isinstance(self, Personalization)
         tokenizer = self.tokenizer
-        known, count = self._initializers[string], self.placeholders[string]
+        known, count = tokenizer.token_ids(self._initializers[string]), self.placeholders[string]
         rows: list[list[int]] = []
         theirs: list[list[int]] = []
         pairs: list[tuple[int, int, int]] = []

@@ -165,6 +165,7 @@ class LearnedWords(ShapedWords):
         self.tokenizer, self.family = embedder.prompt_tokenizer, embedder.family
         self.width, self.max_vectors = embedder.width, embedder.max_length - 2
         self.denoiser, self.seed = denoiser, seed
+        self._stated: dict[str, str] = {}
         strings, counts, self._initializers = configured_words(
             self.tokenizer, placeholder_strings, initializer_words, num_vectors_per_token, self.max_vectors
         )
@@ -228,7 +229,8 @@ class LearnedWords(ShapedWords):
             return
         table = embedder.token_embedding.weight
         for index, (string, count) in enumerate(self._counts.items()):
-            initial = initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
+            tokens = self.tokenizer.token_ids(self._initializers.get(string, ""))
+            initial = initial_vectors(table, tokens, count, self.seed + index)
             self.begin(self.word(string), initial, embedder, self.seed + index)
 
     def _set_words(self, counts: Mapping[str, int]) -> None:
@@ -248,7 +250,16 @@ class LearnedWords(ShapedWords):
         """Write all words to one file with the method's name, options and dials."""
         encoder = encoder_kind(self.family, self.width)
         content = MethodFile(
-            self.method, self._counts, self._tensors(), self.options(), self.dials(), encoder, self.width
+            self.method,
+            self._counts,
+            self._tensors(),
+            self.options(),
+            self.dials(),
+            encoder,
+            self.width,
+            initializers={
+                s: text for s, text in (self._initializers | self._stated).items() if s in self._counts
+            },
         )
         write_method_file(content, path)
 
@@ -310,7 +321,7 @@ class LearnedWords(ShapedWords):
             if name in self.dials():
                 self.set_dial(name, value)
         self.to(device)
-        self.loaded = True
+        self.loaded, self._stated = True, dict(content.initializers)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         self.loaded |= any(key.startswith(f"{prefix}words.") for key in state_dict)
