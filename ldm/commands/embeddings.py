@@ -14,7 +14,7 @@ from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.files import in_checkout
 from ldm.util import UsageError, UserError, shown
-from ldm.words import check_word
+from ldm.words import check_word, own_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,12 +128,12 @@ def convert(options: argparse.Namespace) -> None:
     if options.encoder:
         learned = learned.with_encoder(options.encoder)
     if trigger:
-        if len(learned.triggers) > 1:
+        own = own_words(learned.triggers)
+        if len(own) > 1:
             raise UsageError(
-                f"--trigger: '{options.file}' has {len(learned.triggers)} triggers; split it first, or use "
-                "merge --rename"
+                f"--trigger: '{options.file}' has {len(own)} triggers; split it first, or use merge --rename"
             )
-        learned = learned.renamed({learned.triggers[0]: trigger})
+        learned = learned.renamed({own[0]: trigger})
     preview = open_image(options.preview) if options.preview else None
     _write(learned, options, beside=options.file, preview=preview)
 

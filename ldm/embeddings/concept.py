@@ -364,10 +364,14 @@ class LearnedEmbeddings:
         return dataclasses.replace(self, concepts=concepts)
 
     def renamed(self, names: Mapping[str, str]) -> LearnedEmbeddings:
-        """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError."""
+        """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError.
+
+        The negative of a renamed word (see `ldm.words.NEGATIVE`) is renamed with it.
+        """
         names = {words.cleaned(old): words.check_word(new, "trigger") for old, new in names.items()}
         for name in names:
             self.only(name)
+        names = words.with_negatives(names, self.triggers)
         # A new trigger has another token id, which only a tokenizer knows.
         concepts = tuple(
             dataclasses.replace(c, trigger=names[c.trigger], token=None)

@@ -20,14 +20,13 @@ from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
-from ldm.words import check_text, check_word
+from ldm.words import NEGATIVE as NEGATIVE
+from ldm.words import check_text, check_word, own_words
 
 logger = logging.getLogger(__name__)
 
 # Several vectors that begin at the same token would stay equal, because their gradients would be equal.
 REPEAT_NOISE = 0.1
-# The end of a word that is the negative of another one, as in the files of DreamArtist.
-NEGATIVE = "-neg"
 NORM_CONTROLS = (None, "fixed", "limited")
 # Private characters, which no prompt contains.
 _DOT, _ESCAPE = "\ue02e", "\ue000"
@@ -361,14 +360,16 @@ def chosen(
 ) -> LearnedEmbeddings:
     """The words of an embedding file under the names of placeholders: by name, or the only word as the only one.
 
-    Words that are neither placeholders nor `optional` are left out.
+    The negative of a word (see `ldm.words.NEGATIVE`) goes with it. Words that are neither placeholders nor `optional`
+    are left out.
 
     Raises:
         UserError: it has several words and not every placeholder; the message names `source`.
     """
+    only, asked = own_words(learned.triggers), own_words(placeholders)
+    if len(only) == len(asked) == 1 and asked[0] not in learned.triggers:
+        learned = learned.renamed({only[0]: asked[0]})
     held, absent = learned.triggers, [string for string in placeholders if string not in learned.triggers]
-    if absent and len(held) == len(placeholders) == 1:
-        return learned.renamed({held[0]: absent[0]})
     if absent:
         words = (
             "', '".join(word[:30] for word in held[:4]) + "'" + f" and {len(held) - 4} more" * (len(held) > 4)

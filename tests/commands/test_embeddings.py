@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ldm import console
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
-from ldm.embeddings import FORMATS, read, write
+from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.images import open_image
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
@@ -226,6 +226,16 @@ def test_convert_of_several_triggers(tmp_path, capsys):
     run(["convert", str(both), "--to", "a1111", "-o", str(tmp_path)])
     written = {path.name: read(path).triggers for path in (tmp_path / "a1111").iterdir()}
     assert written == {"embedding.pt": ["*"], "embedding-2.pt": ["@"]}
+
+
+def test_a_word_is_renamed_with_its_negative(tmp_path, capsys):
+    pair = tuple(Concept(word, vectors(seed=seed)) for seed, word in enumerate(("*", "*-neg")))
+    both = write(LearnedEmbeddings(pair), tmp_path / "both.pt", "original")
+    run(["merge", str(both), "-o", str(tmp_path / "a.pt"), "--rename", "*=<dog>"])
+    assert "both.pt: '*-neg' is now '<dog>-neg'" in capsys.readouterr().out
+    assert read(tmp_path / "a.pt").triggers == ["<dog>", "<dog>-neg"]
+    run(["convert", str(both), "--to", "original", "-o", str(tmp_path / "b.pt"), "--trigger", "<dog>"])
+    assert read(tmp_path / "b.pt").triggers == ["<dog>", "<dog>-neg"]
 
 
 def test_merge_and_split(cat, tmp_path, capsys):
