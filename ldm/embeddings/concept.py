@@ -192,7 +192,7 @@ class Concept:
         vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied.
         encoder: the kind of text encoder, a key of `ENCODER_KINDS` or "clip"; None if it is not known.
         part: "" for ordinary vectors, "negative" for those of a DreamArtist pair, "output" for vectors that are
-            added after the encoder, or the layer's name in a per-layer (XTI) file.
+            added after the encoder.
         token: the tokenizer's id of the trigger, where the file states it.
         initializer: the text at which the vectors began, where the file states it.
         unused: [M, d] vectors that a progressive run has not added yet; no prompt uses them.

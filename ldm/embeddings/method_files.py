@@ -22,7 +22,7 @@ from ldm.embeddings.concept import (
 )
 from ldm.embeddings.payload import METHOD, RECORD_KEY, Payload, open_payload, save_tensors
 from ldm.embeddings.reader import read
-from ldm.embeddings.tensor_formats import is_xti
+from ldm.embeddings.tensor_formats import is_xti, layers_of_xti
 from ldm.files import atomic_write
 from ldm.util import UserError, shown
 from ldm.words import check_word
@@ -151,7 +151,7 @@ def read_method_file(path: str | Path) -> MethodFile | None:
         if payload.record.format == METHOD:
             return _parse(payload)
         if is_xti(payload.names):
-            return _of_another_tool(path)
+            return _of_another_tool(payload)
     except UserError as error:
         raise error if str(path) in str(error) else EmbeddingError(f"'{path}': {error}") from error
     return None
@@ -167,17 +167,17 @@ def triggers_of(path: str | Path) -> list[str]:
     return read_words(path).triggers
 
 
-def _of_another_tool(path: Path) -> MethodFile:
+def _of_another_tool(payload: Payload) -> MethodFile:
     """The file that the tools of XTI write, a vector for each layer: the method is in the names alone."""
-    learned = read(path)
-    first = learned.concepts[0]
+    layers = layers_of_xti(payload)
+    first = next(iter(layers.values()))
     return MethodFile(
         "xti",
         {first.trigger: len(first.vectors)},
-        {concept.part: concept.vectors for concept in learned.concepts},
+        {name: concept.vectors for name, concept in layers.items()},
         encoder=first.encoder,
         width=first.width,
-        source=path.name,
+        source=payload.path.name,
     )
 
 

@@ -42,6 +42,11 @@ METHOD = "method"
 _MAX_RECORD = 2**18
 
 
+def more_than_vectors(method: Any, instead: str) -> str:
+    """Return the reason why a file of a method is refused where vectors are needed, and what to do `instead`."""
+    return f"it holds words of the method '{shown(method)}', which are more than vectors; {instead}"
+
+
 def record_text(embeddings: LearnedEmbeddings, format: str) -> str:
     """Return the JSON text that is written beside the vectors into a file of this format."""
     concepts = [

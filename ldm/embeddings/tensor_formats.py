@@ -219,14 +219,10 @@ def is_xti(keys: Collection[str]) -> bool:
     return len(keys) > 1 and all(_LAYER.fullmatch(key) for key in keys)
 
 
-def parse_xti(payload: Payload) -> LearnedEmbeddings | None:
-    """Return the vectors of an XTI file, one concept for each layer; None for other files."""
-    keys = payload.names
-    if not is_xti(keys):
-        return None
+def layers_of_xti(payload: Payload) -> dict[str, Concept]:
+    """Return the vectors of an XTI file by the name of the layer."""
     trigger = trigger_of(payload)
-    concepts = tuple(Concept(trigger, payload.content[key], part=key) for key in sorted(keys))
-    return LearnedEmbeddings(concepts, header_metadata(payload.header), "xti")
+    return {key: Concept(trigger, payload.content[key]) for key in sorted(payload.names)}
 
 
 _BUNDLED = re.compile(

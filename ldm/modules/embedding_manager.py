@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Several vectors that begin at the same token would stay equal, because their gradients would be equal.
 REPEAT_NOISE = 0.1
+# What to do with a file whose words are more than vectors.
+_OF_A_METHOD = "begin from them with the personalization that learned them, or name a file of vectors"
 NORM_CONTROLS = (None, "fixed", "limited")
 # Private characters, which no prompt contains.
 _DOT, _ESCAPE = "\ue02e", "\ue000"
@@ -298,16 +300,16 @@ class EmbeddingManager(nn.Module, Personalization):
         Raises:
             UserError: the file cannot be read, or does not fit the encoder.
         """
-        self._hold(read(path), path, {})
+        self._hold(read(path, _OF_A_METHOD), path, {})
 
     @classmethod
     def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
         """Raise UserError for a file that does not hold these words, nor one word for the only one."""
-        chosen(read(path), placeholders, str(path))
+        chosen(read(path, _OF_A_METHOD), placeholders, str(path))
 
     def _begin_from(self, path: str | Path, strings: Sequence[str]) -> None:
         """Take the vectors of these placeholders from a file, see `chosen`; others stay where the file lacks them."""
-        found = read(path)
+        found = read(path, _OF_A_METHOD)
         others = [string for string in self.string_to_token_dict if string not in strings]
         learned = chosen(found, strings, str(path), optional=others)
         if unnamed := [word[:60] for word in found.triggers if word not in learned.triggers]:
