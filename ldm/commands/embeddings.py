@@ -87,7 +87,7 @@ def inspect(options: argparse.Namespace) -> None:
             continue
         if isinstance(learned, MethodFile):
             names = ("method", "words", "initializers", "dials")
-            sizes = {
+            sizes: dict[str, dict[str, Any]] = {
                 name: {"shape": list(tensor.shape), "norm": float(tensor.float().norm(dim=-1).mean())}
                 for name, tensor in learned.tensors.items()
             }
