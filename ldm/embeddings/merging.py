@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, quoted
+from ldm.front_ends import setting
 from ldm.util import UsageError, shown
 from ldm.words import NEGATIVE, check_word, cleaned, file_stem, own_words
 
@@ -85,10 +86,12 @@ def plan_renames(
         holders = [index for index, part in enumerate(parts) if old in part.triggers]
         if not holders:
             held = quoted(list(dict.fromkeys(trigger for part in parts for trigger in part.triggers)))
-            raise EmbeddingError(f"--rename '{old}=...': there is no trigger '{old}'; there is {held}")
+            raise EmbeddingError(
+                f"{setting('rename')} '{old}=...': there is no trigger '{old}'; there is {held}"
+            )
         if len(names) > len(holders):
             raise EmbeddingError(
-                f"--rename '{old}=...' is given {len(names)} times; the trigger is in {len(holders)} files"
+                f"{setting('rename')} '{old}=...' is given {len(names)} times; the trigger is in {len(holders)} files"
             )
         plan += [
             Rename(index, parts[index].source, old, name)
@@ -160,7 +163,7 @@ def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
             raise UsageError(
                 f"--rename '{shown(text)}': write it as old=new, for example --rename '*=<my-cat>'"
             )
-        names.setdefault(cleaned(old), []).append(check_word(new, "--rename: the new trigger"))
+        names.setdefault(cleaned(old), []).append(check_word(new, f"{setting('rename')} the new trigger"))
     return names
 
 
@@ -234,10 +237,7 @@ def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:
 
 def _clash(name: str, first: LearnedEmbeddings, second: LearnedEmbeddings) -> str:
     files = f"'{shown(first.source)}' and '{shown(second.source)}'" if first.source else "two of them"
-    return (
-        f"{files} both have the trigger '{shown(name, 30)}'; rename one: "
-        f"scripts/embeddings.py merge FILES -o OUT --rename '{shown(name, 30)}=NEW' (the last file's), or --auto_rename"
-    )
+    return f"{files} both have the trigger '{shown(name, 30)}'; rename one: {setting('renaming', shown(name, 30))}"
 
 
 def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:

@@ -18,6 +18,7 @@ from ldm.embeddings.tensor_formats import (
     parse_lora,
     parse_onetrainer,
 )
+from ldm.front_ends import setting
 from ldm.model_kinds import EMBEDDING
 from ldm.util import UserError
 
@@ -97,11 +98,9 @@ _MOST_NAMES = 2**14
 def _remedy(what: str) -> str:
     """Return what to do with a file that is something else."""
     if what in FAMILIES.values() or what == "a model checkpoint":
-        return (
-            "name it as the model (--ckpt_path to generate, --actual_resume to train), and an embedding here"
-        )
+        return f"name it as the model ({setting('model')}), and an embedding here"
     if "VAE" in what:
-        return "name it with --vae, and an embedding here"
+        return f"name it with {setting('vae')}, and an embedding here"
     if "training run" in what:
         return "name the embedding that the run saved beside it, such as embeddings.pt"
     return "it is used in other tools; name a file of textual inversion here"

@@ -299,9 +299,7 @@ def save_diffusers(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     """
     (concept,) = embeddings.concepts
     if concept.trigger == _RESERVED_KEY:
-        raise EmbeddingError(
-            f"safetensors files reserve the name '{_RESERVED_KEY}'; give another word (convert --trigger)"
-        )
+        raise EmbeddingError(f"safetensors files reserve the name '{_RESERVED_KEY}'; give another word")
     header = {"format": "pt", RECORD_KEY: record_text(embeddings, "diffusers")}
     save_tensors({concept.trigger: concept.vectors}, header, file)
 

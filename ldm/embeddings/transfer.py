@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings
 from ldm.embeddings.inspection import nearest_words
+from ldm.front_ends import setting
 from ldm.util import shown
 
 # Ridge penalties that are tried, as multiples of the mean variance of the source table.
@@ -136,7 +137,7 @@ def transferred(
                 made_for = embeddings.only(trigger).concepts[0].models
                 raise EmbeddingError(
                     f"'{shown(trigger)}' is for {made_for}; the text encoder of '{shown(source)}' is {kind}, of width "
-                    f"{width}: name the model that the word was trained on with --from"
+                    f"{width}: name the model that the word was trained on with {setting('source')}"
                 )
             concept = usable[0]
             # The token id stays: both models have the same vocabulary.

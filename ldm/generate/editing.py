@@ -18,6 +18,7 @@ from ldm import words
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.files import file_hash
+from ldm.front_ends import setting
 from ldm.images import fitted, open_image, open_mask, to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -96,7 +97,7 @@ class InitImage:
         if mask.getextrema() == (0, 0):
             raise UserError(
                 f"the mask marks nothing in the central part of the image that {width}x{height} pixels show; crop the "
-                "image around it, or choose another --H and --W"
+                f"image around it, or choose another {setting('size')}"
             )
         # A cell changes if any of its pixels may.
         marked = torch.from_numpy(np.array(mask) > 0)[None, None].to(latent)
@@ -162,15 +163,15 @@ def class_words(
         name, mark, word = text.rpartition("=")
         if mark and name not in found:
             raise UserError(
-                f"--class_word '{shown(text)}' names no loaded word; loaded: {', '.join(map(shown, found)) or 'none'}"
+                f"the class word '{shown(text)}' names no loaded word; loaded: {', '.join(map(shown, found)) or 'none'}"
             )
         found.update({name: word.strip()} if mark else dict.fromkeys(found, word.strip()))
     pieces = [piece for prompt in prompts for piece in words.split(prompt, found)]
     unknown = next((name for _, name in pieces if name is not None and not found[name]), None)
     if unknown is not None:
         raise UserError(
-            f"the class word of '{shown(unknown)}' is not in its file; name it, as in --class_word cat or "
-            f"--class_word '{shown(unknown)}=cat'"
+            f"the class word of '{shown(unknown)}' is not in its file; name it, as in "
+            f"{setting('class_word', shown(unknown))}"
         )
     return {trigger: word for trigger, word in found.items() if word}
 
@@ -192,7 +193,8 @@ def with_class_words(model: LatentDiffusion, prompts: Sequence[str], class_words
         word = class_words if isinstance(class_words, str) else class_words.get(name)
         if not word:
             raise UserError(
-                f"concept_strength needs the class word of '{shown(name)}'; name it, as in --class_word cat"
+                f"concept_strength needs the class word of '{shown(name)}'; name it, as in "
+                f"{setting('class_word', shown(name))}"
             )
         return word
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.embeddings import Concept, LearnedEmbeddings, Progress, concepts_of, read, write
+from ldm.front_ends import setting
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
@@ -377,8 +378,8 @@ def chosen(
             "', '".join(word[:30] for word in held[:4]) + "'" + f" and {len(held) - 4} more" * (len(held) > 4)
         )
         raise UserError(
-            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; set --placeholder_string to a word of "
-            "the file, or name another file"
+            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; give a word of the file with "
+            f"{setting('placeholder')}, or name another file"
         )
     return replace(
         learned, concepts=tuple(c for c in learned.concepts if c.trigger in (*placeholders, *optional))

@@ -27,7 +27,7 @@ from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, wri
 from ldm.files import in_checkout
 from ldm.generate.session import checkpoint_of
 from ldm.studio.generation import Generation, whole
-from ldm.studio.queue import STATE_FOLDER, Job, Queue, train_command
+from ldm.studio.queue import STATE_FOLDER, Job, Queue, environment, train_command
 from ldm.studio.workspace import (
     Finding,
     Thumbnail,
@@ -250,6 +250,7 @@ class Service:
                 cwd=self.workspace.root,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
+                env=environment(),
                 text=True,
                 timeout=TRIAL_SECONDS,
             )

@@ -35,7 +35,7 @@ def test_different_triggers_are_merged_in_order():
 
 
 def test_the_error_for_equal_triggers_names_the_files_and_the_remedy():
-    with pytest.raises(EmbeddingError, match=r"'a.pt' and 'b.pt' both have the trigger '\*'.*--rename"):
+    with pytest.raises(EmbeddingError, match=r"'a.pt' and 'b.pt' both have the trigger '\*'.*renamed\("):
         merge([part("a.pt", "*"), part("b.pt", "*", seed=1)])
 
 

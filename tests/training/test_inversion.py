@@ -201,8 +201,12 @@ def test_mistakes_are_user_errors(tiny_yaml, tiny_model, image_folder):
         with pytest.raises(ldm.UserError, match=match) as error:
             ldm.invert(given.pop("images"), **given)
         assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+        assert " --" not in str(error.value) and " -r" not in str(error.value), "a flag, which Python has not"
 
     fails("nowhere", images="nowhere")
+    fails("^resume= 'nowhere' does not exist", images=None, base=None, resume="nowhere")
+    photos = str(image_folder)
+    fails("training images are given as images= ", images=None, base=None, resume=photos)
     fails("no argument 'vektors'", vektors=2)
     fails("no recipe 'slow'; known are direction, fast", recipe="slow")
     fails("gone.ckpt", model="gone.ckpt", base=None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.front_ends import setting
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods.grid import Grid
 from ldm.modules.methods.neti import NeTI
@@ -109,7 +110,7 @@ class ContextRegularised:
         if without:
             raise UserError(
                 f"CoRe compares each word with its initializer, and '{without[0]}' has none; add one to "
-                "initializer_words (--init_word)"
+                f"initializer_words, or give it with {setting('init')}"
             )
 
     def context_loss(self, embedder: TextEncoder) -> Tensor:

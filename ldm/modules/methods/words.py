@@ -385,8 +385,7 @@ class Together(ShapedWords):
         for word in words:
             if words.count(word) > 1:
                 raise UserError(
-                    f"two of the files hold '{word}'; load one of them, or learn the other with another "
-                    "--placeholder_string"
+                    f"two of the files hold '{word}'; load one of them, or learn the other as another word"
                 )
         self.string_to_token_dict = {
             word: torch.tensor(embedder.prompt_tokenizer.placeholder_id(word, index), device="cpu")
