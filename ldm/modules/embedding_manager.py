@@ -119,6 +119,12 @@ class EmbeddingManager(nn.Module, Personalization):
             limit = 1 + self.progressive_step // self.progressive_scale
         return {string: min(count, limit) for string, count in self.most_positions().items()}
 
+    @property
+    def initializers(self) -> dict[str, str]:
+        """The text at which each placeholder began: that of the file that it comes from, or the configured one."""
+        known = {**self._initializers, **self._stated}
+        return {string: text for string, text in known.items() if string in self.string_to_token_dict}
+
     def most_positions(self) -> dict[str, int]:
         """Each placeholder with the number of all its vectors."""
         return {string: len(self.vectors(string)) for string in self.string_to_token_dict}
@@ -274,7 +280,7 @@ class EmbeddingManager(nn.Module, Personalization):
 
     def save(self, path: str | Path) -> None:
         """Write the original's file, vectors not yet in use included."""
-        used = self.export()
+        used, initializers = self.export(), self.initializers
         progress = None
         if self.progressive_step is not None:
             progress = Progress(self.progressive_step, self.progressive_scale)
@@ -289,7 +295,7 @@ class EmbeddingManager(nn.Module, Personalization):
                 self.family,
                 token=token if token < self.tokenizer.vocab_size else None,
                 unused=self.vectors(string)[len(vectors) :] if len(vectors) < count else None,
-                initializer=self._stated.get(string) or self._initializers.get(string),
+                initializer=initializers.get(string),
             )
         write(LearnedEmbeddings(tuple(concepts), progress=progress), path, "original")
 

@@ -206,6 +206,12 @@ class LearnedWords(ShapedWords):
         """Each placeholder with its number of vectors."""
         return dict(self._counts)
 
+    @property
+    def initializers(self) -> dict[str, str]:
+        """The text at which each placeholder began: that of the file that it comes from, or the configured one."""
+        known = {**self._initializers, **self._stated}
+        return {string: text for string, text in known.items() if string in self._counts}
+
     def word(self, placeholder: str) -> nn.Module:
         """The module of a placeholder."""
         return self.words[parameter_key(placeholder)]
@@ -257,9 +263,7 @@ class LearnedWords(ShapedWords):
             self.dials(),
             encoder,
             self.width,
-            initializers={
-                s: text for s, text in (self._initializers | self._stated).items() if s in self._counts
-            },
+            initializers=self.initializers,
         )
         write_method_file(content, path)
 
