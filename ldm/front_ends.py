@@ -89,7 +89,7 @@ NAMES = {
         "the folder with --embedding_dir, or the file with --embedding_path",
         "the file in 'Words'",
     ),
-    "words": Names("words=", "--embedding_path", "'Words'"),
+    "words": Names("words=", "--embedding_path", "the field 'Words'"),
 }
 
 _in_use = "python"

@@ -48,7 +48,7 @@ def said(front_end: str) -> str:
 def test_each_front_end_names_a_setting_as_its_user_knows_it():
     assert "load its file with words=, or" in said("python")
     assert "load its file with --embedding_path, or" in said("command")
-    assert "load its file with 'Words', or" in said("page")
+    assert "load its file with the field 'Words', or" in said("page")
     assert "with words=" in str(UserError(f"with {setting('words')}")), "Python without further ado"
 
 
@@ -76,7 +76,7 @@ def test_commands_name_flags_in_all_threads_and_the_processes_of_the_page_its_fi
     assert capsys.readouterr().err == "error: --embedding_path --init_word\n"
     monkeypatch.setenv(front_ends.VARIABLE, "page")
     assert guarded(command) == 1
-    assert capsys.readouterr().err == "error: 'Words' 'Starts from'\n"
+    assert capsys.readouterr().err == "error: the field 'Words' 'Starts from'\n"
     assert str(UserError(setting("words"))) == "words=", "the command's end is the end of its names"
 
 

@@ -267,5 +267,5 @@ def test_while_the_page_is_open_messages_name_its_fields(tmp_path, monkeypatch) 
     port = free.getsockname()[1]
     free.close()
     serve(make_parser("studio.py").parse_args(["--root", str(tmp_path), "--port", str(port)]))
-    assert "load its file with 'Words', or" in said[0]
+    assert "load its file with the field 'Words', or" in said[0]
     assert str(UserError(setting("words"))) == "words="
