@@ -76,7 +76,7 @@ class TextEncoder(Protocol):
     @property
     def width(self) -> int:
         """The width d of a token embedding."""
-        return self.token_embedding.embedding_dim
+        ...
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +32,14 @@ class PromptEncoder(nn.Module, TextEncoder):
     `TextEncoder` says what the members are. A subclass sets `family`, `max_length`, `prompt_tokenizer` and
     `token_embedding`, and implements `embed_ids`.
     """
+
+    @property
+    def width(self) -> int:
+        return self.token_embedding.embedding_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
 
     def token_ids(
         self, text: str | Sequence[str], embedding_manager: Personalization | None = None
