@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_settings import PREDICTIONS, Prediction
 from ldm.files import CHECKOUT, NO_TENSORS, file_kind
+from ldm.front_ends import setting
 from ldm.model_kinds import (
     ADAPTER,
     BY_BYTES,
@@ -492,7 +493,7 @@ def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:
     }
     named = next((name for start, name in parts.items() if part.startswith(start)), None)
     if part.startswith("AutoencoderKL"):
-        above += ", and bring this VAE with --vae"
+        above += f", and bring this VAE with {setting('vae')}"
     if named is not None:
         return f"is {named} alone", above
     if any(Path(name).name in ("adapter_config.json", "pytorch_lora_weights.safetensors") for name in names):
@@ -502,7 +503,7 @@ def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:
     if (path / "checkpoints").is_dir() or "embeddings.pt" in names:
         return (
             "is the folder of a training run",
-            "name the base model here and the embedding with --embedding_path",
+            f"name the base model here and the embedding with {setting('words')}",
         )
     files = [name for name in names if Path(name).suffix.lower() in (".ckpt", ".safetensors", ".pt", ".bin")]
     if files:

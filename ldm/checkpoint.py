@@ -31,6 +31,7 @@ from ldm.base_models import (
 from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
 from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
 from ldm.files import is_hub_id
+from ldm.front_ends import setting
 from ldm.util import (
     ConfigError,
     UserError,
@@ -257,8 +258,8 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
     if not needs_none and not any(key.startswith(VAE) for key in state):
         raise CheckpointError(
-            f"'{ckpt}' has no first stage (VAE); bring one with --vae, a file or a folder in the layout of LDM or "
-            "diffusers"
+            f"'{ckpt}' has no first stage (VAE); bring one with {setting('vae')}, a file or a folder "
+            "in the layout of LDM or diffusers"
         )
     encoder = _select(node, "params.cond_stage_config.target")
     if encoder is None or any(key.startswith(TEXT_ENCODERS) for key in state):
@@ -535,7 +536,7 @@ def config_of(ckpt: str) -> Path:
     base = recognise(ckpt)
     if not base.inference_config.is_file():
         raise CheckpointError(
-            f"'{ckpt}' is {base.name}, and there is no YAML for it here; name one with --config"
+            f"'{ckpt}' is {base.name}, and there is no YAML for it here; name one with {setting('inference_config')}"
         )
     ask_for_prediction(base)
     return base.inference_config

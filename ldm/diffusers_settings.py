@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.model_kinds import OTHER_MODEL
+from ldm.util import shown
 from ldm.weights import CheckpointError, Folder
 
 Prediction = Literal["eps", "v", "x0"]
@@ -15,6 +16,20 @@ Prediction = Literal["eps", "v", "x0"]
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # Names of noise schedules: diffusers' -> LDM's.
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}
+# What the classes of diffusers take where a scheduler_config.json leaves it out: first beta, last beta, schedule.
+_USUAL_BETAS = (0.0001, 0.02, "linear")
+_OTHER_BETAS = {
+    **dict.fromkeys(
+        ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"),
+        (0.00085, 0.012, "linear"),
+    ),
+    **dict.fromkeys(("LCM", "TCD"), (0.00085, 0.012, "scaled_linear")),
+}
+_WITH_USUAL_BETAS = frozenset((
+    "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+    "DPMSolverMultistepInverse", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+    "LMSDiscrete", "PNDM", "RePaint", "SASolver", "UniPCMultistep",
+))  # fmt: skip
 
 
 def unet_params(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,13 +256,16 @@ def vae_settings(params: Mapping[str, Any], scale_factor: float) -> dict[str, An
     }
 
 
-def schedule_params(config: Mapping[str, Any]) -> dict[str, Any]:
+def schedule_params(config: Mapping[str, Any], kind: str = "") -> dict[str, Any]:
     """The parameters of the noise schedule that a scheduler_config.json describes.
 
+    Args:
+        config: what it holds; what is not there is what the scheduler's class takes for it.
+        kind: the class of the scheduler; by default the one that the file names.
     Raises:
         CheckpointError: the schedule is unknown, or is not one of betas.
     """
-    kind = str(config.get("_class_name", ""))
+    kind = kind or str(config.get("_class_name", ""))
     if kind.startswith(("EDM", "FlowMatch")) or config.get("timestep_type") == "continuous":
         raise CheckpointError(
             f"the scheduler is {kind} with noise that is scaled otherwise (as of Playground 2.5, CosXL and Stable "
@@ -255,24 +273,44 @@ def schedule_params(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     steps = config.get("num_train_timesteps", 1000)
     params: dict[str, Any] = {"timesteps": steps, "given_betas": None}
-    start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
-    kind = config.get("beta_schedule", "scaled_linear")
     betas: Any = config.get("trained_betas")
-    if betas is None and kind == "squaredcos_cap_v2":
+    schedule = None if betas is not None else _beta_setting(config, kind, "beta_schedule")
+    if schedule == "squaredcos_cap_v2":
         params["beta_schedule"] = "cosine"
-    elif betas is None and kind in SCHEDULES:
-        params |= {"beta_schedule": SCHEDULES[kind], "linear_start": start, "linear_end": end}
-        if kind == "scaled_linear":
+    elif schedule in SCHEDULES:
+        start, end = (_beta_setting(config, kind, name) for name in ("beta_start", "beta_end"))
+        params |= {"beta_schedule": SCHEDULES[schedule], "linear_start": start, "linear_end": end}
+        if schedule == "scaled_linear":
             betas = np.linspace(start**0.5, end**0.5, steps) ** 2
         else:
             betas = np.linspace(start, end, steps)
     elif betas is None:
-        raise CheckpointError(f"the scheduler's beta_schedule is '{kind}'; known are {', '.join(SCHEDULES)}")
+        raise CheckpointError(
+            f"the scheduler's beta_schedule is '{schedule}'; known are {', '.join(SCHEDULES)}"
+        )
     if betas is not None and config.get("rescale_betas_zero_snr"):
         params["given_betas"] = _without_signal_at_end(np.asarray(betas)).tolist()
     elif config.get("trained_betas") is not None:
         params["given_betas"] = list(betas)
     return params
+
+
+def _beta_setting(config: Mapping[str, Any], kind: str, name: str) -> Any:
+    """A setting of the betas: what the file says, else what the scheduler's class takes.
+
+    Raises:
+        CheckpointError: the file leaves it out, and the class is not known.
+    """
+    if name in config:
+        return config[name]
+    own = kind.removeprefix("Flax").removesuffix("Scheduler")
+    defaults = _USUAL_BETAS if own in _WITH_USUAL_BETAS else _OTHER_BETAS.get(own)
+    if defaults is None:
+        raise CheckpointError(
+            f"its scheduler_config.json has no {name}, and what the class '{shown(kind)}' takes for it is not known; "
+            f"write {name} into the file"
+        )
+    return dict(zip(("beta_start", "beta_end", "beta_schedule"), defaults, strict=True))[name]
 
 
 def _without_signal_at_end(betas: np.ndarray) -> np.ndarray:
@@ -302,7 +340,9 @@ def folder_params(folder: Folder, family: str) -> dict[str, Any]:
     try:
         if not vae and folder.weights("vae"):
             raise CheckpointError("it has no vae/config.json; download it completely")
-        params = schedule_params(scheduler) | {
+        # A folder without a scheduler has the schedule of its family, which is in the YAML.
+        noise = schedule_params(scheduler, _scheduler_class(folder)) if scheduler else {}
+        params: dict[str, Any] = noise | {
             "channels": unet["in_channels"],
             "image_size": unet.get("sample_size") or 64,
             "unet_config": {"params": unet_params(unet)},
@@ -328,6 +368,12 @@ def folder_params(folder: Folder, family: str) -> dict[str, Any]:
             f"'{folder.path}': its settings are damaged ({error}); download it again"
         ) from error
     return params
+
+
+def _scheduler_class(folder: Folder) -> str:
+    """The class that a pipeline of the folder takes for its scheduler; "" where that is not said."""
+    named = folder.index().get("scheduler")
+    return named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else ""
 
 
 def _encoder_params(folder: Folder, family: str) -> dict[str, Any]:

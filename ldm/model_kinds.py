@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ldm.front_ends import setting
+
 
 class Kind(NamedTuple):
     """What a file is that is no base model to be read, and what to do."""
@@ -33,8 +35,8 @@ BY_SUFFIX: dict[str, tuple[str, str]] = {
     ".msgpack": ("Flax weights", "name the .safetensors or .bin of the model"),
     ".h5": BY_BYTES[1][1:],
     ".tflite": ("a TensorFlow Lite model", "name the PyTorch model that it was made from"),
-    ".yaml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
-    ".yml": ("a YAML", "name the file with the weights here, and the YAML with --config or --base"),
+    ".yaml": ("a YAML", f"name the file with the weights here, and the YAML with {setting('config')}"),
+    ".yml": ("a YAML", f"name the file with the weights here, and the YAML with {setting('config')}"),
     ".crdownload": ("an unfinished download", "wait until it is complete"),
     ".part": ("an unfinished download", "wait until it is complete"),
     ".aria2": ("an unfinished download", "wait until it is complete"),
@@ -43,7 +45,7 @@ BY_SUFFIX: dict[str, tuple[str, str]] = {
 
 
 UNKNOWN = Kind(
-    "no model that is known here", f"{READ}; for a model of your own, name its YAML with --config or --base"
+    "no model that is known here", f"{READ}; for a model of your own, name its YAML with {setting('config')}"
 )
 OTHER_MODEL = f"it cannot be used here: {READ}"
 ADAPTER = "it changes a base model and is none itself: name the base model it was made for"
@@ -51,7 +53,7 @@ PART = "name the whole model, a .safetensors or .ckpt or the folder above it"
 EMBEDDING = "a textual inversion embedding"
 EMBEDDING_KIND = Kind(
     EMBEDDING,
-    "name the base model here, and the embedding with --embedding_path to generate, --embedding_manager_ckpt to train",
+    f"name the base model here, and the embedding with {setting('embedding')}",
 )
 _DISTILLED = "name the model it was distilled from"
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
@@ -122,7 +124,7 @@ KINDS: tuple[tuple[str, ...], ...] = (
 PARTS: tuple[tuple[str, ...], ...] = (
     (
         "a VAE alone",
-        "name the model here and the VAE with --vae",
+        f"name the model here and the VAE with {setting('vae')}",
         r"^(first_stage_model\.|vae\.)?(decoder|encoder)\.conv_in\.",
     ),
     ("a tiny preview VAE (TAESD)", PART, r"^(decoder\.layers|taesd_decoder|decoder\.1)\."),

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ldm import values
+from ldm.front_ends import spoken
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +30,8 @@ MOST_CHARACTERS = 299 - len("warning: ")  # of a message to a user, which a cons
 class UserError(ValueError):
     """A mistake that the user can correct; the message is one line with the thing, its value and the remedy.
 
-    Texts of the user may be of any length: the message is shortened as `brief` does.
+    Texts of the user may be of any length: the message is shortened as `brief` does. Settings in it are marked by
+    `ldm.front_ends.setting`, and named as the user knows them.
     """
 
     exit_code = 1
@@ -40,7 +42,7 @@ class UserError(ValueError):
             "\nOriginal Traceback " in text
         ):  # torch raises the error of a loader process anew, with its traceback
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
-        super().__init__(brief(text))
+        super().__init__(brief(spoken(text)))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython and notebooks show in place of a traceback."""
@@ -286,7 +288,7 @@ def raise_problems(problems: Sequence[Problem], place: Callable[[str], str] = la
     if problems:
         found = [place(one.key) for one in problems]
         lines = [f"{one.what}{where}{one.rest}" for one, where in zip(problems, found, strict=True)]
-        by_flag = any(where.startswith(" (--") for where in found)
+        by_flag = any(spoken(where).startswith(" (--") for where in found)
         raise (UsageError if by_flag else ConfigError)("; ".join(lines))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm import pickles
 from ldm.files import NO_TENSORS, atomic_write, file_kind, is_hub_id
+from ldm.front_ends import setting
 from ldm.outlines import outline_of
 from ldm.util import UserError
 
@@ -261,7 +262,7 @@ def check_variant(source: str, names: Iterable[str], variant: str | None) -> Non
     found = _WEIGHTS.fullmatch(chosen[0])
     if found is None or variant not in (found["variant"], found["late"]):
         raise CheckpointError(
-            f"'{source}' has no weights of the variant '{variant}'; leave --variant out, or name another"
+            f"'{source}' has no weights of the variant '{variant}'; leave {setting('variant')} out, or name another"
         )
 
 

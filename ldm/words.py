@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from ldm.util import UserError, shown
 
 MAX_LENGTH = 200
+# The end of a word that is the negative of another one, as in the files of DreamArtist.
+NEGATIVE = "-neg"
 
 _ZWNJ, _ZWJ = "\u200c", "\u200d"
 # The last letter of Armenian: scripts before it (Latin, Greek, Cyrillic) have no use for joiners.
@@ -80,6 +82,18 @@ def check_word(word: Any, what: str = "placeholder") -> str:
         if form.search(kept):
             raise UserError(f"{what} '{shown(word)}' holds {reason}; choose another")
     return kept
+
+
+def own_words(words: Iterable[str]) -> list[str]:
+    """Return the words that are not the negative of another one among them."""
+    held = list(words)
+    return [word for word in held if word.removesuffix(NEGATIVE) not in held or not word.endswith(NEGATIVE)]
+
+
+def with_negatives(names: Mapping[str, str], held: Sequence[str]) -> dict[str, str]:
+    """Return new names by old ones, and with them those of the negatives that are held and have no new name yet."""
+    negatives = {f"{old}{NEGATIVE}": f"{new}{NEGATIVE}" for old, new in names.items()}
+    return {old: new for old, new in negatives.items() if old in held} | dict(names)
 
 
 def check_text(text: str, what: str) -> str:

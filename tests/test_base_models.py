@@ -376,9 +376,7 @@ def test_a_file_without_a_denoiser_is_not_tried_with_a_config_of_a_family(tmp_pa
     ):
         recognise_for(path, "sd1", 4)
     embedding = write(tmp_path / "cat.safetensors", KINDS["embedding of diffusers"][0])
-    with pytest.raises(
-        CheckpointError, match="--embedding_path to generate, --embedding_manager_ckpt to train"
-    ):
+    with pytest.raises(CheckpointError, match="the embedding with words= to generate, settings=.* to train"):
         recognise_for(embedding, None, 4)
 
 

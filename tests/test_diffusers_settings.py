@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,55 @@ def test_noise_schedules_are_those_of_diffusers(options) -> None:
     usual = {"beta_start": 0.00085, "beta_end": 0.012}
     scheduler = diffusers.EulerDiscreteScheduler(**usual | options)
     params = settings.schedule_params(scheduler.config)
-    betas = params["given_betas"]
-    if betas is None:
-        betas = make_beta_schedule(
-            params["beta_schedule"], params["timesteps"], params["linear_start"], params["linear_end"]
-        )
-    kept = torch.tensor(np.cumprod(1 - np.asarray(betas)))
+    kept = torch.tensor(np.cumprod(1 - betas_of(params)))
     torch.testing.assert_close(kept.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+def betas_of(params: dict[str, Any]) -> np.ndarray:
+    if params["given_betas"] is not None:
+        return np.asarray(params["given_betas"])
+    ends = (params.get("linear_start", 0.0), params.get("linear_end", 0.0))
+    return make_beta_schedule(params["beta_schedule"], params["timesteps"], *ends)
+
+
+@pytest.mark.parametrize("name", sorted({*settings._WITH_USUAL_BETAS, *settings._OTHER_BETAS}))
+def test_what_a_scheduler_s_file_leaves_out_is_what_its_class_takes(name) -> None:
+    kind = getattr(diffusers, f"{name}Scheduler")
+    names = ("beta_start", "beta_end", "beta_schedule")
+    known = inspect.signature(kind.__init__).parameters
+    if not set(names) <= set(known):
+        pytest.skip(f"{name} needs a package that is not installed")
+    defaults = {key: known[key].default for key in names}
+    expected = betas_of(settings.schedule_params(defaults))
+    found = settings.schedule_params({"_class_name": f"{name}Scheduler"})
+    np.testing.assert_array_equal(betas_of(found), expected)
+    for key in names:  # each by itself
+        rest = {other: defaults[other] for other in names if other != key}
+        assert settings.schedule_params(rest, f"Flax{name}Scheduler") == found
+
+
+def test_a_folder_s_class_of_scheduler_is_that_of_its_pipeline(tmp_path) -> None:
+    left_out = {"beta_schedule": ..., "beta_start": ..., "beta_end": ..., "_class_name": "LCMScheduler"}
+    folder = folder_of(tmp_path / "a", "sd1", scheduler=left_out)
+    params = settings.folder_params(folder, "sd1")
+    assert (params["linear_start"], params["beta_schedule"]) == (0.00085, "linear")
+    (folder.path / "model_index.json").write_text('{"scheduler": ["diffusers", "PNDMScheduler"]}')
+    params = settings.folder_params(Folder(folder.path), "sd1")
+    assert (params["linear_start"], params["linear_end"]) == (0.0001, 0.02)
+    assert params["beta_schedule"] == "sqrt_linear", "which is linear in diffusers"
+    for name in ("MyScheduler", 3):
+        left_out["_class_name"] = name
+        folder = folder_of(tmp_path / str(name), "sd1", scheduler=left_out)
+        with pytest.raises(
+            CheckpointError, match=f"no beta_schedule, and what the class '{name}' .* write beta_sch"
+        ):
+            settings.folder_params(folder, "sd1")
+
+
+def test_a_folder_without_a_scheduler_has_the_schedule_of_its_yaml(tmp_path) -> None:
+    left_out = {"beta_schedule": ..., "beta_start": ..., "beta_end": ...}
+    params = settings.folder_params(folder_of(tmp_path, "sd1", scheduler=left_out), "sd1")
+    assert not {"linear_start", "beta_schedule", "timesteps", "given_betas"} & set(params)
 
 
 def test_what_cannot_be_read_is_named() -> None:

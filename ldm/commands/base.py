@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
 from ldm.files import is_hub_id, why_no_file
+from ldm.front_ends import VARIABLE, speaking_as
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def guarded(command: Callable[[], int | None], debug: bool = False, less_memory:
     make_streams_lasting()
     raise_file_limit()
     try:
-        return command() or 0
+        with speaking_as(os.environ.get(VARIABLE, "command")):
+            return command() or 0
     except UserError as error:
         if debug:
             traceback.print_exc()

@@ -14,7 +14,7 @@ from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.files import in_checkout
 from ldm.util import UsageError, UserError, shown
-from ldm.words import check_word
+from ldm.words import check_word, own_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,9 +66,8 @@ def merge_main(argv: Sequence[str] | None = None, prog: str = "merge_embeddings.
 
 def inspect(options: argparse.Namespace) -> None:
     """Report on every file; a file that cannot be read does not prevent the report on the others."""
-    from ldm.embeddings import read
     from ldm.embeddings.inspection import inspect_concepts, words_of
-    from ldm.embeddings.method_files import read_method_file
+    from ldm.embeddings.method_files import MethodFile, read_words
     from ldm.weights import TEXT_ENCODERS, located
 
     check_model(options.ckpt_path)
@@ -81,16 +80,25 @@ def inspect(options: argparse.Namespace) -> None:
     failures: list[UserError] = []
     for file in options.files:
         try:
-            learned = read(file)
+            learned = read_words(file)
         except UserError as error:
-            if method := read_method_file(file):
-                record = {"method": method.method, "words": dict(method.words), "dials": dict(method.dials)}
-                reports.append({"file": str(file), **record})
-                if not options.json:
-                    write_line(f"{file}: {method.described()}")
-                continue
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
+            continue
+        if isinstance(learned, MethodFile):
+            names = ("method", "words", "initializers", "dials")
+            sizes: dict[str, dict[str, Any]] = {
+                name: {"shape": list(tensor.shape), "norm": float(tensor.float().norm(dim=-1).mean())}
+                for name, tensor in learned.tensors.items()
+            }
+            reports.append(
+                {"file": str(file), **{name: getattr(learned, name) for name in names}, "tensors": sizes}
+            )
+            if not options.json:
+                write_line(f"{file}: {learned.described()}")
+                for name, size in sizes.items():
+                    shape = " x ".join(map(str, size["shape"]))
+                    write_line(f"  {name:<11} {shape}, mean norm {size['norm']:.3f}")
             continue
         concepts = inspect_concepts(learned, tables, words, options.words)
         reports.append(
@@ -127,12 +135,12 @@ def convert(options: argparse.Namespace) -> None:
     if options.encoder:
         learned = learned.with_encoder(options.encoder)
     if trigger:
-        if len(learned.triggers) > 1:
+        own = own_words(learned.triggers)
+        if len(own) > 1:
             raise UsageError(
-                f"--trigger: '{options.file}' has {len(learned.triggers)} triggers; split it first, or use "
-                "merge --rename"
+                f"--trigger: '{options.file}' has {len(own)} triggers; split it first, or use merge --rename"
             )
-        learned = learned.renamed({learned.triggers[0]: trigger})
+        learned = learned.renamed({own[0]: trigger})
     preview = open_image(options.preview) if options.preview else None
     _write(learned, options, beside=options.file, preview=preview)
 
@@ -148,7 +156,7 @@ def split(options: argparse.Namespace) -> None:
 
     from ldm import embeddings
 
-    words = embeddings.split(embeddings.read(options.file))
+    words = embeddings.split(embeddings.read(options.file, "they stay together in their file, so use that"))
     names = [word.triggers[0] for word in words]
     paths = embeddings.paths_for(names, options.output or options.file.parent, options.to)
     _write_files(words, paths, options)
@@ -175,7 +183,8 @@ def _merged(
     from ldm import embeddings
 
     renames = embeddings.renames_from(options.rename)
-    parts = [embeddings.read(file) for file in files]
+    apart = "they stay in a file of their own, which is named beside others to generate with several"
+    parts = [embeddings.read(file, apart) for file in files]
     if encoder:
         parts = [part.with_encoder(encoder) for part in parts]
     merged = embeddings.merge(parts, renames, options.auto_rename)
@@ -237,7 +246,10 @@ def transfer(options: argparse.Namespace) -> None:
     from ldm.embeddings.inspection import token_tables
     from ldm.embeddings.transfer import fit_models, transferred
 
-    learned = read(options.file)
+    learned = read(
+        options.file,
+        instead="the map between two models is for vectors, so train the word anew on the other model",
+    )
     transfers = fit_models(token_tables(options.source), token_tables(options.target))
     moved = transferred(learned, transfers, Path(options.source).name, Path(options.target).name)
     for (kind, other), fit in transfers.items():

@@ -17,7 +17,7 @@ from ldm.commands.base import (
 )
 from ldm.console import Parser, write_line
 from ldm.files import in_checkout
-from ldm.util import UserError, shown
+from ldm.util import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,16 +52,15 @@ def export(options: argparse.Namespace) -> None:
 
     from ldm.embeddings import renames_from
     from ldm.embeddings.method_files import read_method_file
+    from ldm.embeddings.payload import more_than_vectors
     from ldm.generate.embeddings import load_embeddings, personalization_of
     from ldm.interop import diffusers_pipeline
 
     renames = renames_from(options.rename)
     for path in options.embedding_path:
         if held := read_method_file(path):
-            raise UserError(
-                f"'{path}' is of the method '{shown(held.method)}', whose words are more than vectors, and diffusers "
-                "has none for them; export without it"
-            )
+            reason = more_than_vectors(held.method, "diffusers has none for them, so export without it")
+            raise UserError(f"'{path}': {reason}")
     config = read_model_config(options.ckpt_path, options.config)
     model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
     placeholders: list[str] = []

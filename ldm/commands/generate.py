@@ -393,7 +393,9 @@ def load(
         syntax=options.prompt_syntax,
         folder=options.embedding_dir,
     )
-    classes = None if options.concept_strength == 1.0 else class_words(found.words, options.class_word)
+    classes = None
+    if options.concept_strength != 1.0:
+        classes = class_words(found.words, found.prompts, options.class_word)
     model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
     if found.words:
         load_embeddings(model, found.words)

@@ -142,7 +142,8 @@ class Metadata:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def _text(value: Any) -> str | None:
+def noted_text(value: Any) -> str | None:
+    """Return a text of a file, truncated and cleaned; None for anything else."""
     if not isinstance(value, str):
         return None
     return "".join(c if c.isprintable() else " " for c in value[:_MAX_TEXT]).strip() or None
@@ -170,7 +171,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-_CASTS: dict[str, Callable[[Any], Any]] = {"str": _text, "int": _integer, "float": _number}
+_CASTS: dict[str, Callable[[Any], Any]] = {"str": noted_text, "int": _integer, "float": _number}
 
 
 MAX_VECTORS = 1024
@@ -191,8 +192,9 @@ class Concept:
         vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied.
         encoder: the kind of text encoder, a key of `ENCODER_KINDS` or "clip"; None if it is not known.
         part: "" for ordinary vectors, "negative" for those of a DreamArtist pair, "output" for vectors that are
-            added after the encoder, or the layer's name in a per-layer (XTI) file.
+            added after the encoder.
         token: the tokenizer's id of the trigger, where the file states it.
+        initializer: the text at which the vectors began, where the file states it.
         unused: [M, d] vectors that a progressive run has not added yet; no prompt uses them.
 
     Raises:
@@ -205,6 +207,7 @@ class Concept:
     part: str = ""
     token: int | None = None
     unused: Tensor | None = None
+    initializer: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trigger", _kept_trigger(self.trigger))
@@ -280,7 +283,7 @@ class LearnedEmbeddings:
 
     Attributes:
         concepts: at least one; each trigger at most once for each encoder and part.
-        metadata: how the vectors were trained.
+        metadata: how the vectors were trained. Its initializers become those of the concepts, where these state none.
         format: the name of the format that they were read from.
         source: the name of the file that they were read from.
         progress: set for a run with progressive vectors. Only then concepts may have `unused` vectors, and the
@@ -315,10 +318,31 @@ class LearnedEmbeddings:
                     f"the trigger '{shown(concept.trigger)}' occurs twice; rename one of them"
                 )
             seen.add(key)
+        object.__setattr__(self, "concepts", self._with_initializers())
+
+    def _with_initializers(self) -> tuple[Concept, ...]:
+        """The concepts with the initializers of a file that states them in one line, in the order of the words."""
+        line = self.metadata.initializer
+        words = list(dict.fromkeys(c.trigger for c in self.concepts if c.part != "negative"))
+        several = [line] if len(words) == 1 else (line or "").split(", ")
+        if not line or len(several) != len(words) or any(c.initializer for c in self.concepts):
+            return self.concepts
+        stated = dict(zip(words, several, strict=True))
+        return tuple(
+            concept
+            if concept.part == "negative"
+            else dataclasses.replace(concept, initializer=stated[concept.trigger])
+            for concept in self.concepts
+        )
 
     @property
     def triggers(self) -> list[str]:
         return list(dict.fromkeys(concept.trigger for concept in self.concepts))
+
+    @property
+    def initializers(self) -> dict[str, str]:
+        """The text at which each trigger began, as far as it is known."""
+        return {concept.trigger: concept.initializer for concept in self.concepts if concept.initializer}
 
     def only(self, trigger: str) -> LearnedEmbeddings:
         """Return the embeddings of one trigger; raises EmbeddingError if there is no such trigger."""
@@ -340,10 +364,14 @@ class LearnedEmbeddings:
         return dataclasses.replace(self, concepts=concepts)
 
     def renamed(self, names: Mapping[str, str]) -> LearnedEmbeddings:
-        """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError."""
+        """Return the same vectors with new triggers, `names` by old trigger; unknown ones raise EmbeddingError.
+
+        The negative of a renamed word (see `ldm.words.NEGATIVE`) is renamed with it.
+        """
         names = {words.cleaned(old): words.check_word(new, "trigger") for old, new in names.items()}
         for name in names:
             self.only(name)
+        names = words.with_negatives(names, self.triggers)
         # A new trigger has another token id, which only a tokenizer knows.
         concepts = tuple(
             dataclasses.replace(c, trigger=names[c.trigger], token=None)
@@ -432,6 +460,7 @@ def concepts_of(
     family: str,
     token: int | None = None,
     unused: Tensor | None = None,
+    initializer: str | None = None,
 ) -> tuple[Concept, ...]:
     """Return the vectors [N, d] of a word in a text encoder of a family as they are kept in files.
 
@@ -439,11 +468,12 @@ def concepts_of(
     """
     width = vectors.shape[1]
     if family != "sdxl" or width != sum(PAIR_WIDTHS):
-        return (Concept(trigger, vectors, encoder_kind(family, width), token=token, unused=unused),)
+        kind = encoder_kind(family, width)
+        return (Concept(trigger, vectors, kind, token=token, unused=unused, initializer=initializer),)
     rows = vectors.split(PAIR_WIDTHS, dim=1)
     left = [None, None] if unused is None else unused.split(PAIR_WIDTHS, dim=1)
     return tuple(
-        Concept(trigger, own, kind, token=token, unused=rest)
+        Concept(trigger, own, kind, token=token, unused=rest, initializer=initializer)
         for kind, own, rest in zip(PAIR, rows, left, strict=True)
     )
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings, Metadata, quoted
+from ldm.front_ends import setting
 from ldm.util import UsageError, shown
-from ldm.words import check_word, cleaned, file_stem
+from ldm.words import NEGATIVE, check_word, cleaned, file_stem, own_words
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def plan_renames(
             order; earlier files keep theirs.
         automatic: rename a trigger that is still not unique after its file, such as "<cat>" for cat.pt.
 
+    The negative of a renamed word (see `ldm.words.NEGATIVE`) is renamed with it, also where it has a file of its own.
+
     Raises:
         EmbeddingError: a trigger is still not unique, or `rename` has more names than files with the trigger.
     """
@@ -83,29 +86,69 @@ def plan_renames(
         holders = [index for index, part in enumerate(parts) if old in part.triggers]
         if not holders:
             held = quoted(list(dict.fromkeys(trigger for part in parts for trigger in part.triggers)))
-            raise EmbeddingError(f"--rename '{old}=...': there is no trigger '{old}'; there is {held}")
+            raise EmbeddingError(
+                f"{setting('rename')} '{old}=...': there is no trigger '{old}'; there is {held}"
+            )
         if len(names) > len(holders):
             raise EmbeddingError(
-                f"--rename '{old}=...' is given {len(names)} times; the trigger is in {len(holders)} files"
+                f"{setting('rename')} '{old}=...' is given {len(names)} times; the trigger is in {len(holders)} files"
             )
         plan += [
             Rename(index, parts[index].source, old, name)
             for index, name in zip(holders[-len(names) :], names, strict=True)
         ]
+    named = [step for step in plan for step in _of_negative(parts, step)]
+    plan += [step for step in named if step.old not in (rename or {})]
     taken: dict[str, int] = {}
     for index, part in enumerate(parts):
-        renamed = {step.old: step.new for step in plan if step.index == index}
-        for trigger in part.triggers:
-            name = renamed.get(trigger, trigger)
-            if name in taken and not _same_vectors(
-                parts[taken[name]], plan, taken[name], name, part, trigger
-            ):
-                if not automatic or trigger in renamed:
-                    raise EmbeddingError(_clash(name, parts[taken[name]], part))
-                name = _free_name(part, {*taken, *(n for p in parts for n in p.triggers)})
-                plan.append(Rename(index, part.source, trigger, name))
-            taken.setdefault(name, index)
+        own = own_words(part.triggers)
+        for trigger in own + [word for word in part.triggers if word not in own]:
+            pair = [word for word in (trigger, f"{trigger}{NEGATIVE}") if word in part.triggers]
+            clash = next((word for word in pair if _clashes(parts, plan, taken, index, word)), None)
+            if clash is not None:
+                name, other = _name(plan, index, trigger), parts[taken[_name(plan, index, clash)]]
+                if not automatic or name != trigger:
+                    # To rename the word renames its negative too.
+                    raise EmbeddingError(
+                        _clash(name if name in taken else _name(plan, index, clash), other, part)
+                    )
+                new = _free_name(part, {*taken, *(n for p in parts for n in p.triggers)})
+                step = Rename(index, part.source, trigger, new)
+                plan += [step, *_of_negative(parts, step)]
+            taken.setdefault(_name(plan, index, trigger), index)
     return plan
+
+
+def _name(plan: Sequence[Rename], index: int, trigger: str) -> str:
+    """Return the name that a trigger of a file has after renaming."""
+    return next((step.new for step in plan if (step.index, step.old) == (index, trigger)), trigger)
+
+
+def _of_negative(parts: Sequence[LearnedEmbeddings], step: Rename) -> list[Rename]:
+    """Return what renames the negative of a renamed word.
+
+    It is in the word's file, or in a file without the word, which belongs to the nearest file before it that has the
+    word without a negative, or to the first one after it.
+    """
+    old, new = f"{step.old}{NEGATIVE}", f"{step.new}{NEGATIVE}"
+    holders = [index for index, part in enumerate(parts) if old in part.triggers]
+    places = [index for index in holders if index == step.index]
+    if not places:
+        alone = [n for n, part in enumerate(parts) if step.old in part.triggers and n not in holders]
+        apart = [index for index in holders if step.old not in parts[index].triggers]
+        owner = {index: max((n for n in alone if n < index), default=alone[0]) for index in apart}
+        places = [index for index in apart if owner[index] == step.index]
+    return [Rename(index, parts[index].source, old, new) for index in places]
+
+
+def _clashes(
+    parts: Sequence[LearnedEmbeddings], plan: list[Rename], taken: Mapping[str, int], index: int, trigger: str
+) -> bool:
+    """Return whether the name of a trigger, after renaming, is taken by other vectors."""
+    name = _name(plan, index, trigger)
+    if name not in taken:
+        return False
+    return not _same_vectors(parts[taken[name]], plan, taken[name], name, parts[index], trigger)
 
 
 def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
@@ -120,7 +163,7 @@ def renames_from(texts: Sequence[str] | None) -> dict[str, list[str]]:
             raise UsageError(
                 f"--rename '{shown(text)}': write it as old=new, for example --rename '*=<my-cat>'"
             )
-        names.setdefault(cleaned(old), []).append(check_word(new, "--rename: the new trigger"))
+        names.setdefault(cleaned(old), []).append(check_word(new, f"{setting('rename')} the new trigger"))
     return names
 
 
@@ -187,17 +230,14 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
 
 def _free_name(part: LearnedEmbeddings, taken: set[str]) -> str:
     stem, number = file_stem(Path(part.source).stem), 1
-    while (name := f"<{stem}>" if number == 1 else f"<{stem}-{number}>") in taken:
+    while {name := f"<{stem}>" if number == 1 else f"<{stem}-{number}>", f"{name}{NEGATIVE}"} & taken:
         number += 1
     return name
 
 
 def _clash(name: str, first: LearnedEmbeddings, second: LearnedEmbeddings) -> str:
     files = f"'{shown(first.source)}' and '{shown(second.source)}'" if first.source else "two of them"
-    return (
-        f"{files} both have the trigger '{shown(name, 30)}'; rename one: "
-        f"scripts/embeddings.py merge FILES -o OUT --rename '{shown(name, 30)}=NEW' (the last file's), or --auto_rename"
-    )
+    return f"{files} both have the trigger '{shown(name, 30)}'; rename one: {setting('renaming', shown(name, 30))}"
 
 
 def _check_encoders(parts: Sequence[LearnedEmbeddings]) -> None:

@@ -17,11 +17,12 @@ from ldm.embeddings.concept import (
     LearnedEmbeddings,
     is_possible_width,
     model_names,
+    noted_text,
     quoted,
 )
 from ldm.embeddings.payload import METHOD, RECORD_KEY, Payload, open_payload, save_tensors
 from ldm.embeddings.reader import read
-from ldm.embeddings.tensor_formats import is_xti
+from ldm.embeddings.tensor_formats import is_xti, layers_of_xti
 from ldm.files import atomic_write
 from ldm.util import UserError, shown
 from ldm.words import check_word
@@ -43,6 +44,7 @@ class MethodFile:
         tensors: by name; those of several words begin with the word's number and a dot.
         options: numbers that the method is built with.
         dials: numbers that can be changed when generating.
+        initializers: the text at which each word began, as far as it is known.
         encoder, width: the text encoder that it is for; see `ldm.embeddings.concept.ENCODER_KINDS`.
         source: the name of the file.
     """
@@ -55,6 +57,7 @@ class MethodFile:
     encoder: str | None = None
     width: int = 0
     source: str = ""
+    initializers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def triggers(self) -> list[str]:
@@ -63,12 +66,17 @@ class MethodFile:
 
     def described(self) -> str:
         """One line for people: the method, the words, what the file is for, and its dials."""
-        words = ", ".join(f"'{shown(word)}' ({count})" for word, count in self.words.items())
+        words = ", ".join(
+            f"'{shown(word)}' ({count}{self._from(word)})" for word, count in self.words.items()
+        )
         dials = ", ".join(f"{shown(name)}={value:g}" for name, value in self.dials.items()) or "none"
         return (
             f"words of the method '{shown(self.method)}': {words}, for {model_names(self.encoder, self.width)}; dials: "
             f"{dials}"
         )
+
+    def _from(self, word: str) -> str:
+        return f", from '{shown(self.initializers[word])}'" if word in self.initializers else ""
 
     def renamed(self, names: Mapping[str, str]) -> MethodFile:
         """Return the same words with new names, `names` by old name; unknown ones raise EmbeddingError."""
@@ -78,7 +86,12 @@ class MethodFile:
         kept = [(check_word(names.get(word, word), "trigger"), count) for word, count in self.words.items()]
         if len(dict(kept)) < len(kept):
             raise EmbeddingError("two words would have the same name; choose another")
-        return replace(self, words=dict(kept))
+        began = {
+            new: self.initializers[old]
+            for old, (new, _) in zip(self.words, kept, strict=True)
+            if old in self.initializers
+        }
+        return replace(self, words=dict(kept), initializers=began)
 
     def only(self, word: str) -> MethodFile:
         """One of the words alone."""
@@ -86,7 +99,8 @@ class MethodFile:
             return self
         start = f"{self.triggers.index(word)}."
         tensors = {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
-        return replace(self, words={word: self.words[word]}, tensors=tensors)
+        began = {word: self.initializers[word]} if word in self.initializers else {}
+        return replace(self, words={word: self.words[word]}, tensors=tensors, initializers=began)
 
     def check_encoder(self, encoder: str, width: int) -> None:
         """Raise EmbeddingError if it is for another text encoder than this one."""
@@ -106,6 +120,7 @@ def write_method_file(content: MethodFile, path: str | Path) -> Path:
         "words": dict(content.words),
         "options": dict(content.options),
         "dials": dict(content.dials),
+        "initializers": dict(content.initializers),
         "encoder": content.encoder,
         "width": content.width,
     }
@@ -136,7 +151,7 @@ def read_method_file(path: str | Path) -> MethodFile | None:
         if payload.record.format == METHOD:
             return _parse(payload)
         if is_xti(payload.names):
-            return _of_another_tool(path)
+            return _of_another_tool(payload)
     except UserError as error:
         raise error if str(path) in str(error) else EmbeddingError(f"'{path}': {error}") from error
     return None
@@ -152,17 +167,17 @@ def triggers_of(path: str | Path) -> list[str]:
     return read_words(path).triggers
 
 
-def _of_another_tool(path: Path) -> MethodFile:
+def _of_another_tool(payload: Payload) -> MethodFile:
     """The file that the tools of XTI write, a vector for each layer: the method is in the names alone."""
-    learned = read(path)
-    first = learned.concepts[0]
+    layers = layers_of_xti(payload)
+    first = next(iter(layers.values()))
     return MethodFile(
         "xti",
         {first.trigger: len(first.vectors)},
-        {concept.part: concept.vectors for concept in learned.concepts},
+        {name: concept.vectors for name, concept in layers.items()},
         encoder=first.encoder,
         width=first.width,
-        source=path.name,
+        source=payload.path.name,
     )
 
 
@@ -181,7 +196,8 @@ def _parse(payload: Payload) -> MethodFile:
     for count in words.values():
         if type(count) is not int or not 1 <= count <= _MOST_VECTORS:
             raise EmbeddingError(f"a word has {shown(count)} vectors; it is damaged")
-    encoder, width = values.get("encoder"), values.get("width")
+    encoder, width, began = (values.get(name) for name in ("encoder", "width", "initializers"))
+    began = began if isinstance(began, dict) else {}
     width = width if type(width) is int else 0
     try:
         tensors = load_file(payload.path)
@@ -198,6 +214,7 @@ def _parse(payload: Payload) -> MethodFile:
         encoder if isinstance(encoder, str) and is_possible_width(encoder, width) else None,
         width,
         payload.path.name,
+        {check_word(word): text for word in words if (text := noted_text(began.get(word)))},
     )
 
 

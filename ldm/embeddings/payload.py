@@ -28,6 +28,7 @@ from ldm.embeddings.concept import (
     architecture_of,
     check_shape,
     is_possible_width,
+    noted_text,
 )
 from ldm.files import NO_TENSORS, file_kind, why_no_file
 from ldm.outlines import SLACK, asks_for, outline_of, unzipped
@@ -41,10 +42,15 @@ METHOD = "method"
 _MAX_RECORD = 2**18
 
 
+def more_than_vectors(method: Any, instead: str) -> str:
+    """Return the reason why a file of a method is refused where vectors are needed, and what to do `instead`."""
+    return f"it holds words of the method '{shown(method)}', which are more than vectors; {instead}"
+
+
 def record_text(embeddings: LearnedEmbeddings, format: str) -> str:
     """Return the JSON text that is written beside the vectors into a file of this format."""
     concepts = [
-        {"trigger": c.trigger, "encoder": c.encoder, "part": c.part, "token": c.token}
+        {name: getattr(c, name) for name in ("trigger", "encoder", "part", "token", "initializer")}
         for c in embeddings.concepts
     ]
     concepts = [{key: value for key, value in c.items() if value not in (None, "")} for c in concepts]
@@ -95,6 +101,7 @@ class MetadataRecord:
             encoder=kind if isinstance(kind, str) and is_possible_width(kind, width) else encoder,
             part=part if part == "negative" else "",
             token=token if type(token) is int and 0 <= token < 2**31 else None,
+            initializer=noted_text(entry.get("initializer")),
         )
 
 

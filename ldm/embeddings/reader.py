@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm.base_models import FAMILIES, what_holds
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
-from ldm.embeddings.payload import METHOD, Payload, open_payload
+from ldm.embeddings.payload import METHOD, Payload, more_than_vectors, open_payload
 from ldm.embeddings.pickle_formats import parse_a1111, parse_original
 from ldm.embeddings.tensor_formats import (
     is_xti,
@@ -17,17 +17,16 @@ from ldm.embeddings.tensor_formats import (
     parse_emb_params,
     parse_lora,
     parse_onetrainer,
-    parse_xti,
 )
+from ldm.front_ends import setting
 from ldm.model_kinds import EMBEDDING
-from ldm.util import UserError, shown
+from ldm.util import UserError
 
 # Tried in this order; the last accepts any key as a trigger.
 _PARSERS = (
     parse_original,
     parse_a1111,
     parse_by_encoder,
-    parse_xti,
     parse_onetrainer,
     parse_emb_params,
     parse_diffusers,
@@ -43,15 +42,22 @@ _OWN_PARSERS = {
 }
 
 
-def read(path: str | Path) -> LearnedEmbeddings:
+def read(
+    path: str | Path, instead: str = "generate and evaluate with them here, no other tool can use them"
+) -> LearnedEmbeddings:
     """Read an embedding file of any known format, which is recognised by its content.
 
     Nothing in the file is run, imported or used as a path. Raises EmbeddingError, one line with the path and the
-    reason, if the file is missing, damaged, too large, unknown or malicious.
+    reason, if the file is missing, damaged, too large, unknown or malicious, or holds words of a method that are more
+    than vectors (see `ldm.embeddings.method_files`); `instead` ends the line for the latter.
     """
     path = Path(path)
     try:
         payload = open_payload(path)
+        if payload.record.format == METHOD:
+            raise EmbeddingError(more_than_vectors(payload.record.values.get("method"), instead))
+        if is_xti(payload.names):
+            raise EmbeddingError(more_than_vectors("xti", instead))
         return dataclasses.replace(_parse(payload), source=path.name)
     except UserError as error:
         raise EmbeddingError(f"'{path}': {error}") from error
@@ -60,11 +66,6 @@ def read(path: str | Path) -> LearnedEmbeddings:
 
 
 def _parse(payload: Payload) -> LearnedEmbeddings:
-    if payload.record.format == METHOD and not is_xti(payload.names):
-        raise EmbeddingError(
-            f"it holds words of the method '{shown(payload.record.values.get('method'))}', which are more than "
-            "vectors; generate and evaluate with them here, no other tool can use them"
-        )
     parsers = _OWN_PARSERS.get(payload.record.format or "")
     if parsers is None:
         if (found := parse_lora(payload)) is not None:
@@ -97,11 +98,9 @@ _MOST_NAMES = 2**14
 def _remedy(what: str) -> str:
     """Return what to do with a file that is something else."""
     if what in FAMILIES.values() or what == "a model checkpoint":
-        return (
-            "name it as the model (--ckpt_path to generate, --actual_resume to train), and an embedding here"
-        )
+        return f"name it as the model ({setting('model')}), and an embedding here"
     if "VAE" in what:
-        return "name it with --vae, and an embedding here"
+        return f"name it with {setting('vae')}, and an embedding here"
     if "training run" in what:
         return "name the embedding that the run saved beside it, such as embeddings.pt"
     return "it is used in other tools; name a file of textual inversion here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -165,7 +166,7 @@ def parse_by_encoder(payload: Payload) -> LearnedEmbeddings | None:
         )
         recorded = record.concept(0, concept.trigger, concept.vectors, encoder)
         part = "output" if key in outputs else recorded.part
-        concepts.append(Concept(recorded.trigger, concept.vectors, encoder, part))
+        concepts.append(dataclasses.replace(recorded, vectors=concept.vectors, encoder=encoder, part=part))
     metadata = record.metadata if record else header_metadata(payload.header)
     kind = "sdxl pair" if {"clip_l", "clip_g"} <= keys else "by encoder"
     return LearnedEmbeddings(tuple(concepts), metadata, record.format or ("safetensors" if record else kind))
@@ -218,14 +219,10 @@ def is_xti(keys: Collection[str]) -> bool:
     return len(keys) > 1 and all(_LAYER.fullmatch(key) for key in keys)
 
 
-def parse_xti(payload: Payload) -> LearnedEmbeddings | None:
-    """Return the vectors of an XTI file, one concept for each layer; None for other files."""
-    keys = payload.names
-    if not is_xti(keys):
-        return None
+def layers_of_xti(payload: Payload) -> dict[str, Concept]:
+    """Return the vectors of an XTI file by the name of the layer."""
     trigger = trigger_of(payload)
-    concepts = tuple(Concept(trigger, payload.content[key], part=key) for key in sorted(keys))
-    return LearnedEmbeddings(concepts, header_metadata(payload.header), "xti")
+    return {key: Concept(trigger, payload.content[key]) for key in sorted(payload.names)}
 
 
 _BUNDLED = re.compile(
@@ -302,9 +299,7 @@ def save_diffusers(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     """
     (concept,) = embeddings.concepts
     if concept.trigger == _RESERVED_KEY:
-        raise EmbeddingError(
-            f"safetensors files reserve the name '{_RESERVED_KEY}'; give another word (convert --trigger)"
-        )
+        raise EmbeddingError(f"safetensors files reserve the name '{_RESERVED_KEY}'; give another word")
     header = {"format": "pt", RECORD_KEY: record_text(embeddings, "diffusers")}
     save_tensors({concept.trigger: concept.vectors}, header, file)
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.embeddings.concept import Concept, EmbeddingError, LearnedEmbeddings
+from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings
 from ldm.embeddings.inspection import nearest_words
+from ldm.front_ends import setting
 from ldm.util import shown
 
 # Ridge penalties that are tried, as multiples of the mean variance of the source table.
@@ -136,12 +137,12 @@ def transferred(
                 made_for = embeddings.only(trigger).concepts[0].models
                 raise EmbeddingError(
                     f"'{shown(trigger)}' is for {made_for}; the text encoder of '{shown(source)}' is {kind}, of width "
-                    f"{width}: name the model that the word was trained on with --from"
+                    f"{width}: name the model that the word was trained on with {setting('source')}"
                 )
             concept = usable[0]
             # The token id stays: both models have the same vocabulary.
             concepts.append(
-                Concept(trigger, transfer(concept.vectors), other, part=concept.part, token=concept.token)
+                dataclasses.replace(concept, vectors=transfer(concept.vectors), encoder=other, unused=None)
             )
     metadata = dataclasses.replace(
         embeddings.metadata, base_model=target, base_model_hash=None, steps=None, transferred_from=source

@@ -20,6 +20,7 @@ from ldm.embeddings.concept import (
     quoted,
 )
 from ldm.files import atomic_write
+from ldm.front_ends import setting
 from ldm.util import shown
 from ldm.words import file_stem
 
@@ -171,5 +172,5 @@ def _check_supported(embeddings: LearnedEmbeddings, name: str, chosen: Format) -
         if chosen.states_encoder and is_ambiguous_width(concept.encoder, concept.width):
             raise EmbeddingError(
                 f"'{shown(concept.trigger)}': width {concept.width} is for {model_names(None, concept.width)}, "
-                "and the file does not say which; give the encoder (convert --encoder bert, or clip_g)"
+                f"and the file does not say which; give the encoder ({setting('encoder')})"
             )

@@ -15,6 +15,7 @@ from PIL import Image
 from ldm.data.creatures.builds import Build
 from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import SPLITS, Creature, clash, creature, scene
+from ldm.front_ends import setting
 from ldm.images import list_images, open_image
 from ldm.util import UserError
 
@@ -114,7 +115,7 @@ def find_embedding(place: str, concept: str, several: bool) -> Path:
         raise UserError(f"'{place}' does not exist; check the path")
     elif several:
         raise UserError(
-            f"--embedding_path '{place}' is one file for several concepts; write {NAME_FIELD} where the name goes"
+            f"{setting('words')} '{place}' is one file for several concepts; write {NAME_FIELD} where the name goes"
         )
     else:
         return Path(place)

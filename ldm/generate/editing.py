@@ -18,6 +18,7 @@ from ldm import words
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.files import file_hash
+from ldm.front_ends import setting
 from ldm.images import fitted, open_image, open_mask, to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -96,7 +97,7 @@ class InitImage:
         if mask.getextrema() == (0, 0):
             raise UserError(
                 f"the mask marks nothing in the central part of the image that {width}x{height} pixels show; crop the "
-                "image around it, or choose another --H and --W"
+                f"image around it, or choose another {setting('size')}"
             )
         # A cell changes if any of its pixels may.
         marked = torch.from_numpy(np.array(mask) > 0)[None, None].to(latent)
@@ -139,12 +140,15 @@ def dial_labels(strength: float, class_words: ClassWords) -> dict[str, str]:
 
 
 def class_words(
-    held: Iterable[str | Path | LearnedEmbeddings | MethodFile], given: Sequence[str] = ()
+    held: Iterable[str | Path | LearnedEmbeddings | MethodFile],
+    prompts: Iterable[str],
+    given: Sequence[str] = (),
 ) -> ClassWords:
-    """Return the class words of placeholders, from what is given and else from the files' metadata.
+    """Return the class words of placeholders, from what is given and else the initializers that the files state.
 
     Args:
         held: the embedding files, or what was read from them.
+        prompts: that the images are generated from; only placeholders in them need a class word.
         given: WORD for all placeholders, or PLACEHOLDER=WORD for one.
     Raises:
         UserError: a file cannot be read, a placeholder is unknown, or the class word of one is not known.
@@ -154,25 +158,20 @@ def class_words(
     found: dict[str, str | None] = {}
     for one in held:
         learned = read_words(one) if isinstance(one, (str, Path)) else one
-        # A run of several placeholders writes their initializers in one line, in the same order.
-        noted = learned.metadata.initializer if isinstance(learned, LearnedEmbeddings) else None
-        initializers: list[str | None] = [*(noted or "").split(", ")]
-        several = len(initializers) == len(learned.triggers) and all(initializers)
-        alone = noted if len(learned.triggers) == 1 else None
-        for number, trigger in enumerate(learned.triggers):
-            found[trigger] = initializers[number] if several else alone
+        found.update({trigger: learned.initializers.get(trigger) for trigger in learned.triggers})
     for text in given:
         name, mark, word = text.rpartition("=")
         if mark and name not in found:
             raise UserError(
-                f"--class_word '{shown(text)}' names no loaded word; loaded: {', '.join(map(shown, found)) or 'none'}"
+                f"the class word '{shown(text)}' names no loaded word; loaded: {', '.join(map(shown, found)) or 'none'}"
             )
         found.update({name: word.strip()} if mark else dict.fromkeys(found, word.strip()))
-    unknown = next((trigger for trigger, word in found.items() if not word), None)
+    pieces = [piece for prompt in prompts for piece in words.split(prompt, found)]
+    unknown = next((name for _, name in pieces if name is not None and not found[name]), None)
     if unknown is not None:
         raise UserError(
-            f"the class word of '{shown(unknown)}' is not in its file; name it, as in --class_word cat or "
-            f"--class_word '{shown(unknown)}=cat'"
+            f"the class word of '{shown(unknown)}' is not in its file; name it, as in "
+            f"{setting('class_word', shown(unknown))}"
         )
     return {trigger: word for trigger, word in found.items() if word}
 
@@ -194,7 +193,8 @@ def with_class_words(model: LatentDiffusion, prompts: Sequence[str], class_words
         word = class_words if isinstance(class_words, str) else class_words.get(name)
         if not word:
             raise UserError(
-                f"concept_strength needs the class word of '{shown(name)}'; name it, as in --class_word cat"
+                f"concept_strength needs the class word of '{shown(name)}'; name it, as in "
+                f"{setting('class_word', shown(name))}"
             )
         return word
 

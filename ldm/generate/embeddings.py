@@ -15,6 +15,7 @@ from torch import nn
 
 from ldm.embeddings import LearnedEmbeddings, merge, read
 from ldm.embeddings.method_files import MethodFile, read_method_file, read_words
+from ldm.front_ends import setting
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import words_of
@@ -158,8 +159,8 @@ def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: I
         if found is not None:
             raise UserError(
                 f"the prompt \"{shown(prompt)}\" mentions '{shown(found[0], 30)}', but no loaded embedding has that "
-                f"name (loaded: {_listed(learned) or 'none'}); load its file with --embedding_path, or write the "
-                "prompt without it"
+                f"name (loaded: {_listed(learned) or 'none'}); load its file with {setting('words')}, or write "
+                "the prompt without it"
             )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm import words
+from ldm.front_ends import setting
 from ldm.models.diffusion.conditioning import (
     TimedCondition,
     TimedPrompts,
@@ -229,7 +230,7 @@ def _refuse_foreign(prompt: str, hidden: Mapping[str, str], syntax: str) -> None
     if found is not None:
         text = shown(_restored(found[0], hidden))
         raise UserError(
-            f"the prompt contains '{text}': {found[1]}, or use --prompt_syntax plain to take it as text"
+            f"the prompt contains '{text}': {found[1]}, or use {setting('plain_syntax')} to take it as text"
         )
 
 

@@ -22,6 +22,7 @@ from ldm.checkpoint import load_model_from_config, read_config
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of
 from ldm.files import file_hash, in_checkout
+from ldm.front_ends import setting
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
@@ -134,12 +135,12 @@ def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str
         if found is None:
             raise UserError(
                 f"the prompt names 'embedding:{name}', but there is no such file here or in '{folder}'; "
-                "name the folder with --embedding_dir, or the file with --embedding_path"
+                f"name {setting('word_file')}"
             )
         triggers = triggers_of(found)
         if len(triggers) > 1:
             raise UserError(
-                f"'{found}' holds {len(triggers)} words; name it with --embedding_path and write the words"
+                f"'{found}' holds {len(triggers)} words; name it with {setting('words')} and write the words"
             )
         if str(found) not in words:
             words.append(str(found))
@@ -298,7 +299,7 @@ class Session:
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
         if settings.get("concept_strength", 1.0) != 1.0 and settings.get("class_words") is None:
-            settings["class_words"] = class_words(resolved.words)
+            settings["class_words"] = class_words(resolved.words, resolved.prompts)
         try:
             return generate(
                 self.model,

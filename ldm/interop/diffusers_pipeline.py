@@ -24,6 +24,7 @@ from ldm.checkpoint import uninitialised
 from ldm.diffusers_layout import TEXT_ENCODERS, UNET, VAE, to_diffusers
 from ldm.diffusers_settings import PREDICTIONS, SCHEDULES, unet_settings, vae_settings
 from ldm.files import write_text
+from ldm.front_ends import setting
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.conditioning import condition_map, context_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -119,14 +120,14 @@ def _check_words(words: Iterable[str], tokenizer: Any, rows: int) -> None:
     if len(tokenizer) != rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} words and the text encoder {rows}: diffusers cannot "
-            "add words; export without --embedding_path"
+            f"add words; export without {setting('words')}"
         )
     known = tokenizer.get_vocab()
     for word in words:
         if word in known or f"{word}_1" in known:
             raise UserError(
                 f"'{word}' is a word of the tokenizer already, and diffusers cannot replace it; give it another "
-                f"name, for example with --rename '{word}=<my-cat>'"
+                f"name, for example {setting('export_name', word)}"
             )
 
 
@@ -191,7 +192,7 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
     """Write the folder of a pipeline atomically; UserError if the folder exists and is not empty."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' exists already; name another folder with --out")
+        raise UserError(f"'{folder}' exists already; name another {setting('folder')}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

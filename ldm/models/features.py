@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.front_ends import setting
 from ldm.images import to_tensor
 from ldm.models.two_towers import TwoTowers
 from ldm.modules.encoders.base import reading, require_files
@@ -125,7 +126,7 @@ class PublishedFeatures:
         return _projected(self.model.text_projection, states, self.name)
 
 
-def load_features(source: str | Path, device: torch.device | str, what: str = "--features") -> Features:
+def load_features(source: str | Path, device: torch.device | str, what: str = "") -> Features:
     """Return the feature extractor in a folder (of TwoTowers or of transformers) or of a hub name.
 
     `what` is the name of `source` in errors.
@@ -135,14 +136,17 @@ def load_features(source: str | Path, device: torch.device | str, what: str = "-
     """
     if (Path(source) / _TOWERS).is_file():
         return OwnFeatures(TwoTowers.load(source).to(device), str(source))
-    return PublishedFeatures(str(source), device, f"{what} '{source}'")
+    return PublishedFeatures(str(source), device, f"{what or setting('features')} '{source}'")
 
 
 def check_features(source: str | Path) -> None:
     """Raise UserError if `load_features` could not read a folder, without loading anything."""
     if not (Path(source) / _TOWERS).is_file():
         require_files(
-            f"--features '{source}'", str(source), ("config.json", _TOWERS), ("preprocessor_config.json",)
+            f"{setting('features')} '{source}'",
+            str(source),
+            ("config.json", _TOWERS),
+            ("preprocessor_config.json",),
         )
 
 

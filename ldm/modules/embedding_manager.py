@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ldm.embeddings import Concept, LearnedEmbeddings, Progress, concepts_of, read, write
+from ldm.front_ends import setting
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
-from ldm.words import check_text, check_word
+from ldm.words import NEGATIVE as NEGATIVE
+from ldm.words import check_text, check_word, own_words
 
 logger = logging.getLogger(__name__)
 
 # Several vectors that begin at the same token would stay equal, because their gradients would be equal.
 REPEAT_NOISE = 0.1
-# The end of a word that is the negative of another one, as in the files of DreamArtist.
-NEGATIVE = "-neg"
+# What to do with a file whose words are more than vectors.
+_OF_A_METHOD = "begin from them with the personalization that learned them, or name a file of vectors"
 NORM_CONTROLS = (None, "fixed", "limited")
 # Private characters, which no prompt contains.
 _DOT, _ESCAPE = "\ue02e", "\ue000"
@@ -82,6 +84,7 @@ class EmbeddingManager(nn.Module, Personalization):
         self.progressive_scale = progressive_scale
         self.seed, self.cross_init = seed, cross_init
         self.loaded = False
+        self._stated: Mapping[str, str] = {}
         self.widths = embedder.widths
         self._norms = NormControl(norm_control, norm_ratio, self.widths)
         self._set_vectors({}, {})
@@ -115,6 +118,12 @@ class EmbeddingManager(nn.Module, Personalization):
         if self.progressive_step is not None:
             limit = 1 + self.progressive_step // self.progressive_scale
         return {string: min(count, limit) for string, count in self.most_positions().items()}
+
+    @property
+    def initializers(self) -> dict[str, str]:
+        """The text at which each placeholder began: that of the file that it comes from, or the configured one."""
+        known = {**self._initializers, **self._stated}
+        return {string: text for string, text in known.items() if string in self.string_to_token_dict}
 
     def most_positions(self) -> dict[str, int]:
         """Each placeholder with the number of all its vectors."""
@@ -201,7 +210,7 @@ class EmbeddingManager(nn.Module, Personalization):
         known = pretrained_wanted()
         vectors = {}
         for index, (string, count) in enumerate(self._counts.items()):
-            tokens = self._initializers.get(string, ())
+            tokens = self.tokenizer.token_ids(self._initializers.get(string, ""))
             rows = encoded_tokens(embedder, tokens) if self.cross_init and tokens and known else None
             first = initial_vectors(table, tokens, count, self.seed + index, rows)
             vectors[string] = self._norms.applied(first)
@@ -271,7 +280,7 @@ class EmbeddingManager(nn.Module, Personalization):
 
     def save(self, path: str | Path) -> None:
         """Write the original's file, vectors not yet in use included."""
-        used = self.export()
+        used, initializers = self.export(), self.initializers
         progress = None
         if self.progressive_step is not None:
             progress = Progress(self.progressive_step, self.progressive_scale)
@@ -286,6 +295,7 @@ class EmbeddingManager(nn.Module, Personalization):
                 self.family,
                 token=token if token < self.tokenizer.vocab_size else None,
                 unused=self.vectors(string)[len(vectors) :] if len(vectors) < count else None,
+                initializer=initializers.get(string),
             )
         write(LearnedEmbeddings(tuple(concepts), progress=progress), path, "original")
 
@@ -297,16 +307,16 @@ class EmbeddingManager(nn.Module, Personalization):
         Raises:
             UserError: the file cannot be read, or does not fit the encoder.
         """
-        self._hold(read(path), path, {})
+        self._hold(read(path, _OF_A_METHOD), path, {})
 
     @classmethod
     def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
         """Raise UserError for a file that does not hold these words, nor one word for the only one."""
-        chosen(read(path), placeholders, str(path))
+        chosen(read(path, _OF_A_METHOD), placeholders, str(path))
 
     def _begin_from(self, path: str | Path, strings: Sequence[str]) -> None:
         """Take the vectors of these placeholders from a file, see `chosen`; others stay where the file lacks them."""
-        found = read(path)
+        found = read(path, _OF_A_METHOD)
         others = [string for string in self.string_to_token_dict if string not in strings]
         learned = chosen(found, strings, str(path), optional=others)
         if unnamed := [word[:60] for word in found.triggers if word not in learned.triggers]:
@@ -327,7 +337,7 @@ class EmbeddingManager(nn.Module, Personalization):
         """Take the vectors of a file, and those at present of the words that it lacks, in the present order."""
         whole = learned.vectors_for(self.width, self.family, unused=True)
         self.take({**present, **whole}, f"embedding file '{path}'")
-        self.loaded = True
+        self.loaded, self._stated = True, learned.initializers
         if learned.progress is not None:
             self.progressive_step, self.progressive_scale = learned.progress.step, learned.progress.scale
         elif self.progressive_step is not None:
@@ -359,21 +369,23 @@ def chosen(
 ) -> LearnedEmbeddings:
     """The words of an embedding file under the names of placeholders: by name, or the only word as the only one.
 
-    Words that are neither placeholders nor `optional` are left out.
+    The negative of a word (see `ldm.words.NEGATIVE`) goes with it. Words that are neither placeholders nor `optional`
+    are left out.
 
     Raises:
         UserError: it has several words and not every placeholder; the message names `source`.
     """
+    only, asked = own_words(learned.triggers), own_words(placeholders)
+    if len(only) == len(asked) == 1 and asked[0] not in learned.triggers:
+        learned = learned.renamed({only[0]: asked[0]})
     held, absent = learned.triggers, [string for string in placeholders if string not in learned.triggers]
-    if absent and len(held) == len(placeholders) == 1:
-        return learned.renamed({held[0]: absent[0]})
     if absent:
         words = (
             "', '".join(word[:30] for word in held[:4]) + "'" + f" and {len(held) - 4} more" * (len(held) > 4)
         )
         raise UserError(
-            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; set --placeholder_string to a word of "
-            "the file, or name another file"
+            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; give a word of the file with "
+            f"{setting('placeholder')}, or name another file"
         )
     return replace(
         learned, concepts=tuple(c for c in learned.concepts if c.trigger in (*placeholders, *optional))
@@ -396,8 +408,8 @@ def configured_words(
     num_vectors_per_token: int | Sequence[int] | Mapping[str, int],
     limit: int,
     further: Sequence[str] = (),
-) -> tuple[list[str], dict[str, int], dict[str, list[int]]]:
-    """The words that a YAML configures: those it names, all with their numbers of vectors, and initial tokens.
+) -> tuple[list[str], dict[str, int], dict[str, str]]:
+    """The words that a YAML configures: those it names, all with their numbers of vectors, and the initializers.
 
     `further` placeholders have one vector and no initializer. A placeholder that is an ordinary word is a warning.
 
@@ -414,11 +426,9 @@ def configured_words(
     for string in filter(tokenizer.is_word, strings):
         logger.warning("placeholder '%s' is an ordinary word, and prompts lose its ordinary meaning", string)
     counts = vector_counts(strings, placeholders, num_vectors_per_token, limit)
-    initializers = {
-        string: initializer_tokens(tokenizer, word, counts[string])
-        for string, word in zip(strings, words, strict=False)
-        if word
-    }
+    initializers = {string: word for string, word in zip(strings, words, strict=False) if word}
+    for string, word in initializers.items():
+        check_initializer(tokenizer, word, counts[string])
     return strings, counts, initializers
 
 
@@ -464,12 +474,8 @@ def _as_list(value: Sequence[Any] | str | None) -> list[Any]:
 # -- initial vectors and their norm --------------------------------------------------------------------------
 
 
-def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> list[int]:
-    """The tokens of an initializer for `count` vectors; a warning if they are more.
-
-    Raises:
-        UserError: it has no tokens.
-    """
+def check_initializer(tokenizer: PromptTokenizer, word: str, count: int) -> None:
+    """Warn of an initializer with more tokens than `count` vectors; UserError for one that has none."""
     tokens = tokenizer.token_ids(check_text(word, "initializer word"))
     if not tokens:
         raise UserError(f"initializer word '{word}' has no tokens; choose another word")
@@ -481,7 +487,6 @@ def initializer_tokens(tokenizer: PromptTokenizer, word: str, count: int) -> lis
             count,
             "s" * (count > 1),
         )
-    return tokens
 
 
 def initial_vectors(

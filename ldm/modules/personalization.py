@@ -155,6 +155,11 @@ class Personalization(Protocol):
         """Each placeholder with the number of token positions that it takes up in a prompt at present."""
         return dict.fromkeys(self.string_to_token_dict, 1)
 
+    @property
+    def initializers(self) -> dict[str, str]:
+        """The text at which each placeholder began, as far as it is known; files state it."""
+        return {}
+
     @classmethod
     def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
         """Raise UserError for a file that words of these names cannot begin from; called before a model is read."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from ldm import files
 from ldm.files import CHECKOUT
+from ldm.front_ends import VARIABLE
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import holder
 from ldm.util import UserError
@@ -232,7 +233,7 @@ class Queue:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env=_environment(),
+                    env=environment(),
                 )
         except OSError as error:
             reason = f"it could not be started: {error.strerror or error}"
@@ -293,9 +294,10 @@ def train_command() -> list[str]:
     ]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The variables of a training process, whose messages the page shows."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(("GRADIO_", "LDM_RUN"))}
-    return own | {"PYTHONUNBUFFERED": "1"}
+    return own | {"PYTHONUNBUFFERED": "1", VARIABLE: "page"}
 
 
 def _send_stop(process: int) -> None:

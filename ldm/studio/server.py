@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ldm.console import Parser, positive, set_up_logging, write_line
+from ldm.front_ends import speaking_as
 from ldm.studio.queue import STATE_FOLDER
 from ldm.studio.workspace import Workspace
 from ldm.util import UsageError, UserError
@@ -115,6 +116,7 @@ def serve(options: argparse.Namespace) -> None:
     from ldm.training.run_folder import locked
 
     with ExitStack() as stack:
+        stack.enter_context(speaking_as("page"))
         try:
             stack.enter_context(locked(workspace.logs / STATE_FOLDER))
         except UserError as error:

@@ -27,7 +27,7 @@ from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, wri
 from ldm.files import in_checkout
 from ldm.generate.session import checkpoint_of
 from ldm.studio.generation import Generation, whole
-from ldm.studio.queue import STATE_FOLDER, Job, Queue, train_command
+from ldm.studio.queue import STATE_FOLDER, Job, Queue, environment, train_command
 from ldm.studio.workspace import (
     Finding,
     Thumbnail,
@@ -40,7 +40,7 @@ from ldm.training.inversion import Inversion
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import existing_run_folder
 from ldm.util import UserError, best_device
-from ldm.words import check_word, file_stem
+from ldm.words import check_word, file_stem, own_words
 from ldm.yaml_files import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -250,6 +250,7 @@ class Service:
                 cwd=self.workspace.root,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
+                env=environment(),
                 text=True,
                 timeout=TRIAL_SECONDS,
             )
@@ -326,11 +327,12 @@ class Service:
         if source is None:
             raise UserError(f"step {step} of '{run}' has no saved vectors; the nearest saved one is offered")
         learned = read_words(source)
-        word = name.strip() or learned.triggers[0]
-        if len(learned.triggers) > 1 and word != learned.triggers[0]:
-            raise UserError(f"the run learned {len(learned.triggers)} words; a new name fits one word only")
-        if len(learned.triggers) == 1:
-            learned = learned.renamed({learned.triggers[0]: check_word(word)})
+        own = own_words(learned.triggers)
+        word = name.strip() or own[0]
+        if len(own) > 1 and word != own[0]:
+            raise UserError(f"the run learned {len(own)} words; a new name fits one word only")
+        if len(own) == 1:
+            learned = learned.renamed({own[0]: check_word(word)})
         if isinstance(learned, MethodFile):
             return write_method_file(learned, self._free_file(word, ".safetensors"))
         several = len(learned.triggers) > 1
@@ -393,11 +395,10 @@ class Service:
         parts = [read(self.workspace.word_file(file)) for file in sources]
         learned = parts[0] if len(parts) == 1 else merge(parts, automatic=True)
         if word.strip():
-            if len(learned.triggers) > 1:
-                raise UserError(
-                    f"the file holds {len(learned.triggers)} words; a new name fits one word only"
-                )
-            learned = learned.renamed({learned.triggers[0]: check_word(word.strip())})
+            own = own_words(learned.triggers)
+            if len(own) > 1:
+                raise UserError(f"the file holds {len(own)} words; a new name fits one word only")
+            learned = learned.renamed({own[0]: check_word(word.strip())})
         folder = self.workspace.outputs / "words"
         return write_all(learned, folder / f"{time.time_ns():x}", format)
 

@@ -22,7 +22,6 @@ from ldm.embeddings.writer import format_named
 from ldm.files import in_checkout
 from ldm.generate.embeddings import of_own_class
 from ldm.images import open_image
-from ldm.modules.embedding_manager import NEGATIVE
 from ldm.training.record import RunRecord, is_run
 from ldm.util import UserError, check_value, cut, shown
 from ldm.values import plain
@@ -83,10 +82,7 @@ class Concept:
 
     def renamed(self, word: str) -> Concept:
         """The same vectors for another word; a negative word that belongs to it is renamed with it."""
-        names = {self.word: check_word(word)}
-        if f"{self.word}{NEGATIVE}" in self.words:
-            names[f"{self.word}{NEGATIVE}"] = f"{word}{NEGATIVE}"
-        return replace(self, embeddings=self.embeddings.renamed(names), path=None)
+        return replace(self, embeddings=self.embeddings.renamed({self.word: check_word(word)}), path=None)
 
     def save(
         self,

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
 from ldm.files import NO_TENSORS, is_hub_id, why_no_file
+from ldm.front_ends import setting
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import flags, hub, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -146,7 +147,7 @@ def training_yaml(model: str | Path, variant: str | None = None, revision: str |
     if not base.finetune_config.is_file():
         raise ConfigError(
             f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
-            "install -e, or name a YAML with --base"
+            f"install -e, or name a YAML with {setting('base')}"
         )
     ask_for_prediction(base)
     return base.finetune_config
@@ -208,16 +209,16 @@ def places(
 
     def place(key: str) -> str:
         if key in set_by:
-            return f" ({set_by[key]})"
+            return setting("typed", set_by[key])
         if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
-            return f" (--{key})"
+            return setting("typed", f"--{key}")
         for override in options.overrides:
             name = override.partition("=")[0]
             if key == name or key.startswith((f"{name}.", f"{name}[")):
                 return ""
         name = key.rpartition(".")[2]
         if name in options.trainer and key == f"lightning.trainer.{name}":
-            return f" (--{name})"
+            return setting("typed", f"--{name}")
         return place_in([*saved, *yamls], key)
 
     return place
@@ -350,9 +351,9 @@ def check_run_config(
 
     problems: list[Problem] = []
     if not config.get("model"):
-        problems.append(Problem("", "there is no model; give a YAML with --base"))
+        problems.append(Problem("", f"there is no model; give a YAML with {setting('base')}"))
     elif not config.get("data"):
-        problems.append(Problem("", "there is no data node; add a YAML that has one with --base"))
+        problems.append(Problem("", f"there is no data node; add a YAML that has one with {setting('base')}"))
     lightning = config.get("lightning") or {}
     trainer = lightning.get("trainer") or {}
     for where, node, known in (
@@ -370,7 +371,9 @@ def check_run_config(
     rootless = [node for node in _datasets(config) if _needs_root(node)]
     if rootless:
         problems.append(
-            Problem("", "there is no image folder; give --data_root FOLDER, or data_root: FOLDER in the YAML")
+            Problem(
+                "", f"there is no image folder; give it with {setting('images')}, or as data_root in the YAML"
+            )
         )
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():

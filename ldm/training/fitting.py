@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ldm import pickles
 from ldm.console import Interrupted
+from ldm.front_ends import setting
 from ldm.training import run_folder
 from ldm.training.callbacks.base import is_personalization
 from ldm.training.run_folder import RunFolder
@@ -67,7 +68,8 @@ def fit(
         where = f" '{error.filename}'" if error.filename else ""
         raise UserError(
             f"step {trainer.global_step}: {error.strerror or str(error).strip().splitlines()[-1]}{where}; what was "
-            f"learned is in {folder.checkpoints}; correct the cause and resume with -r {folder.path}"
+            f"learned is in {folder.checkpoints}; correct the cause and resume with {setting('resume', '-r')} "
+            f"{folder.path}"
         ) from error
     except ValueError as error:
         if "val_check_interval" not in str(error):
@@ -85,7 +87,7 @@ def fit(
             raise
         raise UserError(
             f"out of memory at step {trainer.global_step}; what was learned is in {folder.checkpoints}. Try "
-            "configs/recipes/low-memory.yaml as one more --base, that is data.params.batch_size=1, "
+            f"{setting('less_memory')}, that is data.params.batch_size=1, "
             "lightning.trainer.precision=bf16-mixed, model.params.unet_config.params.use_checkpoint=true or smaller "
             "images"
         ) from error
@@ -114,9 +116,7 @@ def check_is_state(path: Path, folder: RunFolder) -> dict[str, Any]:
     """
     vectors = ""
     if folder.embeddings.is_file():
-        vectors = (
-            f"; begin a new run from its vectors: --base YAML --embedding_manager_ckpt {folder.embeddings}"
-        )
+        vectors = f"; begin a new run from its vectors: {setting('begin', folder.embeddings)}"
     try:
         content = pickles.load(path, mmap=True)
     except UserError as error:

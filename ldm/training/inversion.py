@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -39,6 +39,9 @@ from ldm.words import check_word
 logger = logging.getLogger(__name__)
 
 Images: TypeAlias = "str | Path | Image.Image | Sequence[str | Path | Image.Image]"
+Item = TypeVar("Item")
+# A value for each of several words, or one for all.
+OfWords: TypeAlias = Mapping[str, Item] | Item
 
 # The folders of YAMLs that are named without their path, and one in each.
 _FOLDERS = {
@@ -52,13 +55,14 @@ _YAML_END = "...\n"  # what the YAML of a single value ends with
 class Inversion:
     """What is to be learned, and how, as a command line of main.py.
 
-    A field that is None leaves the YAML's value. `recipes` are names of files in configs/recipes, or paths of YAMLs;
+    A field that is None leaves the YAML's value; those of several words are in the settings, see `settings_of_words`.
+    `recipes` are names of files in configs/recipes, or paths of YAMLs;
     `personalization` is one of configs/personalization or a path;
     `rate` is a number or rates by steps ("0.005:100, 1e-3:1000"); `preview_every` is in steps; `settings` are further
     "dotted.key=value" words.
     """
 
-    images: str | Path
+    images: str | Path | None
     placeholder: str | None = None
     init: str | None = None
     model: str | Path = WEIGHTS
@@ -92,8 +96,8 @@ class Inversion:
         ]
         if self.personalization:
             bases.append(str(named_yaml(self.personalization, "personalization")))
-        words = ["--base", *bases, "-t", "--actual_resume", ckpt, "--data_root", str(self.images)]
-        words += ["-l", str(self.logdir)]
+        words = ["--base", *bases, "-t", "--actual_resume", ckpt, "-l", str(self.logdir)]
+        words += ["--data_root", str(self.images)] if self.images is not None else []
         words += ["--placeholder_string", self.placeholder] if self.placeholder is not None else []
         return [*words, *self.changes()]
 
@@ -189,10 +193,11 @@ class _Watcher(RunCallback):
 
 
 def invert(
-    images: Images | None = None,
+    images: Images | Mapping[str, Images] | None = None,
     *,
     placeholder: str | None = None,
-    init: str | None = None,
+    init: OfWords[str] | None = None,
+    vectors: OfWords[int] | None = None,
     model: str | Path = WEIGHTS,
     recipe: str | Sequence[str] = (),
     logdir: str | Path = "logs",
@@ -202,22 +207,25 @@ def invert(
     quiet: bool = True,
     **further: Any,
 ) -> Concept:
-    """Learn a word from a few images; every weight of the model stays as it is.
+    """Learn a word, or several, from a few images of each; every weight of the model stays as it is.
 
     The run is one of main.py, with a folder in `logdir`. Ctrl-C (or the notebook's stop button) saves and raises
     `Stopped`, which has the concept as it is; `ldm.invert(resume=FOLDER)` goes on where it stopped.
 
     Args:
-        images: a folder, or image files and `PIL` images, which are copied into `logdir`.
+        images: a folder, or image files and `PIL` images, which are copied into `logdir`. For several words in one
+            run, those of each: {"<cat>": "photos/cat", "<dog>": "photos/dog"}.
         placeholder: the new word, such as "<my-cat>"; by default the YAML's, which is "*" in those that ship.
-        init: the text that the vectors start from; by default the YAML's.
+        init: the text that the vectors start from; by default the YAML's. Of several words one for all, or of each:
+            {"<cat>": "cat", "<dog>": "dog"}; a word without one begins at random.
+        vectors: how many vectors a word has; of several words a number for all, or of each as for `init`.
         model: a checkpoint, or a folder with one; by default the embedded model.
         recipe: names from configs/recipes ("fast", "low-memory", ...), or paths of YAMLs.
         settings: any keys of the YAML, such as {"data.params.batch_size": 2}.
         on_progress: called about once a second with the `RunRecord`: step, total, curves(), plot(), previews().
         resume: a run folder that goes on; steps, rate and batch_size can change, the rest comes from its YAMLs.
         quiet: log warnings only, without a progress bar.
-        further: fields of `Inversion`: vectors, kind, steps, rate, batch_size, preview_every, seed, name, base, ...
+        further: fields of `Inversion`: kind, steps, rate, batch_size, preview_every, seed, name, base, ...
 
     Returns:
         the concept, with the vectors of the best step if the run measured one, else of the last.
@@ -236,19 +244,30 @@ def invert(
     further = plain(further)
     check_value("resume", resume, "", str | None)
     _check_arguments(
-        {"placeholder": placeholder, "init": init, "model": model, "recipes": names, "logdir": logdir}
-        | further
+        {"placeholder": placeholder, "model": model, "recipes": names, "logdir": logdir} | further
     )
+    init, vectors = plain(init), plain(vectors)
+    given = list(images) if isinstance(images, Mapping) else []
+    several = [check_word(word, "a word of images") for word in given]
+    for name, value in (("init", init), ("vectors", vectors)):
+        _check_of_words(name, value, several)
     if on_progress is not None and not callable(on_progress):
         raise UserError(f"on_progress is {shown(on_progress)}; give a function of the run's record")
     if placeholder is not None:
         check_word(placeholder)
     names = tuple(names)
+    if several and placeholder is not None:
+        raise UserError(
+            "placeholder and images of several words exclude each other: their keys are the words"
+        )
+    if len(set(several)) < len(several):
+        raise UserError(f"images names '{shown(several[-1])}' or another word twice; give each word once")
     asked = Inversion(
-        "",
+        None,
         placeholder,
-        init,
+        None if several or isinstance(init, Mapping) else init,
         model,
+        vectors=None if several or isinstance(vectors, Mapping) else vectors,
         recipes=names,
         logdir=logdir,
         settings=tuple(overrides(settings)),
@@ -269,13 +288,21 @@ def invert(
         words += ["--placeholder_string", placeholder] if placeholder is not None else []
         words += ["--actual_resume", checkpoint_of(model)] if model != WEIGHTS else []
     else:
-        if images is None or (isinstance(images, str) and not images.strip()):
-            raise UserError("give images: a folder, or a list of image files")
-        copied, is_given = copies_of(images, Path(logdir))
-        words = [
-            *replace(asked, images=copied).arguments(),
-            *([] if is_given else ["--datadir_in_name", "false"]),
-        ]
+        if isinstance(images, Mapping):
+            if not several:
+                raise UserError("images is empty; give the images of each word")
+            folders = [copies_of(own, Path(logdir)) for own in images.values()]
+            of_words = settings_of_words(
+                dict(zip(several, (str(folder) for folder, _ in folders), strict=True)), init, vectors
+            )
+            asked = replace(asked, settings=(*of_words, *asked.settings))
+        else:
+            if images is None or (isinstance(images, str) and not images.strip()):
+                raise UserError("give images: a folder, or a list of image files")
+            folders = [copies_of(images, Path(logdir))]
+            asked = replace(asked, images=folders[0][0])
+        is_given = all(was_given for _, was_given in folders)
+        words = [*asked.arguments(), *([] if is_given else ["--datadir_in_name", "false"])]
     watcher = _Watcher(on_progress)
     with _quiet(quiet):
         try:
@@ -314,6 +341,39 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
             label = label.replace("recipes", "recipe")
             requirement = requirement.replace("null", "None")
             raise UserError(f"{label} is {shown(repr(misfit))}; it must be {requirement}")
+
+
+def _check_of_words(name: str, value: Any, words: Sequence[str]) -> None:
+    """Raise UserError for an argument of `invert` that is neither one value nor values of these words."""
+    if not isinstance(value, Mapping):
+        _check_arguments({name: value})
+        return
+    if not words:
+        raise UserError(f"{name} is {shown(value)}; give one, or the images of each word too")
+    for word, own in value.items():
+        if word not in words:
+            raise UserError(
+                f"{name} names {shown(repr(word))}, and images has {', '.join(words)}; name one of these"
+            )
+        _check_arguments({name: own})
+
+
+def settings_of_words(
+    folders: Mapping[str, str], init: OfWords[str] | None = None, vectors: OfWords[int] | None = None
+) -> list[str]:
+    """The overrides for several words, each with its folder of images; None leaves the YAML's value."""
+
+    def each(value: OfWords[Any]) -> list[Any]:
+        return [value.get(word) if isinstance(value, Mapping) else value for word in folders]
+
+    params = "model.params.personalization_config.params"
+    given: dict[str, Any] = {"data_root": dict(folders), f"{params}.placeholder_strings": list(folders)}
+    if init is not None:
+        given[f"{params}.initializer_words"] = each(init)
+    if vectors is not None:
+        given[f"{params}.num_vectors_per_token"] = [count or 1 for count in each(vectors)]
+    # A mapping would be merged with that of a YAML.
+    return ["data_root=null", *overrides(given)]
 
 
 def overrides(settings: Mapping[str, Any] | None) -> list[str]:

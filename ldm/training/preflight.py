@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings, random_state
+from ldm.front_ends import setting
 from ldm.generate.embeddings import check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
@@ -84,7 +85,7 @@ def check_captions(model: pl.LightningModule, dataset: Any) -> None:
         words = ", ".join(f"'{word}'" for word in list(ids)[:3])
         raise UserError(
             f"none of the captions contains the placeholder {words} (one caption is '{captions[0]}'); set "
-            "placeholder_token of the dataset, or --placeholder_string, to the same word"
+            f"placeholder_token of the dataset, or {setting('placeholder')}, to the same word"
         )
     found = tokenizer.found(captions, ids)
     for word in getattr(dataset, "placeholders", ()):

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import embeddings
 from ldm.files import file_hash
+from ldm.front_ends import setting, spoken
 from ldm.training.learning_rate import step_schedule
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UsageError, UserError, get_obj_from_str
@@ -63,14 +64,14 @@ def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder) -> Non
         if was != now:
             raise UsageError(
                 f"a resumed run keeps its {name}, {_shown(was)}; {_shown(now)} is asked for: leave that out, or start "
-                "a new run without -r"
+                f"a new run without {setting('resume', '-r')}"
             )
     for key in _BASE_MODELS:
         was, now = OmegaConf.select(saved, key), OmegaConf.select(wanted, key)
         if was != now and not (was and now and _is_same_model(str(was), str(now), folder)):
             raise UsageError(
                 f"a resumed run keeps its base model, {_shown(was)}; {_shown(now)} is asked for: leave that out, or "
-                "start a new run without -r"
+                f"start a new run without {setting('resume', '-r')}"
             )
     was, now = _begun_from(saved), _begun_from(wanted)
     if now is None or now == was:
@@ -79,8 +80,8 @@ def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder) -> Non
         logger.info("--embedding_manager_ckpt is not needed: the vectors are in the state that -r reads")
         return
     raise UsageError(
-        f"--embedding_manager_ckpt '{now}' and -r exclude each other: a resumed run goes on with its own vectors; "
-        "leave one of them out"
+        f"the vectors of '{now}' and {setting('resume', '-r')} exclude each other: a resumed run goes on with its "
+        "own vectors; leave one of them out"
     )
 
 
@@ -301,13 +302,13 @@ class Resumption(Callback):
             logger.info("all settings are those of the saved state")
         if 0 <= trainer.max_steps <= step:
             logger.warning(
-                "nothing is left to train: the run is at step %d and max_steps is %d; go on with --max_steps %d",
+                "nothing is left to train: the run is at step %d and max_steps is %d; go on with %s",
                 step,
                 trainer.max_steps,
-                step + max(1, trainer.max_steps),
+                spoken(setting("steps", step + max(1, trainer.max_steps))),
             )
         elif trainer.max_epochs is not None and 0 <= trainer.max_epochs <= (epochs := _epochs(checkpoint)):
-            logger.warning("%s", _no_epochs_left(epochs, trainer.max_epochs))
+            logger.warning("%s", spoken(_no_epochs_left(epochs, trainer.max_epochs)))
 
     def _settings_before(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that a state was saved with, as far as it tells."""
@@ -446,10 +447,8 @@ def _epochs(state: Mapping[str, Any]) -> int:
 
 
 def _no_epochs_left(done: int, limit: int) -> str:
-    return (
-        f"nothing is left to train: {done} of {limit} epochs are done; go on with --max_epochs "
-        f"{done + max(1, limit)}"
-    )
+    more = setting("epochs", done + max(1, limit))
+    return f"nothing is left to train: {done} of {limit} epochs are done; go on with {more}"
 
 
 def _schedule_of(model: pl.LightningModule) -> Any:

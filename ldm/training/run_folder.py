@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.front_ends import setting
 from ldm.images import IMAGE_SUFFIXES
 from ldm.util import UserError
 from ldm.words import file_stem, folder_name
@@ -171,20 +172,21 @@ def latest_run(logdir: str | Path) -> Path | None:
 
 
 def existing_run_folder(
-    place: str | Path, logdir: str | Path = "logs", flag: str = "--resume"
+    place: str | Path, logdir: str | Path = "logs", flag: str = "-r"
 ) -> tuple[RunFolder, Path]:
     """The run folder and the state file for `-r`.
 
     `place` is a run folder, a folder or a file in it, the name of a run in `logdir`, or "latest". A `.ckpt` is the
-    state itself; any other place means the run's last.ckpt. `flag` is what messages call the option.
+    state itself; any other place means the run's last.ckpt. `flag` is the option of a command line.
 
     Raises:
         UserError: there is nothing to resume, or `place` holds vectors or a model.
     """
+    asked = setting("resume", flag)
     if place in _NEWEST and not Path(place).exists():
         newest = latest_run(logdir)
         if newest is None:
-            raise UserError(f"{flag} {place}: no run in '{logdir}' has a last.ckpt; name a run folder")
+            raise UserError(f"{asked} {place}: no run in '{logdir}' has a last.ckpt; name a run folder")
         place = newest
     place = Path(place)
     if not place.exists() and is_run_folder(Path(logdir) / place):
@@ -196,30 +198,28 @@ def existing_run_folder(
             else ""
         )
         raise UserError(
-            f"{flag} '{place}' does not exist; {one}name a run folder such as {_a_run_in(Path(logdir))}, or 'latest' "
+            f"{asked} '{place}' does not exist; {one}name a run folder such as {_a_run_in(Path(logdir))}, or 'latest' "
             "for the newest run"
         )
     home = next((path for path in (place, *place.resolve().parents) if is_run_folder(path)), None)
     if home is None:
-        raise UserError(f"{flag} '{place}': {_no_run(place)}")
+        raise UserError(f"{asked} '{place}': {_no_run(place)}")
     if not place.is_absolute():
         home = Path(os.path.relpath(home))
     run = RunFolder(home, _unused_time(home))
     is_state = place.is_file() and place.suffix == ".ckpt"
     if place.is_file() and not is_state and place.parent.name != "configs":
-        vectors = f"; a new run begins from vectors with --base YAML --embedding_manager_ckpt {place}"
+        vectors = f"; a new run begins from vectors with {setting('begin', place)}"
         raise UserError(
-            f"{flag} '{place}' is not the state of a run: -r {home} goes on from its last.ckpt"
+            f"{asked} '{place}' is not the state of a run: {setting('resume', '-r')} {home} goes on from its last.ckpt"
             + vectors * _holds_vectors(place)
         )
     state = place if is_state else run.last
     if not state.is_file():
         remedy = "the run ended before its first save"
         if run.embeddings.is_file():
-            remedy = (
-                f"begin a new run from its vectors: --base YAML --embedding_manager_ckpt {run.embeddings}"
-            )
-        raise UserError(f"{flag} '{place}': there is no '{run.last}'; {remedy}")
+            remedy = f"begin a new run from its vectors: {setting('begin', run.embeddings)}"
+        raise UserError(f"{asked} '{place}': there is no '{run.last}'; {remedy}")
     return run, state
 
 
@@ -233,9 +233,7 @@ def _no_run(place: Path) -> str:
     if place.is_dir():
         return _no_run_folder(place)
     if _holds_vectors(place):
-        return (
-            f"it holds vectors; a new run begins from them with --base YAML --embedding_manager_ckpt {place}"
-        )
+        return f"it holds vectors; a new run begins from them with {setting('begin', place)}"
     from ldm import pickles
 
     try:
@@ -245,8 +243,8 @@ def _no_run(place: Path) -> str:
     if isinstance(content, dict) and "loops" in content:
         return "it is the state of a run outside its folder; put it back into logs/<run>/checkpoints beside configs"
     return (
-        "it is not in a run folder, beside 'configs'; a frozen model is given as --actual_resume FILE, and -r names a "
-        "run folder such as logs/<run>"
+        f"it is not in a run folder, beside 'configs'; a frozen model is given as {setting('frozen_model')} FILE, and "
+        f"{setting('resume', '-r')} names a run folder such as logs/<run>"
     )
 
 
@@ -259,9 +257,9 @@ def _no_run_folder(place: Path) -> str:
         )
     suffixes = {entry.suffix.lower() for entry in place.iterdir()}
     if (place / "model_index.json").is_file() or suffixes & {".ckpt", ".safetensors"}:
-        return f"it holds a model and no run; a frozen model is given as --actual_resume {place}"
+        return f"it holds a model and no run; a frozen model is given as {setting('frozen_model')} {place}"
     if suffixes & IMAGE_SUFFIXES:
-        return f"it holds images and no run; training images are given as --data_root {place}"
+        return f"it holds images and no run; training images are given as {setting('images')} {place}"
     vectors = next(
         (
             path
@@ -272,8 +270,8 @@ def _no_run_folder(place: Path) -> str:
     )
     if vectors is not None:
         return (
-            f"it has no YAML in 'configs', so it is no whole run; a new run begins from its vectors: --base YAML "
-            f"--embedding_manager_ckpt {vectors}"
+            "it has no YAML in 'configs', so it is no whole run; a new run begins from its vectors: "
+            f"{setting('begin', vectors)}"
         )
     return f"no YAML in '{place / 'configs'}'; name a folder made by main.py, or another name for a new run"
 
@@ -344,7 +342,7 @@ def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"cannot write in '{folder}': {error.strerror}; choose another folder with --logdir"
+            f"cannot write in '{folder}': {error.strerror}; choose another folder with {setting('logdir')}"
         ) from error
     with file:
         try:
@@ -354,7 +352,7 @@ def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
             holder = file.read().strip()
             raise UserError(
                 f"another process{f' ({holder})' if holder else ''} is training in '{folder}'; wait for it, or start a "
-                "new run without -r"
+                f"new run without {setting('resume', '-r')}"
             ) from error
         except OSError as error:
             # Some network file systems do not support locks.

@@ -9,19 +9,20 @@ import os
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ldm import console
 from ldm.commands import embeddings
 from ldm.commands.embeddings import main, merge_main
-from ldm.embeddings import FORMATS, read, write
+from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.images import open_image
+from ldm.modules.methods import METHODS
+from tests.commands.embeddings_calls import fails, run
 from tests.embeddings.samples import GOLDEN, a1111_dict, learned, vectors
 
 
@@ -39,18 +40,6 @@ def checkpoint(tmp_path) -> Path:
         tmp_path / "m.safetensors",
     )
     return tmp_path / "m.safetensors"
-
-
-def run(arguments: list[str]) -> None:
-    """Run scripts/embeddings.py, which must succeed."""
-    assert main(arguments) == 0
-
-
-def fails(capsys, code: int, *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == code
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
 
 
 @pytest.mark.parametrize(
@@ -88,9 +77,52 @@ def test_inspect_a_file_of_a_method(tmp_path, capsys):
     assert main(["inspect", str(file)]) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"{file}: words of the method 'grid': '*' (1), for a model whose CLIP text")
-    assert line.endswith("dials: strength=0.8")
+    assert line.endswith("dials: strength=0.8\n  vectors     4 x 1 x 768, mean norm 0.000")
     assert main(["inspect", str(file), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["dials"] == {"strength": 0.8}
+    report = json.loads(capsys.readouterr().out)[0]
+    assert report["dials"] == {"strength": 0.8} and report["tensors"]["vectors"]["shape"] == [4, 1, 768]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "another tool"])
+def test_commands_that_need_vectors_refuse_every_method_in_one_line(
+    method, cat, checkpoint, tmp_path, capsys
+):
+    """What the file holds, that the command cannot use it, and what to do instead; nothing is written."""
+    file, out = tmp_path / "a.safetensors", tmp_path / "out.pt"
+    layers = {"IN01": torch.ones(1, 32), "MID": torch.ones(1, 32)}
+    if method == "another tool":
+        save_file(layers, file)
+        method = "xti"
+    else:
+        tensors = layers if method == "xti" else {"vectors": torch.ones(4, 1, 32)}
+        write_method_file(MethodFile(method, {"*": 1}, tensors, {}, {}, "clip", 32), file)
+    held = f"'{file}': it holds words of the method '{method}', which are more than vectors; "
+    for remedy, words in (
+        (
+            "the map between two models is for vectors, so train the word anew on the other model",
+            ["transfer", file, "--from", checkpoint, "--to", checkpoint],
+        ),
+        (
+            "generate and evaluate with them here, no other tool can use them",
+            ["convert", file, "--to", "a1111"],
+        ),
+        ("which is named beside others to generate with several", ["merge", cat, file]),
+        ("they stay together in their file, so use that", ["split", file]),
+    ):
+        said = fails(capsys, 1, *words, "-o", out)
+        assert held in said and said.strip().endswith(remedy), said
+        assert remedy in said and said.count("\n") == 1 and len(said) < 300 + len(str(tmp_path))
+    assert not out.exists()
+
+
+def test_a_damaged_file_of_a_method_does_not_end_the_report_on_others(cat, tmp_path, capsys):
+    content = MethodFile(
+        "grid", {"*": 1}, {"vectors": torch.full((4, 1, 8), float("nan"))}, {}, {}, "clip", 8
+    )
+    file = write_method_file(content, tmp_path / "a.safetensors")
+    assert main(["inspect", str(file), str(cat)]) == 1
+    said = capsys.readouterr()
+    assert "cat.pt: a1111" in said.out and "it holds NaN" in said.err
 
 
 def test_inspect_against_a_vocabulary(tmp_path, checkpoint, capsys):
@@ -226,6 +258,16 @@ def test_convert_of_several_triggers(tmp_path, capsys):
     run(["convert", str(both), "--to", "a1111", "-o", str(tmp_path)])
     written = {path.name: read(path).triggers for path in (tmp_path / "a1111").iterdir()}
     assert written == {"embedding.pt": ["*"], "embedding-2.pt": ["@"]}
+
+
+def test_a_word_is_renamed_with_its_negative(tmp_path, capsys):
+    pair = tuple(Concept(word, vectors(seed=seed)) for seed, word in enumerate(("*", "*-neg")))
+    both = write(LearnedEmbeddings(pair), tmp_path / "both.pt", "original")
+    run(["merge", str(both), "-o", str(tmp_path / "a.pt"), "--rename", "*=<dog>"])
+    assert "both.pt: '*-neg' is now '<dog>-neg'" in capsys.readouterr().out
+    assert read(tmp_path / "a.pt").triggers == ["<dog>", "<dog>-neg"]
+    run(["convert", str(both), "--to", "original", "-o", str(tmp_path / "b.pt"), "--trigger", "<dog>"])
+    assert read(tmp_path / "b.pt").triggers == ["<dog>", "<dog>-neg"]
 
 
 def test_merge_and_split(cat, tmp_path, capsys):
@@ -395,175 +437,6 @@ def test_sdxl_words_in_the_two_files_of_diffusers(tmp_path, capsys):
         "my_cat.safetensors",
         "my_cat_2.safetensors",
     ]
-
-
-@pytest.fixture
-def models(tmp_path) -> dict[str, Path]:
-    """Checkpoints whose token tables are noisy rotations of one another, and one with BERT."""
-    source = vectors(600, 32, seed=5)
-    rotation = torch.linalg.qr(vectors(48, 32, seed=6))[0].T
-    target = 2 * source @ rotation + 0.1 * vectors(600, 48, seed=7)
-    tables = {
-        "a.safetensors": (
-            "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
-            source,
-        ),
-        "b.safetensors": ("cond_stage_model.model.token_embedding.weight", target),
-        "bert.safetensors": ("cond_stage_model.transformer.token_emb.weight", vectors(600, 64)),
-        "none.safetensors": ("model.diffusion_model.out.2.weight", vectors(4, 4)),
-    }
-    for name, (key, table) in tables.items():
-        save_file({key: table}, tmp_path / name)
-    return {name.split(".")[0]: tmp_path / name for name in tables}
-
-
-@pytest.mark.parametrize("name", ["cat-b.safetensors", "cat-b.pt"])
-def test_transfer(name, models, tmp_path, capsys):
-    learned_word = write(learned("<cat>", count=2, width=32), tmp_path / "cat.safetensors")
-    out = tmp_path / name
-    command = ["transfer", learned_word, "--from", models["a"], "--to", models["b"], "--out", out]
-    run(list(map(str, command)))
-    output = capsys.readouterr().out
-    [figures] = [line for line in output.splitlines() if "this map" in line]
-    ours, nearest, mean = (float(part.split()[-1]) for part in figures.split(","))
-    assert ours > 0.9 and ours > nearest + 0.3 and nearest > mean
-    assert "60 tokens that were held out" in output and "measured on tokens, not on images" in output
-    found = read(out)
-    assert found.concepts[0].vectors.shape == (2, 48)
-    assert found.metadata.transferred_from == "a.safetensors" and found.metadata.base_model == "b.safetensors"
-    assert found.metadata.initializer == "cat" and found.metadata.steps is None
-    run(["inspect", str(out)])
-    assert "transferred from a.safetensors" in capsys.readouterr().out
-    assert "exists already" in fails(capsys, 1, *command)
-
-
-def test_a_transferred_word_is_a_start_for_training(models, tmp_path, capsys):
-    """The back direction gives the width of the small text encoder, whose manager loads it."""
-    from ldm.modules.embedding_manager import EmbeddingManager
-    from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-    from ldm.util import skip_pretrained
-
-    word = write(learned("<cat>", count=2, width=48), tmp_path / "cat.safetensors")
-    out = tmp_path / "cat-a.safetensors"
-    run(["transfer", str(word), "--from", str(models["b"]), "--to", str(models["a"]), "--out", str(out)])
-    with skip_pretrained():
-        embedder = FrozenCLIPEmbedder(version=str(GOLDEN / "clip_tiny"))
-    manager = EmbeddingManager(embedder, ["<cat>"], num_vectors_per_token=2, embedding_manager_ckpt=out)
-    assert torch.equal(manager.vectors("<cat>").detach(), read(out).concepts[0].vectors)
-
-
-@pytest.mark.refused_first
-def test_impossible_transfers_end_in_one_line(models, tmp_path, capsys):
-    word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
-
-    def refused(source: object, target: object) -> str:
-        return fails(
-            capsys, 1, "transfer", word, "--from", source, "--to", target, "--out", tmp_path / "o.pt"
-        )
-
-    for line, words in (
-        (refused(models["a"], models["bert"]), "BERT's vocabulary differs from CLIP's"),
-        (refused(models["none"], models["b"]), "has no text encoder; name a checkpoint"),
-        (
-            refused(models["b"], models["a"]),
-            "width 48: name the model that the word was trained on with --from",
-        ),
-        (refused(tmp_path / "absent", models["b"]), "absent' does not exist; check the path"),
-        (refused(models["a"], word), "has no text encoder"),
-    ):
-        assert words in line and line.count("\n") == 1 and len(line) < 308
-    assert not (tmp_path / "o.pt").exists()
-
-
-class Hub:
-    """In place of the hub: a repository of a model in the layout of diffusers, whose downloads write tables."""
-
-    def __init__(self, root: Path, tables: dict[str, torch.Tensor]) -> None:
-        self.root, self.tables, self.online = root, tables, True
-        self.fetched: list[str] = []
-
-    def snapshot_download(self, repository, revision=None, local_files_only=False, allow_patterns=()):
-        folder = self.root / repository.replace("/", "--")
-        if local_files_only and not folder.is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
-        for name in allow_patterns:
-            self.fetched.append(f"{repository}/{name}")
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith(".safetensors"):
-                key = "text_model.embeddings.token_embedding.weight"
-                save_file({key: self.tables[repository]}, folder / name)
-            elif name == "model_index.json":
-                parts = ("unet", "text_encoder", "tokenizer")
-                (folder / name).write_text(json.dumps({part: ["x", "y"] for part in parts}))
-            else:
-                words = {f"w{i}</w>": i for i in range(600)}
-                (folder / name).write_text(json.dumps(words))
-        return str(folder)
-
-    def model_info(self, repository, revision=None):
-        if not self.online or repository not in self.tables:
-            raise ConnectionError("Name or service not known")
-        names = ["model_index.json", "tokenizer/vocab.json", "unet/diffusion_pytorch_model.safetensors"]
-        names += ["text_encoder/config.json", "text_encoder/model.safetensors", "v1-5.ckpt"]
-        return type("Info", (), {"siblings": [type("File", (), {"rfilename": name}) for name in names]})
-
-
-@pytest.fixture
-def hub(models, tmp_path, monkeypatch) -> Hub:
-    tables = {
-        f"someone/{name}": next(iter(load_file(models[name]).values())).contiguous() for name in ("a", "b")
-    }
-    made = Hub(tmp_path / "hub", tables)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
-def test_a_transfer_between_models_of_the_hub_fetches_their_text_encoders(models, hub, tmp_path, capsys):
-    word = write(learned("<cat>", count=2, width=32), tmp_path / "cat.safetensors")
-    for name, source, target in (
-        ("here", models["a"], models["b"]),
-        ("hub", "someone/a", "someone/b"),
-        ("both", models["a"], "someone/b"),
-    ):
-        command = [
-            "transfer",
-            word,
-            "--from",
-            source,
-            "--to",
-            target,
-            "--out",
-            tmp_path / f"{name}.safetensors",
-        ]
-        run(list(map(str, command)))
-    here, *others = (read(tmp_path / f"{name}.safetensors") for name in ("here", "hub", "both"))
-    for other in others:
-        assert torch.equal(other.concepts[0].vectors, here.concepts[0].vectors)
-        assert other.metadata.base_model == "b"
-    assert hub.fetched.count("someone/b/text_encoder/model.safetensors") == 1
-    assert not any("unet" in name or "ckpt" in name for name in hub.fetched)
-    hub.online = False  # what was fetched is enough
-    run(["inspect", str(tmp_path / "hub.safetensors"), "--ckpt_path", "someone/b", "--words", "1"])
-    assert "nearest 1   w" in capsys.readouterr().out
-
-
-@pytest.mark.refused_first
-def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_path, capsys):
-    word = write(learned("<cat>", width=32), tmp_path / "cat.safetensors")
-    out = tmp_path / "out.safetensors"
-    for source, said in (
-        (
-            "someone/else",
-            "'someone/else': it is no file or folder here nor readable from the Hugging Face hub",
-        ),
-        ("https://x.org/a.safetensors", "'https://x.org/a.safetensors' does not exist"),
-    ):
-        line = fails(capsys, 1, "transfer", word, "--from", source, "--to", models["b"], "--out", out)
-        assert said in line and line.count("\n") == 1 and len(line) < 308
-    assert "does not exist" in fails(capsys, 1, "inspect", word, "--ckpt_path", "absent.ckpt")
-    assert not out.exists()
 
 
 @pytest.mark.client_files

@@ -111,6 +111,4 @@ def test_a_word_of_a_method_is_refused_before_the_model_is_read(run, folder, tmp
     write_method_file(content, tmp_path / "a.safetensors")
     monkeypatch.setattr(export, "load_latent_diffusion", lambda *_, **__: pytest.fail("the model was read"))
     code, _, error = run("--embedding_path", tmp_path / "a.safetensors")
-    assert (
-        code and "is of the method 'grid', whose words are more than vectors" in error and "\n" not in error
-    )
+    assert code and "words of the method 'grid', which are more than vectors" in error and "\n" not in error

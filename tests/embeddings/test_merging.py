@@ -13,8 +13,10 @@ from ldm.embeddings import (
     Progress,
     merge,
     plan_renames,
+    read,
     renames_from,
     split,
+    write,
 )
 from ldm.util import UsageError
 from tests.embeddings.samples import learned, progressive, vectors
@@ -33,7 +35,7 @@ def test_different_triggers_are_merged_in_order():
 
 
 def test_the_error_for_equal_triggers_names_the_files_and_the_remedy():
-    with pytest.raises(EmbeddingError, match=r"'a.pt' and 'b.pt' both have the trigger '\*'.*--rename"):
+    with pytest.raises(EmbeddingError, match=r"'a.pt' and 'b.pt' both have the trigger '\*'.*renamed\("):
         merge([part("a.pt", "*"), part("b.pt", "*", seed=1)])
 
 
@@ -167,3 +169,74 @@ def test_words_of_sd2_are_merged_and_named():
         LearnedEmbeddings((Concept(name, vectors(width=1024, seed=seed)),)) for seed, name in enumerate("ab")
     ]
     assert [(c.encoder, c.models) for c in merge(parts).concepts] == [("clip_h", "Stable Diffusion 2.x")] * 2
+
+
+@pytest.mark.parametrize("format", ["original", "safetensors"])
+def test_every_word_keeps_the_initializer_of_its_file(format, tmp_path):
+    parts = [part("a.pt", "x", "y", initializer="cat, dog"), part("b.pt", "z", seed=7, initializer="bird")]
+    merged = merge(parts, {"z": "w"})
+    assert merged.initializers == {"x": "cat", "y": "dog", "w": "bird"}
+    for word in split(merged):
+        write(word, tmp_path / "a", format)
+        assert read(tmp_path / "a").initializers == word.initializers
+
+
+def names_of(parts, **options) -> list[str]:
+    """The words of a merge, in the order of the vectors of `part`."""
+    merged = merge(parts, **options)
+    order = [vectors(seed=seed) for seed in range(20)]
+    number = [next(n for n, v in enumerate(order) if torch.equal(v, c.vectors)) for c in merged.concepts]
+    return [merged.triggers[number.index(n)] for n in sorted(number)]
+
+
+def test_the_negative_of_a_word_is_renamed_with_it():
+    pair = part("a.pt", "*", "*-neg")
+    assert pair.renamed({"*": "<a>"}).triggers == ["<a>", "<a>-neg"]
+    assert pair.renamed({"*": "<a>", "*-neg": "<b>"}).triggers == ["<a>", "<b>"]
+    assert pair.renamed({"*-neg": "<b>"}).triggers == ["*", "<b>"]
+    assert part("a.pt", "-neg", "<x>-neg").renamed({"-neg": "y"}).triggers == ["y", "<x>-neg"]
+    assert names_of([pair], rename={"*": "<a>"}) == ["<a>", "<a>-neg"]
+    assert names_of([pair], rename={"*": "<a>", "*-neg": "<b>"}) == ["<a>", "<b>"]
+    plan = plan_renames([pair], {"*": "<a>"})
+    assert [(step.old, step.new) for step in plan] == [("*", "<a>"), ("*-neg", "<a>-neg")]
+
+
+def test_only_the_negative_of_the_renamed_file_is_renamed():
+    first, second = part("a.pt", "*", "*-neg"), part("b.pt", "*", "*-neg", seed=2)
+    assert names_of([first, second], rename={"*": "<b>"}) == ["*", "*-neg", "<b>", "<b>-neg"]
+    both = {"*": ["<a>", "<b>"]}
+    assert names_of([first, second], rename=both) == ["<a>", "<a>-neg", "<b>", "<b>-neg"]
+    plain = part("b.pt", "*", seed=2)
+    assert names_of([first, plain], rename={"*": "<b>"}) == ["*", "*-neg", "<b>"]
+    assert names_of([second, part("c.pt", "*")], rename={"*": "<b>"}) == ["<b>", "*", "*-neg"]
+
+
+def test_a_negative_in_a_file_of_its_own_is_renamed_with_the_word_before_it():
+    files = [part("a.pt", "*"), part("a-neg.pt", "*-neg", seed=1)]
+    files += [part("b.pt", "*", seed=2), part("b-neg.pt", "*-neg", seed=3)]
+    assert names_of(files, rename={"*": "<b>"}) == ["*", "*-neg", "<b>", "<b>-neg"]
+    assert names_of(files[2:], rename={"*": "<b>"}) == ["<b>", "<b>-neg"]
+    assert names_of(files[3:1:-1], rename={"*": "<b>"}) == ["<b>", "<b>-neg"]
+    assert names_of(files[:3], rename={"*": "<b>"}) == ["*", "*-neg", "<b>"]
+
+
+def test_an_automatic_name_is_the_negatives_too():
+    first = part("a.pt", "*", "*-neg")
+    for other in (part("b.pt", "*", "*-neg", seed=2), part("b.pt", "*-neg", "*", seed=2)):
+        found = names_of([first, other], automatic=True)
+        assert set(found[2:]) == {"<b>", "<b>-neg"} and found[:2] == ["*", "*-neg"]
+    files = [first, part("b.pt", "*", seed=2), part("b-neg.pt", "*-neg", seed=3)]
+    assert names_of(files, automatic=True) == ["*", "*-neg", "<b>", "<b>-neg"]
+    held = part("c.pt", "<b>-neg", seed=5)
+    assert names_of([first, files[1], held], automatic=True) == ["*", "*-neg", "<b-2>", "<b>-neg"]
+
+
+def test_words_whose_negatives_differ_are_different():
+    first, other = part("a.pt", "*", "*-neg"), part("b.pt", "*", seed=0)
+    negative = dataclasses.replace(other.concepts[0], trigger="*-neg", vectors=vectors(seed=5))
+    other = dataclasses.replace(other, concepts=(*other.concepts, negative))
+    assert merge([first, other], automatic=True).triggers == ["*", "*-neg", "<b>", "<b>-neg"]
+    with pytest.raises(EmbeddingError, match=r"both have the trigger '\*'"):
+        merge([first, other])
+    with pytest.raises(EmbeddingError, match=r"both have the trigger '<b>-neg'"):
+        merge([part("c.pt", "<b>-neg", seed=5), first], {"*": "<b>"})

@@ -73,11 +73,11 @@ OTHERS: dict[str, tuple[Any, str, str]] = {
         "AnimateDiff",
         "tools",
     ),
-    "a Dreambooth model": ({**unet(), SD1: zeros(10, 768)}, "Stable Diffusion 1", "--ckpt_path"),
+    "a Dreambooth model": ({**unet(), SD1: zeros(10, 768)}, "Stable Diffusion 1", "(model=)"),
     "a model of SD2": (
         {**unet(context=1024), "cond_stage_model.model.token_embedding.weight": zeros(10, 1024)},
         "Stable Diffusion 2",
-        "--actual_resume",
+        "(model=)",
     ),
     "an inpainting model": ({**unet(channels=9), SD1: zeros(10, 768)}, "inpainting", "textual inversion"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": zeros(8, 8)}, "Flux", "textual inversion"),

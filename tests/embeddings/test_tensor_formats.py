@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm.embeddings import Concept, EmbeddingError, LearnedEmbeddings, read, write, write_all
+from ldm.embeddings.method_files import read_words
 from tests.embeddings.samples import learned, vectors
 
 pytestmark = pytest.mark.client_files
@@ -88,14 +89,16 @@ def test_output_vectors_of_onetrainer_are_recognised(tmp_path):
     assert [c.part for c in read(path).concepts] == ["", "output"]
 
 
-def test_xti_is_recognised_and_gives_no_vectors_for_a_prompt(tmp_path):
+def test_xti_is_recognised_as_a_method(tmp_path):
     path = tmp_path / "cat.safetensors"
     layers = ["IN01", "IN02", "IN04", "MID", "OUT03", "OUT11"]
     save_file({name: vectors(1) for name in layers}, path)
-    found = read(path)
-    assert found.format == "xti" and [c.part for c in found.concepts] == layers
-    with pytest.raises(EmbeddingError, match="IN01 vectors, not those of a word"):
-        found.vectors_for(768)
+    with pytest.raises(
+        EmbeddingError, match="it holds words of the method 'xti', which are more than vectors; gen"
+    ):
+        read(path)
+    found = read_words(path)
+    assert found.method == "xti" and found.words == {"cat": 1} and list(found.tensors) == layers
 
 
 def test_embeddings_inside_a_lora(tmp_path):

@@ -118,7 +118,9 @@ def test_impossible_transfers_are_refused(monkeypatch):
             fit_models(related(one), related(other))
     monkeypatch.setattr("ldm.embeddings.transfer.PENALTIES", (1e-3,))
     to_sd2 = fit_models(related("clip_l"), related("clip_h"))
-    with pytest.raises(EmbeddingError, match="'<cat>' is for Stable Diffusion 2.x.*of width 768.*--from"):
+    with pytest.raises(
+        EmbeddingError, match="'<cat>' is for Stable Diffusion 2.x.*of width 768.*with the source"
+    ):
         transferred(word("clip_h", width=1024), to_sd2, "a", "b")
     second = fit_models(related("clip_g"), related("clip_h"))
     with pytest.raises(EmbeddingError, match="'<cat>' is for latent diffusion.*clip_g"):

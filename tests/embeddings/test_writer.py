@@ -139,7 +139,7 @@ def test_words_that_are_keys_of_any_format_come_back(format, tmp_path):
     for word in KEYS:
         start = learned(word, count=1, width=32 if format == "a1111-png" else 768)
         if (format, word) == ("diffusers", "__metadata__"):
-            with pytest.raises(EmbeddingError, match="reserve the name '__metadata__'.*--trigger"):
+            with pytest.raises(EmbeddingError, match="reserve the name '__metadata__'; give another word"):
                 write(start, path, format)
             continue
         found = read(write(start, path, format))

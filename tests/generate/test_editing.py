@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 from ldm.embeddings import Concept, LearnedEmbeddings, Metadata
+from ldm.embeddings.method_files import read_words
 from ldm.generate import generate
 from ldm.generate.editing import InitImage, class_words, with_class_words
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.methods import METHODS, CoRe, DreamArtist
 from ldm.util import UserError
 from tests.golden_record import Golden
 
@@ -111,16 +114,54 @@ def held(trigger="<cat>", initializer="cat", *more) -> LearnedEmbeddings:
 
 
 def test_class_words_come_from_the_file_or_the_user() -> None:
-    assert class_words([held()]) == {"<cat>": "cat"}
-    assert class_words([held(), held("<dog>", None)], ["<dog>=small dog"]) == {
+    assert class_words([held()], []) == {"<cat>": "cat"}
+    assert class_words([held(), held("<dog>", None)], ["a <dog>"], ["<dog>=small dog"]) == {
         "<cat>": "cat",
         "<dog>": "small dog",
     }
-    assert class_words([held("<a>", "cat, dog", "<b>")]) == {"<a>": "cat", "<b>": "dog"}
-    assert class_words([held("<a>", "cat, with spots")]) == {"<a>": "cat, with spots"}
-    assert class_words([held()], ["pet"]) == "pet" == class_words([], ["pet"])
-    with pytest.raises(UserError, match="the class word of '<a>' is not in its file"):
-        class_words([held("<a>", "cat", "<b>")])
+    assert class_words([held("<a>", "cat, dog", "<b>")], ["<a>"]) == {"<a>": "cat", "<b>": "dog"}
+    assert class_words([held("<a>", "cat, with spots")], ["<a>"]) == {"<a>": "cat, with spots"}
+    assert class_words([held()], ["<cat>"], ["pet"]) == "pet" == class_words([], [], ["pet"])
+    with pytest.raises(UserError, match="the class word of '<A>' is not in its file"):
+        class_words([held("<A>", "cat", "<b>")], ["a cat", "an <a>"])
+
+
+def test_a_word_that_no_prompt_holds_needs_no_class_word() -> None:
+    assert class_words([held("<a>", None), held()], ["a <cat>"]) == {"<cat>": "cat"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_class_words_come_from_the_file_of_a_method(model, method, tmp_path) -> None:
+    made = METHODS[method](
+        model.cond_stage_model,
+        placeholder_strings=["<a>", "<b>"],
+        initializer_words=["a small cat", "dog"],
+        denoiser=model.denoiser_shape,
+    )
+    made.save(tmp_path / "a.safetensors")
+    expected = {"<a>": "a small cat", "<b>": "dog"}
+    assert class_words([tmp_path / "a.safetensors"], ["<a> and <b>"]) == expected
+    read = read_words(tmp_path / "a.safetensors")
+    assert class_words([read.renamed({"<a>": "<c>"})], ["<c>"]) == {"<c>": "a small cat", "<b>": "dog"}
+    assert class_words([read.only("<b>")], ["<b>"]) == {"<b>": "dog"}
+    again = METHODS[method].from_file(read, model.cond_stage_model, model.denoiser_shape)
+    again.save(tmp_path / "b.safetensors")
+    assert read_words(tmp_path / "b.safetensors").initializers == expected
+
+
+@pytest.mark.parametrize("kind", [EmbeddingManager, CoRe, DreamArtist])
+def test_class_words_come_from_the_vectors_of_a_personalization(model, kind, tmp_path) -> None:
+    made = kind(model.cond_stage_model, placeholder_strings=["<a>"], initializer_words=["cat"])
+    made.save(tmp_path / "a.pt")
+    assert class_words([tmp_path / "a.pt"], ["a <a>"]) == {"<a>": "cat"}
+    begun = kind(
+        model.cond_stage_model,
+        placeholder_strings=["<a>"],
+        initializer_words=["dog"],
+        embedding_manager_ckpt=tmp_path / "a.pt",
+    )
+    begun.save(tmp_path / "b.pt")
+    assert class_words([tmp_path / "b.pt"], ["a <a>"]) == {"<a>": "cat"}, "what the vectors began at"
 
 
 def test_placeholders_are_replaced_by_their_class_words(model) -> None:

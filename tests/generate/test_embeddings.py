@@ -86,7 +86,7 @@ def test_several_files_are_loaded_together(model, tmp_path) -> None:
 
 def test_two_concepts_of_one_name_are_an_error_with_a_remedy(model, tmp_path) -> None:
     paths = [written(tmp_path, "cat.pt", **{"*": 0.5}), written(tmp_path, "dog.pt", **{"*": 0.1})]
-    with pytest.raises(UserError, match=r"'cat.pt' and 'dog.pt' both have the trigger '\*'.*--rename"):
+    with pytest.raises(UserError, match=r"'cat.pt' and 'dog.pt' both have the trigger '\*'.*renamed\("):
         load_embeddings(model, paths)
 
 

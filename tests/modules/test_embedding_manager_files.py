@@ -101,7 +101,7 @@ def test_of_several_words_the_placeholders_are_taken_by_name(clip, tmp_path, cap
     assert list(manager.placeholders) == ["cat", "dog"]
     assert [float(v[0, 0]) for v in manager.export().values()] == [2.0, 1.0]
     assert "'house' of" in caplog.text and "left out" in caplog.text
-    with pytest.raises(UserError, match="holds no 'bird', only 'dog', 'cat', 'house'; set") as caught:
+    with pytest.raises(UserError, match="holds no 'bird', only 'dog', 'cat', 'house'; give") as caught:
         manager_of(clip, "bird", embedding_manager_ckpt=path)
     assert len(str(caught.value)) < 300
 

@@ -25,8 +25,12 @@ from pathlib import Path
 from ldm.training.run_folder import locked
 words = sys.argv[1:]
 if "fail" in words:
-    sys.stderr.write("error: image folder not found: gone\\n")
-    sys.exit(1)
+    from ldm.commands.base import guarded
+    from ldm.front_ends import setting
+    from ldm.util import UserError
+    def fail():
+        raise UserError("image folder not found: gone; choose it with " + setting("images"))
+    sys.exit(guarded(fail))
 if "crash" in words:
     import os
     os._exit(9)
@@ -150,7 +154,7 @@ def test_errors_are_the_line_they_are(make):
     queue = make()
     queue.add(["fail"], "no folder", "cpu")
     until(lambda: states(queue) == ["no folder failed"], queue)
-    assert queue.jobs()[0].message == "image folder not found: gone"
+    assert queue.jobs()[0].message == "image folder not found: gone; choose it with 'Image folder'"
     queue.add(["crash"], "killed", "cpu")
     until(lambda: "killed failed" in states(queue), queue)
     assert "memory" in queue.jobs()[1].message

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ldm.front_ends import setting
+from ldm.generate.embeddings import check_mentions
 from ldm.studio import server
 from ldm.studio.server import Assets, Guard, is_local, make_parser, needed, read_users, serve
-from ldm.util import UsageError
+from ldm.util import UsageError, UserError
 
 MOST = 1000
 
@@ -236,3 +239,33 @@ def test_the_lists_of_gradio_are_read():
     few, more = needed(folder, {"textbox"}), needed(folder, {"textbox", "gallery"})
     assert len(few) > 20 and set(few) < set(more)
     assert all((folder / name).is_file() for name in more)
+
+
+def test_while_the_page_is_open_messages_name_its_fields(tmp_path, monkeypatch) -> None:
+    said: list[str] = []
+
+    class Uvicorn:
+        Config = staticmethod(lambda app, **options: None)
+
+        def run(self, sockets: list[Any]) -> None:
+            with pytest.raises(UserError) as caught:
+                check_mentions(["a <cat>"], [])
+            said.append(str(caught.value))
+
+        @classmethod
+        def Server(cls, config: None) -> Uvicorn:  # noqa: N802
+            return cls()
+
+    monkeypatch.setitem(sys.modules, "uvicorn", Uvicorn)
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(server, "make_app", lambda *arguments, **options: None)
+    monkeypatch.setattr(server, "_warm_up", lambda: None)
+    monkeypatch.setattr(server, "set_up_logging", lambda: None)
+    monkeypatch.setattr(server, "prepare_environment", lambda workspace: None)
+    monkeypatch.chdir(tmp_path)
+    free = server.listening_socket("127.0.0.1", 0)
+    port = free.getsockname()[1]
+    free.close()
+    serve(make_parser("studio.py").parse_args(["--root", str(tmp_path), "--port", str(port)]))
+    assert "load its file with the field 'Words', or" in said[0]
+    assert str(UserError(setting("words"))) == "words="

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from ldm.embeddings import Concept, LearnedEmbeddings, write
+from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
 from ldm.studio.service import Service
 from ldm.studio.workspace import Workspace
@@ -91,5 +92,8 @@ def test_vectors_that_are_kept(service):
     assert service.keep("two", "last", "").suffix == ".pt"
     with pytest.raises(UserError, match="one word only"):
         service.keep("two", "last", "<b>")
+    pair = (concepts[0], dataclasses.replace(concepts[0], trigger="<a>-neg"))
+    write(LearnedEmbeddings(pair), run_with(service, "pair"), "original")
+    assert read(service.keep("pair", "last", "<b>")).triggers == ["<b>", "<b>-neg"]
     write(LearnedEmbeddings(concepts[:1]), run_with(service, "three"), "original")
     assert service.keep("three", "last", "<b>").name == "b.safetensors"

@@ -7,6 +7,7 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.front_ends import speaking_as
 from ldm.training import config
 from ldm.training.callbacks import OLD_CALLBACK_NAMES, complete_lightning
 from ldm.training.command_line import TRAINER_OPTIONS, parse
@@ -204,7 +205,9 @@ def test_missing_parts(tmp_path, base):
         check(load(tmp_path, "", base, {"model": {"params": {"ema_decay": "???"}}}))
     rootless = OmegaConf.create(base)
     del rootless["data_root"]
-    with pytest.raises(ConfigError, match="give --data_root FOLDER"):
+    with pytest.raises(
+        ConfigError, match="there is no image folder; give it with images=, or as data_root in the YAML"
+    ):
         check(load(tmp_path, "", rootless))
 
 
@@ -251,7 +254,7 @@ def test_seed_of_the_run_is_the_default_seed_of_the_vectors() -> None:
 
 def refused(tmp_path, words, *yamls, kind=ConfigError):
     """The message about a command line over YAMLs, which lie in 0.yaml, 1.yaml, ..."""
-    with pytest.raises(kind) as caught:
+    with speaking_as("command"), pytest.raises(kind) as caught:
         merged = load(tmp_path, words, *yamls)
         paths = [tmp_path / f"{number}.yaml" for number in range(len(yamls))]
         options = parse(words.split())

@@ -20,6 +20,7 @@ from ldm.files import CHECKOUT
 from ldm.images import open_image
 from ldm.training.config import training_yaml
 from ldm.training.inversion import Inversion, copies_of, named_yaml, overrides
+from ldm.yaml_files import read_yaml
 from tests.golden_record import Golden
 from tests.training.runs import only_run
 
@@ -194,6 +195,46 @@ def test_progress_and_interruption(tiny_yaml, tiny_model, image_folder, monkeypa
             ldm.invert(resume=only_run(), **wrong)
 
 
+def test_several_words_are_learned_from_their_images(tiny_yaml, tiny_model, image_folder) -> None:
+    other = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    concept = ldm.invert(
+        {"<a>": image_folder, "b.c": other},
+        init={"b.c": "dog"},
+        vectors={"<a>": 2},
+        model=tiny_model,
+        base=tiny_yaml,
+        personalization="two_concepts",  # whose words and folders are others
+        steps=1,
+    )
+    assert concept.words == ["<a>", "b.c"] == list(concept.record.words)
+    assert [len(one.vectors) for one in concept.embeddings.concepts] == [2, 1]
+    assert concept.embeddings.initializers == {"b.c": "dog"}
+    saved = read_yaml(next((concept.run / "configs").glob("*project.yaml")))
+    roots = saved.data_root
+    assert list(roots) == ["<a>", "b.c"] and roots["<a>"] == str(image_folder) and ".images" in roots["b.c"]
+
+
+def test_mistakes_with_several_words_are_user_errors(tiny_yaml, tiny_model, image_folder) -> None:
+    def fails(match, images, **arguments):
+        with pytest.raises(ldm.UserError, match=match) as error:
+            ldm.invert(images, **{"model": tiny_model, "base": tiny_yaml} | arguments)
+        assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+    both = {"<a>": image_folder, "<b>": image_folder}
+    fails("a word of images '' is empty", {"": image_folder})
+    fails("a word of images 3 is not a text", {3: image_folder})
+    fails("images is empty; give the images of each word", {})
+    fails("images names '<á>' or another word twice", {"<\u00e1>": image_folder, "<a\u0301>": image_folder})
+    fails("nowhere", both | {"<b>": "nowhere"})
+    fails("the list of images is empty", both | {"<b>": []})
+    fails("placeholder and images of several words exclude each other", both, placeholder="<a>")
+    fails("init names '<c>', and images has <a>, <b>; name one of these", both, init={"<c>": "cat"})
+    fails("init is 3; it must be a text", both, init={"<a>": 3})
+    fails("vectors is 0; it must be a whole number from 1", both, vectors={"<a>": 0})
+    fails("vectors is {'<a>': 1}; give one, or the images of each word", image_folder, vectors={"<a>": 1})
+    assert not Path("logs").exists()
+
+
 @pytest.mark.refused_first
 def test_mistakes_are_user_errors(tiny_yaml, tiny_model, image_folder):
     def fails(match, **arguments):
@@ -201,8 +242,12 @@ def test_mistakes_are_user_errors(tiny_yaml, tiny_model, image_folder):
         with pytest.raises(ldm.UserError, match=match) as error:
             ldm.invert(given.pop("images"), **given)
         assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+        assert " --" not in str(error.value) and " -r" not in str(error.value), "a flag, which Python has not"
 
     fails("nowhere", images="nowhere")
+    fails("^resume= 'nowhere' does not exist", images=None, base=None, resume="nowhere")
+    photos = str(image_folder)
+    fails("training images are given as images= ", images=None, base=None, resume=photos)
     fails("no argument 'vektors'", vektors=2)
     fails("no recipe 'slow'; known are direction, fast", recipe="slow")
     fails("gone.ckpt", model="gone.ckpt", base=None)

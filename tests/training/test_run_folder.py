@@ -14,9 +14,17 @@ import torch
 
 import main
 from ldm import embeddings
+from ldm.front_ends import speaking_as
 from ldm.training import run_folder
 from ldm.training.run_folder import locked
 from ldm.util import UserError
+
+
+@pytest.fixture(autouse=True)
+def as_a_command():
+    """Messages name flags."""
+    with speaking_as("command"):
+        yield
 
 
 def test_name_as_in_the_original(tmp_path):
@@ -122,7 +130,7 @@ def test_lightnings_word_for_the_newest_run(tmp_path):
     """A folder of that name comes first."""
     one = make_run(tmp_path / "logs" / "one")
     assert run_folder.existing_run_folder("last", logdir=tmp_path / "logs")[0].path == one
-    with pytest.raises(UserError, match="--resume last: no run in 'nowhere' has a last.ckpt; name a run"):
+    with pytest.raises(UserError, match="-r last: no run in 'nowhere' has a last.ckpt; name a run"):
         run_folder.existing_run_folder("last", logdir="nowhere")
 
 

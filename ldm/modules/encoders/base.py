@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ldm.modules.personalization import Personalization, Replacement
-from ldm.modules.prompt_tokenizer import PromptTokenizer
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,45 +26,24 @@ WEIGHTS = (
 )
 
 
-class PromptEncoder(nn.Module):
+class PromptEncoder(nn.Module, TextEncoder):
     """Base of the text encoders: prompts to token ids, and both ways to call an encoder.
 
-    It fulfils `ldm.modules.personalization.TextEncoder`. A subclass sets `family`, `max_length`, `prompt_tokenizer`
-    and `token_embedding`, and implements `embed_ids`.
+    `TextEncoder` says what the members are. A subclass sets `family`, `max_length`, `prompt_tokenizer` and
+    `token_embedding`, and implements `embed_ids`.
     """
-
-    family: str
-    max_length: int
-    prompt_tokenizer: PromptTokenizer
-
-    @property
-    def token_embedding(self) -> nn.Embedding:
-        """The vocabulary's vectors, [V, d]."""
-        raise NotImplementedError
 
     @property
     def width(self) -> int:
-        """The width d of a token embedding."""
         return self.token_embedding.embedding_dim
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """The parts of d: one for each text tower that the encoder consists of."""
-        return (self.width,)
-
-    @property
     def device(self) -> torch.device:
-        """Where the vocabulary's vectors are."""
         return self.token_embedding.weight.device
-
-    def embed_ids(self, ids: Tensor, embedding_manager: Replacement | None = None) -> Any:
-        """Token ids [B, L] to the condition of the denoiser: a context [B, L, d], or a mapping that holds one."""
-        raise NotImplementedError
 
     def token_ids(
         self, text: str | Sequence[str], embedding_manager: Personalization | None = None
     ) -> Tensor:
-        """Token ids [B, L] on the encoder's device, with the manager's placeholders found in the text."""
         placeholders = {}
         if embedding_manager is not None:
             # The ids are scalars on the CPU, so reading them does not wait for a GPU.
@@ -85,7 +63,6 @@ class PromptEncoder(nn.Module):
         return self.embed_ids(self.token_ids(text, embedding_manager), embedding_manager)
 
     def encode(self, text: str | Sequence[str], embedding_manager: Personalization | None = None) -> Any:
-        """The same as calling the encoder."""
         return self(text, embedding_manager=embedding_manager)
 
     def freeze(self) -> PromptEncoder:

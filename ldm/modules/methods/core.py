@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.front_ends import setting
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods.grid import Grid
 from ldm.modules.methods.neti import NeTI
@@ -60,10 +61,12 @@ class ContextRegularised:
     for each prompt, and in all layers.
 
     That is the first of the paper's two terms. The second, the distance of the other words' attention maps, is left
-    out: it takes a second and a third pass of the denoiser in every step, one with gradient, and attention weights
-    that fused kernels do not give; in the paper's ablation it gains 0.008 of CLIP-T and loses 0.022 of DINO. Left out
-    too is the scaling of the vectors in steps 120 to 180 of 300; `norm_control` of `EmbeddingManager` is its like. The
-    weight here kept edits on the embedded model; the paper's is 1.5e-4, on Stable Diffusion 2.
+    out: a personalization is given neither the denoiser nor noisy latents, and taking attention weights out of layers
+    that are fused, recomputed or compiled would be a seam through all of these, for two more passes of the denoiser in
+    every step, one of them with gradient. In the paper's ablation it gains 0.008 of CLIP-T and loses 0.022 of DINO.
+
+    Left out too is the scaling of the vectors in steps 120 to 180 of 300; `norm_control` of `EmbeddingManager` is its
+    like. The weight here kept edits on the embedded model; the paper's is 1.5e-4, on Stable Diffusion 2.
 
     A class of words is regularised by deriving from this class first: `class CoReGrid(ContextRegularised, Grid)`. Its
     files are those of the other class.
@@ -83,7 +86,7 @@ class ContextRegularised:
     string_to_token_dict: dict[str, Tensor]
     timed: bool
     _counts: dict[str, int]
-    _initializers: dict[str, list[int]]
+    _initializers: dict[str, str]
 
     def __init__(
         self,
@@ -109,7 +112,7 @@ class ContextRegularised:
         if without:
             raise UserError(
                 f"CoRe compares each word with its initializer, and '{without[0]}' has none; add one to "
-                "initializer_words (--init_word)"
+                f"initializer_words, or give it with {setting('init')}"
             )
 
     def context_loss(self, embedder: TextEncoder) -> Tensor:
@@ -124,7 +127,7 @@ class ContextRegularised:
     def _distance(self, embedder: TextEncoder, string: str, prompts: list[str]) -> Tensor:
         assert isinstance(self, Personalization)
         tokenizer = self.tokenizer
-        known, count = self._initializers[string], self.placeholders[string]
+        known, count = tokenizer.token_ids(self._initializers[string]), self.placeholders[string]
         rows: list[list[int]] = []
         theirs: list[list[int]] = []
         pairs: list[tuple[int, int, int]] = []

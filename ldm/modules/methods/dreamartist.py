@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm.modules.embedding_manager import NEGATIVE, EmbeddingManager
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import TextEncoder
 from ldm.util import UserError, check_integer
+from ldm.words import NEGATIVE
 
 
 class DreamArtist(EmbeddingManager):

@@ -165,6 +165,7 @@ class LearnedWords(ShapedWords):
         self.tokenizer, self.family = embedder.prompt_tokenizer, embedder.family
         self.width, self.max_vectors = embedder.width, embedder.max_length - 2
         self.denoiser, self.seed = denoiser, seed
+        self._stated: dict[str, str] = {}
         strings, counts, self._initializers = configured_words(
             self.tokenizer, placeholder_strings, initializer_words, num_vectors_per_token, self.max_vectors
         )
@@ -205,6 +206,12 @@ class LearnedWords(ShapedWords):
         """Each placeholder with its number of vectors."""
         return dict(self._counts)
 
+    @property
+    def initializers(self) -> dict[str, str]:
+        """The text at which each placeholder began: that of the file that it comes from, or the configured one."""
+        known = {**self._initializers, **self._stated}
+        return {string: text for string, text in known.items() if string in self._counts}
+
     def word(self, placeholder: str) -> nn.Module:
         """The module of a placeholder."""
         return self.words[parameter_key(placeholder)]
@@ -228,7 +235,8 @@ class LearnedWords(ShapedWords):
             return
         table = embedder.token_embedding.weight
         for index, (string, count) in enumerate(self._counts.items()):
-            initial = initial_vectors(table, self._initializers.get(string, ()), count, self.seed + index)
+            tokens = self.tokenizer.token_ids(self._initializers.get(string, ""))
+            initial = initial_vectors(table, tokens, count, self.seed + index)
             self.begin(self.word(string), initial, embedder, self.seed + index)
 
     def _set_words(self, counts: Mapping[str, int]) -> None:
@@ -248,7 +256,14 @@ class LearnedWords(ShapedWords):
         """Write all words to one file with the method's name, options and dials."""
         encoder = encoder_kind(self.family, self.width)
         content = MethodFile(
-            self.method, self._counts, self._tensors(), self.options(), self.dials(), encoder, self.width
+            self.method,
+            self._counts,
+            self._tensors(),
+            self.options(),
+            self.dials(),
+            encoder,
+            self.width,
+            initializers=self.initializers,
         )
         write_method_file(content, path)
 
@@ -310,7 +325,7 @@ class LearnedWords(ShapedWords):
             if name in self.dials():
                 self.set_dial(name, value)
         self.to(device)
-        self.loaded = True
+        self.loaded, self._stated = True, dict(content.initializers)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         self.loaded |= any(key.startswith(f"{prefix}words.") for key in state_dict)
@@ -374,8 +389,7 @@ class Together(ShapedWords):
         for word in words:
             if words.count(word) > 1:
                 raise UserError(
-                    f"two of the files hold '{word}'; load one of them, or learn the other with another "
-                    "--placeholder_string"
+                    f"two of the files hold '{word}'; load one of them, or learn the other as another word"
                 )
         self.string_to_token_dict = {
             word: torch.tensor(embedder.prompt_tokenizer.placeholder_id(word, index), device="cpu")

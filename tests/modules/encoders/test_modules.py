@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from ldm.modules.encoders import modules as bert_module
+from ldm.modules.encoders.base import PromptEncoder
 from ldm.modules.encoders.modules import (
     BERTEmbedder,
     BERTTokenizer,
     ClassEmbedder,
+    FrozenCLIPEmbedder,
     SpatialRescaler,
     TransformerEmbedder,
 )
+from ldm.modules.personalization import TextEncoder
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
+
+
+@pytest.mark.parametrize("encoder", [PromptEncoder, FrozenCLIPEmbedder, BERTEmbedder])
+def test_the_protocol_alone_says_what_a_member_of_an_encoder_is(encoder):
+    assert TextEncoder in encoder.__mro__
+    for name in ("token_ids", "embed_ids", "encode", "width", "widths", "device", "token_embedding"):
+        assert inspect.getdoc(getattr(encoder, name)) == inspect.getdoc(getattr(TextEncoder, name))
+        held = vars(PromptEncoder).get(name)
+        assert held is None or not held.__doc__, f"{name} is described twice"
 
 
 def test_classes_become_contexts_of_one_vector():

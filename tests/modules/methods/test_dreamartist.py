@@ -51,6 +51,18 @@ def test_its_files_are_ordinary_and_the_negative_joins_wherever_both_are_held(mo
     assert first == generate(model, ["a *"], negative_prompt="*-neg", **options)[0].tobytes()
 
 
+def test_another_word_begins_from_both(model, made, tmp_path):
+    made.save(tmp_path / "both.pt")
+    DreamArtist.check_file(tmp_path / "both.pt", ["<cat>"])
+    path = str(tmp_path / "both.pt")
+    again = DreamArtist(model.cond_stage_model, ["<cat>"], embedding_manager_ckpt=path)
+    assert again.placeholders == {"<cat>": 2, "<cat>-neg": 3}
+    for word in ("*", "*-neg"):
+        assert torch.equal(again.vectors(word.replace("*", "<cat>")), made.vectors(word))
+    alone = EmbeddingManager(model.cond_stage_model, ["*-neg"], embedding_manager_ckpt=path)
+    assert torch.equal(alone.vectors("*-neg"), made.vectors("*-neg")), "a word of the file by its name"
+
+
 def test_groups(made):
     assert [(group["name"], len(group["params"])) for group in made.parameter_groups()] == [
         ("words", 1),

@@ -184,6 +184,16 @@ def test_a_file_that_does_not_fit_is_one_line(model, values, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stated", [None, 3, ["cat"], {"*": 3}, {"<other>": "cat"}])
+def test_a_file_without_the_initializer_is_readable(model, stated, tmp_path):
+    """Such as one of an earlier version."""
+    words(model, "prospect").save(tmp_path / "a.safetensors")
+    assert read_method_file(tmp_path / "a.safetensors").initializers == {"*": "cat"}
+    changed(tmp_path / "a.safetensors", initializers=stated)
+    assert read_method_file(tmp_path / "a.safetensors").initializers == {}
+    assert load_embeddings(model, tmp_path / "a.safetensors") == ["*"]
+
+
 def test_tensors_that_are_missing_or_not_finite_are_one_line(model, tmp_path):
     words(model, "output").save(tmp_path / "a.safetensors")
     content = read_method_file(tmp_path / "a.safetensors")
