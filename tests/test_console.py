@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import logging
 import os
@@ -158,7 +159,7 @@ def test_imports_are_not_interrupted_by_the_garbage_collector(tmp_path, monkeypa
     monkeypatch.setattr("gc.freeze", lambda: frozen.append(gc.isenabled()))
     for _ in range(2):  # the second time nothing is new
         with importing():
-            import heavy_package  # type: ignore[import-not-found]
+            heavy_package = importlib.import_module("heavy_package")
     assert not heavy_package.collects
     assert frozen == [True]
     assert gc.isenabled()
