@@ -21,8 +21,7 @@ from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
-from ldm.words import NEGATIVE as NEGATIVE
-from ldm.words import check_text, check_word, own_words
+from ldm.words import NEGATIVE, check_text, check_word, own_words
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings
 from ldm.files import file_hash, images_fingerprint
-from ldm.modules.embedding_manager import NEGATIVE
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
 from ldm.util import UserError, check_integer
-from ldm.words import file_stem
+from ldm.words import NEGATIVE, file_stem
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +191,9 @@ class EmbeddingSaver(RunCallback):
             paths = embeddings.paths_for([stems[word] for word in exported], folder, name)
             for (word, rows), path in zip(exported.items(), paths, strict=True):
                 token = int(manager.string_to_token_dict[word])
-                concepts = embeddings.concepts_of(word, rows, family, token=token)
+                began = manager.initializers.get(word)
+                concepts = embeddings.concepts_of(word, rows, family, token=token, initializer=began)
                 if negatives.get(word) in exported:
                     concepts = tuple(replace(concept, part="negative") for concept in concepts)
-                learned = embeddings.LearnedEmbeddings(concepts, metadata)
+                learned = embeddings.LearnedEmbeddings(concepts, replace(metadata, initializer=began))
                 embeddings.write(learned, path.with_stem(f"{path.stem}{suffix}"), name)

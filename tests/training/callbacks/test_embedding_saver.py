@@ -37,6 +37,15 @@ def test_metadata(tiny_yaml, tiny_model, image_folder) -> None:
         assert metadata.learning_rate == pytest.approx(5e-3)
 
 
+def test_each_word_of_several_states_its_own_initializer(tiny_yaml) -> None:
+    params = "model.params.personalization_config.params"
+    words = (f"{params}.placeholder_strings=[<a>,<b>]", f"{params}.initializer_words=[photo,painting]")
+    folder = checkpoints(tiny_yaml, *words)
+    for stem, word, began in (("a", "<a>", "photo"), ("b", "<b>", "painting")):
+        learned = embeddings.read(folder / f"{stem}.safetensors")
+        assert learned.metadata.initializer == began and learned.initializers == {word: began}
+
+
 def test_formats(tiny_yaml) -> None:
     config = OmegaConf.load(tiny_yaml)
     config.lightning.callbacks.embedding_saver = {"params": {"formats": ["a1111", "a1111-png", "diffusers"]}}
