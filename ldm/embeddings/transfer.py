@@ -7,6 +7,7 @@ pairs; rows that are held out decide the penalty. The result is a start for furt
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings
 from ldm.embeddings.inspection import nearest_words
 from ldm.front_ends import setting
 from ldm.util import shown
+
+logger = logging.getLogger(__name__)
 
 # Ridge penalties that are tried, as multiples of the mean variance of the source table.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -119,7 +122,8 @@ def transferred(
     """Return the embeddings for another model.
 
     Args:
-        embeddings: for the source model; only vectors in use are transferred.
+        embeddings: for the source model; only vectors in use are transferred, and with a warning only those that
+            come before the encoder's layers: the map knows no others.
         transfers: for each encoder kind of the target model one map, by (kind of the source, kind of the target).
         source: the name of the source model, for the metadata.
         target: the name of the target model, for the metadata.
@@ -129,7 +133,14 @@ def transferred(
     """
     concepts = []
     for trigger in embeddings.triggers:
-        own = [c for c in embeddings.only(trigger).concepts if c.part in ("", "negative")]
+        parts = embeddings.only(trigger).concepts
+        own = [concept for concept in parts if concept.part in ("", "negative")]
+        if len(own) < len(parts):
+            logger.warning(
+                "'%s': what is added to the encoder's output is left out, the map is for vectors before the encoder; "
+                "the word will do less",
+                shown(trigger),
+            )
         for (kind, other), transfer in transfers.items():
             width = len(transfer.weight)
             usable = [c for c in own if c.width == width and c.encoder in (kind, None)]

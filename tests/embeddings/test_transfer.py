@@ -109,6 +109,13 @@ def test_negative_vectors_stay_negative():
     assert found.concepts[0].part == "negative"
 
 
+def test_vectors_of_the_output_are_left_out_with_a_warning(caplog):
+    both = LearnedEmbeddings((*word().concepts, *word(part="output").concepts))
+    found = transferred(both, fit_models(related("clip_l"), related("clip_h")), "a", "b")
+    assert [concept.part for concept in found.concepts] == [""]
+    assert "'<cat>': what is added to the encoder's output is left out" in caplog.text
+
+
 def test_impossible_transfers_are_refused(monkeypatch):
     source, target = tables(noise=0.1)
     with pytest.raises(EmbeddingError, match="vocabulary of 15 tokens is too small"):
