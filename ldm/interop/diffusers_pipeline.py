@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.checkpoint import uninitialised
@@ -41,6 +42,8 @@ ENCODERS = (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder, FrozenSDXLEmbedder)
 # What diffusers appends to the names of the parts of each text tower.
 ENDS = ("", "_2")
 TOLERANCE = 2e-3  # relative to the largest number compared: float32 sums in another order
+# The submodule of transformers' CLIP text models that has all weights but the projection.
+_TEXT_MODEL = "text_model."
 _PREDICTIONS: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
@@ -198,6 +201,7 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             pipeline.save_pretrained(Path(temporary) / "pipeline")
             _save_vocabularies(pipeline, Path(temporary) / "pipeline")
+            _rename_text_weights(pipeline, Path(temporary) / "pipeline")
             if folder.is_dir():
                 folder.rmdir()
             (Path(temporary) / "pipeline").rename(folder)
@@ -215,6 +219,20 @@ def _save_vocabularies(pipeline: Any, folder: Path) -> None:
             added = {word: row for word, row in tokenizer.get_added_vocab().items() if word not in vocabulary}
             if added:
                 write_text(folder / name / "added_tokens.json", json.dumps(added, ensure_ascii=False))
+
+
+def _rename_text_weights(pipeline: Any, folder: Path) -> None:
+    """Give weights of text encoders the names that transformers 4 needs and transformers 5 knows too.
+
+    With the names that transformers 5 writes, transformers 4 takes random weights and says so only in a warning.
+    """
+    for name in pipeline.components:
+        path = folder / name / "model.safetensors"
+        if name.startswith("text_encoder") and path.is_file():
+            weights = load_file(path)
+            inside = {key for key in weights if not key.startswith((_TEXT_MODEL, "text_projection."))}
+            named = {f"{_TEXT_MODEL}{key}" if key in inside else key: value for key, value in weights.items()}
+            save_file(named, path, {"format": "pt"})
 
 
 def _diffusers() -> Any:
@@ -308,7 +326,7 @@ def _text_encoder(encoder: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     with uninitialised():
         module = (CLIPTextModelWithProjection if projected else CLIPTextModel)(_text_config(encoder, weights))
     # CLIPTextModel holds a submodule `text_model` in transformers 4, and is that submodule itself in transformers 5.
-    inside = "text_model." if hasattr(module, "text_model") else ""
+    inside = _TEXT_MODEL if hasattr(module, "text_model") else ""
     named = {
         key if key.startswith("text_projection.") else inside + key: value for key, value in weights.items()
     }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from ldm.base_models import recognise
 from ldm.checkpoint import complete_config, load_model_from_config
@@ -21,7 +22,7 @@ from ldm.util import UserError, instantiate_from_config, skip_pretrained
 from tests.embeddings.samples import clip_folder, vectors
 from tests.golden_record import Golden, fill
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from ldm.interop import diffusers_pipeline  # noqa: E402
 from tests.pipelines import make_pipeline  # noqa: E402
@@ -133,6 +134,12 @@ def test_the_same_noise_gives_the_same_image(case, exported, count, tmp_path) ->
     assert_same_images(model, pipeline, "a photo of <my-cat>, small", "a photo of <my-cat>, small")
 
 
+def assert_names_of_transformers_4(folder: Path) -> None:
+    """It takes random weights for others, with a warning alone."""
+    names = load_file(folder / "model.safetensors").keys()
+    assert all(name.startswith(("text_model.", "text_projection.")) for name in names) and names
+
+
 def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
     model, config = case
     words = {"<my-cat>": vectors(3, 32, seed=1) * 20, "dusk-style": vectors(1, 32, seed=2) * 20}
@@ -149,6 +156,7 @@ def test_words_are_saved_with_the_pipeline(case, tmp_path) -> None:
     assert (saved / "merges.txt").read_text().split("\n")[1:] == (own / "merges.txt").read_text().split("\n")[
         1:
     ]
+    assert_names_of_transformers_4(tmp_path / "pipeline" / "text_encoder")
     found = diffusers_pipeline.compare_with_model(model, again, {word: word for word in words})
     assert sum(part.startswith("prompt") for part in found) == 3
     with pytest.raises(UserError, match=r'its prompt "a photo of a cat, small" is off by'):
@@ -260,5 +268,12 @@ def test_words_of_stable_diffusion_xl_enter_both_text_encoders(tmp_path) -> None
     diffusers_pipeline.add_words(pipeline, {"<cat>": rows})
     differences = diffusers_pipeline.compare_with_model(model, pipeline, {"<cat>": "<cat>"})
     assert 'pooled prompt "a photo of <cat>, small"' in differences
+    saved = diffusers_pipeline.save_pipeline(pipeline, tmp_path / "saved")
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_names_of_transformers_4(saved / name)
+    again = diffusers.StableDiffusionXLPipeline.from_pretrained(saved)
+    assert (
+        diffusers_pipeline.compare_with_model(model, again, {"<cat>": "<cat>"}).keys() == differences.keys()
+    )
     with pytest.raises(UserError, match="is a word of the tokenizer already"):
         diffusers_pipeline.check_supported(model, ["*"])
