@@ -213,7 +213,8 @@ def call(command: Sequence[object], folder: Path) -> float:
     """Run a command in the repository's root, with its output in FOLDER/output.txt; returns the seconds it took.
 
     Raises:
-        UserError: it failed; the last line of its output is in the message.
+        UserError: it failed; the last line of its output is in the message. Or transformers warned that it took random
+            weights for some of the model, so the comparison would not be fair.
     """
     folder.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in command]
@@ -223,8 +224,13 @@ def call(command: Sequence[object], folder: Path) -> float:
             words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment()
         ).returncode
     seconds = time.perf_counter() - began
+    said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    if "newly initialized" in said:
+        raise UserError(
+            f"{Path(words[1]).name} took random weights for some of the model: see '{folder}/output.txt'"
+        )
     if code:
-        lines = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = said.strip().splitlines()
         last = shown(lines[-1], 120) if lines else "no output"
         raise UserError(
             f"{Path(words[1]).name} ended with code {code} ({last}); all of it is in '{folder}/output.txt'"

@@ -48,6 +48,11 @@ def test_a_process_that_fails_is_one_line(tmp_path: Path) -> None:
     script.write_text("raise SystemExit('no module named accelerate')")
     with pytest.raises(UserError, match=r"fails.py ended with code 1 \(no module named accelerate\)"):
         call([sys.executable, script], tmp_path / "out")
+    script.write_text(
+        "print('Some weights of CLIPTextModel were not initialized and are newly initialized: ...')"
+    )
+    with pytest.raises(UserError, match="fails.py took random weights"):
+        call([sys.executable, script], tmp_path / "out")
     assert against_diffusers.main(["--script", str(tmp_path / "none.py")]) == 1
 
 
