@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-# The environment variable by which the page tells its processes that their messages are shown there.
+# The environment variable that the page sets for its training processes, because it shows their messages.
 VARIABLE = "LDM_FRONT_END"
 
 

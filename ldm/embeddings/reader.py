@@ -42,9 +42,7 @@ _OWN_PARSERS = {
 }
 
 
-def read(
-    path: str | Path, instead: str = "generate and evaluate with them here, no other tool can use them"
-) -> LearnedEmbeddings:
+def read(path: str | Path, instead: str = "generate and evaluate with them here") -> LearnedEmbeddings:
     """Read an embedding file of any known format, which is recognised by its content.
 
     Nothing in the file is run, imported or used as a path. Raises EmbeddingError, one line with the path and the

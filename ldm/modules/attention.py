@@ -15,9 +15,9 @@ SHORT = 1 << 17
 
 
 def is_short(queries: int, keys: int, states: Tensor) -> bool:
-    """Return whether attention over so many queries and keys is the plain product: for gradients in half on a CPU.
+    """Return whether the plain product is the faster attention: on a CPU, in half precision, with a backward pass.
 
-    `states` is any tensor that they are computed from; it tells the device and the type.
+    `states` is any tensor from which queries or keys are computed; its device and dtype decide.
     """
     if states.device.type != "cpu" or not torch.is_grad_enabled() or queries * keys > SHORT:
         return False

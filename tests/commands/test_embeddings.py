@@ -103,7 +103,7 @@ def test_commands_that_need_vectors_refuse_every_method_in_one_line(
             ["transfer", file, "--from", checkpoint, "--to", checkpoint],
         ),
         (
-            "generate and evaluate with them here, no other tool can use them",
+            "generate and evaluate with them here",
             ["convert", file, "--to", "a1111"],
         ),
         ("which is named beside others to generate with several", ["merge", cat, file]),
