@@ -90,6 +90,16 @@ def own_words(words: Iterable[str]) -> list[str]:
     return [word for word in held if word.removesuffix(NEGATIVE) not in held or not word.endswith(NEGATIVE)]
 
 
+def one_word(words: Iterable[str], what: str) -> str:
+    """Return the word that is not the negative of another one, to be renamed; UserError if there are several."""
+    own = own_words(words)
+    if len(own) > 1:
+        raise UserError(
+            f"{what} has {len(own)} words; a new name fits one: split the file, or merge it with --rename"
+        )
+    return own[0]
+
+
 def with_negatives(names: Mapping[str, str], held: Sequence[str]) -> dict[str, str]:
     """Return new names by old ones, and with them those of the negatives that are held and have no new name yet."""
     negatives = {f"{old}{NEGATIVE}": f"{new}{NEGATIVE}" for old, new in names.items()}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
 from ldm.files import in_checkout
-from ldm.util import UsageError, UserError, shown
-from ldm.words import check_word, own_words
+from ldm.util import UserError, shown
+from ldm.words import check_word, one_word
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,12 +135,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.encoder:
         learned = learned.with_encoder(options.encoder)
     if trigger:
-        own = own_words(learned.triggers)
-        if len(own) > 1:
-            raise UsageError(
-                f"--trigger: '{options.file}' has {len(own)} triggers; split it first, or use merge --rename"
-            )
-        learned = learned.renamed({own[0]: trigger})
+        learned = learned.renamed({one_word(learned.triggers, f"'{options.file}'"): trigger})
     preview = open_image(options.preview) if options.preview else None
     _write(learned, options, beside=options.file, preview=preview)
 

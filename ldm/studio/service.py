@@ -40,7 +40,7 @@ from ldm.training.inversion import Inversion
 from ldm.training.record import RunRecord, runs_in
 from ldm.training.run_folder import existing_run_folder
 from ldm.util import UserError, best_device
-from ldm.words import check_word, file_stem, own_words
+from ldm.words import check_word, file_stem, one_word, own_words
 from ldm.yaml_files import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -327,12 +327,10 @@ class Service:
         if source is None:
             raise UserError(f"step {step} of '{run}' has no saved vectors; the nearest saved one is offered")
         learned = read_words(source)
-        own = own_words(learned.triggers)
-        word = name.strip() or own[0]
-        if len(own) > 1 and word != own[0]:
-            raise UserError(f"the run learned {len(own)} words; a new name fits one word only")
-        if len(own) == 1:
-            learned = learned.renamed({own[0]: check_word(word)})
+        first = own_words(learned.triggers)[0]
+        word = name.strip() or first
+        if word != first:
+            learned = learned.renamed({one_word(learned.triggers, f"'{run}'"): check_word(word)})
         if isinstance(learned, MethodFile):
             return write_method_file(learned, self._free_file(word, ".safetensors"))
         several = len(learned.triggers) > 1
@@ -395,10 +393,7 @@ class Service:
         parts = [read(self.workspace.word_file(file)) for file in sources]
         learned = parts[0] if len(parts) == 1 else merge(parts, automatic=True)
         if word.strip():
-            own = own_words(learned.triggers)
-            if len(own) > 1:
-                raise UserError(f"the file holds {len(own)} words; a new name fits one word only")
-            learned = learned.renamed({own[0]: check_word(word.strip())})
+            learned = learned.renamed({one_word(learned.triggers, "the choice"): check_word(word.strip())})
         folder = self.workspace.outputs / "words"
         return write_all(learned, folder / f"{time.time_ns():x}", format)
 

@@ -90,7 +90,7 @@ def test_vectors_that_are_kept(service):
     assert word.trigger == "<a>" and word.norm == pytest.approx(8**0.5)
     assert service.method(word.source) == {} and "diffusers" in service.lines(word.source, "<a>")
     assert service.keep("two", "last", "").suffix == ".pt"
-    with pytest.raises(UserError, match="one word only"):
+    with pytest.raises(UserError, match="2 words; a new name fits one"):
         service.keep("two", "last", "<b>")
     pair = (concepts[0], dataclasses.replace(concepts[0], trigger="<a>-neg"))
     write(LearnedEmbeddings(pair), run_with(service, "pair"), "original")
