@@ -319,6 +319,20 @@ def argument(name: str, kind: type) -> Callable[[str], Any]:
     return read
 
 
+def named_number(text: str) -> tuple[str, float]:
+    """Return the name and the number of a text NAME=NUMBER.
+
+    Raises:
+        UserError: it is another text, or the number is not finite.
+    """
+    from ldm.util import UserError, shown
+
+    name, _, number = text.partition("=")
+    if not name.strip() or not _reads_as_number(number):
+        raise UserError(f"'{shown(text)}' is not a NAME=NUMBER, such as truncation=32")
+    return name.strip(), float(number)
+
+
 def _same(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and value == default)
 
@@ -374,7 +388,7 @@ def _misfits(
             elif isinstance(value, str) and isinstance(allowed, tuple) and value not in allowed:
                 yield name, value, f"one of {', '.join(allowed)}"
             elif _is_number(value) and (
-                not math.isfinite(value) or (isinstance(allowed, Range) and not allowed.holds(value))
+                not is_finite(value) or (isinstance(allowed, Range) and not allowed.holds(value))
             ):
                 yield name, value, _requirement(kinds, allowed)
             return
@@ -419,6 +433,14 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(number: float) -> bool:
+    """Whether a number is neither NaN nor infinite, nor a whole one beyond all floats."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _fits(value: Any, kind: Any) -> bool:

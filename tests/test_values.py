@@ -19,6 +19,7 @@ from ldm.models.diffusion.conditioning import CONDITIONING_KEYS
 from ldm.models.diffusion.ddpm import PARAMETERIZATIONS
 from ldm.models.diffusion.loss_weighting import SAMPLINGS, WEIGHTINGS
 from ldm.models.diffusion.schedule import SCHEDULES
+from ldm.util import UserError
 
 pytestmark = pytest.mark.refused_first
 
@@ -140,3 +141,14 @@ def test_flags(name: str, kind: type, text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a"):
         values.argument(name, kind)(text)
     assert values.argument("scale", float)("-2.5") == -2.5
+
+
+def test_a_named_number() -> None:
+    assert values.named_number(" strength = 0.8 ") == ("strength", 0.8)
+    for text in ("strength", "strength=", "strength=a", "strength=nan", "strength=-inf", "=1", "a=b=1", ""):
+        with pytest.raises(UserError, match=f"'{text}' is not a NAME=NUMBER"):
+            values.named_number(text)
+
+
+def test_a_whole_number_beyond_all_floats_is_not_finite() -> None:
+    assert [found[0] for found in values.misfits("scale", 10**400, float)] == ["scale"]

@@ -6,6 +6,7 @@ folder import heavy packages only inside functions.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, rais
 from ldm.files import is_hub_id, why_no_file
 from ldm.front_ends import VARIABLE, speaking_as
 from ldm.util import UserError
+from ldm.values import named_number
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -84,6 +86,25 @@ def check_model(*sources: str | None) -> None:
     for source in sources:
         if source and not Path(source).exists() and not is_hub_id(source):
             raise UserError(f"'{source}' does not exist; check the path")
+
+
+def add_dial_option(parser: argparse._ActionsContainer) -> None:
+    """Add --dial, whose values are pairs of a name and a number."""
+
+    def dial(text: str) -> tuple[str, float]:
+        try:
+            return named_number(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    parser.add_argument(
+        "--dial",
+        action="append",
+        default=[],
+        type=dial,
+        metavar="NAME=NUMBER",
+        help="of words of a method: truncation=32 or bypass=0.1 of NeTI, strength=0.8 of an output residual",
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ldm.commands.base import (
     WEIGHTS,
+    add_dial_option,
     check_files,
     check_model,
     guarded,
@@ -163,13 +164,7 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         metavar="FOLDER",
         help="where embedding:NAME in a prompt looks for the file, besides the current folder (default: %(default)s)",
     )
-    what.add_argument(
-        "--dial",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of words of a method: truncation=32 or bypass=0.1 of NeTI, strength=0.8 of an output residual",
-    )
+    add_dial_option(what)
     what.add_argument(
         "--from-file", metavar="FILE", help="text file with one prompt per line: one image each per round"
     )
@@ -353,6 +348,7 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
             init=init,
             concept_strength=options.concept_strength,
             class_words=classes,
+            dials=dict(options.dial),
             numbers=list(range(len(prompts_of_round))) * options.n_iter if options.fixed_code else None,
             labels=labels,
             progress=progress,
@@ -374,7 +370,7 @@ def load(
     Everything about files and words is checked before the model is read, the token limit afterwards.
     """
     from ldm.generate.editing import class_words
-    from ldm.generate.embeddings import load_embeddings, set_dials
+    from ldm.generate.embeddings import load_embeddings
     from ldm.generate.images import check_fits
     from ldm.generate.session import resolve, warn_truncated
     from ldm.util import get_obj_from_str
@@ -392,6 +388,7 @@ def load(
         default=profile.prompt,
         syntax=options.prompt_syntax,
         folder=options.embedding_dir,
+        dials=dict(options.dial),
     )
     classes = None
     if options.concept_strength != 1.0:
@@ -399,7 +396,6 @@ def load(
     model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
     if found.words:
         load_embeddings(model, found.words)
-    set_dials(model, options.dial)
     warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
     return model, found, classes
 

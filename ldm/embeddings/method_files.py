@@ -25,6 +25,7 @@ from ldm.embeddings.reader import read
 from ldm.embeddings.tensor_formats import is_xti, layers_of_xti
 from ldm.files import atomic_write
 from ldm.util import UserError, shown
+from ldm.values import is_finite
 from ldm.words import check_word
 
 VERSION = 1
@@ -220,4 +221,8 @@ def _parse(payload: Payload) -> MethodFile:
 
 def _numbers(values: Any) -> dict[str, float | int]:
     items = values.items() if isinstance(values, dict) else ()
-    return {str(name): value for name, value in items if type(value) in (int, float)}
+    numbers = {str(name): value for name, value in items if type(value) in (int, float)}
+    for name, value in numbers.items():
+        if not is_finite(value):
+            raise EmbeddingError(f"its '{shown(name)}' is {shown(value)}, no finite number; it is damaged")
+    return numbers

@@ -7,12 +7,14 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from ldm.generate.editing import InitImage
 from ldm.generate.embeddings import check_mentions, check_prompts, load_embeddings
 from ldm.generate.images import SAMPLERS, Settings, check_settings, generate, save_image
 from ldm.generate.session import Session, release, text_to_image
 
 __all__ = [
     "SAMPLERS",
+    "InitImage",
     "Session",
     "Settings",
     "check_mentions",

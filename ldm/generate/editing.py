@@ -1,4 +1,4 @@
-"""What generation begins from besides noise: an image to edit, and the dial of what a learned word adds."""
+"""What generation begins from besides noise: an image to edit, and how much a learned word adds."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ class Start:
 ClassWords: TypeAlias = Mapping[str, str] | str
 
 
-def dial_labels(strength: float, class_words: ClassWords) -> dict[str, str]:
+def strength_labels(strength: float, class_words: ClassWords) -> dict[str, str]:
     """The fields of an image's settings for a concept strength."""
     pairs = {"": class_words} if isinstance(class_words, str) else class_words
-    text = " ".join(f"{name}={word}" if name else word for name, word in pairs.items())
+    text = ", ".join(f"{name}={word}" if name else word for name, word in pairs.items())
     return {"Concept strength": f"{strength:g}", "Class words": text}
 
 

@@ -6,7 +6,8 @@ import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from ldm.embeddings.method_files import MethodFile, read_method_file, read_words
 from ldm.front_ends import setting
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.methods import words_of
+from ldm.modules.methods import METHODS, words_of
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.util import UsageError, UserError, get_obj_from_str, shown
+from ldm.util import UserError, check_value, get_obj_from_str, shown
+from ldm.values import plain
 from ldm.words import check_text, pattern
 
 logger = logging.getLogger(__name__)
@@ -100,17 +102,69 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
         merge(vectors).vectors_for(width, family)
 
 
-def set_dials(model: LatentDiffusion, settings: Sequence[str]) -> None:
-    """Set dials of the model's personalization from texts NAME=VALUE; UserError for one that there is not."""
-    for text in settings:
-        name, _, value = text.partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            raise UsageError(
-                f"--dial '{shown(text)}': write it as NAME=NUMBER, such as truncation=32"
-            ) from None
-        personalization_of(model).set_dial(name.strip(), number)
+def check_dials(config: DictConfig, words: Sequence[Words], dials: Mapping[str, float] | None) -> None:
+    """Check that words have each of these dials, as far as their files say so; the model is not read.
+
+    Raises:
+        UserError: `dials` is no mapping of names to finite numbers, a file cannot be read, or there is no such dial.
+    """
+    dials = dial_numbers(dials)
+    if not dials or of_own_class(config):
+        return
+    if words:
+        held = [read_words(word) if isinstance(word, (str, Path)) else word for word in words]
+        files = [one for one in held if isinstance(one, MethodFile)]
+        known = {name for file in files for name in file.dials}
+        kinds = [METHODS[file.method].__name__ for file in files if file.method in METHODS]
+    else:
+        node = OmegaConf.select(config, "model.params.personalization_config") or {}
+        kind = get_obj_from_str(node["target"]) if "target" in node else EmbeddingManager
+        if kind.dials is not Personalization.dials:
+            return  # only the object itself knows its dials
+        known, kinds = set(), []
+    for name in dials:
+        if name not in known:
+            raise UserError(
+                f"there is no dial '{shown(name)}' of {' and '.join(dict.fromkeys(kinds)) or 'plain vectors'}; "
+                + (f"known are: {', '.join(sorted(known))}" if known else "there are none, so leave it out")
+            )
+
+
+def dial_numbers(dials: Mapping[str, float] | None) -> dict[str, float]:
+    """Return dials as Python's numbers; UserError for what is no mapping of names to finite numbers."""
+    if not isinstance(dials, Mapping | None):
+        raise UserError(f'dials is {shown(dials)}; give a dictionary, such as {{"truncation": 32}}')
+    numbers: dict[str, float] = plain(dials or {})
+    for name, value in numbers.items():
+        check_value(f"the dial {shown(name)}", value, "", float)
+    return numbers
+
+
+@contextmanager
+def dials_at(model: LatentDiffusion, dials: Mapping[str, float] | None) -> Iterator[dict[str, str]]:
+    """Set dials of the model's personalization for this block; afterwards each word has its former values.
+
+    Yields:
+        the field "Dials" of an image's settings, if there are any.
+    Raises:
+        UserError: there is no such dial, or its value is not possible.
+    """
+    numbers = dial_numbers(dials)
+    if not numbers:
+        yield {}
+        return
+    personalization = personalization_of(model)
+    inner = personalization.modules() if isinstance(personalization, nn.Module) else [personalization]
+    # Each of several words has values of its own; the whole comes before its parts.
+    before = [(part, part.dials()) for part in inner if isinstance(part, Personalization)]
+    try:
+        for name, value in numbers.items():
+            personalization.set_dial(name, value)
+        yield {"Dials": ", ".join(f"{name}={value:.12g}" for name, value in numbers.items())}
+    finally:
+        for part, values in before:
+            for name in numbers.keys() & values.keys():
+                part.set_dial(name, values[name])
 
 
 def takes_vectors(personalization: type[Personalization]) -> bool:

@@ -19,7 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.files import atomic_write
-from ldm.generate.editing import ClassWords, InitImage, dial_labels, with_class_words
+from ldm.generate.editing import ClassWords, InitImage, strength_labels, with_class_words
+from ldm.generate.embeddings import dials_at
 from ldm.generate.prompt_syntax import chunk_count, conditions
 from ldm.images import image_grid, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -29,7 +30,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
 from ldm.models.diffusion.steps import check_steps, steps_taken
 from ldm.modules.diffusionmodules.openaimodel import Downsample
-from ldm.util import UserError, check_value, evaluating
+from ldm.util import UserError, check_value, evaluating, shown_value
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -60,6 +61,7 @@ def generate(
     init: InitImage | None = None,
     concept_strength: float = 1.0,
     class_words: ClassWords | None = None,
+    dials: Mapping[str, float] | None = None,
     numbers: Sequence[int] | None = None,
     labels: Callable[[str], Mapping[str, str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -83,6 +85,8 @@ def generate(
         concept_strength: what learned words add to their class words, in this strength: 1 is the word as it is and
             costs nothing, 0 the class word alone. Other values take half as long again.
         class_words: the class word of each placeholder, or one for all; see `ldm.generate.editing.class_words`.
+        dials: of words of a method, such as {"truncation": 32}; see `Personalization.dials`. Afterwards they have their
+            former values.
         labels: gives further fields of the settings of an image, such as "Model hash", for its prompt.
         progress: called after each step with the number of steps done and their total.
         on_image: called for each finished image with its index in `prompts` and the image.
@@ -98,17 +102,26 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision, scale, seed)
     check_value("concept_strength", concept_strength, "concept_strength", float)
+    if not isinstance(init, InitImage | None):
+        raise UserError(
+            f"init is {shown_value(init)}; give an ldm.generate.InitImage, such as InitImage.read('cat.png')"
+        )
     shape = latent_shape(model, height, width)
     pixels_each = downsampling_factor(model)
     size = shape[1] * pixels_each, shape[2] * pixels_each
-    dialled = None if concept_strength == 1.0 else with_class_words(model, prompts, class_words or {})
+    by_class = None if concept_strength == 1.0 else with_class_words(model, prompts, class_words or {})
     numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
     batches = _batches([chunk_count(model, prompt, prompt_syntax) for prompt in prompts], batch_size)
     taken = steps if init is None else steps_taken(init.strength, steps)
     total = taken * len(batches)
     images: list[Image.Image] = []
-    with evaluating(model), model.ema_scope(), half_precision(precision, device):
+    with (
+        dials_at(model, dials) as dial_labels,
+        evaluating(model),
+        model.ema_scope(),
+        half_precision(precision, device),
+    ):
         factor = 1 if init is None else downsampling_factor(model)
         begin = None if init is None else init.at(model, shape[1] * factor, shape[2] * factor)
         for batch, part in enumerate(batches):
@@ -118,7 +131,7 @@ def generate(
             guided = None if scale == 1.0 else negative_prompt
             with model.drawing_at(*size, sizes or {}):
                 condition, unconditional = conditions(model, captions, guided, prompt_syntax)
-                base = None if dialled is None else conditions(model, dialled[part], None, prompt_syntax)[0]
+                base = None if by_class is None else conditions(model, by_class[part], None, prompt_syntax)[0]
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
                 len(captions),
@@ -159,7 +172,8 @@ def generate(
                     labels={
                         **_size_labels(sizes or {}),
                         **({} if init is None else init.labels()),
-                        **({} if dialled is None else dial_labels(concept_strength, class_words or {})),
+                        **({} if by_class is None else strength_labels(concept_strength, class_words or {})),
+                        **dial_labels,
                         **({} if labels is None else labels(prompt)),
                     },
                 )

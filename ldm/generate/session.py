@@ -26,6 +26,7 @@ from ldm.front_ends import setting
 from ldm.generate.editing import class_words
 from ldm.generate.embeddings import (
     Words,
+    check_dials,
     check_encoder,
     check_mentions,
     load_embeddings,
@@ -72,15 +73,17 @@ def resolve(
     default: str = "a photo",
     syntax: str = "a1111",
     folder: str | Path = "embeddings",
+    dials: Mapping[str, float] | None = None,
 ) -> Prompts:
     """Find the files of `embedding:NAME`, and check that every word of the prompts is held; no model is needed.
 
     Without prompts, the prompt is "a photo of WORD" with the first word, or `default` if there is none. `folder` is
-    where `embedding:NAME` looks beside the current folder. A file whose word is in no prompt is a warning.
+    where `embedding:NAME` looks beside the current folder. A file whose word is in no prompt is a warning. `dials` are
+    those that will be set.
 
     Raises:
         UserError: a file cannot be read, or is for another text encoder, or a prompt has a placeholder that no file
-            holds.
+            holds, or no file has such a dial.
     """
     node = OmegaConf.select(config, "model.params.personalization_config") or {}
     params = node.get("params") or {}
@@ -102,6 +105,7 @@ def resolve(
     for prompt in [*given, negative_prompt]:
         parse(prompt, {*learned, *configured}, syntax)
     check_encoder(config, words)
+    check_dials(config, words, dials)
     return Prompts(given, negative_prompt, words)
 
 
@@ -295,7 +299,9 @@ class Session:
         given = [check_text(prompt, "prompt") for prompt in _several(prompts)]
         negative_prompt = check_text("" if negative_prompt is None else negative_prompt, "negative prompt")
         held = list(dict.fromkeys(_file_or_vectors(word) for word in _several(words)))
-        resolved = resolve(self.config, given, negative_prompt, held, syntax=prompt_syntax)
+        resolved = resolve(
+            self.config, given, negative_prompt, held, syntax=prompt_syntax, dials=settings.get("dials")
+        )
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
         if settings.get("concept_strength", 1.0) != 1.0 and settings.get("class_words") is None:

@@ -18,6 +18,7 @@ from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, write
 from ldm.generate import Settings, session
 from ldm.images import open_image
 from tests.golden_record import Golden
+from tests.modules.methods.conftest import words
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--ddim_steps", "1", "--n_samples", "2", "--scale", "1"]
@@ -225,6 +226,11 @@ def test_a_variant_of_a_model_of_the_hub_is_what_is_fetched(run, folder, monkeyp
         (["--negative_prompt", "<cat>"], 1, "mentions '<cat>'"),
         (["--H", "36"], 1, "height 36 is not a multiple of 8"),
         (["--ddim_steps", "1001"], 1, "more than the model's 1000"),
+        (["--dial", "foo"], 2, "argument --dial: 'foo' is not a NAME=NUMBER, such as truncation=32"),
+        (["--dial", "truncation=nan"], 2, "argument --dial: 'truncation=nan' is not a NAME=NUMBER"),
+        (["--dial", "truncation=1e999"], 2, "'truncation=1e999' is not"),
+        (["--dial", "=3"], 2, "'=3' is not"),
+        (["--dial", "truncation=3"], 1, "no dial 'truncation' of plain vectors; there are none"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments: list[str], code: int, message: str) -> None:
@@ -487,6 +493,24 @@ def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch) -> None:
     Path("models/ldm/creatures").mkdir(parents=True)
     Path("models/ldm/creatures/config.yaml").write_text("mine: 1")
     assert not Path(parser.parse_args(["--config", "models/ldm/creatures/config.yaml"]).config).is_absolute()
+
+
+def test_a_dial_of_a_word_of_a_method(run, tmp_path, monkeypatch) -> None:
+    made = words(Golden("clip_one_vector").model(), "neti", "<a>")
+    made.save(tmp_path / "a.safetensors")
+    arguments = ["--embedding_path", tmp_path / "a.safetensors", "--prompt", "a <a>", "--skip_grid"]
+    for dials in ((), ("truncation=1", "bypass=0.5"), ("truncation=8",)):
+        assert run(*arguments, *(word for dial in dials for word in ("--dial", dial)))[0] == 0
+    images = [open_image(tmp_path / f"out/samples/000{n}.png").tobytes() for n in (0, 2, 4)]
+    assert images[0] == images[2] != images[1]
+    settings = Settings.from_image(tmp_path / "out/samples/0002.png")
+    assert settings.labels["Dials"] == "truncation=1, bypass=0.5"
+    assert run(*arguments, "--dial", "bypass=3")[1].err == "error: the dial bypass is 3; use 0 to 1\n"
+    monkeypatch.setattr(generate, "load_latent_diffusion", lambda *a, **k: pytest.fail("the model is read"))
+    code, output, _ = run(*arguments, "--dial", "size=3")
+    assert (
+        code == 1 and output.err == "error: there is no dial 'size' of NeTI; known are: bypass, truncation\n"
+    )
 
 
 @pytest.mark.done_or_said

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
-from ldm.generate import check_mentions, check_prompts, load_embeddings
-from ldm.generate.embeddings import set_dials, warn_unused
+from ldm.embeddings.method_files import read_words
+from ldm.generate import Settings, check_mentions, check_prompts, generate, load_embeddings
+from ldm.generate.embeddings import check_dials, warn_unused
 from ldm.generate.prompt_syntax import parse
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 from ldm.words import file_stem
 from tests.golden_record import Golden
+from tests.modules.methods.conftest import words
 from tests.test_words import ALLOWED
 
 
@@ -171,9 +176,9 @@ def test_a_model_without_personalization_gets_a_manager(model, tmp_path) -> None
     assert not torch.allclose(plain, model.get_learned_conditioning(["a <cat>"]))
 
 
-def test_vectors_are_on_the_device_of_the_model(model, tmp_path) -> None:
+def test_vectors_are_on_the_device_of_the_model(tmp_path) -> None:
+    model = Golden("clip_one_vector").model(load_embeddings=False).to("meta")
     model.embedding_manager = None
-    model.to("meta")
     load_embeddings(model, written(tmp_path, "cat.pt", **{"<cat>": 0.5}))
     assert model.embedding_manager.vectors("<cat>").is_meta
 
@@ -273,14 +278,94 @@ def test_prompts_are_checked_against_the_placeholders_of_the_model(model) -> Non
         check_prompts(model, ["a sculpture"], learned=[])
 
 
+@pytest.fixture
+def neti(model, tmp_path):
+    """The files of two words of NeTI with eight hidden units, and one of vectors."""
+    for name, kept in (("a", 5), ("b", 3)):
+        made = words(model, "neti", f"<{name}>")
+        made.set_dial("truncation", kept)
+        made.save(tmp_path / f"{name}.safetensors")
+    written(tmp_path, "cat.pt", **{"<cat>": 0.5})
+    return [tmp_path / name for name in ("a.safetensors", "b.safetensors", "cat.pt")]
+
+
+def own_dials(model) -> list[dict[str, float]]:
+    return [part.dials() for part in model.embedding_manager.members]
+
+
+def test_dials_change_the_image_are_in_its_settings_and_return(model, neti) -> None:
+    load_embeddings(model, neti)
+    before = own_dials(model)
+    assert [one.get("truncation") for one in before] == [5, 3, None]
+    prompt, quick = "<a> with <b> and <cat>", {"steps": 1, "scale": 2.0}
+    plain = generate(model, prompt, **quick)[0]
+    dials = {"truncation": np.int64(8), "bypass": 0.25}
+    changed, again = (generate(model, prompt, dials=dials, **quick)[0] for _ in range(2))
+    assert own_dials(model) == before, "each word has its own values again"
+    assert plain.tobytes() != changed.tobytes() == again.tobytes()
+    settings = Settings.from_text(changed.info["parameters"])
+    assert settings.labels["Dials"] == "truncation=8, bypass=0.25" and "Dials" not in plain.info["parameters"]
+    for name, value in dials.items():
+        model.embedding_manager.set_dial(name, value)
+    assert generate(model, prompt, **quick)[0].tobytes() == changed.tobytes()
+
+
+def test_dials_return_after_an_error(model, neti) -> None:
+    load_embeddings(model, neti)
+    before = own_dials(model)
+
+    def stop(done: int, total: int) -> None:
+        assert [one.get("truncation") for one in own_dials(model)] == [1, 1, None]
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate(model, "<a>", dials={"truncation": 1}, progress=stop, steps=1)
+    with pytest.raises(UserError, match="the dial bypass is 7; use 0 to 1"):
+        generate(model, "<a>", dials={"truncation": 1, "bypass": 7}, steps=1)
+    assert own_dials(model) == before
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("dials", "message"),
     [
-        ("truncation", "write it as NAME=NUMBER"),
-        ("a=b", "write it as NAME=NUMBER"),
-        ("a=1", "there is no dial 'a'"),
+        ("truncation=8", "dials is truncation=8; give a dictionary, such as"),
+        ({"truncation": "8"}, "the dial truncation is '8'; it must be a number"),
+        ({"truncation": True}, "the dial truncation is true; it must be a number"),
+        ({"truncation": math.nan}, "the dial truncation is nan; it must be a number"),
+        ({"truncation": math.inf}, "the dial truncation is inf"),
+        ({"truncation": 10**400}, "the dial truncation is 1000"),
+        ({"truncation": None}, "the dial truncation is null"),
+        ({"truncation": 9}, "the dial truncation is 9; use a whole number from 0 to 8"),
+        ({"size": 1}, "there is no dial 'size' of NeTI; known are: truncation, bypass"),
     ],
 )
-def test_a_wrong_dial_is_one_line(model, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        set_dials(model, [text])
+def test_a_wrong_dial_is_one_line(model, neti, dials, message: str) -> None:
+    load_embeddings(model, neti[0])
+    with pytest.raises(UserError, match=message) as caught:
+        generate(model, "<a>", dials=dials, steps=1)
+    assert len(str(caught.value)) < 300
+    assert model.embedding_manager.dials() == {"truncation": 5, "bypass": 0.2}
+
+
+def test_names_of_dials_are_known_from_files(neti) -> None:
+    config = OmegaConf.create({"model": {"params": {}}})
+    check_dials(config, neti, {"truncation": 1, "bypass": 0})
+    check_dials(config, [read_words(neti[0])], {"bypass": 0})
+    check_dials(config, [], None)
+    for files, known in (
+        (neti, "'size' of NeTI; known are: bypass, truncation"),
+        (neti[2:], "'size' of plain vectors; there are none, so leave it out"),
+        ([], "'size' of plain vectors; there are none"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"there is no dial {known}")):
+            check_dials(config, files, {"size": 1})
+
+
+def test_only_an_object_of_a_yaml_knows_its_dials() -> None:
+    for target, known in (("ldm.modules.methods.NeTI", True), ("ldm.modules.methods.CoRe", False)):
+        config = OmegaConf.create({"model": {"params": {"personalization_config": {"target": target}}}})
+        if known:
+            check_dials(config, [], {"size": 1})
+        else:
+            with pytest.raises(UserError, match="no dial 'size'"):
+                check_dials(config, [], {"size": 1})

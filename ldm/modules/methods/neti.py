@@ -154,7 +154,7 @@ class NeTI(LearnedWords):
 
     def set_dial(self, name: str, value: float) -> None:
         if name == "truncation":
-            if value != int(value) or not 0 <= value <= self.hidden:
+            if not 0 <= value <= self.hidden or value != int(value):
                 raise UserError(
                     f"the dial truncation is {value:g}; use a whole number from 0 to {self.hidden}"
                 )

@@ -100,6 +100,9 @@ def test_nested_dropout_is_for_training_only_and_follows_the_seed(neti):
     [
         ("truncation", 9, "truncation is 9; use a whole number from 0 to 8"),
         ("truncation", 1.5, "truncation is 1.5"),
+        ("truncation", float("nan"), "truncation is nan; use a whole number"),
+        ("truncation", float("-inf"), "truncation is -inf"),
+        ("bypass", float("nan"), "bypass is nan"),
         ("bypass", 2, "bypass is 2; use 0 to 1"),
         ("strength", 1, "no dial 'strength' of NeTI; known are: truncation, bypass"),
     ],

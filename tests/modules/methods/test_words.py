@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import struct
 
 import pytest
@@ -174,6 +175,9 @@ def changed(path, **values):
         ({"options": {"stages": 10**9}}, "stages is 1000000000"),
         ({"options": {"stages": 2.5}}, "stages is 2.5"),
         ({"words": {"*": 2}}, "its 'vectors' is 3x1x32 and would be 3x2x32"),
+        ({"dials": {"strength": math.nan}}, "its 'strength' is nan, no finite number; it is damaged"),
+        ({"dials": {"strength": -math.inf}}, "its 'strength' is -inf, no finite number"),
+        ({"options": {"stages": 10**400}}, "its 'stages' is 1000"),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_line(model, values, message, tmp_path):

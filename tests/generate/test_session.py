@@ -1,0 +1,57 @@
+"""A model that is loaded once and generates with other words each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ldm
+from ldm.generate import InitImage, Session, Settings
+from ldm.util import UserError
+from tests.golden_record import Golden
+from tests.modules.methods.conftest import words
+
+QUICK = {"steps": 1, "scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, and the file of a word of NeTI with eight hidden units."""
+    folder = tmp_path_factory.mktemp("session")
+    Golden("clip_one_vector").write_model(folder)
+    words(Golden("clip_one_vector").model(), "neti", "<a>").save(folder / "a.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(folder) -> Session:
+    return Session(folder / "model.ckpt")
+
+
+def test_dials_are_for_one_call_and_in_its_settings(session, folder) -> None:
+    plain, changed, again = (
+        ldm.generate("a <a>", words=folder / "a.safetensors", model=session, dials=dials, **QUICK)[0]
+        for dials in (None, {"truncation": 1}, {})
+    )
+    assert plain.tobytes() == again.tobytes() != changed.tobytes()
+    assert Settings.from_text(changed.info["parameters"]).labels["Dials"] == "truncation=1"
+    assert "Dials" not in again.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": "cat.png"}, r"init is 'cat.png'; give an ldm.generate.InitImage, such as InitImage.read\("),
+        ({"dials": {"size": 3}}, "no dial 'size' of NeTI; known are: bypass, truncation"),
+        ({"dials": ["truncation"]}, "dials is .'truncation'.; give a dictionary"),
+        ({"dial": {}}, "generate has no setting 'dial'; it has .*dials"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(session, folder, settings, message) -> None:
+    with pytest.raises(UserError, match=message):
+        session.generate("a <a>", words=folder / "a.safetensors", **settings, **QUICK)
+
+
+def test_the_class_of_init_is_part_of_the_package() -> None:
+    assert "InitImage" in ldm.generate.__all__ and ldm.generate.InitImage is InitImage
