@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.commands.base import (
     JUDGE,
     WEIGHTS,
+    add_dial_option,
     check_files,
     check_model,
     guarded,
@@ -82,6 +83,7 @@ def make_parser(prog: str) -> Parser:
     word.add_argument(
         "--word", metavar="TEXT", help='words in place of a learned one, as "a robot": a baseline'
     )
+    add_dial_option(what)
     what.add_argument(
         "--prompt", nargs="+", default=[], metavar="TEXT", help='further prompts, with "{}" for the concept'
     )
@@ -178,10 +180,13 @@ def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked without the model, load it, measure and write."""
     check_model(options.ckpt_path)
     check_files(options.config)
+    if options.dial and options.word:
+        raise UsageError(f"--dial {options.dial[0][0]} is for learned words; remove it, or --word")
 
     from ldm import console
     from ldm.embeddings.method_files import triggers_of
     from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
+    from ldm.generate.embeddings import check_dials
 
     console.set_up_logging()
     sampling = sampling_of(options)
@@ -190,6 +195,10 @@ def run(options: argparse.Namespace) -> None:
     files = [find_embedding(place, concept.name, several) if place else None for concept in concepts]
     triggers = [triggers_of(file) if file else [] for file in files]
     check_prompts(options.prompt, triggers)
+    if options.dial:
+        config = read_model_config(options.ckpt_path, options.config)
+        for file in filter(None, files):
+            check_dials(config, [file], dict(options.dial))
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]
     with naming_the_checkpoint(options.ckpt_path):
         evaluate(options, sampling, evaluated, features_of(options), judge_of(options))
@@ -233,6 +242,7 @@ def evaluate(
     from ldm.evaluation.report import versions
     from ldm.files import file_hash
     from ldm.generate import load_embeddings
+    from ldm.generate.embeddings import dials_at
     from ldm.models.features import load_features
 
     described = [bool(one.concept.creature or one.concept.style) for one in evaluated]
@@ -244,6 +254,7 @@ def evaluate(
         evaluation_prompts(one.concept, options.prompt, not options.no_edits, size, judge)
         for one in evaluated
     ]
+    dials = dict(options.dial)
     results: dict[str, Any] = {}
     rows: Rows = []
     total = options.samples * sum(map(len, asked))
@@ -254,7 +265,8 @@ def evaluate(
             if one.file:
                 load_embeddings(model, one.file)
             word = one.triggers[0] if one.triggers else options.word
-            figures, shown = evaluate_one(evaluation, one, prompts, word, options.samples, bar.update)
+            with dials_at(model, dials):
+                figures, shown = evaluate_one(evaluation, one, prompts, word, options.samples, bar.update)
             truth = "creature" if concept.creature else "style" if concept.style else "none"
             embedding = one.file and str(one.file)
             results[concept.name] = {"truth": truth, "embedding": embedding, "word": word} | figures
@@ -266,6 +278,8 @@ def evaluate(
     if not all(described):
         notes.append("without concept.json only CLIP-I, CLIP-T and the shared colours are measured")
     settings = dataclasses.asdict(sampling) | {"samples": options.samples, "model": options.ckpt_path}
+    if dials:
+        settings["dials"] = dials
     if Path(options.ckpt_path).is_file():
         settings["model_sha256"] = file_hash(options.ckpt_path)
     likeness = [next(iter(figures["prompts"].values())) for figures in results.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ldm.images import open_image
 from scripts.make_concepts import creature_concept, style_concept, write_concept
 from tests.evaluation.stand_ins import FixedJudge, use_few_renderings
 from tests.golden_record import Golden
+from tests.modules.methods.conftest import words
 
 QUICK = ["--samples", "2", "--ddim_steps", "1", "--scale", "1"]
 
@@ -99,6 +101,24 @@ def test_words_instead_of_an_embedding(run, folder, tmp_path) -> None:
     assert found["concepts"]["mine"]["embedding"] is None
 
 
+def test_a_dial_is_set_for_every_concept_and_stated(run, folder, tmp_path) -> None:
+    model = Golden("clip_one_vector").model()
+    found = {}
+    for name in ("mine", "other"):
+        shutil.copytree(folder / "concepts" / "mine", tmp_path / "concepts" / name)
+        words(model, "neti", f"<{name}>").save(tmp_path / "learned" / f"{name}.safetensors")
+    for dials in ((), ("--dial", "truncation=0", "--dial", "bypass=0.5")):
+        arguments = ["--concept", tmp_path / "concepts", "--embedding_path", tmp_path / "learned", *dials]
+        code, output, found[dials] = run(*arguments, "--judge", "none")
+        assert code == 0, output.err
+    without, given = found.values()
+    assert given["settings"].pop("dials") == {"truncation": 0, "bypass": 0.5}
+    assert given["settings"] == without["settings"]
+    assert "dials {'truncation': 0.0, 'bypass': 0.5}" in (tmp_path / "out/evaluation.md").read_text()
+    for name in ("mine", "other"):
+        assert given["concepts"][name]["prompts"] != without["concepts"][name]["prompts"], name
+
+
 @pytest.mark.done_or_said
 def test_an_output_that_is_not_finite_names_the_checkpoint(run, folder, monkeypatch) -> None:
     def broken(self, z, **options):
@@ -137,6 +157,12 @@ def test_edits_are_optional(run, folder, monkeypatch) -> None:
         (["--concept", "MINE", "--word", "x", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
         (["--concept", "MINE"], "--embedding_path --word"),
         (["--concept", "MINE", "--word", "x", "--samples", "0"], "not a whole number from 1"),
+        (["--concept", "MINE", "--word", "x", "--dial", "bypass=1"], "--dial bypass is for learned words"),
+        (["--concept", "MINE", "--word", "x", "--dial", "bypass"], "--dial: 'bypass' is not a NAME=NUMBER"),
+        (
+            ["--concept", "CONCEPTS", "--embedding_path", "LEARNED", "--dial", "bypass=1"],
+            "no dial 'bypass' of plain vectors",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_the_model_is_read(arguments, message, run, folder, monkeypatch) -> None:
