@@ -32,7 +32,7 @@ NAMES = {
     "class_word": Names(
         'class_words={"{}": "cat"}',
         "--class_word cat or --class_word '{}=cat'",
-        "scripts/txt2img.py --class_word",
+        '"cat" or "{}=cat" in \'Class word\'',
     ),
     "config": Names("config= or base=", "--config or --base", "a config.yaml beside it"),
     "embedding": Names(

@@ -140,6 +140,11 @@ def dial_numbers(dials: Mapping[str, float] | None) -> dict[str, float]:
     return numbers
 
 
+def dial_text(dials: Mapping[str, float]) -> str:
+    """Dials as settings of images state them and the page takes them: "truncation=32, bypass=0.1"."""
+    return ", ".join(f"{name}={value:.12g}" for name, value in dials.items())
+
+
 @contextmanager
 def dials_at(model: LatentDiffusion, dials: Mapping[str, float] | None) -> Iterator[dict[str, str]]:
     """Set dials of the model's personalization for this block; afterwards each word has its former values.
@@ -160,7 +165,7 @@ def dials_at(model: LatentDiffusion, dials: Mapping[str, float] | None) -> Itera
     try:
         for name, value in numbers.items():
             personalization.set_dial(name, value)
-        yield {"Dials": ", ".join(f"{name}={value:.12g}" for name, value in numbers.items())}
+        yield {"Dials": dial_text(numbers)}
     finally:
         for part, values in before:
             for name in numbers.keys() & values.keys():

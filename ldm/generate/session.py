@@ -280,6 +280,7 @@ class Session:
             prompts: by default "a photo of" the first word.
             words: embedding files of any tool, concepts, or vectors (`ldm.embeddings.LearnedEmbeddings`).
             settings: those of `ldm.generate.images.generate`: steps, scale, sampler, seed, height, width, progress, ...
+                `class_words` may also be a list of texts PLACEHOLDER=WORD, for some of the placeholders.
 
         Raises:
             UserError: a word, a setting or the size does not fit.
@@ -304,8 +305,10 @@ class Session:
         )
         self.use(resolved.words)
         warn_truncated(self.model, [*resolved.prompts, resolved.negative_prompt], prompt_syntax)
-        if settings.get("concept_strength", 1.0) != 1.0 and settings.get("class_words") is None:
-            settings["class_words"] = class_words(resolved.words, resolved.prompts)
+        classes = settings.get("class_words")
+        if settings.get("concept_strength", 1.0) != 1.0 and isinstance(classes, list | tuple | None):
+            texts = [check_text(text, "class word") for text in classes or ()]
+            settings["class_words"] = class_words(resolved.words, resolved.prompts, texts)
         try:
             return generate(
                 self.model,

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ldm.generate.editing import InitImage
 from ldm.generate.images import SAMPLERS, ImageFolder, OutputError, Settings
 from ldm.generate.session import Session
 from ldm.images import enlarged, image_grid, labelled
 from ldm.studio.workspace import THUMBNAIL, Workspace, check_upload
 from ldm.util import UserError, free_memory
+from ldm.values import named_number
 
 MOST_IMAGES = 64
-AXES = ("nothing", "guidance", "steps", "seed", "word", "step of a run", "sampler")
+# The axes of a plot that are fields of the form.
+_FIELDS = {
+    "guidance": "scale",
+    "steps": "steps",
+    "seed": "seed",
+    "sampler": "sampler",
+    "strength of the word": "concept_strength",
+    "change of the image": "strength",
+}
+AXES = ("nothing", "word", "step of a run", *_FIELDS, "dial")
 
 
 class Generation:
@@ -59,24 +72,44 @@ class Generation:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Image.Image, Path, str]]:
         """Generate and save the images of a form; each with its file and the text of its settings."""
-        words = [self.workspace.word_file(file) for file in form.get("words") or []]
         count = whole(form.get("count"), "the number of images", 1, MOST_IMAGES) or 1
-        settings = _sampling(form)
         folder = ImageFolder(self.workspace.outputs, "png", 5)
         with self._busy:
             self.stop.clear()
-            try:
-                images = self.session(str(form.get("model") or "")).generate(
-                    str(form.get("prompt") or "").strip() or (),
-                    words=words,
-                    negative_prompt=str(form.get("negative_prompt") or "").strip(),
-                    count=count,
-                    progress=self._watched(progress),
-                    **settings,
-                )
-            except RuntimeError as error:
-                raise _as_user_error(error) from error
+            images = self._drawn(form, count, progress)
         return [(image, folder.save(image), image.info["parameters"]) for image in images]
+
+    def _drawn(
+        self, form: dict[str, Any], count: int, progress: Callable[[int, int], None] | None
+    ) -> list[Image.Image]:
+        """Images of a form; its fields are checked before the model is loaded."""
+        words = [self.workspace.word_file(file) for file in form.get("words") or []]
+        settings = _sampling(form) | _strength(form) | self._edit(form)
+        try:
+            return self.session(str(form.get("model") or "")).generate(
+                str(form.get("prompt") or "").strip() or (),
+                words=words,
+                negative_prompt=str(form.get("negative_prompt") or "").strip(),
+                count=count,
+                progress=self._watched(progress),
+                **settings,
+            )
+        except RuntimeError as error:
+            raise _as_user_error(error) from error
+
+    def _edit(self, form: dict[str, Any]) -> dict[str, InitImage]:
+        """The image that a form begins from, if any."""
+        image, mask = (str(form.get(key) or "").strip() for key in ("init_img", "mask"))
+        if mask and not image:
+            raise UserError("there is a mask and no image to edit; drop the image too, or remove the mask")
+        if not image:
+            return {}
+        paths = [self.workspace.path(text) for text in (image, mask) if text]
+        for path in paths:
+            if path.is_file():  # who reads it says what is missing
+                check_upload(path)
+        strength = real(form.get("strength"), "the change of the image", 0, 1)
+        return {"init": InitImage.read(*paths, **({} if strength is None else {"strength": strength}))}
 
     def grid(
         self,
@@ -85,8 +118,13 @@ class Generation:
         y: tuple[str, str],
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Image.Image, Path]:
-        """An X/Y plot: for each pair of values one image, on one labelled sheet, which is saved too."""
+        """An X/Y plot: for each pair of values one image, on one labelled sheet, which is saved too.
+
+        The settings of the sheet are those of its last image, with the prompt of the form.
+        """
         columns, rows = self._values(*x), self._values(*y)
+        if "change of the image" in (x[0], y[0]) and not form.get("init_img"):
+            raise UserError("the axis 'change of the image' needs an image to begin from; drop one")
         if len(columns) * len(rows) > MOST_IMAGES:
             raise UserError(
                 f"the plot has {len(columns)} x {len(rows)} images; at most {MOST_IMAGES} are drawn"
@@ -97,18 +135,7 @@ class Generation:
             for row in rows:
                 for column in columns:
                     asked = self._changed(self._changed(form, x[0], column), y[0], row)
-                    settings = _sampling(asked)
-                    session = self.session(str(form.get("model") or ""))
-                    try:
-                        image = session.generate(
-                            str(asked.get("prompt") or "").strip() or (),
-                            words=[self.workspace.word_file(file) for file in asked.get("words") or []],
-                            negative_prompt=str(form.get("negative_prompt") or "").strip(),
-                            progress=self._watched(None),
-                            **settings,
-                        )[0]
-                    except RuntimeError as error:
-                        raise _as_user_error(error) from error
+                    image = self._drawn(asked, 1, None)[0]
                     done += 1
                     if progress is not None:
                         progress(done, len(rows) * len(columns))
@@ -120,10 +147,11 @@ class Generation:
                     ]
                     cells.append(labelled(large, ", ".join(names) or "the prompt"))
         sheet = image_grid(cells, columns=len(columns), padding=6)
-        sheet.info["parameters"] = Settings(
-            prompt=str(form.get("prompt") or ""), steps=settings["steps"], sampler=settings["sampler"],
-            scale=settings["scale"], seed=settings["seed"], labels={"X": f"{x[0]} {x[1]}", "Y": f"{y[0]} {y[1]}"},
-        ).as_text()  # fmt: skip
+        last = Settings.from_text(image.info["parameters"])
+        labels = {**last.labels, "X": f"{x[0]} {x[1]}", "Y": f"{y[0]} {y[1]}"}
+        sheet.info["parameters"] = replace(
+            last, prompt=str(form.get("prompt") or ""), labels=labels
+        ).as_text()
         return sheet, ImageFolder(self.workspace.outputs, "png", 5).save(sheet)
 
     def _values(self, axis: str, text: str) -> list[str]:
@@ -147,9 +175,10 @@ class Generation:
         raise UserError(f"'{run}' has no saved steps yet")
 
     def _changed(self, form: dict[str, Any], axis: str, value: str) -> dict[str, Any]:
-        keys = {"guidance": "scale", "steps": "steps", "seed": "seed", "sampler": "sampler"}
-        if axis in keys:
-            return form | {keys[axis]: value}
+        if axis in _FIELDS:
+            return form | {_FIELDS[axis]: value}
+        if axis == "dial":
+            return form | {"dials": f"{form.get('dials') or ''}, {value}"}
         if axis == "word":
             return form | {"prompt": str(form.get("prompt") or "").replace("{}", value)}
         if axis == "step of a run":
@@ -182,9 +211,10 @@ def _sampling(form: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "sampler": sampler,
         "steps": whole(form.get("steps"), "steps", 1, 1000) or 25,
-        "scale": _real(form.get("scale"), "the guidance scale", -50, 50),
         "seed": whole(form.get("seed"), "the seed", 0, 2**63 - 1) or 0,
     }
+    if (scale := real(form.get("scale"), "the guidance scale", -50, 50)) is not None:
+        found["scale"] = scale
     for key in ("width", "height"):
         if size := whole(form.get(key), key, 0, 4096):
             found[key] = size
@@ -194,6 +224,7 @@ def _sampling(form: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(value: Any, name: str, least: int, most: int) -> int | None:
+    """A whole number that a field holds, None for an empty one; UserError for what is none, or is out of range."""
     if value is None or str(value).strip() == "":
         return None
     try:
@@ -207,13 +238,29 @@ def whole(value: Any, name: str, least: int, most: int) -> int | None:
     return int(number)
 
 
-def _real(value: Any, name: str, least: float, most: float) -> float:
+def _strength(form: dict[str, Any]) -> dict[str, Any]:
+    """How much the words of a form add to their class words, and the dials of words of a method."""
+    strength = real(form.get("concept_strength"), "the strength of the word", 0, 10)
+    text = str(form.get("class_word") or "").strip()
+    pairs = re.split(r"\s*,\s*|\s+(?=[^\s=]+\s*=)", str(form.get("dials") or "").strip())
+    return {
+        "concept_strength": 1.0 if strength is None else strength,
+        # A comma begins the next of several PLACEHOLDER=WORD; a class word may hold commas of its own.
+        "class_words": re.split(r"\s*,\s*(?=[^,=]+=)", text) if text else None,
+        "dials": dict(map(named_number, filter(None, pairs))),
+    }
+
+
+def real(value: Any, name: str, least: float, most: float) -> float | None:
+    """A number that a field holds, None for an empty one; UserError for what is none, or is out of range."""
+    if value is None or str(value).strip() == "":
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name} is '{str(value)[:40]}'; give a number") from None
+        raise UserError(f"{name} is '{str(value)[:40]}'; give a number from {least} to {most}") from None
     if not least <= number <= most:
-        raise UserError(f"{name} is {value}; give a number from {least} to {most}")
+        raise UserError(f"{name} is {number:g}; give a number from {least} to {most}")
     return number
 
 

@@ -197,6 +197,10 @@ def _train_tab(service: Service, page: gr.Blocks) -> TrainTab:
                 batch = gr.Textbox(label="Batch", info="images per step", elem_id="batch", min_width=90)
             with gr.Accordion("More", open=False):
                 with gr.Row():
+                    mask_weight = gr.Textbox(
+                        label="Outside of masks", info="0 to 1: its weight in the loss", min_width=150,
+                        elem_id="mask-weight",
+                    )
                     template_file = gr.Textbox(
                         label="Template file", info="one caption per line, {} is the word", elem_id="template-file",
                     )
@@ -229,10 +233,10 @@ def _train_tab(service: Service, page: gr.Blocks) -> TrainTab:
         "folder": folder, "placeholder": placeholder, "init": init, "name": name, "model": model, "kind": kind,
         "recipe": recipe, "vectors": vectors, "steps": steps, "rate": rate, "batch_size": batch, "flip": flip,
         "use_captions": use_captions, "personalization": personalization, "template_file": template_file,
-        "seed": seed, "settings": settings, "yaml": whole,
+        "seed": seed, "mask_weight": mask_weight, "settings": settings, "yaml": whole,
     }
     inputs = list(fields.values())
-    planned = [command, result, notes, vectors, steps, rate, batch]
+    planned = [command, result, notes, vectors, steps, rate, batch, mask_weight]
     seen = [thumbnails, found]
 
     def form(values: Sequence[Any]) -> dict[str, Any]:
@@ -243,13 +247,14 @@ def _train_tab(service: Service, page: gr.Blocks) -> TrainTab:
         try:
             plan = service.plan(asked)
         except UserError as error:
-            return ["", views.message(str(error), "bad"), views.tokens([], 1), *[gr.skip()] * 4]
+            return ["", views.message(str(error), "bad"), views.tokens([], 1), *[gr.skip()] * 5]
         try:
             pieces = views.tokens(service.tokens(asked["model"], asked["init"] or ""), plan.vectors)
         except UserError as error:
             pieces = views.message(str(error), "warn")
         about = "".join(f"<p><small>{escape(text)}</small></p>" for text in plan.about)
-        usual = [gr.Textbox(placeholder=text) for text in (str(plan.vectors), plan.steps, plan.rate, plan.batch)]
+        values_shown = (str(plan.vectors), plan.steps, plan.rate, plan.batch, plan.mask_weight)
+        usual = [gr.Textbox(placeholder=text) for text in values_shown]
         return [plan.command, "", pieces + about, *usual]
 
     def show_images(*values: Any) -> Any:

@@ -25,8 +25,9 @@ from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, write_method_file
 from ldm.files import in_checkout
+from ldm.generate.embeddings import dial_text
 from ldm.generate.session import checkpoint_of
-from ldm.studio.generation import Generation, whole
+from ldm.studio.generation import Generation, real, whole
 from ldm.studio.queue import STATE_FOLDER, Job, Queue, environment, train_command
 from ldm.studio.workspace import (
     Finding,
@@ -87,6 +88,7 @@ class Plan:
     steps: str = ""
     rate: str = ""
     batch: str = ""
+    mask_weight: str = ""
     vectors: int = 1
     size: int | None = None
     crop: bool = True
@@ -125,6 +127,8 @@ class Service:
             )
         template = str(form.get("template_file") or "").strip()
         settings = _settings(str(form.get("settings") or ""))
+        weight = real(form.get("mask_weight"), "the weight outside of masks", 0, 1)
+        settings += () if weight is None else (f"data.params.train.params.mask_weight={weight:g}",)
         base = None
         if text := str(form.get("yaml") or "").strip():
             base = self._own_yaml(text)
@@ -199,6 +203,7 @@ class Service:
             steps=str(value("lightning.trainer.max_steps", "no end")),
             rate=str(value("model.base_learning_rate", "")),
             batch=str(value("data.params.batch_size", "")),
+            mask_weight=str(value("data.params.train.params.mask_weight", "masks are ignored")),
             vectors=vectors if isinstance(vectors, int) else 1,
             size=size if isinstance(size, int) and size > 0 else None,
             crop=value("data.params.train.params.center_crop", True) is not False,
@@ -383,6 +388,11 @@ class Service:
         return (
             {"method": found.method, **found.options, **found.dials} if isinstance(found, MethodFile) else {}
         )
+
+    def dials(self, files: Sequence[str]) -> str:
+        """The dials of the words in files with their values, as the form takes them; empty if there are none."""
+        held = [read_words(self.workspace.word_file(file)) for file in files]
+        return dial_text({k: v for one in held if isinstance(one, MethodFile) for k, v in one.dials.items()})
 
     def convert(self, sources: Sequence[str], format: str, word: str = "") -> list[Path]:
         """Write the words of one file, or several merged ones, in the format of a tool, renamed if `word` is given."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,29 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                 width = gr.Textbox(label="Width", info="empty: the model's", min_width=90)
                 height = gr.Textbox(label="Height", info="empty: the model's", min_width=90)
                 number = gr.Textbox(label="Image number", info="of a dropped image", min_width=90)
+            with gr.Accordion("Strength of the word", open=False, elem_id="word-strength"), gr.Row():
+                concept_strength = gr.Textbox(
+                    "1", label="Strength", info="0: only its class word; 2: exaggerated", elem_id="concept-strength",
+                    min_width=140,
+                )
+                class_word = gr.Textbox(
+                    label="Class word", info="cat, or <a>=cat; empty: what it began from", elem_id="class-word",
+                    min_width=140,
+                )
+                dials = gr.Textbox(
+                    label="Dials", info="of words of a method: truncation=32", elem_id="dials", min_width=140
+                )
+            with gr.Accordion("Edit an image", open=False, elem_id="edit"):
+                with gr.Row():
+                    init_img = gr.File(
+                        label="Image to begin from", file_types=["image"], height=104, elem_id="init-img"
+                    )
+                    mask = gr.File(
+                        label="Mask: white is generated", file_types=["image"], height=104, elem_id="mask"
+                    )
+                strength = gr.Textbox(
+                    "0.75", label="Change", info="0: the image as it is; 1: almost nothing of it", elem_id="strength"
+                )
             with gr.Accordion("X/Y plot", open=False, elem_id="plot-settings"):
                 with gr.Row():
                     x_axis = gr.Dropdown(
@@ -147,16 +171,21 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
         stop = gr.Button("Stop", min_width=100, elem_id="gen-stop")
         go = gr.Button("Generate", variant="primary", elem_id="generate-button", min_width=160)
     texts = gr.State([])
-    inputs = [prompt, words, negative, model, sampler, steps, scale, seed, count, width, height, number]
-    keys = (
-        "prompt", "words", "negative_prompt", "model", "sampler", "steps", "scale", "seed", "count", "width", "height",
-        "number",
-    )
+    fields: dict[str, Any] = {
+        "prompt": prompt, "words": words, "negative_prompt": negative, "model": model, "sampler": sampler,
+        "steps": steps, "scale": scale, "seed": seed, "count": count, "width": width, "height": height,
+        "number": number, "concept_strength": concept_strength, "class_word": class_word, "dials": dials,
+        "init_img": init_img, "mask": mask, "strength": strength,
+    }
+    inputs = list(fields.values())
+
+    def files_of(chosen: list[str] | None) -> list[str]:
+        return list(dict.fromkeys(str(value).partition("|")[2] for value in chosen or []))
 
     def form(values: tuple[Any, ...]) -> dict[str, Any]:
-        asked = dict(zip(keys, values, strict=True))
+        asked = dict(zip(fields, values, strict=True))
         chosen = [str(value).partition("|") for value in asked["words"] or []]
-        asked["words"] = list(dict.fromkeys(path for _, _, path in chosen))
+        asked["words"] = files_of(asked["words"])
         if chosen:
             asked["prompt"] = str(asked["prompt"]).replace("{}", chosen[0][0])
         elif "{}" in str(asked["prompt"]):
@@ -190,7 +219,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
 
     def settings_back(path: str | None, chosen: list[str]) -> Any:
         if not path:
-            return [gr.skip()] * 11
+            return [gr.skip()] * len(restored)
         found = service.generation.settings_of(Path(path))
         listed, _ = work.words()
         used: dict[str, str] = {}
@@ -198,7 +227,10 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
         for one in sorted(listed, key=lambda one: _choice(one) not in (chosen or [])):
             if one.trigger in found.prompt + found.negative_prompt:
                 used.setdefault(one.trigger, _choice(one))
-        gr.Info("the settings are those of the image", title="")
+        labels = found.labels
+        begun = labels.get("Init image", "")
+        drop = f"; drop {escape(begun.rpartition(' ')[0])[:80]} to edit it again" if begun else ""
+        gr.Info(f"the settings are those of the image{drop}", title="")
 
         def known(value: Any) -> Any:
             return gr.skip() if value is None else value
@@ -207,7 +239,18 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
             found.prompt, list(used.values()), found.negative_prompt,
             found.sampler if found.sampler in SAMPLER_NAMES else gr.skip(), known(found.steps), known(found.scale),
             known(found.seed), 1, found.width or "", found.height or "", found.number or "",
+            labels.get("Concept strength", "1"), labels.get("Class words", ""), labels.get("Dials", ""),
+            # The files themselves are not in the image.
+            gr.skip() if begun else None, gr.skip() if "Mask" in labels else None,
+            labels.get("Denoising strength", "0.75"),
         )
+
+    def show_dials(chosen: list[str]) -> Any:
+        try:
+            held = service.dials(files_of(chosen))
+        except UserError:  # the list of words says what is wrong with a file
+            held = ""
+        return gr.Textbox(placeholder=held or ("these words have none" if chosen else ""))
 
     def refresh(chosen: list[str]) -> Any:
         listed, _ = work.words()
@@ -225,6 +268,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
         return " and ".join([asked, *new]) if asked.strip() else ", ".join(new)
 
     outputs = [gallery, texts, status, text]
+    restored = [field for key, field in fields.items() if key != "model"]
     words.input(write_in, [prompt, words], prompt, show_progress="hidden")
     event = gr.on(
         [go.click],
@@ -244,9 +288,9 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
     stop.click(lambda: service.generation.stop.set(), show_progress="hidden", queue=False)
     gallery.select(choose, texts, text, show_progress="hidden")
     dropped.upload(
-        or_line(settings_back), [dropped, words],
-        [prompt, words, negative, sampler, steps, scale, seed, count, width, height, number], show_progress="hidden",
+        or_line(settings_back), [dropped, words], restored, show_progress="hidden",
     )
+    words.change(show_dials, words, dials, show_progress="hidden")
     return refresh, words
 
 

@@ -45,6 +45,9 @@ def test_dials_are_for_one_call_and_in_its_settings(session, folder) -> None:
         ({"init": "cat.png"}, r"init is 'cat.png'; give an ldm.generate.InitImage, such as InitImage.read\("),
         ({"dials": {"size": 3}}, "no dial 'size' of NeTI; known are: bypass, truncation"),
         ({"dials": ["truncation"]}, "dials is .'truncation'.; give a dictionary"),
+        ({"concept_strength": 2, "class_words": 3}, "class_words is 3; give a word, or a dictionary"),
+        ({"concept_strength": 2, "class_words": [3]}, "class word .*3"),
+        ({"concept_strength": 2, "class_words": ["<b>=cat"]}, "'<b>=cat' names no loaded word; loaded: <a>"),
         ({"dial": {}}, "generate has no setting 'dial'; it has .*dials"),
     ],
 )

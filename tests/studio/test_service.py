@@ -40,6 +40,19 @@ def test_a_plan_says_what_the_yamls_decide(service):
     assert service.plan(form(vectors="3", steps="7")).vectors == 3
 
 
+def test_the_weight_outside_of_masks(service):
+    assert service.plan(form()).mask_weight == "masks are ignored"
+    assert "mask_weight" not in service.plan(form(mask_weight="")).command
+    plan = service.plan(form(mask_weight="0.25"))
+    assert "data.params.train.params.mask_weight=0.25" in plan.command and plan.mask_weight == "0.25"
+    masked = "configs/personalization/core_masked.yaml"
+    assert service.plan(form(personalization=masked)).mask_weight == "0.1"
+    assert service.plan(form(personalization=masked, mask_weight="0", kind="style")).mask_weight == "0"
+    for text in ("2", "some", "nan"):
+        with pytest.raises(UserError, match="the weight outside of masks is .*; give a number from 0 to 1"):
+            service.plan(form(mask_weight=text))
+
+
 def test_words_of_several_folders_are_refused(service):
     with pytest.raises(UserError, match="one word"):
         service.plan(form(personalization="configs/personalization/two_concepts.yaml"))
