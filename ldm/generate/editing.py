@@ -22,7 +22,7 @@ from ldm.front_ends import setting
 from ldm.images import fitted, open_image, open_mask, to_tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import UserError, check_value, shown
+from ldm.util import UserError, check_value, shown, shown_value
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class InitImage:
         strength: the share of the sampling steps that are taken: 0 returns the image, 1 begins from almost pure noise.
         names: the fields "Init image" and "Mask" of the settings, by which the files can be found again.
     Raises:
-        UserError: the strength is not in [0, 1], or the sizes differ.
+        UserError: the strength is not in [0, 1], the sizes differ, or what is given are no images.
     """
 
     image: Image.Image
@@ -51,6 +51,14 @@ class InitImage:
 
     def __post_init__(self) -> None:
         check_value("strength", self.strength, "strength", float)
+        for name, value, kind in (
+            ("image", self.image, Image.Image),
+            ("mask", self.mask, Image.Image | None),
+        ):
+            if not isinstance(value, kind):
+                raise UserError(
+                    f"{name} is {shown_value(value)}, no image of PIL; InitImage.read takes files"
+                )
         if self.mask is not None and self.mask.size != self.image.size:
             raise UserError(
                 f"the mask is {self.mask.width}x{self.mask.height} pixels, but the image is {self.image.width}x"

@@ -31,6 +31,7 @@ from ldm.models.diffusion.sampler import gaussian
 from ldm.models.diffusion.steps import check_steps, steps_taken
 from ldm.modules.diffusionmodules.openaimodel import Downsample
 from ldm.util import UserError, check_value, evaluating, shown_value
+from ldm.values import plain
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -102,15 +103,18 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_settings(steps, eta, sampler, height, width, batch_size, precision, scale, seed)
     check_value("concept_strength", concept_strength, "concept_strength", float)
-    if not isinstance(init, InitImage | None):
-        raise UserError(
-            f"init is {shown_value(init)}; give an ldm.generate.InitImage, such as InitImage.read('cat.png')"
-        )
+    _check_kind("init", init, InitImage, "an ldm.generate.InitImage, such as InitImage.read('cat.png')")
+    _check_kind("x_T", x_T, Tensor, "a tensor [N, C, h, w]")
+    check_value("sizes", plain(sizes), "", Mapping[str, Sequence[int]] | None)
+    numbers = list(numbers) if isinstance(numbers, Sequence) else plain(numbers)
+    check_value("numbers", numbers, "", Sequence[int] | None)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    if len(numbers) != len(prompts):
+        raise UserError(f"numbers has {len(numbers)} entries for {len(prompts)} images; give one for each")
     shape = latent_shape(model, height, width)
     pixels_each = downsampling_factor(model)
     size = shape[1] * pixels_each, shape[2] * pixels_each
     by_class = None if concept_strength == 1.0 else with_class_words(model, prompts, class_words or {})
-    numbers = range(len(prompts)) if numbers is None else numbers
     device = model.alphas_cumprod.device
     batches = _batches([chunk_count(model, prompt, prompt_syntax) for prompt in prompts], batch_size)
     taken = steps if init is None else steps_taken(init.strength, steps)
@@ -183,6 +187,11 @@ def generate(
     return images
 
 
+def _check_kind(name: str, value: object, kind: type, wanted: str) -> None:
+    if not isinstance(value, kind | None):
+        raise UserError(f"{name} is {shown_value(value)}; give {wanted}")
+
+
 def _size_labels(sizes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """The fields of the settings for size conditions of Stable Diffusion XL, such as "Original size: 512x768"."""
     return {name.replace("_", " ").capitalize(): f"{b}x{a}" for name, (a, b) in sizes.items()}
@@ -221,7 +230,7 @@ def check_settings(
     check_value("height", height, "height", int | None)
     check_value("width", width, "width", int | None)
     check_value("the batch size", batch_size, "batch_size", int)
-    if sampler not in SAMPLERS:
+    if sampler not in tuple(SAMPLERS):
         raise UserError(f'unknown sampler "{sampler}"; choose one of {", ".join(SAMPLERS)}')
     if eta != 0.0 and sampler != "ddim":
         raise UserError(

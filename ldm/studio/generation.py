@@ -84,7 +84,7 @@ class Generation:
     ) -> list[Image.Image]:
         """Images of a form; its fields are checked before the model is loaded."""
         words = [self.workspace.word_file(file) for file in form.get("words") or []]
-        settings = _sampling(form) | _strength(form) | self._edit(form)
+        settings = _sampling(form, count) | _strength(form) | self._edit(form)
         try:
             return self.session(str(form.get("model") or "")).generate(
                 str(form.get("prompt") or "").strip() or (),
@@ -109,7 +109,8 @@ class Generation:
             if path.is_file():  # who reads it says what is missing
                 check_upload(path)
         strength = real(form.get("strength"), "the change of the image", 0, 1)
-        return {"init": InitImage.read(*paths, **({} if strength is None else {"strength": strength}))}
+        further = {} if strength is None else {"strength": strength}
+        return {"init": InitImage.read(paths[0], paths[1] if mask else None, **further)}
 
     def grid(
         self,
@@ -204,7 +205,7 @@ class Generation:
         return Settings.from_image(path)
 
 
-def _sampling(form: dict[str, Any]) -> dict[str, Any]:
+def _sampling(form: dict[str, Any], count: int) -> dict[str, Any]:
     sampler = str(form.get("sampler") or "ddim")
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{sampler}'; choose one of {', '.join(SAMPLERS)}")
@@ -218,8 +219,8 @@ def _sampling(form: dict[str, Any]) -> dict[str, Any]:
     for key in ("width", "height"):
         if size := whole(form.get(key), key, 0, 4096):
             found[key] = size
-    if form.get("number"):
-        found["numbers"] = [whole(form["number"], "the image number", 0, 10**6)]
+    if (first := whole(form.get("number"), "the image number", 0, 10**6)) is not None:
+        found["numbers"] = range(first, first + count)
     return found
 
 

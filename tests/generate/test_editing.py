@@ -108,6 +108,19 @@ def test_a_strength_is_a_share(strength) -> None:
         InitImage(photo(), strength=strength)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": "cat.png"}, "image is 'cat.png', no image of PIL; InitImage.read takes files"),
+        ({"image": None}, "image is null, no image"),
+        ({"image": photo(), "mask": "mask.png"}, "mask is 'mask.png', no image of PIL"),
+    ],
+)
+def test_what_is_no_image_is_one_line(given, message) -> None:
+    with pytest.raises(UserError, match=message):
+        InitImage(**given)
+
+
 def held(trigger="<cat>", initializer="cat", *more) -> LearnedEmbeddings:
     concepts = tuple(Concept(one, torch.zeros(1, 8)) for one in (trigger, *more))
     return LearnedEmbeddings(concepts, Metadata(initializer=initializer))

@@ -43,6 +43,12 @@ def test_dials_are_for_one_call_and_in_its_settings(session, folder) -> None:
     ("settings", "message"),
     [
         ({"init": "cat.png"}, r"init is 'cat.png'; give an ldm.generate.InitImage, such as InitImage.read\("),
+        ({"x_T": "noise"}, r"x_T is 'noise'; give a tensor \[N, C, h, w\]"),
+        ({"sizes": {"crop": 3}}, "sizes is 3; it must be a list"),
+        ({"numbers": 5}, "numbers is 5; it must be a list or null"),
+        ({"numbers": ["a"]}, "numbers is 'a'; it must be a whole number"),
+        ({"numbers": [5], "count": 2}, "numbers has 1 entries for 2 images; give one for each"),
+        ({"sampler": ["ddim"]}, "unknown sampler"),
         ({"dials": {"size": 3}}, "no dial 'size' of NeTI; known are: bypass, truncation"),
         ({"dials": ["truncation"]}, "dials is .'truncation'.; give a dictionary"),
         ({"concept_strength": 2, "class_words": 3}, "class_words is 3; give a word, or a dictionary"),

@@ -263,6 +263,31 @@ def test_generate_plot_and_get_settings_back(page: Any, server: Server) -> None:
     shot(page, "generate-failed")
 
 
+def test_an_image_is_edited_and_its_settings_come_back(page: Any, server: Server) -> None:
+    tab(page, "Generate")
+    page.wait_for_timeout(1000)
+    for name in ("Strength of the word", "Edit an image"):
+        page.get_by_role("button", name=name).click()
+    page.locator("#init-img input[type=file]").set_input_files(str(BOBO[0]))
+    page.locator("#init-img").get_by_text(BOBO[0].stem).first.wait_for()
+    for field, text in (("prompt", "a creature"), ("gen-steps", "2"), ("count", "1"), ("strength", "0.5")):
+        fill(page, field, text)
+    page.locator("#generate-button").click()
+    page.wait_for_function(
+        "document.querySelector('#image-settings textarea').value.includes('Init image: 01')"
+    )
+    made = max((server.root / "outputs" / "studio").glob("*.png"))
+    shot(page, "generate-edit")
+    fill(page, "strength", "0.9")
+    fill(page, "dials", "truncation")
+    page.locator("#generate-button").click()
+    until_shown(page, "gen-status", "'truncation' is not a NAME=NUMBER")
+    page.locator("#drop-settings input[type=file]").set_input_files(str(made))
+    page.locator(".toast-wrap").get_by_text("drop 01.png to edit it again").wait_for()
+    page.wait_for_function("document.querySelector('#strength textarea, #strength input').value == '0.5'")
+    assert page.locator("#dials textarea, #dials input").first.input_value() == ""
+
+
 def test_words_are_listed_and_converted(page: Any, server: Server) -> None:
     tab(page, "Words")
     page.locator("#words-table [role=gridcell]", has_text="<bobo>").first.click()

@@ -73,6 +73,12 @@ def test_dials_of_a_word_of_a_method(service) -> None:
     assert made(service, dials=changed[1]["Dials"], **neti) == changed, "as the settings have it"
 
 
+def test_several_images_continue_the_number(service) -> None:
+    several = service.generation.generate(form(number="3", count="2"))
+    assert [Settings.from_text(text).number for _, _, text in several] == [3, 4]
+    assert made(service, number="4")[0] == several[1][0].tobytes()
+
+
 def test_an_image_is_edited_where_the_mask_is_white(service) -> None:
     edit = {"init_img": "photo.png", "strength": "0.5", "steps": "4"}
     whole, labels = made(service, **edit)
