@@ -116,9 +116,11 @@ class Personalised(_Base):
         return self.embedding_manager.encode(self.cond_stage_model, ids, times)
 
     def note_captions(self, captions: Any) -> None:
-        """Remember the captions of a training step, for `on_before_optimizer_step`."""
+        """Remember the texts that a training step encodes, for `on_before_optimizer_step`."""
         if self.training and self.embedding_manager is not None and isinstance(captions, list):
             self._captions_of_step |= frozenset(captions)
+            if self.embedding_manager.training_guidance != 1:
+                self._captions_of_step |= frozenset(self.negative_prompts(captions))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop the gradients of words that no caption of the step holds, so that no momentum or decay moves them.
