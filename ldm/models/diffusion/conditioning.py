@@ -77,10 +77,16 @@ class DiffusionWrapper(nn.Module):
 
 
 def without(captions: list[Any], dropped: Tensor) -> list[Any]:
-    """Return captions with the empty one where `dropped` [B] is true, in the same kind of list with all it holds."""
+    """Return captions with the empty one where `dropped` [B] is true; see `with_texts`."""
+    return with_texts(
+        captions, ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+    )
+
+
+def with_texts(captions: list[Any], texts: Sequence[str]) -> list[Any]:
+    """Return other texts in the same kind of list, with all else that it holds, such as the sizes of images."""
     kept = copy.copy(captions)
-    for place in dropped.nonzero().flatten().tolist():
-        kept[place] = ""
+    kept[:] = texts
     return kept
 
 

@@ -16,6 +16,7 @@ from ldm.models.diffusion.conditioning import (
     TimedCondition,
     TimedPrompts,
     condition_map,
+    with_texts,
 )
 from ldm.modules.personalization import DenoiserShape, Personalization
 from ldm.util import ConfigError, accepts, get_obj_from_str, instantiate_from_config
@@ -78,7 +79,8 @@ class Personalised(_Base):
             scale = self.embedding_manager.training_guidance
         if scale == 1.0:
             return encoded
-        return GuidedCondition(encoded, self.get_learned_conditioning(self.negative_prompts(c)), scale)
+        negatives = with_texts(c, self.negative_prompts(c))
+        return GuidedCondition(encoded, self.get_learned_conditioning(negatives), scale)
 
     def negative_prompts(self, prompts: Sequence[str], negative: str = "") -> list[str]:
         """Return what guidance steers away from under each prompt: `negative`, and what the personalization adds."""
