@@ -181,7 +181,10 @@ class Personalization(Protocol):
         return embedder.embed_ids(ids, self)
 
     def stage_of(self, times: Tensor) -> Tensor:
-        """A number for each of the timesteps [B], equal where `encode` gives the same; by default the timestep."""
+        """A number, or a row of numbers, for each of the timesteps [B], equal where `encode` gives the same.
+
+        By default the timestep.
+        """
         return times
 
     def negative_prompt(self, negative: str, prompt: str) -> str:

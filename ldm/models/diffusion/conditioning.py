@@ -186,7 +186,8 @@ class TimedPrompts:
     Args:
         prompts: [B] of anything that `encode` understands.
         encode: (prompts [n], times [n]) -> their conditions [n, ...] at these timesteps.
-        stages: times [n] -> a number for each, equal where the encoding is; see `Personalization.stage_of`.
+        stages: times [n] -> a number or a row of numbers for each, equal where the encoding is; see
+            `Personalization.stage_of`.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class TimedPrompts:
         stages: Callable[[Tensor], Tensor],
     ) -> None:
         self.prompts, self.encode, self.stages = tuple(prompts), encode, stages
-        self._kept: dict[tuple[Hashable, float], Tensor] = {}
+        self._kept: dict[tuple[Hashable, tuple[float, ...]], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -212,7 +213,8 @@ class TimedPrompts:
         """
         if torch.is_grad_enabled():
             return self.encode(self.prompts, times)
-        keys = list(zip(self.prompts, self.stages(times).tolist(), strict=True))
+        stages = map(tuple, self.stages(times).reshape(len(times), -1).tolist())
+        keys = list(zip(self.prompts, stages, strict=True))
         rows = {key: row for row, key in reversed(list(enumerate(keys)))}
         missing = [row for key, row in rows.items() if key not in self._kept]
         if missing:

@@ -157,9 +157,7 @@ class ContextRegularised:
 
     def _ids(self, rows: list[list[int]], embedder: TextEncoder) -> Tensor:
         """Tokens between start and end, padded to the encoder's length, [B, L]."""
-        tokenizer = self.tokenizer
-        filled = [[tokenizer.start_id, *row][: tokenizer.max_length - 1] + [tokenizer.end_id] for row in rows]
-        filled = [row + [tokenizer.pad_id] * (tokenizer.max_length - len(row)) for row in filled]
+        filled = [self.tokenizer.row(row) for row in rows]
         return torch.tensor(filled).to(embedder.device, non_blocking=True)
 
 

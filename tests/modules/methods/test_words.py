@@ -127,6 +127,22 @@ def test_words_of_several_methods_and_plain_vectors_in_one_prompt(model, tmp_pat
     assert together.shape == (1, len(model.denoiser_shape.layers), 2, 77, 32)
     images = generate(model, ["<a> with <d>", "<b> with <c>"], steps=2, scale=3.0, batch_size=2)
     assert len(images) == 2
+    prompts = ["<a> and <b>", "<b> and <c>"]
+    with torch.no_grad():
+        kept = model.get_learned_conditioning(prompts)
+        for time in (900.0, 500.0, 20.0):
+            found = kept.at(torch.full((2,), time))
+            torch.testing.assert_close(found, context(model, prompts, time), rtol=0, atol=1e-6)
+
+
+def test_a_learned_negative_joins_beside_words_of_a_method(model, tmp_path):
+    words(model, "prospect", "<a>").save(tmp_path / "a.safetensors")
+    vectors = (Concept("<d>", torch.ones(1, 32)), Concept("<d>-neg", torch.ones(1, 32)))
+    write(LearnedEmbeddings(vectors), tmp_path / "d.pt", "original")
+    load_embeddings(model, [tmp_path / "a.safetensors", tmp_path / "d.pt"])
+    prompts = ["<a> with <d>", "<a>", "<d>-neg"]
+    assert model.negative_prompts(prompts, "a dog") == ["a dog <d>-neg", "a dog", "a dog"]
+    assert model.negative_prompts(["<d>"], "<d>-neg, dark") == ["<d>-neg, dark"]
 
 
 def test_the_same_word_twice_is_one_line(model, tmp_path):
