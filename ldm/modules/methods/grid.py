@@ -114,6 +114,10 @@ class Grid(LearnedWords):
             groups[1]["lr"] = self.residual_rate
         return [group for group in groups if group["params"]]
 
+    def input_vectors(self) -> list[nn.Parameter]:
+        """The vectors, if they are learned."""
+        return [value for name, value in self.words.named_parameters() if name.endswith(".vectors")]
+
     def options(self) -> dict[str, float | int]:
         names = ("stages", "layers", "residual", "residual_layers", "residual_keys")
         return {name: getattr(self, name) for name in names}
