@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import embeddings
 from ldm.files import file_hash, images_fingerprint
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
+from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of, shared_vectors
 from ldm.util import UserError, check_integer
 from ldm.words import NEGATIVE, file_stem
 
@@ -180,8 +179,7 @@ class EmbeddingSaver(RunCallback):
 
     def _export(self, manager: Personalization, family: str, folder: Path, suffix: str, step: int) -> None:
         metadata = embeddings.Metadata.from_values(self.describe(step))
-        # The word of a single training image is of no use outside this run.
-        exported = {word: rows for word, rows in manager.export().items() if word not in PER_IMAGE_TOKENS}
+        exported = shared_vectors(manager)
         # Asked once: it reads the files that are there.
         stems = self._stems = self._stems or self.stems(list(exported))
         negatives = {word: word.removesuffix(NEGATIVE) for word in exported if word.endswith(NEGATIVE)}
