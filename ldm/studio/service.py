@@ -375,7 +375,7 @@ class Service:
 
     def metadata(self, file: str) -> dict[str, Any]:
         """What a file says about how its words were learned."""
-        return read(self.workspace.word_file(file)).metadata.known()
+        return read_words(self.workspace.word_file(file)).metadata.known()
 
     def method(self, file: str) -> dict[str, Any]:
         """The method of a file of words that are more than vectors, with its options; empty for vectors."""

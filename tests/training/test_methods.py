@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.embeddings.method_files import triggers_of
+from ldm.embeddings.method_files import read_words, triggers_of
 from tests.training.runs import only_run, start, state_of
 
 METHODS = {
@@ -47,4 +47,7 @@ def test_a_run_is_resumed_bit_for_bit(tiny_yaml, method, capsys) -> None:
     folder = only_run("whole")
     assert list((folder / "images").glob("**/*.jpg"))
     assert triggers_of(folder / "checkpoints" / "embeddings.pt")[0] == "*"
-    assert list((folder / "checkpoints").glob("*.safetensors"))
+    for path in (folder / "checkpoints").glob("*.safetensors"):
+        metadata = read_words(path).metadata
+        assert metadata.steps and metadata.images == 3 and metadata.images_fingerprint
+    assert (folder / "learning_curve.png").is_file()

@@ -40,6 +40,7 @@ class Personalised(_Base):
     cond_stage_model: Any
     model: DiffusionWrapper
     num_timesteps: int
+    embedding_reg_weight: float
     _captions_of_step: frozenset[str] = frozenset()
 
     def make_personalization(self, config: Mapping[str, Any]) -> Personalization:
@@ -59,6 +60,14 @@ class Personalised(_Base):
             raise ConfigError(
                 f"personalization_config: {config['target']} learns more than vectors, which is not possible for "
                 "Stable Diffusion XL yet; use ldm.modules.embedding_manager.EmbeddingManager"
+            )
+        unmeasured = (
+            type(personalization).embedding_to_coarse_loss is Personalization.embedding_to_coarse_loss
+        )
+        if self.embedding_reg_weight > 0 and unmeasured:
+            raise ConfigError(
+                f"embedding_reg_weight is {self.embedding_reg_weight:g}, and {config['target']} has no distance from "
+                "its initializers; set it to 0"
             )
         return personalization
 

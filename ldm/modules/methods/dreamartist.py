@@ -29,7 +29,8 @@ class DreamArtist(EmbeddingManager):
         num_vectors_per_token: of these words, as in `EmbeddingManager`; the paper has 3.
         negative_vectors: vectors of each negative; they begin at random.
         guidance: the guidance scale of training; 3 to 5 in the paper.
-        negative_rate: the learning rate of the negatives; by default that of the run.
+        negative_rate: the learning rate of the negatives; by default that of the run (`scale_lr`
+            does not multiply it).
         vectors: see `EmbeddingManager`.
     Raises:
         UserError: a value is not possible; and what EmbeddingManager raises.

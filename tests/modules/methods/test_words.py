@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import struct
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.embeddings import Concept, LearnedEmbeddings, read, write
+from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, read, write
 from ldm.embeddings.method_files import MethodFile, read_method_file, triggers_of, write_method_file
 from ldm.generate import load_embeddings
 from ldm.generate.images import generate
@@ -21,7 +22,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.methods import METHODS
 from ldm.modules.methods.words import Together
 from ldm.modules.personalization import DenoiserShape
-from ldm.util import UserError, accepts, skip_pretrained
+from ldm.util import ConfigError, UserError, accepts, skip_pretrained
 from tests.modules.methods.conftest import words
 
 ALL = sorted(METHODS)
@@ -208,6 +209,27 @@ def test_a_file_without_the_initializer_is_readable(model, stated, tmp_path):
     changed(tmp_path / "a.safetensors", initializers=stated)
     assert read_method_file(tmp_path / "a.safetensors").initializers == {}
     assert load_embeddings(model, tmp_path / "a.safetensors") == ["*"]
+
+
+@pytest.mark.parametrize("stated", [None, 3, {"steps": "many", "learning_rate": float("inf")}])
+def test_how_words_were_trained(model, stated, tmp_path):
+    words(model, "prospect").save(tmp_path / "a.safetensors")
+    content = read_method_file(tmp_path / "a.safetensors")
+    assert content.metadata == Metadata()
+    known = Metadata(steps=400, base_model_hash="ab12", images=5)
+    write_method_file(dataclasses.replace(content, metadata=known), tmp_path / "a.safetensors")
+    again = read_method_file(tmp_path / "a.safetensors")
+    assert again.metadata == known and again.renamed({"*": "<cat>"}).metadata == known
+    changed(tmp_path / "a.safetensors", metadata=stated)
+    assert read_method_file(tmp_path / "a.safetensors").metadata == Metadata()
+
+
+def test_a_distance_that_is_not_measured_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "embedding_reg_weight", 0.1)
+    node = {"params": {"placeholder_strings": ["*"]}}
+    with pytest.raises(ConfigError, match="embedding_reg_weight is 0.1, and .*ProSpect has no distance"):
+        model.make_personalization({"target": "ldm.modules.methods.ProSpect", **node})
+    assert model.make_personalization({"target": "ldm.modules.methods.DreamArtist", **node})
 
 
 def test_tensors_that_are_missing_or_not_finite_are_one_line(model, tmp_path):
