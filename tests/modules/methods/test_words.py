@@ -302,14 +302,15 @@ def sd1(clip_vit_l):
 
 
 # What is made of each target of the YAMLs: options, the shape of two encoded prompts, and of every parameter.
+NETI_SD1 = (
+    (2, 16, 2, 77, 768),
+    [(160, 2048), (160,), (128, 160), *[(128,)] * 3, (128, 128), *[(128,)] * 3, (3072, 128), (3072,)],
+)
 SHAPES = {
     "ProSpect": ({}, (2, 77, 768), [(4, 2, 768)]),
     "XTI": ({}, (2, 16, 1, 77, 768), [(2, 768)] * 16),
-    "NeTI": (
-        {},
-        (2, 16, 2, 77, 768),
-        [(160, 2048), (160,), (128, 160), *[(128,)] * 3, (128, 128), *[(128,)] * 3, (3072, 128), (3072,)],
-    ),
+    "NeTI": ({}, *NETI_SD1),
+    "CoReNeTI": ({}, *NETI_SD1),
     "OutputResidual": ({}, (2, 77, 768), [(2, 768)]),
     "Grid": (
         {"stages": 4, "layers": True, "residual": True},
@@ -347,6 +348,10 @@ def test_shapes_and_gradients_of_stable_diffusion_1(sd1, target):
         assert tuple(encoded.shape) == shape
         loss = unet(torch.zeros(2, 4, 64, 64), torch.zeros(2), context=encoded).sum()
         gradients = torch.autograd.grad(loss, list(made.embedding_parameters()), allow_unused=True)
+        if made.adds_loss:
+            distance = made.context_loss(encoder)
+            assert distance.shape == ()
+            assert torch.autograd.grad(distance, list(made.embedding_parameters())[:1])[0] is not None
     assert [gradient.shape for gradient in gradients] == [p.shape for p in made.embedding_parameters()]
 
 
