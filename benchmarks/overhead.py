@@ -23,7 +23,7 @@ from benchmarks.report import Report, verdict
 from benchmarks.rounds import Quartiles, Rounds, now
 from benchmarks.subjects import EMBEDDED
 from ldm.commands.base import guarded
-from ldm.console import Parser
+from ldm.console import Parser, positive
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.image_logger import ImageLogger
 from ldm.training.callbacks.summary_images import SummaryImages
@@ -40,9 +40,9 @@ BAR = 10.0  # percent, of previews
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="number of runs (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="number of runs (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=400, help="steps of each run (default: %(default)s, as in the YAML)"
+        "--steps", type=positive, default=400, help="steps of each run (default: %(default)s, as in the YAML)"
     )
     parser.add_argument("--recipe", default="fast", help="recipe of configs/recipes (default: %(default)s)")
     runs.add_options(parser)

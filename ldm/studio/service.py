@@ -255,7 +255,7 @@ class Service:
                 timeout=TRIAL_SECONDS,
             )
             if child.returncode:
-                lines = child.stderr.strip().splitlines() or ["the check ended without a word"]
+                lines = child.stderr.strip().splitlines() or ["the check ended without a message"]
                 said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
                 raise UserError((said or lines)[-1][:300])
             runs = runs_in(trial)
