@@ -11,7 +11,6 @@ noise. A run that is finished is not repeated.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from benchmarks import runs
 from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
 from benchmarks.rounds import Quartiles, ratio
-from benchmarks.scores import Scorer, creatures
+from benchmarks.scores import Scorer, check_creatures, creatures
 from ldm.checkpoint import load_model_from_config
 from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser, positive
@@ -93,22 +92,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(options: argparse.Namespace) -> None:
     """Train and score what is missing, and write the table after each creature."""
     concepts = options.concepts or creatures(ROOT / "data" / "concepts")
-    for path in (options.script, *(concept / "concept.json" for concept in concepts)):
+    judge = options.judge / "model.safetensors"
+    for path in (options.script, judge, *(concept / "concept.json" for concept in concepts)):
         if not path.is_file():
             raise UserError(
                 f"'{path}' is not a file; --script names diffusers' script, --concepts folders of creatures"
             )
+    check_creatures(concepts)
     runs.set_up(options)
     settings: dict[str, Any] = {
         "model": file_hash(options.model / "model.safetensors")[:12],
         "script": file_hash(options.script)[:12],
+        "their versions": versions(options.python),
         "steps": options.steps,
         "rate": options.rate,
         "batch": options.batch_size,
         "threads": torch.get_num_threads(),
         "images": options.images,
     }
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    yamls = [ROOT / path for path in (BASE, *(path for more, _ in OURS.values() for path in more))]
+    digest = runs.fingerprint(settings, [*yamls, options.model / "config.yaml"], [judge])
     work = options.work / digest
     exported = export(options.model, work / "exported")
     report = Report(
@@ -134,6 +137,17 @@ def compare(options: argparse.Namespace) -> None:
         fill(report, found)
         report.write(options.out)
     print(report.markdown())
+
+
+def versions(python: str) -> str:
+    """Return the versions of diffusers, transformers and torch that an interpreter has; UserError if it lacks one."""
+    code = "from importlib.metadata import version\n"
+    code += "print(*(f'{name} {version(name)}' for name in ('diffusers', 'transformers', 'torch')), sep=', ')"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"--python '{python}' cannot run diffusers' script: {shown(last, 120)}")
+    return done.stdout.strip()
 
 
 def export(model: Path, folder: Path) -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from benchmarks.loading_memory import use_tokenizer
 from benchmarks.machine import ROOT
 from benchmarks.subjects import stand_in_encoder
 from ldm.checkpoint import halved, uninitialised
+from ldm.commands.base import guarded
+from ldm.console import Parser, positive
 from ldm.modules import attention
 from ldm.modules.diffusionmodules import util
 from ldm.modules.encoders import clip_text
@@ -182,14 +184,16 @@ def kept_by_a_step(model: Any, side: int) -> tuple[int, int]:
     return kept.total, largest[0]
 
 
-def main() -> None:
-    """Print the table of a family."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code, after one line on stderr if it failed."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--size", type=int, help="side of the images in pixels")
-    options = parser.parse_args()
+    parser.add_argument("--size", type=positive, help="side of the images in pixels")
+    return guarded(lambda: show(parser.parse_args(argv)))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print the table of a family."""
     with tempfile.TemporaryDirectory() as name:
         counted = count(options.family, stand_in_encoder(Path(name) / "text_encoder"), options.size)
     for what, gigabytes in counted.items():
@@ -197,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,11 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.machine import ROOT
 from benchmarks.subjects import stand_in_encoder
+from ldm.commands.base import guarded
+from ldm.console import Parser
+from ldm.util import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 MANIFESTS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base"}
 
 
@@ -90,17 +94,19 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main() -> None:
-    """Write the file, load it in another process, and print a line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code, after one line on stderr if it failed."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=MANIFESTS)
     parser.add_argument("--half", choices=("float16", "bfloat16", "none"), default="float16")
     parser.add_argument("--folder", type=Path, help="where the file is written (default: a temporary folder)")
     parser.add_argument("--no_use", action="store_true", help="do not read the weights after loading")
     parser.add_argument("--in_this_process", nargs=2, metavar=("FILE", "ENCODER"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return guarded(lambda: measure(parser.parse_args(argv)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Write the file, load it in another process, and print a line."""
     if options.in_this_process:
         load(*map(Path, options.in_this_process), options.half, not options.no_use)
         return
@@ -110,7 +116,10 @@ def main() -> None:
         encoder = stand_in_encoder(Path(name) / "text_encoder")
         command = [sys.executable, "-m", "benchmarks.loading_memory", options.family, "--half", options.half]
         command += ["--in_this_process", str(path), str(encoder), *(["--no_use"] if options.no_use else [])]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"loading {options.family} failed: {last[:200]}")
     result = json.loads(done.stdout.splitlines()[-1])
     before, top, held = (number / 1e9 for number in (result["before"], result["peak"], size))
     sys.stdout.write(
@@ -120,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,6 @@ sign-flip test, corrected by Holm's method. Nothing is tuned on creatures of the
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+import torch
 from PIL import Image
 
 from benchmarks import runs
@@ -47,7 +46,7 @@ from ldm.data.creatures.renderer import render_with_masks
 from ldm.evaluation.concepts import ConceptFolder, read_concept
 from ldm.evaluation.edits import edits_of
 from ldm.evaluation.judge import AttributeJudge
-from ldm.files import atomic_write, file_hash, write_text
+from ldm.files import atomic_write, write_text
 from ldm.modules.methods.core import PROMPTS
 from ldm.prompts import OBJECT_TEMPLATES
 from ldm.training.callbacks.summary_images import Curve, draw_curves
@@ -193,12 +192,17 @@ def table(options: argparse.Namespace) -> None:
         kind[0],
         f"{kind[1]} on {options.creatures} creatures from {bench.indices[0]} on, {options.seeds} seeds",
         COLUMNS,
-        {"steps": options.steps or "of the YAMLs", "samples": options.samples, "edits": options.edit_samples},
+        {
+            "steps": options.steps or "of the YAMLs",
+            "samples": options.samples,
+            "edits": options.edit_samples,
+            "threads of a run": torch.get_num_threads(),
+        },
     )
     fill(report, found)
     report.notes += [f"variant {text}" for text in options.variant]
     print(report.write(options.out))
-    for name in CURVES:
+    for name in () if options.tuning else CURVES:
         draw_dial(name, found, options.out or RESULTS)
 
 
@@ -255,12 +259,21 @@ class Bench:
         return METHODS[method.of] if method.of else method
 
     def _digest(self, method: Method) -> str:
-        options, trained = self.options, self._trained(method)
-        parts = [BASE, *(ROOT / "configs" / path for path in trained.yamls)]
-        values: list[Any] = [OmegaConf.to_container(OmegaConf.load(path)) for path in parts]  # no comments
-        values += [*trained.overrides, dict(method.dials), method.reference, options.steps]
-        values += [options.samples, options.edit_samples, file_hash(options.model / "model.safetensors")]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+        """Of a method's scores."""
+        settings = {"words": self._digest_of_words(self._trained(method)), "samples": self.options.samples}
+        settings |= {
+            "edits": self.options.edit_samples,
+            "dials": dict(method.dials),
+            "reference": method.reference,
+        }
+        return runs.fingerprint(settings, files=[ROOT / JUDGE / "model.safetensors"])
+
+    def _digest_of_words(self, method: Method) -> str:
+        """Of what a method learns, and in what time."""
+        options = self.options
+        settings = {"overrides": method.overrides, "steps": options.steps, "threads": torch.get_num_threads()}
+        yamls = [BASE, *(ROOT / "configs" / path for path in method.yamls), options.model / "config.yaml"]
+        return runs.fingerprint(settings, yamls, [options.model / "model.safetensors"])
 
     def cells(self) -> dict[tuple[int, int, str], dict[str, Any]]:
         """The cells that are measured with the present settings."""
@@ -290,8 +303,7 @@ class Bench:
             except UserError as error:
                 print(f"not measured: {error}", flush=True)
                 continue
-            with cells_of(self.work).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
+            add_cell(self.work, cell)
             print(
                 f"{key[2]} on {key[1]}, seed {key[0]}: identity {cell['identity']:.3f}"
                 + (f", edits {cell['edits']:.3f}" if cell["edits"] is not None else ""),
@@ -314,7 +326,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Run main.py as a user would, unless its file is there; the file, its size, parameters and seconds."""
         options, method = self.options, self._trained(method)
-        stem = self.work / "words" / f"c{index}-{name}-s{seed}-{self._digest(method)}"
+        stem = self.work / "words" / f"c{index}-{name}-s{seed}-{self._digest_of_words(method)}"
         record = stem.with_suffix(".json")
         if record.is_file():
             return dict(json.loads(record.read_text(encoding="utf-8")))
@@ -326,7 +338,8 @@ class Bench:
         command += ["--init_word", str(concept.init_word), "--placeholder_string", "*"]
         command += ["--actual_resume", str(options.model / "model.safetensors"), *method.overrides, *QUIET]
         command += ["--max_steps", str(options.steps)] if options.steps else []
-        threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
+        # Threads that wait must not count as processor time.
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
         started, before = time.monotonic(), processor_seconds()
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False
@@ -338,15 +351,15 @@ class Bench:
             raise UserError(f"{name} on creature {index} failed: {last[:200]}")
         trained = [line for line in done.stdout.splitlines() if "parameters are trained" in line]
         parameters = int(trained[0].split(" of ")[0].replace(",", "")) if trained else None
-        # The file to share: of plain vectors the one in the default format.
-        shared = min(found[0].parent.glob("*.safetensors"), key=lambda path: len(path.name))
+        # The files to share, without those of earlier steps: of plain vectors those in the default format.
+        shared = [path for path in found[0].parent.glob("*.safetensors") if "_gs-" not in path.stem]
         atomic_write(stem.with_suffix(".pt"), lambda file: file.write(found[0].read_bytes()))
         cell = {
             "file": str(stem.with_suffix(".pt")),
             "seconds": round(seconds, 1),
             "wall": round(wall, 1),
             "parameters": parameters,
-            "bytes": shared.stat().st_size,
+            "bytes": sum(path.stat().st_size for path in shared if not path.stem.endswith("_best")),
         }
         write_text(record, json.dumps(cell))
         shutil.rmtree(folder)
@@ -393,6 +406,14 @@ def check_disjoint(concepts: Sequence[ConceptFolder]) -> None:
 
 def cells_of(work: Path) -> Path:
     return work / "cells.jsonl"
+
+
+def add_cell(work: Path, cell: Mapping[str, Any]) -> None:
+    """Append a cell, on a line of its own also after one that was cut off."""
+    path = cells_of(work)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * (not text.endswith("\n") and bool(text)) + json.dumps(cell) + "\n")
 
 
 def read_cells(work: Path, settings: Mapping[str, str]) -> dict[tuple[int, int, str], dict[str, Any]]:
@@ -484,6 +505,7 @@ def fill(report: Report, cells: Cells) -> None:
         f"better than {BASELINE} on both axes at p < 0.05: {', '.join(better) or 'none'}",
         f"at least {BARS['identity']:g} of the first stage's identity and edits of at least {BARS['edits']:g}: "
         f"{', '.join(reached) or 'none'}",
+        "measured are the vectors of the last step, embeddings.pt, which the run's last lines name",
         "processor s: of the whole process of main.py, with its ratio to one vector's of the same creature and seed",
     ]
 
@@ -517,7 +539,8 @@ def draw_dial(name: str, cells: Cells, folder: Path) -> None:
     points: list[tuple[float, float, float, int]] = []
     for value in sorted((whole, *values)):
         method = name if value == whole else f"{name} {dial}={value:g}"
-        own = [cell for key, cell in cells.items() if key[2] == method]
+        # Other settings of a dial are measured with the first seed alone.
+        own = [cell for key, cell in cells.items() if key[2] == method and key[0] == 0]
         if own:
             identity, edits = (float(np.mean([cell[figure] for cell in own])) for figure in FIGURES)
             points.append((value, identity, edits, len(own)))

@@ -1,17 +1,20 @@
-"""The time that previews and the deterministic loss add to a run on the embedded model, in percent of the rest.
+"""Where the time of a run on the embedded model goes besides its steps, and how long main.py takes to start.
 
     python -m benchmarks.overhead
 
-It is the time that a run spends in these callbacks, divided by the time of everything else in the same run: the
-difference of two runs would be smaller than the machine's variation.
+A part is the time that a run spends in some callbacks or loggers, divided by the time of everything else in the same
+run: the difference of two runs would be smaller than the machine's variation. Processes of main.py are timed from start
+to end: an answer to --help, one to a mistake, and a run of one step without previews, which is nearly all start-up.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,57 @@ from typing import Any
 from pytorch_lightning.callbacks import Callback
 
 from benchmarks import runs
+from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
 from benchmarks.rounds import Quartiles, Rounds, now
 from benchmarks.subjects import EMBEDDED
 from ldm.commands.base import guarded
-from ldm.console import Parser
+from ldm.console import Parser, positive
+from ldm.training.callbacks.checkpoint import LastCheckpoint
+from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
+from ldm.training.callbacks.guard import TrainingGuard, VectorStats
 from ldm.training.callbacks.image_logger import ImageLogger
+from ldm.training.callbacks.latent_cache import LatentCache
+from ldm.training.callbacks.progress import RunProgress
 from ldm.training.callbacks.summary_images import SummaryImages
+from ldm.training.callbacks.warm_start import WarmStart
 
-PREVIEWS, LOSS, REST = "previews, with the images at the end", "deterministic loss", "everything else"
+PREVIEWS, LAST, REST = "previews", "images at the end", "everything else"
+LOGGING = "loggers and progress bar"
+# What is called outside of all others counts for its part: a callback that logs counts the logging too.
 PARTS: dict[str, tuple[type[Callback], ...]] = {
-    PREVIEWS: (ImageLogger, SummaryImages),
-    LOSS: (DeterministicLoss,),
+    PREVIEWS: (ImageLogger,),
+    LAST: (SummaryImages,),
+    "deterministic loss": (DeterministicLoss,),
+    "checks and statistics": (TrainingGuard, VectorStats),
+    "saved vectors and states": (EmbeddingSaver, LastCheckpoint),
+    "warm start": (WarmStart,),
+    "encoding of the images": (LatentCache,),
+    LOGGING: (RunProgress,),
+}
+# Arguments of main.py, and the most seconds that its whole process may take.
+PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "main.py --help": (("--help",), 0.5),
+    "main.py, a mistake in the command line": (("--base", "none.yaml", "-t"), 0.5),
+    "main.py, a run of one step without previews": (
+        (
+            *(
+                "--base",
+                "configs/latent-diffusion/txt2img-finetune.yaml",
+                "-t",
+                "--max_steps",
+                "1",
+                "--gpus",
+                "0",
+            ),
+            *(
+                "lightning.callbacks.image_logger.params.batch_frequency=0",
+                "lightning.callbacks.summary_images=null",
+            ),
+        ),
+        None,
+    ),
 }
 # The run must not end early.
 NO_STOP = "lightning.callbacks.deterministic_loss.params.stop=null"
@@ -40,9 +81,9 @@ BAR = 10.0  # percent, of previews
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="number of runs (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="number of runs (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=400, help="steps of each run (default: %(default)s, as in the YAML)"
+        "--steps", type=positive, default=400, help="steps of each run (default: %(default)s, as in the YAML)"
     )
     parser.add_argument("--recipe", default="fast", help="recipe of configs/recipes (default: %(default)s)")
     runs.add_options(parser)
@@ -53,21 +94,27 @@ def overhead(options: argparse.Namespace) -> None:
     runs.set_up(options)
     report = Report(
         "overhead",
-        "Time that previews and the deterministic loss add: embedded model",
-        ("part of a run", "seconds", "percent of everything else", "bar"),
+        "Where the time of a run goes besides its steps: embedded model",
+        ("part of a run, or a process", "seconds", "percent of everything else", "bar"),
         {"recipe": options.recipe, "steps": options.steps, "rounds": options.rounds},
         notes=["Medians over the runs, with the quartiles."],
     )
-    rounds = Rounds([*PARTS, REST], warm_up=0)
+    rounds, processes = Rounds([*PARTS, REST], warm_up=0), Rounds(list(PROCESSES), warm_up=1)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for _ in range(options.rounds):
             rounds.add(seconds(Path(folder), options))
+        for _ in range(options.rounds + 1):
+            processes.add({name: process(words, Path(folder)) for name, (words, _) in PROCESSES.items()})
     for name in (REST, *PARTS):
         percent = overhead_percent(rounds, name)
         bar = verdict(percent.median, BAR, at_most=True) if name == PREVIEWS else ""
         share = "" if name == REST else percent.text(1)
-        report.rows.append((name, Quartiles.of(rounds.seconds[name]).text(1), share, bar))
-    report.data = {"seconds": rounds.seconds}
+        report.rows.append((name, Quartiles.of(rounds.seconds[name]).text(2), share, bar))
+    for name, (_, most) in PROCESSES.items():
+        took = Quartiles.of(processes.seconds[name])
+        bar = "" if most is None else verdict(took.median, most, at_most=True)
+        report.rows.append((name, took.text(2), "", bar))
+    report.data = {"seconds": rounds.seconds | processes.seconds}
     report.write(options.out)
     print(report.markdown())
 
@@ -79,32 +126,53 @@ def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
     )
     run = runs.prepare([*argv, "lightning.trainer.enable_progress_bar=false"])
     spent = dict.fromkeys(PARTS, 0.0)
+    clock = Clock(spent)
     for callback in run.trainer.callbacks:
         for name, kinds in PARTS.items():
             if isinstance(callback, kinds):
-                clock(callback, partial(add, spent, name))
+                clock.watch(callback, hooks_of(callback), name)
+    for logger in run.trainer.loggers:
+        clock.watch(logger, ("log_metrics", "log_hyperparams", "save", "finalize"), LOGGING)
     started = now()
     run.fit()
     return {**spent, REST: now() - started - sum(spent.values())}
 
 
-def add(spent: dict[str, float], name: str, some: float) -> None:
-    spent[name] += some
+def process(words: Sequence[str], folder: Path) -> float:
+    """Return the seconds of a process of main.py, from start to end."""
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    command += ["-l", str(folder / "logs")] if "-t" in words else []
+    started = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    return time.perf_counter() - started
 
 
-def clock(callback: Callback, done: Callable[[float], None]) -> None:
-    """From now on call `done` with the seconds of each call of one of the callback's hooks."""
-    for name in dir(callback):
-        if name.startswith("on_") and getattr(type(callback), name) is not getattr(Callback, name, None):
-            setattr(callback, name, partial(_timed, getattr(callback, name), done))
+def hooks_of(callback: Callback) -> list[str]:
+    """Return the names of the hooks that a callback has of its own."""
+    names = [name for name in dir(callback) if name.startswith("on_")]
+    return [name for name in names if getattr(type(callback), name) is not getattr(Callback, name, None)]
 
 
-def _timed(hook: Callable[..., Any], done: Callable[[float], None], *arguments: Any, **keywords: Any) -> Any:
-    started = now()
-    try:
-        return hook(*arguments, **keywords)
-    finally:
-        done(now() - started)
+class Clock:
+    """Adds the seconds of calls to `spent` by name; of a call within another one only the outer counts."""
+
+    def __init__(self, spent: dict[str, float]) -> None:
+        self.spent, self._busy = spent, False
+
+    def watch(self, owner: Any, methods: Iterable[str], name: str) -> None:
+        """From now on count the calls of these methods."""
+        for method in methods:
+            setattr(owner, method, partial(self._call, getattr(owner, method), name))
+
+    def _call(self, method: Callable[..., Any], name: str, *arguments: Any, **keywords: Any) -> Any:
+        if self._busy:
+            return method(*arguments, **keywords)
+        self._busy, started = True, now()
+        try:
+            return method(*arguments, **keywords)
+        finally:
+            self._busy = False
+            self.spent[name] += now() - started
 
 
 def overhead_percent(rounds: Rounds, name: str) -> Quartiles:

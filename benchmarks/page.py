@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
 from ldm.commands.base import guarded
-from ldm.console import Parser
+from ldm.console import Parser, positive
 from ldm.studio.server import HERE
 from ldm.training.record import CURVES, STATUS
 from ldm.util import UserError
@@ -66,9 +66,11 @@ uvicorn.run(app, port=int(sys.argv[-1]), log_level="warning")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rounds", type=int, default=5, help="times that the page is opened (default: %(default)s)"
+        "--rounds", type=positive, default=5, help="times that the page is opened (default: %(default)s)"
     )
-    parser.add_argument("--runs", type=int, default=200, help="number of run folders (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=positive, default=200, help="number of run folders (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     return guarded(lambda: measure(parser.parse_args(argv)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
 from ldm import console
+from ldm.console import positive
+from ldm.files import file_hash
 from ldm.training import command_line, run
 from ldm.training.callbacks.interruption import Requests
 from ldm.training.fitting import fit
@@ -56,9 +60,21 @@ def prepare(
     return PreparedRun(plan, model, data, trainer)
 
 
+def fingerprint(settings: Mapping[str, Any], yamls: Sequence[Path] = (), files: Sequence[Path] = ()) -> str:
+    """Return a hash of what a result depends on besides the code; results with another one are not reused.
+
+    settings: plain values.
+    yamls: their values count, not their comments.
+    files: their bytes count.
+    """
+    values = [OmegaConf.to_container(OmegaConf.load(path)) for path in yamls]
+    content = [dict(settings), values, [file_hash(path) for path in files]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all benchmarks have."""
-    parser.add_argument("--threads", type=int, help="number of torch threads (default: torch's)")
+    parser.add_argument("--threads", type=positive, help="number of torch threads (default: torch's)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
 
 

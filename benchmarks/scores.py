@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ldm.evaluation.identity import CreatureReference, Judge
 from ldm.evaluation.measures import edit_figures, identity_figures
 from ldm.generate import generate
 from ldm.generate.embeddings import load_embeddings
+from ldm.util import UserError
 
 PLAIN = "a photo of *"
 SEED = 7
@@ -26,6 +27,15 @@ def creatures(folder: Path) -> list[Path]:
     return [
         path.parent for path in sorted(folder.glob("*/concept.json")) if read_concept(path.parent).creature
     ]
+
+
+def check_creatures(folders: Iterable[Path]) -> None:
+    """Raise UserError for a folder that holds no creature of which the truth is known."""
+    for folder in folders:
+        if read_concept(folder).creature is None:
+            raise UserError(
+                f"'{folder}' is no creature of the world of creatures; --concepts takes these alone"
+            )
 
 
 class Scorer:

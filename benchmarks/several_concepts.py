@@ -2,21 +2,22 @@
 
     python -m benchmarks.several_concepts
 
-A run has the same steps and the same batch whatever the number, so that a batch of 8 has 8, 4, 2 or 1 images of each
-concept. The cost is the seconds of training per concept, and what it does to the likeness of each.
+The same creatures are learned in runs of 1, 2, 4 and 8: eight runs, four, two and one. A run has the same steps and the
+same batch whatever the number, so that a batch of 8 has 8, 4, 2 or 1 images of each concept. The cost is the seconds of
+training per concept, and what it does to the likeness of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ldm.embeddings import read, write
 from ldm.evaluation.concepts import read_concept
 from ldm.evaluation.judge import AttributeJudge
 from ldm.files import file_hash, write_text
+from ldm.util import UserError
 
 COUNTS = (1, 2, 4, 8)
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
@@ -61,20 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def several_concepts(options: argparse.Namespace) -> None:
     """Train what is missing for each count, score it, and write the table."""
     runs.set_up(options)
-    folders = creatures(ROOT / "data" / "concepts")
+    folders, most = creatures(ROOT / "data" / "concepts"), max(options.counts)
+    for count in options.counts:
+        if most > len(folders) or most % count:
+            raise UserError(
+                f"--counts {count}: the largest of --counts must be a multiple of it, and at most {len(folders)}"
+            )
     settings: dict[str, Any] = {
         "model": file_hash(MODEL / "model.safetensors")[:12],
         "steps": options.steps,
         "threads": torch.get_num_threads(),
         "images": options.images,
+        "concepts": ", ".join(folder.name for folder in folders[:most]),
     }
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    yamls, files = [BASE, RECIPE, MODEL / "config.yaml"], [ROOT / JUDGE / "model.safetensors"]
+    digest = runs.fingerprint(settings | {"quiet": QUIET}, yamls, files)
     report = Report(
         "several_concepts",
         "Several concepts in one run",
         (
             "concepts",
-            "training, s",
+            "runs",
+            "a run, s",
             "per concept, s",
             "ms a step",
             "identity",
@@ -82,24 +92,35 @@ def several_concepts(options: argparse.Namespace) -> None:
         ),
         settings,
     )
-    scorer: Scorer | None = None
+
+    @cache
+    def scorer() -> Scorer:
+        model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
+        return Scorer(model, AttributeJudge.load(ROOT / JUDGE), options.images)
+
     found: dict[int, dict[str, Any]] = {}
     for count in options.counts:
-        folder = options.work / f"{count}-{digest}"
-        path = folder / "result.json"
-        if not path.is_file():
-            concepts = folders[:count]
-            shutil.rmtree(folder, ignore_errors=True)
-            seconds, file = train(concepts, options.steps, folder)
-            if scorer is None:
-                model = load_model_from_config(MODEL / "config.yaml", MODEL / "model.safetensors")
-                scorer = Scorer(model, AttributeJudge.load(ROOT / JUDGE), options.images)
-            identity = {one.name: score(scorer, file, one) for one in concepts}
-            write_text(path, json.dumps({"seconds": seconds, "identity": identity}, indent=1))
-        found[count] = json.loads(path.read_text(encoding="utf-8"))
+        done = []
+        for concepts in batched(folders[:most], count):
+            folder = options.work / f"{count}-{concepts[0].name}-{digest}"
+            path = folder / "result.json"
+            if not path.is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                seconds, file = train(concepts, options.steps, folder)
+                identity = {one.name: score(scorer(), file, one) for one in concepts}
+                write_text(path, json.dumps({"seconds": seconds, "identity": identity}, indent=1))
+            done.append(json.loads(path.read_text(encoding="utf-8")))
+        found[count] = {
+            "seconds": [one["seconds"] for one in done],
+            "identity": {name: value for one in done for name, value in one["identity"].items()},
+        }
         fill(report, found, options.steps)
         report.write(options.out)
     print(report.markdown())
+
+
+def batched(folders: Sequence[Path], count: int) -> list[Sequence[Path]]:
+    return [folders[start : start + count] for start in range(0, len(folders), count)]
 
 
 def train(concepts: Sequence[Path], steps: int, folder: Path) -> tuple[float, Path]:
@@ -135,24 +156,27 @@ def score(scorer: Scorer, file: Path, concept: Path) -> float:
 
 
 def fill(report: Report, found: Mapping[int, Mapping[str, Any]], steps: int) -> None:
-    """Fill in the table; the last column pairs each concept with the run of one, where there is one."""
+    """Fill in the table; the last column pairs each concept with its run alone, where there are such runs."""
     alone = found.get(1, {}).get("identity", {})
     report.rows = []
     for count, one in found.items():
-        pairs = [one["identity"][name] - value for name, value in alone.items() if name in one["identity"]]
+        pairs = [one["identity"][name] - value for name, value in alone.items()]
+        seconds = median(one["seconds"])
         report.rows.append(
             (
                 str(count),
-                f"{one['seconds']:.1f}",
-                f"{one['seconds'] / count:.1f}",
-                f"{1000 * one['seconds'] / steps:.0f}",
+                str(len(one["seconds"])),
+                f"{seconds:.1f}",
+                f"{seconds / count:.1f}",
+                f"{1000 * seconds / steps:.0f}",
                 f"{mean(one['identity'].values()):.2f}",
-                Quartiles.of(pairs).text(2) if pairs else "",
+                Quartiles.of(pairs).text(2) if pairs and count > 1 else "",
             )
         )
     report.notes = [
-        "Training only, the warm start included; the same steps and batch for any number of concepts.",
-        "The last column is the difference in identity from the run of one concept.",
+        "Training only, the warm start included; the same steps and batch for any number of concepts. Seconds are the "
+        "median of the runs, identity is the mean of the same concepts in each row.",
+        "The last column has the differences in identity from the concepts' own runs: median and quartiles.",
     ]
     report.data = {"counts": {str(count): one for count, one in found.items()}}
 

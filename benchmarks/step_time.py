@@ -26,7 +26,7 @@ from benchmarks.report import Report, verdict
 from benchmarks.rounds import OURS, Quartiles, Rounds, Turns
 from benchmarks.subjects import EMBEDDED, TimedModel, stable_diffusion
 from ldm.commands.base import guarded
-from ldm.console import Parser
+from ldm.console import Parser, positive
 from ldm.interop import diffusers_pipeline
 
 # The trainer's name of each precision.
@@ -54,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=("embedded", "sd-v1"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", type=int, default=256, help="image side of sd-v1 (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, help="steps of each loop (default: 100 for embedded, 8 for sd-v1)"
+        "--size", type=positive, default=256, help="image side of sd-v1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, help="steps of each loop (default: 100 for embedded, 8 for sd-v1)"
     )
     parser.add_argument(
         "--warm_up", type=int, default=2, help="first rounds, which are not counted (default: %(default)s)"

@@ -11,7 +11,6 @@ waypoint where it and the next waypoint are at or above the target.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -29,16 +28,13 @@ import torch
 from benchmarks import runs, waypoints
 from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
-from benchmarks.scores import Scorer, creatures
+from benchmarks.scores import Scorer, check_creatures, creatures
 from ldm.checkpoint import load_model_from_config
 from ldm.commands.base import JUDGE, guarded
 from ldm.console import Parser, positive
 from ldm.evaluation.concepts import read_concept
 from ldm.evaluation.judge import AttributeJudge
-from ldm.files import (
-    file_hash,
-    write_text,
-)
+from ldm.files import file_hash, write_text
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
@@ -58,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--concepts", nargs="*", type=Path, help="concept folders (default: the sample creatures)"
     )
     parser.add_argument(
-        "--paper_steps", type=int, default=5000, help="maximum steps of `paper` (default: %(default)s)"
+        "--paper_steps", type=positive, default=5000, help="maximum steps of `paper` (default: %(default)s)"
     )
-    parser.add_argument("--pictures", type=int, default=16, help="images per identity (default: %(default)s)")
+    parser.add_argument(
+        "--pictures", type=positive, default=16, help="images per identity (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 images")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "time_to_concept")
     parser.add_argument(
@@ -83,11 +81,17 @@ class Task(NamedTuple):
 def time_to_concept(options: argparse.Namespace) -> None:
     runs.set_up(options)
     concepts = options.concepts or creatures(ROOT / "data" / "concepts")
+    check_creatures(concepts)
     steps, images = options.paper_steps, options.pictures
     if options.quick:
         concepts, steps, images = concepts[:1], 30, 4
-    settings = {"model": file_hash(MODEL / "model.safetensors"), "threads": torch.get_num_threads()}
-    settings |= {"jobs at once": options.jobs, "paper steps": steps, "pictures": images}
+    settings: dict[str, Any] = {"model": file_hash(MODEL / "model.safetensors")[:12]}
+    settings |= {
+        "threads": torch.get_num_threads(),
+        "jobs at once": options.jobs,
+        "paper steps": steps,
+        "pictures": images,
+    }
     report = Report(
         "time_to_concept_quick" if options.quick else "time_to_concept",
         "Seconds of training until a word looks like the concept",
@@ -123,9 +127,9 @@ def scorer(images: int) -> Scorer:
 
 
 def digest(recipe: str, settings: Mapping[str, Any]) -> str:
-    """Hash everything except the code that a result depends on; results with another hash are not reused."""
-    yamls = [path.read_text(encoding="utf-8") for path in (BASE, recipe_of(recipe))]
-    return hashlib.sha256(json.dumps([settings, yamls, OVERRIDES[recipe]]).encode()).hexdigest()[:12]
+    yamls = [BASE, recipe_of(recipe), MODEL / "config.yaml"]
+    files = [MODEL / "model.safetensors", ROOT / JUDGE / "model.safetensors"]
+    return runs.fingerprint({**settings, "overrides": OVERRIDES[recipe]}, yamls, files)
 
 
 def recipe_of(name: str) -> Path:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import runs
 from benchmarks.machine import ROOT
 from benchmarks.report import Report
@@ -59,13 +61,14 @@ def compare(options: argparse.Namespace) -> None:
     """Take turns, and write the median step of both and the median of the quotients within each round."""
     if not (options.before / "ldm").is_dir():
         raise UserError(f"--before '{options.before}' is no checkout; name a folder with ldm/ in it")
+    runs.set_up(options)
     before: list[float] = []
     after: list[float] = []
     for number in range(options.rounds):
         sides = [(options.before.resolve(), before), (ROOT, after)]
         order = sides if number % 2 else sides[::-1]  # whoever is first may be favoured
         for folder, times in order:
-            times.append(median_step(folder, options.steps, options.threads or 1))
+            times.append(median_step(folder, options.steps, torch.get_num_threads()))
     quotient = ratio(after, before)
     report = Report(
         "two_checkouts",

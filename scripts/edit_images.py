@@ -115,10 +115,12 @@ def make(options: argparse.Namespace) -> None:
     make_mask(words / "mask.png")
     for name in options.only:
         rows: list[Image] = []
+        commands: list[str] = []
         for number, text in enumerate(EXAMPLES[name]):
             folder = options.out / "drawn" / f"{name}-{number}"
             shutil.rmtree(folder, ignore_errors=True)
-            arguments = shlex.split(f"{text.format(words=words)} {SAMPLING}")
+            arguments = [one.format(words=words) for one in shlex.split(f"{text} {SAMPLING}")]
+            commands.append(shlex.join(["python", "scripts/txt2img.py", *arguments]))
             arguments = [str(ROOT / one) if one.startswith("data/") else one for one in arguments]
             arguments += ["--n_samples", str(options.samples), "--outdir", str(folder), "--ckpt_path", ckpt]
             if generate.main([*arguments, "--skip_grid"]) != 0:
@@ -128,19 +130,23 @@ def make(options: argparse.Namespace) -> None:
             rows += [*given, *drawn]
         columns = len(rows) // len(EXAMPLES[name])
         path = save_image(image_grid(rows, columns, scale=SCALE), options.out / f"{name}.png")
-        print(f"{path}: " + "; ".join(f"python scripts/txt2img.py {text}" for text in EXAMPLES[name]))
+        print(f"{path}: " + "; ".join(commands))
 
 
 GIVEN = ("--init_img", "--mask")
 
 
 def learn(word: Word, folder: Path, ckpt: str, steps: int | None) -> None:
-    """Learn a word into FOLDER/NAME.safetensors, unless it is there."""
+    """Learn a word into FOLDER/NAME.safetensors, unless it is there, of this model and as many steps."""
+    from ldm.embeddings import read
+    from ldm.files import file_hash
     from ldm.training.inversion import invert
 
     path = folder / f"{word.name}.safetensors"
     if path.is_file():
-        return
+        known = read(path).metadata
+        if known.base_model_hash == file_hash(Path(ckpt)) and steps in (None, known.steps):
+            return
     images = CONCEPTS / word.name if word.images is None else one_of_each(folder / word.images)
     print(f"learning <{word.name}> from {images}", flush=True)
     concept = invert(
@@ -169,7 +175,8 @@ def make_mask(path: Path) -> None:
     """Write a mask of the middle of an image, where the creatures are."""
     from PIL import Image, ImageDraw
 
-    size = Image.open(CONCEPTS / "momo" / "01.png").size
+    with Image.open(CONCEPTS / "momo" / "01.png") as image:
+        size = image.size
     mask = Image.new("L", size)
     ImageDraw.Draw(mask).ellipse((size[0] * 0.06, -size[1] * 0.2, size[0] * 0.94, size[1] * 1.2), fill=255)
     mask.save(path)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,17 @@ def image_size() -> int:
     return next((known for known in (32, 64) if size <= known), 128)
 
 
+@cache
+def model_hash(path: Path) -> str:
+    """The SHA-256 of a checkpoint, read once for all inversions."""
+    return file_hash(path)
+
+
 def settings_of(options: argparse.Namespace, inversion: Inversion) -> dict[str, Any]:
     """Return the settings that an inversion depends on, as its record has them."""
     several = inversion.vectors > 1
     return {
-        "model_sha256": file_hash(options.ckpt_path),
+        "model_sha256": model_hash(Path(options.ckpt_path)),
         "steps": options.steps,
         "rate": options.rate_of_several if several else options.rate,
         "recipe": [str(path) for path in options.recipe],

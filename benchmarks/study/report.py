@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def report(options: argparse.Namespace) -> None:
     found = {one: record for one in wanted if (record := read_record(study.figures(one.id)))}
     if not found:
         raise UserError(f"'{options.out}' has no figures; run: python -m benchmarks.study.inversions measure")
+    if len({json.dumps(record["settings"], sort_keys=True) for record in found.values()}) > 1:
+        raise UserError(
+            f"'{options.out}' has figures of several settings; run the phase measure again with those that you want"
+        )
     creatures = {one: record for one, record in found.items() if "edits" in record}
     summaries = {
         count: summarize({one: record for one, record in creatures.items() if one.vectors == count})

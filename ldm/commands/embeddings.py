@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from ldm.embeddings import LearnedEmbeddings
+    from ldm.embeddings import LearnedEmbeddings, Metadata
     from ldm.embeddings.inspection import ConceptReport
 
 _DESCRIPTION = """Inspect embedding files of any tool, convert, merge and split them, and transfer words between models.
@@ -91,14 +91,16 @@ def inspect(options: argparse.Namespace) -> None:
                 name: {"shape": list(tensor.shape), "norm": float(tensor.float().norm(dim=-1).mean())}
                 for name, tensor in learned.tensors.items()
             }
-            reports.append(
-                {"file": str(file), **{name: getattr(learned, name) for name in names}, "tensors": sizes}
-            )
+            report = {name: getattr(learned, name) for name in names}
+            known = learned.metadata.known()
+            reports.append({"file": str(file), **report, "metadata": known, "tensors": sizes})
             if not options.json:
                 write_line(f"{file}: {learned.described()}")
                 for name, size in sizes.items():
                     shape = " x ".join(map(str, size["shape"]))
                     write_line(f"  {name:<11} {shape}, mean norm {size['norm']:.3f}")
+                for line in _metadata_lines(learned.metadata):
+                    write_line(line)
             continue
         concepts = inspect_concepts(learned, tables, words, options.words)
         reports.append(
@@ -344,7 +346,11 @@ def _report_lines(
         for index, row in enumerate(report.nearest or ()):
             near = ", ".join(f"{word} {similarity:.2f}" for word, similarity in row)
             yield f"  nearest {index + 1:<3} {near}"
-    for key, value in learned.metadata.known().items():
+    yield from _metadata_lines(learned.metadata)
+
+
+def _metadata_lines(metadata: Metadata) -> Iterator[str]:
+    for key, value in metadata.known().items():
         yield f"  {key.replace('_', ' '):<11} {value}"
 
 

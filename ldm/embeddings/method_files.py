@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.embeddings.concept import (
     EmbeddingError,
     LearnedEmbeddings,
+    Metadata,
     is_possible_width,
     model_names,
     noted_text,
@@ -48,6 +49,7 @@ class MethodFile:
         initializers: the text at which each word began, as far as it is known.
         encoder, width: the text encoder that it is for; see `ldm.embeddings.concept.ENCODER_KINDS`.
         source: the name of the file.
+        metadata: how the words were trained.
     """
 
     method: str
@@ -59,6 +61,7 @@ class MethodFile:
     width: int = 0
     source: str = ""
     initializers: Mapping[str, str] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=Metadata)
 
     @property
     def triggers(self) -> list[str]:
@@ -124,6 +127,7 @@ def write_method_file(content: MethodFile, path: str | Path) -> Path:
         "initializers": dict(content.initializers),
         "encoder": content.encoder,
         "width": content.width,
+        "metadata": content.metadata.known(),
     }
     header = {
         "format": "pt",
@@ -216,6 +220,7 @@ def _parse(payload: Payload) -> MethodFile:
         width,
         payload.path.name,
         {check_word(word): text for word in words if (text := noted_text(began.get(word)))},
+        Metadata.from_values(known if isinstance(known := values.get("metadata"), dict) else {}),
     )
 
 

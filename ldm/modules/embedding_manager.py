@@ -21,7 +21,7 @@ from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
-from ldm.words import NEGATIVE, check_text, check_word, own_words
+from ldm.words import check_text, check_word, own_words
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,7 @@ class EmbeddingManager(nn.Module, Personalization):
 
     def negative_prompt(self, negative: str, prompt: str) -> str:
         """The negative prompt with the word W-neg for each word W of the prompt, if it is learned and not there yet."""
-        words = [f"{word}{NEGATIVE}" for word in self.tokenizer.found([prompt], self.string_to_token_dict)]
-        held = [word for word in words if word in self.string_to_token_dict]
-        return " ".join(filter(None, [negative, *(word for word in held if word not in negative)]))
+        return self.tokenizer.negative_prompt(negative, prompt, self.string_to_token_dict)
 
     def export(self) -> dict[str, Tensor]:
         """Copies [n, d] of the vectors in use, float32 on the CPU."""
@@ -184,10 +182,7 @@ class EmbeddingManager(nn.Module, Personalization):
         self._set_vectors(taken, _resampled(initial, taken))
 
     def _set_vectors(self, vectors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> None:
-        self.string_to_token_dict = {
-            string: torch.tensor(self.tokenizer.placeholder_id(string, index), device="cpu")
-            for index, string in enumerate(vectors)
-        }
+        self.string_to_token_dict = self.tokenizer.placeholder_ids(vectors)
         self.string_to_param_dict = nn.ParameterDict()
         for string, value in vectors.items():  # one by one: a ParameterDict would sort the items of a dict
             self.string_to_param_dict[parameter_key(string)] = nn.Parameter(value.clone())
@@ -521,9 +516,7 @@ def encoded_tokens(embedder: TextEncoder, tokens: Sequence[int]) -> Tensor:
         UserError: its output has another width than its token embeddings.
     """
     tokenizer = embedder.prompt_tokenizer
-    row = [tokenizer.start_id, *tokens][: tokenizer.max_length - 1] + [tokenizer.end_id]
-    row += [tokenizer.pad_id] * (tokenizer.max_length - len(row))
-    ids = torch.tensor([row], device=embedder.token_embedding.weight.device)
+    ids = torch.tensor([tokenizer.row(tokens)], device=embedder.token_embedding.weight.device)
     output = embedder.embed_ids(ids, None)
     states = output["c_crossattn"][0] if isinstance(output, dict) else output
     encoded: Tensor = states[0, 1 : 1 + len(tokens)].float()

@@ -173,6 +173,10 @@ class Personalization(Protocol):
         """What the optimiser trains, as torch's parameter groups; a group with "lr" has a rate of its own."""
         return [{"params": list(self.embedding_parameters())}]
 
+    def input_vectors(self) -> Iterable[nn.Parameter]:
+        """The trained vectors [..., d] in place of token embeddings, which a warm start moves; by default all."""
+        return self.embedding_parameters()
+
     def encode(self, embedder: TextEncoder, ids: Tensor, times: Tensor | None = None) -> Tensor:
         """Token ids [B, L] as a context, plain or layered, at timesteps [B], whole or fractional.
 
@@ -181,7 +185,10 @@ class Personalization(Protocol):
         return embedder.embed_ids(ids, self)
 
     def stage_of(self, times: Tensor) -> Tensor:
-        """A number for each of the timesteps [B], equal where `encode` gives the same; by default the timestep."""
+        """A number, or a row of numbers, for each of the timesteps [B], equal where `encode` gives the same.
+
+        By default the timestep.
+        """
         return times
 
     def negative_prompt(self, negative: str, prompt: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,13 @@ class PromptTokenizer:
         own = self._own_id(string)
         return self.vocab_size + index if own is None else own
 
+    def placeholder_ids(self, strings: Iterable[str]) -> dict[str, Tensor]:
+        """The ids of placeholders that are held together, each a 0-dim int64 on the CPU; see `placeholder_id`."""
+        return {
+            string: torch.tensor(self.placeholder_id(string, index), device="cpu")
+            for index, string in enumerate(strings)
+        }
+
     def is_word(self, string: str) -> bool:
         """Whether a placeholder is one token of letters, which probably has a meaning already."""
         return string.isalpha() and self._own_id(string) is not None
@@ -152,9 +159,19 @@ class PromptTokenizer:
         for _, word, weight in content:
             weights += [weight] * (1 if word is None else widths.get(word, 1))
         weights = (weights + [1.0] * self.max_length)[: self.max_length]
-        ids = [self.start_id, *(token for token, _, _ in content), self.end_id]
-        ids += [self.pad_id] * (self.max_length - len(ids))
-        return torch.tensor(ids), torch.tensor(weights)
+        return torch.tensor(self.row([token for token, _, _ in content])), torch.tensor(weights)
+
+    def row(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens between start and end, those beyond the limit cut off, padded to `max_length`."""
+        row = [self.start_id, *tokens[: self.max_length - 2], self.end_id]
+        return row + [self.pad_id] * (self.max_length - len(row))
+
+    def negative_prompt(self, negative: str, prompt: str, placeholders: Collection[str]) -> str:
+        """The negative prompt with the placeholder W-neg for each W in the prompt, where it is not there yet."""
+        there, steered = self.found([prompt], placeholders), self.found([negative], placeholders)
+        wanted = [f"{word}{words.NEGATIVE}" for word in placeholders if word in there]
+        added = [word for word in wanted if word in placeholders and word not in steered]
+        return " ".join(filter(None, [negative, *added]))
 
     def found(self, texts: Iterable[str], placeholders: Iterable[str]) -> set[str]:
         """The placeholders that occur in at least one of the texts."""
@@ -169,9 +186,7 @@ class PromptTokenizer:
         return ids[0] if self.folded(spelled) == self.folded(string) else None
 
     def _row(self, text: str, placeholders: Mapping[str, int]) -> list[int]:
-        content = [token for token, _ in self._content(text, placeholders)][: self.max_length - 2]
-        row = [self.start_id, *content, self.end_id]
-        return row + [self.pad_id] * (self.max_length - len(row))
+        return self.row([token for token, _ in self._content(text, placeholders)])
 
     def split(self, text: str, placeholders: Iterable[str]) -> list[tuple[str, str | None]]:
         """The pieces of a prompt in order: (text, None) for ordinary text, (text, placeholder) for a placeholder.

@@ -206,7 +206,7 @@ class Queue:
             return None
         message = (
             error
-            or "it ended before it began to train, without a word; it was killed, or memory was not enough"
+            or "it ended before it began to train, without a message; it was killed, or memory was not enough"
         )
         return dataclasses.replace(job, state="failed", message=message, process=None)
 

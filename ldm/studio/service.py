@@ -260,7 +260,7 @@ class Service:
                 timeout=TRIAL_SECONDS,
             )
             if child.returncode:
-                lines = child.stderr.strip().splitlines() or ["the check ended without a word"]
+                lines = child.stderr.strip().splitlines() or ["the check ended without a message"]
                 said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
                 raise UserError((said or lines)[-1][:300])
             runs = runs_in(trial)
@@ -380,7 +380,7 @@ class Service:
 
     def metadata(self, file: str) -> dict[str, Any]:
         """What a file says about how its words were learned."""
-        return read(self.workspace.word_file(file)).metadata.known()
+        return read_words(self.workspace.word_file(file)).metadata.known()
 
     def method(self, file: str) -> dict[str, Any]:
         """The method of a file of words that are more than vectors, with its options; empty for vectors."""

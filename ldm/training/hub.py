@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ldm.files import is_hub_id, write_text
-from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -89,13 +88,12 @@ def check_model(
         UsageError: the model learns no word that others can load.
         UserError: diffusers cannot represent the model.
     """
-    from ldm.training.callbacks.base import personalization_of
+    from ldm.training.callbacks.base import personalization_of, shared_vectors
 
     asked = [flag for flag in ("push_to_hub", "save_as_full_pipeline") if getattr(options, flag)]
     if not asked:
         return
-    manager = personalization_of(model)
-    words = [] if manager is None else [word for word in manager.export() if word not in PER_IMAGE_TOKENS]
+    words = list(shared_vectors(personalization_of(model)))
     if not words:
         raise UsageError(
             f"--{asked[0]} is for learned words, and this YAML learns none that other programs can load"
@@ -193,11 +191,11 @@ def learned_of(config: DictConfig, run: RunFolder, model: pl.LightningModule) ->
     from omegaconf import OmegaConf
 
     from ldm import embeddings
-    from ldm.training.callbacks.base import personalization_of
+    from ldm.training.callbacks.base import personalization_of, shared_vectors
 
     manager = personalization_of(model)
     counts = {} if manager is None else dict(manager.placeholders)
-    words = [] if manager is None else [word for word in manager.export() if word not in PER_IMAGE_TOKENS]
+    words = list(shared_vectors(manager))
     stems = {
         word: stem
         for word, stem in run.word_stems(words).items()

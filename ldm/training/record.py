@@ -198,8 +198,8 @@ class RunRecord:
     """A run folder as its files describe it; reading one never fails, because any of them may be missing.
 
     Attributes:
-        state: "training", "finished", "stopped", "failed", "lost" (it ended without a word: it was killed, or the
-            machine went off), or "unknown" for a run of a version that wrote no status.
+        state: "training", "finished", "stopped", "failed", "lost" (it ended without writing a result: it was
+            killed, or the machine was switched off), or "unknown" for a run of a version that wrote no status.
         rate: steps per second; None before it is known.
         memory: the most that its process held, in GB; known at the end.
         message: the verdict, or the error as one line.
@@ -252,7 +252,9 @@ class RunRecord:
         words = found.get("words")
         message = found.get("message")
         if state == "lost":
-            message = "it ended without a word: it was killed, or the machine went off; it can be continued"
+            message = (
+                "it ended without writing a result: it was killed, or the machine was switched off; resume it"
+            )
         return cls(
             folder=folder,
             state=state,
@@ -369,13 +371,13 @@ def runs_in(logdir: str | Path) -> list[RunRecord]:
 def _memory() -> float | None:
     """The most memory that this process held, in GB: of the GPU where it trains on one."""
     if torch.cuda.is_available() and (most := torch.cuda.max_memory_reserved()):
-        return most / 2**30
+        return most / 1e9
     if sys.platform == "win32":
         return None
     import resource
 
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _read_status(path: Path) -> dict[str, Any]:

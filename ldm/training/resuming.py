@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm import embeddings
+from ldm.embeddings.method_files import read_words
 from ldm.files import file_hash
 from ldm.front_ends import setting, spoken
 from ldm.training.learning_rate import step_schedule
@@ -46,7 +46,15 @@ FIXED = {
     "variant": "variant of the base model",
 }
 # Parameters of a personalization that may change; all others decide what is learned.
-_FREE = ("norm_control", "norm_ratio", "embedding_manager_ckpt")
+_FREE = (
+    "norm_control",
+    "norm_ratio",
+    "embedding_manager_ckpt",
+    "residual_rate",
+    "negative_rate",
+    "context_weight",
+    "prompts_per_step",
+)
 _BASE_MODELS = ("actual_resume", "model.params.ckpt_path")
 _FILE = "embedding_manager_ckpt"
 
@@ -148,7 +156,7 @@ def _is_same_model(was: str, now: str, folder: RunFolder) -> bool:
 
 def _base_model_hash(path: Path) -> str | None:
     try:
-        return embeddings.read(path).metadata.base_model_hash
+        return read_words(path).metadata.base_model_hash
     except UserError:
         return None
 

@@ -19,10 +19,15 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ldm.base_models import recognise
 from ldm.checkpoint import load_model_from_config
 from ldm.console import Interrupted
-from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training import command_line, config, flags, hub, preflight, resuming, run_folder
 from ldm.training.callbacks import OPTIONAL_CALLBACKS, complete_lightning, is_gone_logger
-from ldm.training.callbacks.base import RunCallback, callbacks_of, is_personalization, personalization_of
+from ldm.training.callbacks.base import (
+    RunCallback,
+    callbacks_of,
+    is_personalization,
+    personalization_of,
+    shared_vectors,
+)
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.interruption import Requests, handle_signals
@@ -407,8 +412,7 @@ def share(plan: Plan, model: pl.LightningModule) -> bool:
 
 def elsewhere(run: RunFolder, model: pl.LightningModule) -> list[str]:
     """How other programs load the first word of a run; nothing for a text encoder that they do not have."""
-    manager = personalization_of(model)
-    words = [] if manager is None else [word for word in manager.export() if word not in PER_IMAGE_TOKENS]
+    words = list(shared_vectors(personalization_of(model)))
     family = getattr(model.cond_stage_model, "family", "")
     if not words or family not in ("clip", "sdxl"):
         return []

@@ -13,6 +13,7 @@ from benchmarks.methods_table import (
     BASELINE,
     METHODS,
     Report,
+    add_cell,
     differences,
     draw_dial,
     fill,
@@ -95,10 +96,13 @@ def test_a_dial_is_a_curve(tmp_path, capsys):
         f"methods_dial_neti.{suffix}" for suffix in ("json", "md", "png")
     ]
     rows = [
-        line.split("|")[1].strip()
+        [cell.strip() for cell in line.split("|")[1:-1]]
         for line in (tmp_path / "methods_dial_neti.md").read_text().splitlines()[4:7]
     ]
-    assert rows == ["0", "32", "128"]
+    assert [row[0] for row in rows] == ["0", "32", "128"]
+    assert [row[3] for row in rows] == ["6"] * 3, "of one seed, as other settings of a dial are measured"
+    whole = np.mean([found[0, creature, "neti"]["identity"] for creature in range(6)])
+    assert rows[2][1] == f"{whole:.3f}"
 
 
 def test_cells_that_were_cut_off_or_made_with_other_settings_are_measured_again(tmp_path):
@@ -106,6 +110,25 @@ def test_cells_that_were_cut_off_or_made_with_other_settings_are_measured_again(
     lines = [json.dumps(kept), json.dumps(kept | {"seed": 1, "settings": "old"}), json.dumps(kept)[:20]]
     (tmp_path / "cells.jsonl").write_text("\n".join(lines))
     assert list(read_cells(tmp_path, {"xti": "new"})) == [(0, 9001, "xti")]
+    add_cell(tmp_path, kept | {"seed": 2})
+    add_cell(tmp_path, kept | {"seed": 3})
+    assert [seed for seed, _, _ in read_cells(tmp_path, {"xti": "new"})] == [0, 2, 3]
+
+
+def test_what_is_learned_again_and_what_is_only_scored_again(monkeypatch):
+    def digests(*words):
+        bench = methods_table.Bench(made(*words), {"neti": METHODS["neti"]})
+        return bench._digest_of_words(METHODS["neti"]), bench.settings["neti"]
+
+    def made(*words):
+        seen = []
+        monkeypatch.setattr(methods_table, "table", seen.append)
+        assert main(list(words)) == 0
+        return seen[0]
+
+    words, scores = digests()
+    assert digests("--samples", "4")[0] == words and digests("--samples", "4")[1] != scores
+    assert digests("--steps", "4")[0] != words and digests("--steps", "4")[1] != scores
 
 
 def test_every_method_has_its_yamls():

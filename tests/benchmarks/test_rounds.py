@@ -41,16 +41,28 @@ def test_an_overhead_is_in_percent_of_everything_else():
     assert overhead_percent(rounds, PREVIEWS).median == pytest.approx(15.0)
 
 
-def test_hooks_of_a_callback_are_timed(monkeypatch):
+def test_calls_are_timed_and_a_call_within_another_one_is_not_counted_twice(monkeypatch):
     class Slow(Callback):
         def on_train_start(self, trainer, pl_module):
-            clocked.append("called")
+            logger.log_metrics({})
 
-    clocked: list[object] = []
-    times = iter([5.0, 7.5])
+        def helper(self):
+            raise AssertionError
+
+    class Logger:
+        def log_metrics(self, metrics):
+            logged.append(metrics)
+
+    logged: list[object] = []
+    times = iter([5.0, 7.5, 10.0, 10.5])
     monkeypatch.setattr(overhead, "now", lambda: next(times))
-    callback = Slow()
-    overhead.clock(callback, clocked.append)
+    spent = {"callback": 0.0, "logger": 0.0}
+    callback, logger, clock = Slow(), Logger(), overhead.Clock(spent)
+    assert overhead.hooks_of(callback) == ["on_train_start"]
+    clock.watch(callback, overhead.hooks_of(callback), "callback")
+    clock.watch(logger, ["log_metrics"], "logger")
     callback.on_train_start(None, None)
     callback.on_train_end(None, None)
-    assert clocked == ["called", 2.5]
+    assert spent == {"callback": 2.5, "logger": 0.0}
+    logger.log_metrics({})
+    assert spent == {"callback": 2.5, "logger": 0.5} and len(logged) == 2

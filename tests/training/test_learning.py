@@ -186,15 +186,27 @@ class Fixed(LatentDiffusion):
         drawn = [torch.Generator().manual_seed(zlib.crc32(caption.encode())) for caption in cond]
         noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in drawn])
         t = torch.cat([torch.randint(0, self.num_timesteps, (1,), generator=g) for g in drawn])
-        return self.p_losses(x, self.get_learned_conditioning(cond), t, noise=noise)
+        self.note_captions(cond)
+        return self.p_losses(x, self.training_condition(cond), t, noise=noise)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="gloo between processes")
-def test_two_processes_learn_as_one_with_the_doubled_batch(tiny_yaml) -> None:
+@pytest.mark.parametrize(
+    ("target", "params"),
+    [
+        ("embedding_manager.EmbeddingManager", {}),
+        ("methods.DreamArtist", {}),
+        ("methods.Grid", {"stages": 3, "residual_layers": True}),
+        ("methods.NeTI", {"features": 16, "hidden": 8, "nested_dropout": 0.0}),
+    ],
+)
+def test_two_processes_learn_as_one_with_the_doubled_batch(tiny_yaml, target, params) -> None:
     Path("fixed.py").write_text(FIXED)
-    words = ["--base", str(tiny_yaml), "-t", "--max_steps", "3", "model.target=fixed.Fixed"]
+    node = {"target": f"ldm.modules.{target}", "params": {"placeholder_strings": ["*"], **params}}
+    OmegaConf.save(OmegaConf.create({"model": {"params": {"personalization_config": node}}}), "own.yaml")
+    words = ["--base", str(tiny_yaml), "own.yaml", "-t", "--max_steps", "3", "model.target=fixed.Fixed"]
     words += ["data.params.train.params.repeats=4", "lightning.callbacks.deterministic_loss=null"]
     words += [
         "lightning.callbacks.progress=null",
@@ -211,7 +223,7 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(tiny_yaml) -> None:
         (run,) = Path(folder).iterdir()
         state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         assert state["global_step"] == 3
-        (vectors,) = (v for k, v in state["state_dict"].items() if "string_to_param" in k)
+        vectors = torch.cat([value.flatten() for value in state["state_dict"].values()])
         return vectors, state["optimizer_states"][0]["param_groups"][0]["lr"]
 
     one, rate = learned("one", "data.params.batch_size=4")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.embeddings.method_files import triggers_of
+from ldm.embeddings.method_files import read_words, triggers_of
 from tests.training.runs import only_run, start, state_of
 
 METHODS = {
@@ -36,11 +36,18 @@ def test_a_run_is_resumed_bit_for_bit(tiny_yaml, method, capsys) -> None:
     assert start(*words, "-l", "whole", "--max_steps", 4) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert start(*words, "-l", "stopped", "--max_steps", 3) == 0
+    third = state_of("stopped")["state_dict"]
     assert start("-r", only_run("stopped"), "-t", "--max_steps", 4) == 0
     first, second = (state_of(name)["state_dict"] for name in ("whole", "stopped"))
     assert first.keys() == second.keys() and all(key.startswith("embedding_manager.") for key in first)
     assert all(torch.equal(first[key], second[key]) for key in first)
+    constant = ("frequencies", "norm")
+    still = [key for key in first if "initial" not in key and torch.equal(first[key], third[key])]
+    assert all(key.endswith(constant) for key in still), "a step moves every parameter"
     folder = only_run("whole")
     assert list((folder / "images").glob("**/*.jpg"))
     assert triggers_of(folder / "checkpoints" / "embeddings.pt")[0] == "*"
-    assert list((folder / "checkpoints").glob("*.safetensors"))
+    for path in (folder / "checkpoints").glob("*.safetensors"):
+        metadata = read_words(path).metadata
+        assert metadata.steps and metadata.images == 3 and metadata.images_fingerprint
+    assert (folder / "learning_curve.png").is_file()

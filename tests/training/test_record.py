@@ -69,7 +69,7 @@ def test_a_killed_run_is_lost(tmp_path):
     )
     record = RunRecord.read(tmp_path)
     assert (record.state, record.live, record.seconds_left) == ("lost", False, None)
-    assert "continued" in record.message
+    assert "resume it" in record.message
     own = RunRecord.read(tmp_path, own=True)
     assert own.live and own.seconds_left == 2.0 and own.plot() is None
     assert str(own) == "step 5 of 9, 2.0 steps/s, 2 s left"

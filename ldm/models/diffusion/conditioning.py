@@ -77,10 +77,16 @@ class DiffusionWrapper(nn.Module):
 
 
 def without(captions: list[Any], dropped: Tensor) -> list[Any]:
-    """Return captions with the empty one where `dropped` [B] is true, in the same kind of list with all it holds."""
+    """Return captions with the empty one where `dropped` [B] is true; see `with_texts`."""
+    return with_texts(
+        captions, ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+    )
+
+
+def with_texts(captions: list[Any], texts: Sequence[str]) -> list[Any]:
+    """Return other texts in the same kind of list, with all else that it holds, such as the sizes of images."""
     kept = copy.copy(captions)
-    for place in dropped.nonzero().flatten().tolist():
-        kept[place] = ""
+    kept[:] = texts
     return kept
 
 
@@ -180,7 +186,8 @@ class TimedPrompts:
     Args:
         prompts: [B] of anything that `encode` understands.
         encode: (prompts [n], times [n]) -> their conditions [n, ...] at these timesteps.
-        stages: times [n] -> a number for each, equal where the encoding is; see `Personalization.stage_of`.
+        stages: times [n] -> a number or a row of numbers for each, equal where the encoding is; see
+            `Personalization.stage_of`.
     """
 
     def __init__(
@@ -190,7 +197,7 @@ class TimedPrompts:
         stages: Callable[[Tensor], Tensor],
     ) -> None:
         self.prompts, self.encode, self.stages = tuple(prompts), encode, stages
-        self._kept: dict[tuple[Hashable, float], Tensor] = {}
+        self._kept: dict[tuple[Hashable, tuple[float, ...]], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -206,7 +213,8 @@ class TimedPrompts:
         """
         if torch.is_grad_enabled():
             return self.encode(self.prompts, times)
-        keys = list(zip(self.prompts, self.stages(times).tolist(), strict=True))
+        stages = map(tuple, self.stages(times).reshape(len(times), -1).tolist())
+        keys = list(zip(self.prompts, stages, strict=True))
         rows = {key: row for row, key in reversed(list(enumerate(keys)))}
         missing = [row for key, row in rows.items() if key not in self._kept]
         if missing:

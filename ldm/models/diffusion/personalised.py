@@ -16,6 +16,7 @@ from ldm.models.diffusion.conditioning import (
     TimedCondition,
     TimedPrompts,
     condition_map,
+    with_texts,
 )
 from ldm.modules.personalization import DenoiserShape, Personalization
 from ldm.util import ConfigError, accepts, get_obj_from_str, instantiate_from_config
@@ -39,6 +40,7 @@ class Personalised(_Base):
     cond_stage_model: Any
     model: DiffusionWrapper
     num_timesteps: int
+    embedding_reg_weight: float
     _captions_of_step: frozenset[str] = frozenset()
 
     def make_personalization(self, config: Mapping[str, Any]) -> Personalization:
@@ -59,6 +61,14 @@ class Personalised(_Base):
                 f"personalization_config: {config['target']} learns more than vectors, which is not possible for "
                 "Stable Diffusion XL yet; use ldm.modules.embedding_manager.EmbeddingManager"
             )
+        unmeasured = (
+            type(personalization).embedding_to_coarse_loss is Personalization.embedding_to_coarse_loss
+        )
+        if self.embedding_reg_weight > 0 and unmeasured:
+            raise ConfigError(
+                f"embedding_reg_weight is {self.embedding_reg_weight:g}, and {config['target']} has no distance from "
+                "its initializers; set it to 0"
+            )
         return personalization
 
     @property
@@ -78,7 +88,8 @@ class Personalised(_Base):
             scale = self.embedding_manager.training_guidance
         if scale == 1.0:
             return encoded
-        return GuidedCondition(encoded, self.get_learned_conditioning(self.negative_prompts(c)), scale)
+        negatives = with_texts(c, self.negative_prompts(c))
+        return GuidedCondition(encoded, self.get_learned_conditioning(negatives), scale)
 
     def negative_prompts(self, prompts: Sequence[str], negative: str = "") -> list[str]:
         """Return what guidance steers away from under each prompt: `negative`, and what the personalization adds."""
@@ -116,9 +127,11 @@ class Personalised(_Base):
         return self.embedding_manager.encode(self.cond_stage_model, ids, times)
 
     def note_captions(self, captions: Any) -> None:
-        """Remember the captions of a training step, for `on_before_optimizer_step`."""
+        """Remember the texts that a training step encodes, for `on_before_optimizer_step`."""
         if self.training and self.embedding_manager is not None and isinstance(captions, list):
             self._captions_of_step |= frozenset(captions)
+            if self.embedding_manager.training_guidance != 1:
+                self._captions_of_step |= frozenset(self.negative_prompts(captions))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop the gradients of words that no caption of the step holds, so that no momentum or decay moves them.

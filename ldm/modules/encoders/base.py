@@ -31,7 +31,12 @@ class PromptEncoder(nn.Module, TextEncoder):
 
     `TextEncoder` says what the members are. A subclass sets `family`, `max_length`, `prompt_tokenizer` and
     `token_embedding`, and implements `embed_ids`.
+
+    Attributes:
+        causal: whether the output at a token depends on the tokens before it only.
     """
+
+    causal = True
 
     @property
     def width(self) -> int:

@@ -162,6 +162,7 @@ class BERTEmbedder(PromptEncoder):
     """
 
     family = "bert"
+    causal = False
 
     def __init__(
         self,

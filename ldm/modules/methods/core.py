@@ -13,6 +13,7 @@ from ldm.modules.methods.grid import Grid
 from ldm.modules.methods.neti import NeTI
 from ldm.modules.personalization import DenoiserShape, Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer
 
 # No prompt that an evaluation judges is among them.
@@ -65,8 +66,8 @@ class ContextRegularised:
     that are fused, recomputed or compiled would be a seam through all of these, for two more passes of the denoiser in
     every step, one of them with gradient. In the paper's ablation it gains 0.008 of CLIP-T and loses 0.022 of DINO.
 
-    Left out too is the scaling of the vectors in steps 120 to 180 of 300; `norm_control` of `EmbeddingManager` is its
-    like. The weight here kept edits on the embedded model; the paper's is 1.5e-4, on Stable Diffusion 2.
+    Left out too is the scaling of the vectors in steps 120 to 180 of 300; `norm_control` of `EmbeddingManager` is
+    similar. The weight here kept edits on the embedded model; the paper's is 1.5e-4, on Stable Diffusion 2.
 
     A class of words is regularised by deriving from this class first: `class CoReGrid(ContextRegularised, Grid)`. Its
     files are those of the other class.
@@ -108,12 +109,27 @@ class ContextRegularised:
                 )
         super().__init__(embedder, **words)  # type: ignore[call-arg]
         self.adds_loss = self.context_weight > 0
-        without = [word for word in self._counts if word not in self._initializers]
+        self._check_room()
+        # The word of a single training image has no initializer, and nothing else in a prompt to change.
+        without = [word for word in self._counts if word not in (*self._initializers, *PER_IMAGE_TOKENS)]
         if without:
             raise UserError(
                 f"CoRe compares each word with its initializer, and '{without[0]}' has none; add one to "
                 f"initializer_words, or give it with {setting('init')}"
             )
+
+    def _check_room(self) -> None:
+        """Raise UserError for a prompt that the vectors of a word leave no room after the word."""
+        assert isinstance(self, Personalization)
+        limit = self.tokenizer.max_length
+        for string, text in self._initializers.items():
+            count = max(self.most_positions()[string], len(self.tokenizer.token_ids(text)))
+            for prompt in self.prompts:
+                if 1 + len(self.tokenizer.token_ids(prompt.split("{}", 1)[0])) + count >= limit:
+                    raise UserError(
+                        f"personalization_config: {count} vectors of '{string}' fill the prompt '{prompt[:60]}' of at "
+                        f"most {limit} tokens; use fewer vectors, or shorter prompts"
+                    )
 
     def context_loss(self, embedder: TextEncoder) -> Tensor:
         """The weighted mean of one minus the cosine, over the other words of some prompts and over placeholders."""
@@ -137,6 +153,8 @@ class ContextRegularised:
             theirs.append([*before, *known, *after])
             start = 1 + len(before)
             # Where a causal encoder cannot see the word, its outputs are equal and say nothing; the end counts.
+            if not getattr(embedder, "causal", True):
+                pairs += [(number, place, place) for place in range(start)]
             pairs += [
                 (number, start + count + place, start + len(known) + place) for place in range(len(after) + 1)
             ]
@@ -157,9 +175,7 @@ class ContextRegularised:
 
     def _ids(self, rows: list[list[int]], embedder: TextEncoder) -> Tensor:
         """Tokens between start and end, padded to the encoder's length, [B, L]."""
-        tokenizer = self.tokenizer
-        filled = [[tokenizer.start_id, *row][: tokenizer.max_length - 1] + [tokenizer.end_id] for row in rows]
-        filled = [row + [tokenizer.pad_id] * (tokenizer.max_length - len(row)) for row in filled]
+        filled = [self.tokenizer.row(row) for row in rows]
         return torch.tensor(filled).to(embedder.device, non_blocking=True)
 
 

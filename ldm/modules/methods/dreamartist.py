@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.embedding_manager import EmbeddingManager, vector_counts
 from ldm.modules.personalization import TextEncoder
-from ldm.util import UserError, check_integer
+from ldm.modules.prompt_tokenizer import check_placeholders
+from ldm.util import UserError, check_integer, shown
 from ldm.words import NEGATIVE
 
 
@@ -28,7 +29,8 @@ class DreamArtist(EmbeddingManager):
         num_vectors_per_token: of these words, as in `EmbeddingManager`; the paper has 3.
         negative_vectors: vectors of each negative; they begin at random.
         guidance: the guidance scale of training; 3 to 5 in the paper.
-        negative_rate: the learning rate of the negatives; by default that of the run.
+        negative_rate: the learning rate of the negatives; by default that of the run (`scale_lr`
+            does not multiply it).
         vectors: see `EmbeddingManager`.
     Raises:
         UserError: a value is not possible; and what EmbeddingManager raises.
@@ -53,18 +55,16 @@ class DreamArtist(EmbeddingManager):
             raise UserError(
                 f"personalization_config: negative_rate is {negative_rate}; it must be above 0, or null"
             )
-        words = (
-            [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings or ())
-        )
-        positive = [word for word in words if not word.endswith(NEGATIVE)]
+        given = [placeholder_strings] if isinstance(placeholder_strings, str) else placeholder_strings or ()
+        positive = check_placeholders(given, embedder.prompt_tokenizer)
+        for word in positive:
+            if word.endswith(NEGATIVE):
+                raise UserError(
+                    f"placeholder_strings: '{shown(word)}' is the name of a negative; name only the words themselves"
+                )
         negative = [f"{word}{NEGATIVE}" for word in positive]
-        counts: dict[str, int]
-        if isinstance(num_vectors_per_token, Mapping):
-            counts = dict(num_vectors_per_token)
-        elif isinstance(num_vectors_per_token, Sequence):
-            counts = dict(zip(positive, num_vectors_per_token, strict=False))
-        else:
-            counts = dict.fromkeys(positive, num_vectors_per_token)
+        limit = embedder.max_length - 2
+        counts = vector_counts(positive, positive, num_vectors_per_token, limit)
         counts |= dict.fromkeys(negative, negative_vectors)
         self.training_guidance, self.negative_rate = float(guidance), negative_rate
         super().__init__(
@@ -73,7 +73,10 @@ class DreamArtist(EmbeddingManager):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The words, and their negatives, with a rate of their own if there is one."""
-        groups: list[dict[str, Any]] = [{"params": [], "name": "words"}, {"params": [], "name": "negatives"}]
+        (whole,) = super().parameter_groups()
+        groups: list[dict[str, Any]] = [
+            {**whole, "params": [], "name": name} for name in ("words", "negatives")
+        ]
         for word in self.string_to_token_dict:
             parameters: list[nn.Parameter] = groups[word.endswith(NEGATIVE)]["params"]
             parameters.append(self.vectors(word))

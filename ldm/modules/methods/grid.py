@@ -43,7 +43,8 @@ class Grid(LearnedWords):
             they do not change where an image attends to the word. They are then in units of the output's length over
             the root of the width, which is about 1 after a layer norm.
         learn_input: learn the vectors before the text encoder; if not, they stay the initializer's.
-        residual_rate: the learning rate of the residuals; by default that of the run.
+        residual_rate: the learning rate of the residuals; by default that of the run (`scale_lr`
+            does not multiply it).
         strength: multiplies the residuals. A dial, if there are any.
         denoiser, words: see `LearnedWords`.
     Raises:
@@ -113,6 +114,10 @@ class Grid(LearnedWords):
         if self.residual_rate is not None:
             groups[1]["lr"] = self.residual_rate
         return [group for group in groups if group["params"]]
+
+    def input_vectors(self) -> list[nn.Parameter]:
+        """The vectors, if they are learned."""
+        return [value for name, value in self.words.named_parameters() if name.endswith(".vectors")]
 
     def options(self) -> dict[str, float | int]:
         names = ("stages", "layers", "residual", "residual_layers", "residual_keys")
@@ -195,7 +200,8 @@ class OutputResidual(Grid):
 
     Args:
         learn_input: learn the vectors before the text encoder too.
-        residual_rate: the learning rate of the residual; by default that of the run.
+        residual_rate: the learning rate of the residual; by default that of the run (`scale_lr`
+            does not multiply it).
         strength: multiplies the residual. A dial; HiPer generates with 0.8.
         words: see `LearnedWords`.
     Raises:

@@ -145,6 +145,10 @@ class NeTI(LearnedWords):
         assert isinstance(word, Mapper)
         word.begin(initial, seed)
 
+    def input_vectors(self) -> tuple[()]:
+        """None: the parameters are a network's."""
+        return ()
+
     def options(self) -> dict[str, float | int]:
         return {"features": self.features, "hidden": self.hidden}
 

@@ -63,9 +63,9 @@ class ShapedWords(nn.Module, Personalization):
 
     shapes_context = True
 
-    def __init__(self) -> None:
+    def __init__(self, embedder: TextEncoder) -> None:
         super().__init__()
-        self.loaded = False
+        self.tokenizer, self.loaded = embedder.prompt_tokenizer, False
         self._layouts: dict[torch.device, Layout] = {}
 
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
@@ -79,6 +79,10 @@ class ShapedWords(nn.Module, Personalization):
     def load(self, path: str | Path) -> None:
         """Raise UserError: words of several files are loaded together."""
         raise UserError("words of several files are not replaced by one; load the files again")
+
+    def negative_prompt(self, negative: str, prompt: str) -> str:
+        """The negative prompt with the word W-neg for each word W of the prompt, if it is held and not there yet."""
+        return self.tokenizer.negative_prompt(negative, prompt, self.string_to_token_dict)
 
     def rows(self, times: Tensor | None) -> Rows:
         """The rows of all words in order, at timesteps [T]; None for those that stand for all timesteps."""
@@ -161,8 +165,8 @@ class LearnedWords(ShapedWords):
         seed: int = 0,
         denoiser: DenoiserShape = NO_DENOISER,
     ) -> None:
-        super().__init__()
-        self.tokenizer, self.family = embedder.prompt_tokenizer, embedder.family
+        super().__init__(embedder)
+        self.family = embedder.family
         self.width, self.max_vectors = embedder.width, embedder.max_length - 2
         self.denoiser, self.seed = denoiser, seed
         self._stated: dict[str, str] = {}
@@ -242,10 +246,7 @@ class LearnedWords(ShapedWords):
     def _set_words(self, counts: Mapping[str, int]) -> None:
         self._counts = dict(counts)
         self._layouts.clear()
-        self.string_to_token_dict = {
-            string: torch.tensor(self.tokenizer.placeholder_id(string, index), device="cpu")
-            for index, string in enumerate(counts)
-        }
+        self.string_to_token_dict = self.tokenizer.placeholder_ids(counts)
         self.words = nn.ModuleDict()
         for string, count in counts.items():  # one by one: a ModuleDict would sort the items of a dict
             self.words[parameter_key(string)] = self.new_word(count)
@@ -357,10 +358,10 @@ class PlainWords(ShapedWords):
     """Vectors of any tool beside words of a method: the same at every timestep and layer."""
 
     def __init__(self, learned: LearnedEmbeddings, embedder: TextEncoder) -> None:
-        super().__init__()
+        super().__init__(embedder)
         vectors = learned.vectors_for(embedder.width, embedder.family)
         self._counts = {word: len(value) for word, value in vectors.items()}
-        self.string_to_token_dict = dict.fromkeys(vectors, torch.zeros(()))  # Together gives them their ids
+        self.string_to_token_dict = self.tokenizer.placeholder_ids(vectors)
         self.register_buffer("vectors", torch.cat(list(vectors.values()))[None, None])
 
     @property
@@ -381,7 +382,7 @@ class Together(ShapedWords):
     method = "together"
 
     def __init__(self, members: Sequence[ShapedWords], embedder: TextEncoder) -> None:
-        super().__init__()
+        super().__init__(embedder)
         self.members = nn.ModuleList(members)
         self.timed = any(member.timed for member in members)
         self.loaded = True
@@ -391,10 +392,7 @@ class Together(ShapedWords):
                 raise UserError(
                     f"two of the files hold '{word}'; load one of them, or learn the other as another word"
                 )
-        self.string_to_token_dict = {
-            word: torch.tensor(embedder.prompt_tokenizer.placeholder_id(word, index), device="cpu")
-            for index, word in enumerate(words)
-        }
+        self.string_to_token_dict = self.tokenizer.placeholder_ids(words)
 
     @property
     def _parts(self) -> list[ShapedWords]:
@@ -408,9 +406,8 @@ class Together(ShapedWords):
         return joined([part.rows(times) for part in self._parts])
 
     def stage_of(self, times: Tensor) -> Tensor:
-        """The number of the combination of the members' stages."""
-        own = torch.stack([part.stage_of(times) for part in self._parts if part.timed])
-        return own.unique(dim=1, return_inverse=True)[1] if len(own) > 1 else own[0]
+        """The stages of all members that have any, [B, members]."""
+        return torch.stack([part.stage_of(times) for part in self._parts if part.timed], dim=1)
 
     def dials(self) -> dict[str, float | int]:
         return {name: value for part in self._parts for name, value in part.dials().items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.personalization import Personalization
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.interruption import Requests
 
 
@@ -44,6 +45,12 @@ def is_personalization(model: object) -> TypeGuard[LatentDiffusion]:
 def personalization_of(model: object) -> Personalization | None:
     """The personalization that a model trains, or None for any other model."""
     return model.embedding_manager if isinstance(model, LatentDiffusion) else None
+
+
+def shared_vectors(manager: Personalization | None) -> dict[str, Tensor]:
+    """Copies of the vectors that other programs can use, without those of single training images."""
+    exported = {} if manager is None else manager.export()
+    return {word: vectors for word, vectors in exported.items() if word not in PER_IMAGE_TOKENS}
 
 
 def datasets_of(trainer: pl.Trainer) -> dict[str, Any]:

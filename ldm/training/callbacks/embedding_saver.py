@@ -14,10 +14,10 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings
+from ldm.embeddings.method_files import read_method_file, write_method_file
 from ldm.files import file_hash, images_fingerprint
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
+from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of, shared_vectors
 from ldm.util import UserError, check_integer
 from ldm.words import NEGATIVE, file_stem
 
@@ -153,12 +153,16 @@ class EmbeddingSaver(RunCallback):
             return
         folder = Path(trainer.default_root_dir) / "checkpoints"
         manager.save(folder / f"embeddings{suffix}.pt")
+        metadata = embeddings.Metadata.from_values(self.describe(step))
         if manager.method:  # to share: the same under the word's name, whose suffix says what it is
             words = list(manager.string_to_token_dict)
             self._stems = self._stems or self.stems(words)
-            manager.save(folder / f"{self._stems[words[0]]}{suffix}.safetensors")
+            path = folder / f"{self._stems[words[0]]}{suffix}.safetensors"
+            manager.save(path)
+            if (content := read_method_file(path)) is not None:
+                write_method_file(replace(content, metadata=metadata), path)
         encoder = cast(TextEncoder, trainer.lightning_module.cond_stage_model)
-        self._export(manager, encoder.family, folder, suffix, step)
+        self._export(manager, encoder.family, folder, suffix, metadata)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -178,10 +182,10 @@ class EmbeddingSaver(RunCallback):
         if trainer.global_step > 0:
             self.save_now(trainer)
 
-    def _export(self, manager: Personalization, family: str, folder: Path, suffix: str, step: int) -> None:
-        metadata = embeddings.Metadata.from_values(self.describe(step))
-        # The word of a single training image is of no use outside this run.
-        exported = {word: rows for word, rows in manager.export().items() if word not in PER_IMAGE_TOKENS}
+    def _export(
+        self, manager: Personalization, family: str, folder: Path, suffix: str, metadata: embeddings.Metadata
+    ) -> None:
+        exported = shared_vectors(manager)
         # Asked once: it reads the files that are there.
         stems = self._stems = self._stems or self.stems(list(exported))
         negatives = {word: word.removesuffix(NEGATIVE) for word in exported if word.endswith(NEGATIVE)}

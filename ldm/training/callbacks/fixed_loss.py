@@ -79,17 +79,25 @@ class FixedNoiseLoss:
         )
 
     def description(self) -> dict[str, Any]:
-        """What is measured, as plain values: captions, mean latents and the settings of the loss."""
-        means = torch.cat([adaptive_avg_pool2d(latents.float(), 4).cpu() for latents in self.latents])
+        """What is measured, as plain values: captions, mean latents, mean weights and the settings of the loss."""
         captions = [caption for chunk in self.captions for caption in chunk]
-        return {"captions": captions, "means": means, "loss": self.loss_settings}
+        weights = [weight for weight in self.weights if weight is not None]
+        means, pooled = (
+            torch.cat([adaptive_avg_pool2d(part.float(), 4).cpu() for part in parts]) if parts else None
+            for parts in (self.latents, weights)
+        )
+        return {"captions": captions, "means": means, "weights": pooled, "loss": self.loss_settings}
 
     def measures(self, description: Mapping[str, Any]) -> bool:
         """Whether this measures what is described; latents may differ as they do between devices and precisions."""
         own = self.description()
         same = all(own[key] == description[key] for key in ("captions", "loss"))
-        means = description["means"]
-        return same and means.shape == own["means"].shape and torch.allclose(own["means"], means, atol=0.1)
+        # Runs of earlier versions say nothing of weights.
+        return (
+            same
+            and _alike(own["means"], description["means"], 0.1)
+            and _alike(own["weights"], description.get("weights"), 0.01)
+        )
 
     @torch.no_grad()
     def measure(self, model: LatentDiffusion) -> float:
@@ -102,6 +110,12 @@ class FixedNoiseLoss:
                 loss, _ = model.p_losses(latents, condition, timesteps, noise=noise, weight=weight)
                 total += loss * len(latents)
         return float(total / self.samples)
+
+
+def _alike(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one, other, atol=tolerance)
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -150,8 +164,8 @@ class DeterministicLoss(RunCallback):
     measurements; its vectors are saved as `embeddings_best.pt`, and in the formats of the embedding saver, whenever the
     run's state is saved. With `stop`, the parameters of `Plateau`, the run ends as soon as the curve is flat. Measuring
     does not change the random numbers of the training. A resumed run measures the samples that it began with, whatever
-    its batch size is then; with another `samples`, other images, captions or settings of the loss the curve begins
-    anew. Models without a personalization are ignored.
+    its batch size is then; with another `samples`, other images, masks, captions or settings of the loss the curve
+    begins anew. Models without a personalization are ignored.
     """
 
     runs_before_saving = True
@@ -207,7 +221,7 @@ class DeterministicLoss(RunCallback):
         if self._measured_samples not in (0, samples):
             self._begin_anew(f"{samples} samples")
         elif self._description is not None and not self._fixed.measures(self._description):
-            self._begin_anew("other images, captions or settings of the loss")
+            self._begin_anew("other images, masks, captions or settings of the loss")
         self._measured_samples, self._measured_chunk = samples, chunk
         self._description = self._fixed.description()
         if self.flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.personalization import TextEncoder
+from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.training.callbacks.base import RunCallback, loss_of, personalization_of
 from ldm.util import UserError, check_integer
 
@@ -32,8 +33,8 @@ class VectorStats(RunCallback):
 
     The first is the mean norm of the vectors over that of the vocabulary. Vectors much longer than words hardly
     differ in direction any more, and prompts with them are followed badly (DTI: Kim et al., ICLR 2026). The second
-    is the mean cosine between the vectors and their values at the start of the run. A personalization that exports
-    no vectors is ignored.
+    is the mean cosine between the vectors and their values at the start of the run. Where a word has vectors for each
+    timestep or layer, these are means over all of them; where it has none, only the learning rate is kept.
     """
 
     runs_before_saving = True
@@ -54,7 +55,7 @@ class VectorStats(RunCallback):
         manager = personalization_of(pl_module)
         if manager is None:
             return
-        self._initial = self._initial or manager.export()
+        self._initial = self._initial or _vectors_of(manager)
         encoder = cast(TextEncoder, pl_module.cond_stage_model)
         table, self._widths = encoder.token_embedding.weight.detach().float(), encoder.widths
         self._vocabulary_norms = [float(part.norm(dim=1).mean()) for part in self._parts(table)]
@@ -66,10 +67,13 @@ class VectorStats(RunCallback):
         if step == 0 or step % self.every_n_train_steps or step == self._measured_step:
             return
         manager = personalization_of(pl_module)
-        current = {} if manager is None else manager.export()
-        if not current:
+        if manager is None:
             return
         self._measured_step = step
+        rate, current = trainer.optimizers[0].param_groups[0]["lr"], _vectors_of(manager)
+        if not current:
+            self.rows.append(VectorRow(step, math.nan, math.nan, rate))
+            return
         norms = [torch.stack([part.norm(dim=1) for part in self._parts(v)]) for v in current.values()]
         ratios = (torch.cat(norms, dim=1).mean(dim=1) / torch.tensor(self._vocabulary_norms)).tolist()
         ratio = sum(ratios) / len(ratios)
@@ -82,7 +86,6 @@ class VectorStats(RunCallback):
             )
         ]
         cosine = torch.cat(cosines).mean().item() if cosines else float("nan")
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.rows.append(VectorRow(step, ratio, cosine, rate))
         metrics = {"vectors/norm_ratio": ratio, "vectors/cosine_to_initial": cosine}
         if len(ratios) > 1:
@@ -96,7 +99,7 @@ class VectorStats(RunCallback):
         return (vectors,) if whole else vectors.split(list(self._widths), dim=1)
 
     def figures(self) -> list[str]:
-        if not self.rows:
+        if not self.rows or math.isnan(self.rows[-1].norm_ratio):
             return []
         return [f"norm x{self.rows[-1].norm_ratio:.2f}", f"cos {self.rows[-1].cosine:.2f}"]
 
@@ -110,6 +113,18 @@ class VectorStats(RunCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = [VectorRow(*row) for row in state_dict["rows"]]
         self._initial, self._measured_step = dict(state_dict["initial"]), state_dict["looked"]
+
+
+def _vectors_of(manager: Personalization) -> dict[str, Tensor]:
+    """Copies [N, d] of the vectors in place of tokens, by word, or by number if the personalization shares none."""
+    shared = manager.export()
+    if shared:
+        return shared
+    return {
+        str(number): vectors.detach().flatten(0, -2).to("cpu", torch.float32, copy=True)
+        for number, vectors in enumerate(manager.input_vectors())
+        if vectors.ndim > 1
+    }
 
 
 class TrainingGuard(RunCallback):

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ldm import files, random_state
 from ldm.images import ImageError, grid, image_grid, to_pil
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import RunCallback, datasets_of, personalization_of
 from ldm.training.callbacks.latent_cache import CachedLatents
 from ldm.util import UserError, check_integer, evaluating
+from ldm.words import own_words
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,10 @@ class MakesImages(Protocol):
 
 
 def filled_prompts(prompts: Sequence[str], model: object) -> list[str]:
-    """Each prompt with each placeholder of the model in place of `{}`; without duplicates."""
+    """Each prompt with each word of the model in place of `{}`; without duplicates, negatives and images' own words."""
     manager = personalization_of(model)
-    words = list(manager.string_to_token_dict if manager is not None else ()) or ["*"]
+    held = manager.string_to_token_dict if manager is not None else ()
+    words = own_words(word for word in held if word not in PER_IMAGE_TOKENS) or ["*"]
     texts = [prompt.replace("{}", word) for prompt in prompts for word in words]
     return list(dict.fromkeys(texts))
 

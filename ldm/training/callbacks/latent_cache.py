@@ -190,6 +190,6 @@ def _tell_encoding(images: int, at_once: int) -> Callable[[int, int], None]:
 
     def tell(done: int, total: int) -> None:
         left = (time.monotonic() - start) * (total - done) / done
-        logger.info("encoded %d of %d images, %s left", done * at_once, images, duration(left))
+        logger.info("encoded %d of %d images, %s left", min(done * at_once, images), images, duration(left))
 
     return tell

@@ -123,7 +123,8 @@ def learning_curve(trainer: pl.Trainer) -> Image.Image | None:
         elif isinstance(callback, VectorStats) and callback.rows:
             steps = [row.step for row in callback.rows]
             ratios = [row.norm_ratio for row in callback.rows]
-            curves.append(Curve("norm of the vectors / mean norm of the vocabulary", steps, ratios))
+            if all(map(math.isfinite, ratios)):
+                curves.append(Curve("norm of the vectors / mean norm of the vocabulary", steps, ratios))
             curves.append(Curve("learning rate", steps, [row.learning_rate for row in callback.rows]))
     return draw_curves(curves, mark=best) if curves else None
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from PIL.Image import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
@@ -36,8 +37,9 @@ class WarmStart(Callback):
     three training steps of the embedded model. QuickEmbedding does the same for Stable Diffusion with 100 steps.
 
     CLIP's image tower is read from the text encoder's `image_tower`. Vectors from a file or a saved state are not
-    changed. If the image tower, or a dataset that gives images and captions separately, is missing, a warning
-    explains why the vectors keep their initial values. The random numbers of the training do not change.
+    changed. If the image tower, or a dataset that gives images and captions separately, is missing, or the
+    personalization learns nothing before the text encoder, a warning explains why it begins unchanged. Where masks
+    weight the loss, CLIP sees what they leave out fade to gray. The random numbers of the training do not change.
 
     Args:
         steps: the number of Adam steps.
@@ -58,6 +60,11 @@ class WarmStart(Callback):
         manager = personalization_of(pl_module)
         if trainer.ckpt_path is not None or manager is None or manager.loaded:
             return
+        if not list(manager.input_vectors()):
+            logger.warning(
+                "no warm start: %s learns no vectors before the text encoder", type(manager).__name__
+            )
+            return
         dataset = datasets_of(trainer).get("train")
         encoder, device = cast(TextEncoder, pl_module.cond_stage_model), trainer.strategy.root_device
         # The encoder's layers may already be in half precision.
@@ -70,7 +77,7 @@ class WarmStart(Callback):
             assert isinstance(encoder, FrozenCLIPEmbedder), "checked by features_of"
             first, last = self.train_vectors(encoder, manager, dataset, features)
         with torch.no_grad():
-            for vectors in manager.embedding_parameters():
+            for vectors in manager.input_vectors():
                 vectors.copy_(trainer.strategy.broadcast(vectors.detach()))
         logger.info("warm start: cosine of captions and images %.2f, %.2f before", last, first)
 
@@ -81,11 +88,11 @@ class WarmStart(Callback):
         draws = [dataset.draw(index) for index in range(self.steps * self.captions)]
         # Read only the images that are drawn: the set may be large.
         rows = {variant: row for row, variant in enumerate(dict.fromkeys(one.variant for one in draws))}
-        images = features.image([to_pil(dataset.image(*variant).movedim(-1, 0)) for variant in rows])
+        images = features.image([_shown(dataset, *variant) for variant in rows])
         table = encoder.token_embedding.weight
         images = images.to(table.device)
         optimizer = torch.optim.Adam(
-            manager.embedding_parameters(), lr=self.rate * float(table.detach().float().std())
+            manager.input_vectors(), lr=self.rate * float(table.detach().float().std())
         )
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         cosines: list[Tensor] = []
@@ -102,6 +109,13 @@ class WarmStart(Callback):
             manager.on_optimizer_step(0)
         optimizer.zero_grad()
         return float(cosines[0].detach()), float(cosines[-1].detach())
+
+
+def _shown(dataset: Any, *variant: Any) -> Image:
+    """The pixels of a variant, gray where masks leave out the loss."""
+    pixels = dataset.image(*variant)
+    weight = dataset.loss_weight(*variant) if hasattr(dataset, "loss_weight") else None
+    return to_pil((pixels if weight is None else pixels * weight[..., None]).movedim(-1, 0))
 
 
 def features_of(encoder: TextEncoder, dataset: Any) -> Features:

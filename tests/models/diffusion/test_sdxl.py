@@ -14,6 +14,7 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.generate.images import generate
 from ldm.generate.prompt_syntax import conditions
 from ldm.models.diffusion.sdxl import LatentDiffusionXL, SizedCaptions
+from ldm.modules.methods import DreamArtist
 from ldm.training.callbacks.latent_cache import LatentCache
 from ldm.util import ConfigError, UserError, instantiate_from_config, skip_pretrained
 from tests.golden_record import Golden, fill, sdxl_node
@@ -159,6 +160,17 @@ def test_dropped_captions_keep_their_sizes(model, dataset, monkeypatch) -> None:
     model.train().shared_step(batch)
     assert list(seen[0]) == ["", ""] and torch.equal(seen[0].sizes, batch["sizes"])
     assert all(batch["caption"])
+
+
+def test_a_negative_in_training_has_the_sizes_of_its_image(model, dataset, monkeypatch) -> None:
+    seen: list[Any] = []
+    words = DreamArtist(model.cond_stage_model, ["*"])
+    assert [group["parts"] for group in words.parameter_groups()] == [words.widths] * 2
+    monkeypatch.setattr(model, "embedding_manager", words)
+    monkeypatch.setattr(model, "get_learned_conditioning", lambda c: seen.append(c))
+    batch = default_collate([dataset[index] for index in range(2)])
+    model.training_condition(model.captions_of(batch))
+    assert list(seen[1]) == ["*-neg", "*-neg"] and torch.equal(seen[1].sizes, batch["sizes"])
 
 
 def test_the_first_stage_computes_in_float32_under_autocast(model) -> None:

@@ -12,6 +12,7 @@ from ldm.modules.methods import METHODS, CoRe
 from ldm.modules.methods.core import PROMPTS
 from ldm.prompts import OBJECT_TEMPLATES
 from ldm.util import UserError
+from tests.golden_record import Golden
 
 
 def core(model, **options):
@@ -30,6 +31,27 @@ def test_the_initializer_itself_costs_nothing_and_any_other_vector_does(model, c
     assert float(loss.detach()) > 0
     loss.backward()
     assert made.vectors("*").grad.abs().sum() > 0
+
+
+def test_the_longest_prompt_that_leaves_room(model):
+    made = core(model, num_vectors_per_token=75, prompts=["{}"])
+    assert made.context_loss(model.cond_stage_model).isfinite()
+    with_images = core(model, per_image_tokens=True)
+    assert with_images.context_loss(model.cond_stage_model).isfinite()
+
+
+def test_words_before_it_count_where_the_encoder_sees_the_whole_prompt():
+    model = Golden("bert_one_vector").model(load_embeddings=False)
+    made = core(model, prompts=["a photo of a {}"])
+    with torch.no_grad():
+        made.vectors("*").add_(1.0)
+    encoder = model.cond_stage_model
+    ours, theirs = (
+        encoder.encode([text], embedding_manager=made)[0] for text in ("a photo of a *", "a photo of a cat")
+    )
+    # All but the word itself, and nothing of the padding; "cat" has three tokens here.
+    distances = 1 - torch.cosine_similarity(ours[[0, 1, 2, 3, 4, 6]], theirs[[0, 1, 2, 3, 4, 8]], dim=-1)
+    torch.testing.assert_close(made.context_loss(encoder), 0.05 * distances.mean())
 
 
 @pytest.mark.parametrize("target", ["CoReGrid", "CoReNeTI"])
@@ -81,6 +103,11 @@ def test_its_prompts_are_none_that_are_judged_or_trained():
         ({"context_weight": -1}, "context_weight is -1"),
         ({"prompts_per_step": 0}, "prompts_per_step is 0"),
         ({"prompts": ["a photo"]}, "the prompt 'a photo' has no {}"),
+        (
+            {"num_vectors_per_token": 75, "prompts": ["a {}"]},
+            "75 vectors of '\\*' fill the prompt 'a {}'",
+        ),
+        ({"prompts": ["a " * 76 + "{}"]}, "1 vectors of"),
     ],
 )
 def test_wrong_options(model, options, message):

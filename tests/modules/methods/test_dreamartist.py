@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -39,6 +41,21 @@ def test_a_training_step_is_guided_and_trains_both(model, made):
     assert all(p.grad.abs().sum() > 0 for p in made.embedding_parameters())
 
 
+def test_the_optimizer_step_moves_both(model, made, monkeypatch):
+    monkeypatch.setattr(model, "_trainer", SimpleNamespace(world_size=1))
+    monkeypatch.setattr(model, "ucg_rate", 0.0)
+    before = {word: made.vectors(word).detach().clone() for word in made.placeholders}
+    optimizer = torch.optim.SGD(made.embedding_parameters(), lr=1.0)
+    model.train()
+    model(torch.randn(1, 4, 8, 8), ["a *"])[0].backward()
+    model.on_before_optimizer_step(optimizer)
+    optimizer.step()
+    assert {word for word, value in before.items() if not torch.equal(value, made.vectors(word))} == {
+        "*",
+        "*-neg",
+    }
+
+
 def test_its_files_are_ordinary_and_the_negative_joins_wherever_both_are_held(model, made, tmp_path):
     made.save(tmp_path / "both.pt")
     assert read(tmp_path / "both.pt").triggers == ["*", "*-neg"]
@@ -74,3 +91,12 @@ def test_groups(made):
 def test_wrong_options(model, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} is"):
         DreamArtist(model.cond_stage_model, ["*"], **options)
+
+
+def test_wrong_words(model):
+    with pytest.raises(UserError, match="'a-neg' is the name of a negative"):
+        DreamArtist(model.cond_stage_model, ["a-neg"])
+    with pytest.raises(UserError, match="has 3 entries for 2 placeholder_strings"):
+        DreamArtist(model.cond_stage_model, ["<a>", "<b>"], num_vectors_per_token=[1, 2, 3])
+    counted = DreamArtist(model.cond_stage_model, ["<a>", "<b>"], num_vectors_per_token=[1, 2])
+    assert counted.placeholders == {"<a>": 1, "<b>": 2, "<a>-neg": 3, "<b>-neg": 3}

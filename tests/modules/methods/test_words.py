@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import struct
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.embeddings import Concept, LearnedEmbeddings, read, write
+from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, read, write
 from ldm.embeddings.method_files import MethodFile, read_method_file, triggers_of, write_method_file
 from ldm.generate import load_embeddings
 from ldm.generate.images import generate
@@ -22,7 +23,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.methods import METHODS
 from ldm.modules.methods.words import Together
 from ldm.modules.personalization import DenoiserShape
-from ldm.util import UserError, accepts, skip_pretrained
+from ldm.util import ConfigError, UserError, accepts, skip_pretrained
 from tests.modules.methods.conftest import words
 
 ALL = sorted(METHODS)
@@ -128,6 +129,22 @@ def test_words_of_several_methods_and_plain_vectors_in_one_prompt(model, tmp_pat
     assert together.shape == (1, len(model.denoiser_shape.layers), 2, 77, 32)
     images = generate(model, ["<a> with <d>", "<b> with <c>"], steps=2, scale=3.0, batch_size=2)
     assert len(images) == 2
+    prompts = ["<a> and <b>", "<b> and <c>"]
+    with torch.no_grad():
+        kept = model.get_learned_conditioning(prompts)
+        for time in (900.0, 500.0, 20.0):
+            found = kept.at(torch.full((2,), time))
+            torch.testing.assert_close(found, context(model, prompts, time), rtol=0, atol=1e-6)
+
+
+def test_a_learned_negative_joins_beside_words_of_a_method(model, tmp_path):
+    words(model, "prospect", "<a>").save(tmp_path / "a.safetensors")
+    vectors = (Concept("<d>", torch.ones(1, 32)), Concept("<d>-neg", torch.ones(1, 32)))
+    write(LearnedEmbeddings(vectors), tmp_path / "d.pt", "original")
+    load_embeddings(model, [tmp_path / "a.safetensors", tmp_path / "d.pt"])
+    prompts = ["<a> with <d>", "<a>", "<d>-neg"]
+    assert model.negative_prompts(prompts, "a dog") == ["a dog <d>-neg", "a dog", "a dog"]
+    assert model.negative_prompts(["<d>"], "<d>-neg, dark") == ["<d>-neg, dark"]
 
 
 def test_the_same_word_twice_is_one_line(model, tmp_path):
@@ -196,6 +213,27 @@ def test_a_file_without_the_initializer_is_readable(model, stated, tmp_path):
     changed(tmp_path / "a.safetensors", initializers=stated)
     assert read_method_file(tmp_path / "a.safetensors").initializers == {}
     assert load_embeddings(model, tmp_path / "a.safetensors") == ["*"]
+
+
+@pytest.mark.parametrize("stated", [None, 3, {"steps": "many", "learning_rate": float("inf")}])
+def test_how_words_were_trained(model, stated, tmp_path):
+    words(model, "prospect").save(tmp_path / "a.safetensors")
+    content = read_method_file(tmp_path / "a.safetensors")
+    assert content.metadata == Metadata()
+    known = Metadata(steps=400, base_model_hash="ab12", images=5)
+    write_method_file(dataclasses.replace(content, metadata=known), tmp_path / "a.safetensors")
+    again = read_method_file(tmp_path / "a.safetensors")
+    assert again.metadata == known and again.renamed({"*": "<cat>"}).metadata == known
+    changed(tmp_path / "a.safetensors", metadata=stated)
+    assert read_method_file(tmp_path / "a.safetensors").metadata == Metadata()
+
+
+def test_a_distance_that_is_not_measured_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "embedding_reg_weight", 0.1)
+    node = {"params": {"placeholder_strings": ["*"]}}
+    with pytest.raises(ConfigError, match="embedding_reg_weight is 0.1, and .*ProSpect has no distance"):
+        model.make_personalization({"target": "ldm.modules.methods.ProSpect", **node})
+    assert model.make_personalization({"target": "ldm.modules.methods.DreamArtist", **node})
 
 
 def test_tensors_that_are_missing_or_not_finite_are_one_line(model, tmp_path):
@@ -268,14 +306,15 @@ def sd1(clip_vit_l):
 
 
 # What is made of each target of the YAMLs: options, the shape of two encoded prompts, and of every parameter.
+NETI_SD1 = (
+    (2, 16, 2, 77, 768),
+    [(160, 2048), (160,), (128, 160), *[(128,)] * 3, (128, 128), *[(128,)] * 3, (3072, 128), (3072,)],
+)
 SHAPES = {
     "ProSpect": ({}, (2, 77, 768), [(4, 2, 768)]),
     "XTI": ({}, (2, 16, 1, 77, 768), [(2, 768)] * 16),
-    "NeTI": (
-        {},
-        (2, 16, 2, 77, 768),
-        [(160, 2048), (160,), (128, 160), *[(128,)] * 3, (128, 128), *[(128,)] * 3, (3072, 128), (3072,)],
-    ),
+    "NeTI": ({}, *NETI_SD1),
+    "CoReNeTI": ({}, *NETI_SD1),
     "OutputResidual": ({}, (2, 77, 768), [(2, 768)]),
     "Grid": (
         {"stages": 4, "layers": True, "residual": True},
@@ -313,6 +352,10 @@ def test_shapes_and_gradients_of_stable_diffusion_1(sd1, target):
         assert tuple(encoded.shape) == shape
         loss = unet(torch.zeros(2, 4, 64, 64), torch.zeros(2), context=encoded).sum()
         gradients = torch.autograd.grad(loss, list(made.embedding_parameters()), allow_unused=True)
+        if made.adds_loss:
+            distance = made.context_loss(encoder)
+            assert distance.shape == ()
+            assert torch.autograd.grad(distance, list(made.embedding_parameters())[:1])[0] is not None
     assert [gradient.shape for gradient in gradients] == [p.shape for p in made.embedding_parameters()]
 
 

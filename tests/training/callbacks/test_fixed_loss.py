@@ -75,7 +75,15 @@ def test_the_fixed_loss_has_the_weights_of_the_training(model) -> None:
         half = (output - noise)[:, :, : latents.shape[2] // 2]
         expected += (half**2).mean((1, 2, 3)).sum().item() / 3
     assert fixed.measure(model) == pytest.approx(expected, rel=1e-4)
-    assert fixed.measure(model) != FixedNoiseLoss(model, Images(), samples=3, chunk=2).measure(model)
+    plain = FixedNoiseLoss(model, Images(), samples=3, chunk=2)
+    assert fixed.measure(model) != plain.measure(model)
+    assert fixed.measures(fixed.description()) and plain.measures(plain.description())
+    assert not fixed.measures(plain.description()) and not plain.measures(fixed.description())
+    paler = {**fixed.description(), "weights": 0.5 * fixed.description()["weights"]}
+    assert not fixed.measures(paler)
+    earlier = plain.description()
+    del earlier["weights"]  # of runs before weights were noted
+    assert plain.measures(earlier)
 
 
 def test_measuring_is_reproducible_and_changes_no_generator(model) -> None:

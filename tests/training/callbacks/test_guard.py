@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from ldm import embeddings
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.callbacks.guard import TrainingGuard, VectorStats
 from ldm.util import UserError, instantiate_from_config, skip_pretrained
-from tests.golden_record import fill, sdxl_node
+from tests.golden_record import Golden, fill, sdxl_node
+from tests.modules.methods.conftest import words
 from tests.training.runs import only_run, start, state_of
 
 OFTEN = [
@@ -204,11 +206,12 @@ def test_invalid_stats():
         VectorStats(every_n_train_steps=0)
 
 
-def test_personalization_without_vectors_to_export_has_no_statistics(tiny_yaml):
+def test_personalization_without_vectors_has_its_learning_rate_only(tiny_yaml):
     swap = "model.params.personalization_config.target=tests.training.own_personalization.Offset"
     params = "model.params.personalization_config.params={word: '*'}"
     assert start("--base", tiny_yaml, "-t", *MEASURE_OFTEN, "--max_steps", 2, swap, params) == 0
-    assert rows_of("logs") == []
+    rows = rows_of("logs")
+    assert [row[0] for row in rows] == [2] and all(row[3] > 0 and math.isnan(row[1]) for row in rows)
     assert not list((only_run() / "checkpoints").glob("embedding.*"))
     assert (only_run() / "checkpoints" / "embeddings.pt").is_file()
 
@@ -234,3 +237,30 @@ def test_norms_of_an_encoder_of_two_towers_are_compared_tower_by_tower() -> None
     assert first == pytest.approx(2, rel=0.5) and second == pytest.approx(1, rel=0.5)
     assert logged["vectors/norm_ratio"] == pytest.approx((first + second) / 2)
     assert logged["vectors/cosine_to_initial"] == pytest.approx(0, abs=1e-5)  # -1 and 1
+
+
+@pytest.mark.parametrize("method", ["prospect", "neti"])
+def test_statistics_of_words_that_share_no_vectors(method) -> None:
+    """Means over stages where there are vectors; the learning rate in any case."""
+    model = Golden("clip_one_vector").model(load_embeddings=False)
+    made = words(model, method)
+    logged: dict[str, float] = {}
+    log = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics))
+    trainer = SimpleNamespace(
+        global_step=1, optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])], loggers=[log]
+    )
+    stats = VectorStats(every_n_train_steps=1)
+    stats.on_train_start(trainer, model)
+    first = stats._vocabulary_norms[0]
+    with torch.no_grad():
+        for parameter in made.input_vectors():
+            parameter.mul_(-2)
+    stats.on_train_batch_end(trainer, model, None, None, 0)
+    (row,) = stats.rows
+    assert row.learning_rate == 0.1 and not made.export()
+    if method == "neti":
+        assert math.isnan(row.norm_ratio) and not logged and not stats.figures()
+        return
+    (vectors,) = made.input_vectors()
+    assert row.norm_ratio == pytest.approx(float(vectors.detach().norm(dim=-1).mean()) / first)
+    assert row.cosine == pytest.approx(-1) and logged["vectors/cosine_to_initial"] == row.cosine

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.models.diffusion import previews
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.image_logger import ImageLogger, filled_prompts, prompt_sheet
 from ldm.util import UserError
 from tests.golden_record import Golden
@@ -121,7 +122,8 @@ def test_sampler_of_previews(monkeypatch) -> None:
 
 def test_prompts_are_filled_with_every_placeholder() -> None:
     model = Golden("clip_one_vector").model()
-    model.embedding_manager.take({"<a>": torch.ones(1, 32), "<b>": torch.ones(1, 32)}, "test")
+    strings = ["<a>", PER_IMAGE_TOKENS[0], "<b>", "<b>-neg"]
+    model.embedding_manager.take({string: torch.ones(1, 32) for string in strings}, "test")
     prompts = ["a photo of {}", "a dog"]
     assert filled_prompts(prompts, model) == ["a photo of <a>", "a photo of <b>", "a dog"]
     assert filled_prompts(prompts, nn.Identity()) == ["a photo of *", "a dog"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig
 
@@ -14,10 +17,12 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.images import to_pil
 from ldm.models.features import load_features
 from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.methods import METHODS
 from ldm.training.callbacks import warm_start
 from ldm.training.callbacks.warm_start import WarmStart, end_states, features_of
 from ldm.util import UserError
 from tests.golden_record import GOLDEN, Golden
+from tests.modules.methods.conftest import words
 from tests.training.runs import start
 
 WARM, LOGGED = "lightning.callbacks.warm_start.params.steps=4", "warm start: cosine of captions and images"
@@ -169,6 +174,40 @@ def test_norm_control_during_the_warm_start(clip, image_folder):
     usual = encoder.token_embedding.weight.norm(dim=1).mean()
     assert float(manager.export()["*"].norm()) == pytest.approx(float(usual), rel=1e-3)
     assert not torch.allclose(manager.export()["*"], first, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_words_of_methods(method, clip, image_folder, caplog):
+    """What is before the text encoder moves, and nothing else; a word without any begins unchanged."""
+    model = Golden("clip_one_vector").model(load_embeddings=False)
+    made = words(model, method)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    vectors = list(made.input_vectors())
+    if vectors:
+        dataset = PersonalizedBase(image_folder, size=32, seed=0)
+        WarmStart(steps=1).train_vectors(model.cond_stage_model, made, dataset, load_features(clip, "cpu"))
+    else:
+        WarmStart().on_fit_start(SimpleNamespace(ckpt_path=None), model)
+        assert f"no warm start: {type(made).__name__} learns no vectors" in caplog.text
+    own = {id(vector) for vector in vectors}
+    moved = {name for name, value in made.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, parameter in made.named_parameters() if id(parameter) in own}
+
+
+def test_what_masks_leave_out_is_gray(image_folder, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "masked")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    for path in list(folder.iterdir()):
+        mask.save(path.with_name(f"{path.stem}-masklabel.png"))
+    dataset = PersonalizedBase(folder, size=32, seed=0, center_crop=False, flip_p=0.0, mask_weight=0.0)
+    shown = np.asarray(warm_start._shown(dataset, 0, False, 0))
+    whole = np.asarray(to_pil(dataset.image(0).movedim(-1, 0)))
+    assert (
+        np.array_equal(shown[:, :15], whole[:, :15])
+        and np.ptp(shown[:, 17:]) == 0
+        and np.ptp(whole[:, 17:]) > 0
+    )
 
 
 @pytest.mark.parametrize("case", ["clip_one_vector", "bert_one_vector"])
