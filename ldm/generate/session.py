@@ -344,8 +344,8 @@ def text_to_image(
     """Generate images from prompts with learned words; this is `ldm.generate(...)`.
 
     The model stays in memory for the next call, until another one is named; `release()` frees it. The settings are
-    those of `Session.generate`: count, negative_prompt, steps, scale, sampler, seed, height, width, ... Each image has
-    its settings in `image.info["parameters"]`, and `ldm.generate.save_image` writes them into a file.
+    those of `Session.generate`: count, negative_prompt, steps, scale, sampler, seed, height, width, dials, init, ...
+    Each image has its settings in `image.info["parameters"]`, and `ldm.generate.save_image` writes them into a file.
 
     Args:
         prompts: one or several; by default "a photo of" the first word.

@@ -136,7 +136,7 @@ def generate_tab(service: Service) -> tuple[Callable[..., Any], Any]:
                     x_values = gr.Textbox(
                         "1, 3, 7",
                         label="X values",
-                        info="separated by commas; a run's folder",
+                        info="separated by commas; a run's folder; dial: truncation=8, truncation=32",
                         elem_id="x-values",
                     )
                 with gr.Row():
