@@ -94,9 +94,7 @@ def one_word(words: Iterable[str], what: str) -> str:
     """Return the word that is not the negative of another one, to be renamed; UserError if there are several."""
     own = own_words(words)
     if len(own) > 1:
-        raise UserError(
-            f"{what} has {len(own)} words; a new name fits one: split the file, or merge it with --rename"
-        )
+        raise UserError(f"{what} has {len(own)} words; a new name fits one: split the file first")
     return own[0]
 
 
