@@ -313,6 +313,15 @@ def condition_map(function: Callable[[Tensor], Tensor], cond: Condition) -> Any:
     return [condition_map(function, part) for part in cond]
 
 
+def requires_grad(cond: Condition | None) -> bool:
+    """Return whether a gradient can reach a part of a condition."""
+    if isinstance(cond, Tensor):
+        return cond.requires_grad
+    if isinstance(cond, TimedCondition):
+        return any(not isinstance(part, Tensor) or part.requires_grad for part in cond.parts)
+    return any(map(requires_grad, cond.values() if isinstance(cond, Mapping) else cond or ()))
+
+
 def context_of(cond: Condition) -> Tensor:
     """Return the context [B, M, d] of what a text encoder gave."""
     context: Tensor = cond["c_crossattn"][0] if isinstance(cond, Mapping) else cond  # type: ignore[assignment]

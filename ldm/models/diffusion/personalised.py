@@ -41,6 +41,7 @@ class Personalised(_Base):
     model: DiffusionWrapper
     num_timesteps: int
     embedding_reg_weight: float
+    training_guidance: float
     _captions_of_step: frozenset[str] = frozenset()
 
     def make_personalization(self, config: Mapping[str, Any]) -> Personalization:
@@ -83,13 +84,22 @@ class Personalised(_Base):
 
     def training_condition(self, c: Any) -> Any:
         """Return a condition encoded as a training step needs it: guided, if the personalization is trained so."""
-        encoded, scale = self.get_learned_conditioning(c), 1.0
-        if self.embedding_manager is not None:
-            scale = self.embedding_manager.training_guidance
+        encoded, scale = self.get_learned_conditioning(c), self.guidance_in_training
         if scale == 1.0:
             return encoded
         negatives = with_texts(c, self.negative_prompts(c))
-        return GuidedCondition(encoded, self.get_learned_conditioning(negatives), scale)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._holds_words(negatives)):
+            return GuidedCondition(encoded, self.get_learned_conditioning(negatives), scale)
+
+    @property
+    def guidance_in_training(self) -> float:
+        """The scale at which a training step is guided: the personalization's own, or `training_guidance`."""
+        own = 1.0 if self.embedding_manager is None else self.embedding_manager.training_guidance
+        return self.training_guidance if own == 1.0 else own
+
+    def _holds_words(self, prompts: Sequence[str]) -> bool:
+        words = () if self.embedding_manager is None else self.embedding_manager.placeholders
+        return bool(self.cond_stage_model.prompt_tokenizer.found(prompts, words))
 
     def negative_prompts(self, prompts: Sequence[str], negative: str = "") -> list[str]:
         """Return what guidance steers away from under each prompt: `negative`, and what the personalization adds."""
@@ -103,9 +113,7 @@ class Personalised(_Base):
         if personalization is not None and personalization.shapes_context:
             # A training step keeps the graph of words that its captions lack, as backward and DDP need it.
             shaped = torch.is_grad_enabled() or not isinstance(captions, (list, tuple))
-            shaped = shaped or bool(
-                self.cond_stage_model.prompt_tokenizer.found(captions, personalization.placeholders)
-            )
+            shaped = shaped or self._holds_words(captions)
             if shaped and personalization.timed:
                 return TimedCondition([TimedPrompts(captions, self._encode_shaped, personalization.stage_of)])
         unique = list(dict.fromkeys(captions)) if isinstance(captions, (list, tuple)) else captions
@@ -130,7 +138,7 @@ class Personalised(_Base):
         """Remember the texts that a training step encodes, for `on_before_optimizer_step`."""
         if self.training and self.embedding_manager is not None and isinstance(captions, list):
             self._captions_of_step |= frozenset(captions)
-            if self.embedding_manager.training_guidance != 1:
+            if self.guidance_in_training != 1:
                 self._captions_of_step |= frozenset(self.negative_prompts(captions))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

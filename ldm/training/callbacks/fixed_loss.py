@@ -71,12 +71,10 @@ class FixedNoiseLoss:
             positions = (torch.randperm(samples) + torch.rand(samples)) / samples
         self.timesteps = (positions * model.num_timesteps).long().to(model.device).split(chunk)
         # What the loss depends on besides the vectors: if it differs, two measurements cannot be compared.
-        self.loss_settings = repr(
-            [
-                getattr(model, name)
-                for name in ("loss_type", "l_simple_weight", "loss_weighting", "min_snr_gamma")
-            ]
-        )
+        names = ["loss_type", "l_simple_weight", "loss_weighting", "min_snr_gamma"]
+        # Runs of earlier versions did not know it.
+        names += ["training_guidance"] * (model.training_guidance != 1)
+        self.loss_settings = repr([getattr(model, name) for name in names])
 
     def description(self) -> dict[str, Any]:
         """What is measured, as plain values: captions, mean latents, mean weights and the settings of the loss."""

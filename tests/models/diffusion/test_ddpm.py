@@ -439,3 +439,33 @@ def test_the_gradient_is_that_of_captions_encoded_apart(golden_model) -> None:
 def test_one_prompt_and_two_different_ones(golden_model) -> None:
     assert golden_model.get_learned_conditioning("a photo of *").shape[0] == 1
     assert golden_model.get_learned_conditioning(CAPTIONS[:2]).shape[0] == 2
+
+
+@pytest.mark.parametrize("negative", ["", "a photo of *"])
+def test_a_training_step_is_guided_by_the_scale_of_the_yaml(golden_model, monkeypatch, negative) -> None:
+    """The gradient is that of the guided output; a negative prompt without learned words has no backward pass."""
+    golden_model.eval()
+    monkeypatch.setattr(golden_model, "training_guidance", 3.0)
+    monkeypatch.setattr(golden_model.embedding_manager, "negative_prompt", lambda *texts: negative)
+    (vectors,) = golden_model.embedding_manager.embedding_parameters()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, golden_model.channels, 8, 8, generator=generator)
+    t, captions = torch.tensor([900, 100]), ["a *", "two of *"]
+    encode = golden_model.get_learned_conditioning
+    start, end = (golden_model.apply_model(x, t, encode(texts)) for texts in ([negative] * 2, captions))
+    expected = start + 3 * (end - start)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), vectors)
+    condition = golden_model.training_condition(captions)
+    assert condition.uncond.requires_grad is bool(negative)
+    guided = golden_model.apply_model(x, t, condition)
+    torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
+    (found,) = torch.autograd.grad(guided.square().sum(), vectors)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_guidance_in_training_is_for_learned_words() -> None:
+    config = copy.deepcopy(Golden("clip_one_vector").config())
+    config.params.training_guidance = 3.0
+    del config.params.personalization_config
+    with skip_pretrained(), pytest.raises(ConfigError, match="training_guidance is for learned words"):
+        instantiate_from_config(config)
