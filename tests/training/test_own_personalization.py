@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def test_training_and_resuming(tiny_yaml, capsys) -> None:
     folder = only_run("uninterrupted") / "checkpoints"
     state, callbacks = (state_of("uninterrupted")[key] for key in ("state_dict", "callbacks"))
     (statistics,) = (value for key, value in callbacks.items() if "Health" in key)
-    assert statistics["rows"] == [], "there are no exported vectors to measure"
+    assert [row[0] for row in statistics["rows"]] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isnan(row[1]) and row[3] > 0 for row in statistics["rows"]), "the learning rate alone"
     assert list(state) == ["embedding_manager.offset"]
     offset = pickles.load(folder / "embeddings.pt")["offset"]
     assert torch.equal(offset, state["embedding_manager.offset"]) and offset.norm() > 0
