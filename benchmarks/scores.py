@@ -46,7 +46,7 @@ class Scorer:
     steps: steps of DPM-Solver++.
 
     Attributes:
-        dials: what is set after the words are loaded; see `Personalization.dials`.
+        dials: at which images are generated; see `Personalization.dials`.
     """
 
     def __init__(
@@ -92,8 +92,11 @@ class Scorer:
     def _generate(self, vectors: Path | None, prompts: Sequence[str]) -> list[Any]:
         if vectors is not None:
             load_embeddings(self.model, [vectors])
-        for name, value in self.dials.items():
-            self.model.embedding_manager.set_dial(name, value)
-        return generate(
-            self.model, prompts, steps=self.steps, scale=3.0, sampler="dpm_solver", seed=SEED, batch_size=16
-        )
+        options: dict[str, Any] = {
+            "steps": self.steps,
+            "scale": 3.0,
+            "sampler": "dpm_solver",
+            "seed": SEED,
+            "batch_size": 16,
+        }
+        return generate(self.model, prompts, dials=self.dials, **options)

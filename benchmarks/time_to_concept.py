@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--paper_steps", type=positive, default=5000, help="maximum steps of `paper` (default: %(default)s)"
     )
     parser.add_argument(
-        "--pictures", type=positive, default=16, help="images per identity (default: %(default)s)"
+        "--images", type=positive, default=16, help="images per identity (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one concept, 30 steps, 4 images")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "time_to_concept")
@@ -82,7 +82,7 @@ def time_to_concept(options: argparse.Namespace) -> None:
     runs.set_up(options)
     concepts = options.concepts or creatures(ROOT / "data" / "concepts")
     check_creatures(concepts)
-    steps, images = options.paper_steps, options.pictures
+    steps, images = options.paper_steps, options.images
     if options.quick:
         concepts, steps, images = concepts[:1], 30, 4
     settings: dict[str, Any] = {"model": file_hash(MODEL / "model.safetensors")[:12]}
@@ -90,7 +90,7 @@ def time_to_concept(options: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "jobs at once": options.jobs,
         "paper steps": steps,
-        "pictures": images,
+        "images": images,
     }
     report = Report(
         "time_to_concept_quick" if options.quick else "time_to_concept",

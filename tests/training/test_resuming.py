@@ -285,8 +285,8 @@ def test_the_fixed_loss_of_other_samples_begins_anew(copy_of, image_folder, caps
     same = "data_root=own"
     assert "begins anew" not in resumed(run, "--max_steps", 5, same, capsys=capsys)
     words = [word] if word.startswith("data_root") else [same, word]
-    told = "its curve begins anew with other images, masks, captions or settings of the loss"
-    assert told in resumed(run, "--max_steps", 6, *words, capsys=capsys)
+    message = "its curve begins anew with other images, masks, captions or settings of the loss"
+    assert message in resumed(run, "--max_steps", 6, *words, capsys=capsys)
     assert "begins anew" not in resumed(run, "--max_steps", 7, *words, capsys=capsys)
 
 
