@@ -212,6 +212,10 @@ class Personalization(Protocol):
         """Parameters of words that none of the captions holds; the optimiser leaves them alone in that step."""
         return []
 
+    def adopt_settings(self, state: Mapping[str, Tensor]) -> None:
+        """Take what decides the names and shapes of tensors from a state dict that is loaded next, if it has such."""
+        return None
+
     def embedding_to_coarse_loss(self) -> Tensor:
         """The distance from the initializers that `embedding_reg_weight` multiplies: a scalar."""
         return torch.zeros(())

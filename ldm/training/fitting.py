@@ -145,7 +145,13 @@ def check_state(path: Path, model: pl.LightningModule) -> None:
     """
     state = pickles.load(path, mmap=True)["state_dict"]
     model.configure_model()  # a first stage builds its loss, which has weights of its own
-    expected = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
+    if is_personalization(model):
+        own = "embedding_manager."
+        words = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
+        model.embedding_manager.adopt_settings(words)
+        expected = model.trainable_state_dict()
+    else:
+        expected = model.state_dict()
     mismatched = sorted(state.keys() ^ expected.keys())
     if mismatched:
         raise UserError(

@@ -187,9 +187,6 @@ class ProSpect(Grid):
     def __init__(self, embedder: TextEncoder, stages: int = 4, **words: Any) -> None:
         super().__init__(embedder, stages=check_integer(stages, "personalization_config: stages"), **words)
 
-    def options(self) -> dict[str, float | int]:
-        return {"stages": self.stages}
-
 
 class OutputResidual(Grid):
     """A residual on the output of the text encoder at the word, after HiPer (Han et al. 2023, arXiv 2303.08767).
@@ -226,9 +223,6 @@ class OutputResidual(Grid):
             strength=strength,
             **words,
         )
-
-    def options(self) -> dict[str, float | int]:
-        return {}
 
 
 class Layers(nn.Module):

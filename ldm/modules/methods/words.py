@@ -176,7 +176,12 @@ class LearnedWords(ShapedWords):
         self._set_words(counts)
         self.reset(embedder)
         if embedding_manager_ckpt:
+            asked = self._described()
             self._adopt(_renamed(self._read(embedding_manager_ckpt), strings))
+            for name, value in self._described().items():
+                if asked.get(name, value) != value:
+                    text = "%s is %g, as in '%s'; the configured %g is not used"
+                    logger.warning(text, name, value, embedding_manager_ckpt, asked[name])
 
     @classmethod
     def from_file(cls, content: MethodFile, embedder: TextEncoder, denoiser: DenoiserShape) -> LearnedWords:
@@ -328,8 +333,46 @@ class LearnedWords(ShapedWords):
         self.to(device)
         self.loaded, self._stated = True, dict(content.initializers)
 
+    def _described(self) -> dict[str, float | int]:
+        """What a file decides, by name."""
+        counts = {f"the number of vectors of '{word[:60]}'": count for word, count in self._counts.items()}
+        return {**counts, **self.options(), **self.dials()}
+
+    def _settings(self) -> dict[str, list[float | int]]:
+        """What a state has besides the tensors, because a run may have it from the file that it began from."""
+        return {
+            "settings.counts": list(self._counts.values()),
+            "settings.options": list(self.options().values()),
+            "settings.dials": list(self.dials().values()),
+        }
+
+    def adopt_settings(self, state: Mapping[str, Tensor]) -> None:
+        """Take numbers of vectors, options and dials from a state of words of these names."""
+        present = self._settings()
+        given = {name: state[name].tolist() if name in state else [] for name in present}
+        if any(len(given[name]) != len(present[name]) for name in ("settings.counts", "settings.options")):
+            return  # the state of other words or of another method, which its names show
+        counts, options, dials = given.values()
+        if (counts, options) != (present["settings.counts"], present["settings.options"]):
+            device = next((p.device for p in self.parameters()), torch.device("cpu"))
+            for name, value in zip(self.options(), options, strict=True):
+                setattr(self, name, int(value))
+            self._set_words({word: int(count) for word, count in zip(self._counts, counts, strict=True)})
+            self.to(device)
+        for name, value in zip(self.dials(), dials, strict=False):
+            self.set_dial(name, value)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, values in self._settings().items():
+            destination[prefix + name] = torch.tensor(values, dtype=torch.float64)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        self.loaded |= any(key.startswith(f"{prefix}words.") for key in state_dict)
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.adopt_settings(own)
+        for name in self._settings():
+            state_dict.pop(prefix + name, None)
+        self.loaded |= any(key.startswith("words.") for key in own)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -209,3 +209,24 @@ def test_several_words_in_one_file(model, tmp_path):
 def test_a_denoiser_without_layers(model):
     with pytest.raises(UserError, match="XTI needs a denoiser"):
         XTI(model.cond_stage_model, DenoiserShape())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prospect", {"residual": True}),
+        ("prospect", {"layers": True, "residual_layers": True, "residual_keys": False}),
+        ("output", {"stages": 4}),
+        ("output", {"residual_keys": False}),
+        ("output", {"residual_layers": True, "learn_input": True}),
+    ],
+)
+def test_options_of_a_grid_are_in_the_files_of_its_cases(model, method, options, tmp_path):
+    made = words(model, method, **options)
+    ids, times = model.cond_stage_model.token_ids(["a *"], made), torch.tensor([700.0])
+    before = made.encode(model.cond_stage_model, ids, times)
+    made.save(tmp_path / "a.safetensors")
+    load_embeddings(model, tmp_path / "a.safetensors")
+    again = model.embedding_manager
+    assert again is not made and again.options() == made.options()
+    assert torch.equal(again.encode(model.cond_stage_model, ids, times), before)

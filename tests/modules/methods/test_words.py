@@ -23,8 +23,9 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.methods import METHODS
 from ldm.modules.methods.words import Together
 from ldm.modules.personalization import DenoiserShape
+from ldm.training.fitting import check_state
 from ldm.util import ConfigError, UserError, accepts, skip_pretrained
-from tests.modules.methods.conftest import words
+from tests.modules.methods.conftest import SMALL, words
 
 ALL = sorted(METHODS)
 
@@ -247,6 +248,45 @@ def test_tensors_that_are_missing_or_not_finite_are_one_line(model, tmp_path):
         write_method_file(MethodFile(**{**vars(content), "tensors": tensors}), tmp_path / "b.safetensors")
         with pytest.raises(UserError, match=message):
             load_embeddings(model, tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("method", "begun", "yaml"),
+    [
+        ("prospect", {"stages": 5, "num_vectors_per_token": 2}, {"stages": 3}),
+        ("neti", {"hidden": 4, "bypass": 0.1}, {}),
+        ("grid", {"residual": True, "layers": True, "strength": 0.8}, {"residual_layers": False}),
+        ("output", {"residual_keys": False}, {}),
+    ],
+)
+def test_a_run_that_began_from_a_file_goes_on_by_its_state(model, method, begun, yaml, tmp_path, caplog):
+    words(model, method, **begun).save(tmp_path / "a.safetensors")
+    given = {"initializer_words": ["cat"], "denoiser": model.denoiser_shape} | SMALL.get(method, {}) | yaml
+    kind, encoder = METHODS[method], model.cond_stage_model
+    given["placeholder_strings"] = ["*"]
+    run = kind(encoder, embedding_manager_ckpt=str(tmp_path / "a.safetensors"), **given)
+    assert "is not used" in caplog.text
+    model.embedding_manager = kind(encoder, **given)  # as a resumed run builds it
+    state = {f"embedding_manager.{name}": value for name, value in run.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    check_state(tmp_path / "last.ckpt", model)
+    model.load_state_dict(state, strict=False)
+    resumed = model.embedding_manager
+    assert (resumed.placeholders, resumed.options(), resumed.dials()) == (
+        run.placeholders,
+        run.options(),
+        run.dials(),
+    )
+    ids, times = encoder.token_ids(["a *"], run), torch.tensor([700.0])
+    assert torch.equal(run.eval().encode(encoder, ids, times), resumed.eval().encode(encoder, ids, times))
+
+
+def test_the_state_of_other_words_does_not_fit(model, tmp_path):
+    state = {f"embedding_manager.{name}": v for name, v in words(model, "neti").state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    words(model, "prospect")
+    with pytest.raises(UserError, match="does not fit the configuration"):
+        check_state(tmp_path / "last.ckpt", model)
 
 
 def test_beginning_from_a_file(model, tmp_path):
