@@ -135,7 +135,15 @@ def generate(
             guided = None if scale == 1.0 else negative_prompt
             with model.drawing_at(*size, sizes or {}):
                 condition, unconditional = conditions(model, captions, guided, prompt_syntax)
-                base = None if by_class is None else conditions(model, by_class[part], None, prompt_syntax)[0]
+                base, unconditional_base = None, None
+                if by_class is not None:
+                    of_class = by_class[part]
+                    # Only learned negatives make a difference between the two; they are words that are dialled too.
+                    negatives = [model.negative_prompts(texts) for texts in (captions, of_class)]
+                    differ = guided is not None and negatives[0] != negatives[1]
+                    base, unconditional_base = conditions(
+                        model, of_class, guided if differ else None, prompt_syntax
+                    )
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,
                 len(captions),
@@ -152,6 +160,7 @@ def generate(
                 strength=None if init is None else init.strength,
                 base_conditioning=base,
                 concept_strength=concept_strength,
+                unconditional_base_conditioning=unconditional_base,
             )
             pixels = model.decode_first_stage(latents if begin is None else begin.kept_in(latents))
             for prompt, number, decoded in zip(captions, numbers[part], pixels, strict=True):

@@ -177,6 +177,24 @@ def test_class_words_come_from_the_vectors_of_a_personalization(model, kind, tmp
     assert class_words([tmp_path / "b.pt"], ["a <a>"]) == {"<a>": "cat"}, "what the vectors began at"
 
 
+def test_the_strength_dials_a_learned_negative_too(model) -> None:
+    before, encoder = model.embedding_manager, model.cond_stage_model
+    made = EmbeddingManager(encoder, ["*", "*-neg"], initializer_words=["cat", "dog"])
+    with torch.no_grad():
+        for number, vectors in enumerate(made.embedding_parameters()):
+            vectors.add_(0.5 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(number)))
+    model.embedding_manager = made
+    try:
+        options = {**FAST, "class_words": {"*": "cat"}}
+        none = generate(model, "a photo of *", concept_strength=0.0, **options)[0]
+        assert difference(none, generate(model, "a photo of cat", **FAST)[0]) < 1
+        nearly = generate(model, "a photo of *", concept_strength=0.999, **options)[0]
+        assert difference(nearly, generate(model, "a photo of *", **FAST)[0]) < 1
+        assert difference(none, nearly) > 3
+    finally:
+        model.embedding_manager = before
+
+
 def test_placeholders_are_replaced_by_their_class_words(model) -> None:
     prompts = ["a photo of *", "* and *", "a dog"]
     assert with_class_words(model, prompts, {"*": "cat"}) == ["a photo of cat", "cat and cat", "a dog"]

@@ -42,14 +42,14 @@ class GuidedEps:
     """Classifier-free guidance: `eps(x, uncond) + scale * (eps(x, cond) - eps(x, uncond))` (Ho and Salimans 2022).
 
     With a condition `base`, `eps(x, cond)` is replaced by `eps(x, base) + strength * (eps(x, cond) - eps(x, base))`,
-    which scales what the condition adds to the base. Guidance and the conversion of outputs to eps are both linear, so
-    the guided output is converted once.
+    which scales what the condition adds to the base; and `eps(x, uncond)` likewise with `uncond_base`. Guidance and the
+    conversion of outputs to eps are both linear, so the guided output is converted once.
 
     Attributes:
         model: see `Sampler`.
         cond, uncond: the conditions; without `uncond` there is no guidance.
         scale: 1 is no guidance.
-        base, strength: see above; without `base`, or with strength 1, there is none of it.
+        base, uncond_base, strength: see above; without a base, or with strength 1, there is none of it.
         corrector: an object with `modify_score(model, eps, x, t, cond, **corrector_kwargs) -> eps`.
     """
 
@@ -61,6 +61,7 @@ class GuidedEps:
     corrector_kwargs: Mapping[str, Any] = field(default_factory=dict)
     base: Condition | None = None
     strength: float = 1.0
+    uncond_base: Condition | None = None
 
     def __call__(self, x: Tensor, t: float, alpha: float) -> Tensor:
         """Return the guided noise in `x` [B, C, H, W] at timestep `t`, whose level is `alpha`."""
@@ -75,13 +76,15 @@ class GuidedEps:
 
     def _output(self, x: Tensor, times: Tensor) -> Tensor:
         guided = self.uncond is not None and self.scale != 1.0
-        dialled = self.base is not None and self.strength != 1.0
-        asked = [*([self.uncond] if guided else []), *([self.base] if dialled else []), self.cond]
-        outputs = outputs_under(self.model.apply_model, x, times, asked)
-        output = outputs[-1]
-        if dialled:
-            output = extrapolated(outputs[-2], output, self.strength)
-        return extrapolated(outputs[0], output, self.scale) if guided else output
+        bases = (self.uncond_base, self.base) if self.strength != 1.0 else (None, None)
+        pairs = list(zip(bases, (self.uncond, self.cond), strict=True))[0 if guided else 1 :]
+        asked = [condition for pair in pairs for condition in pair if condition is not None]
+        outputs = iter(outputs_under(self.model.apply_model, x, times, asked))
+        ends = [
+            next(outputs) if base is None else extrapolated(next(outputs), next(outputs), self.strength)
+            for base, _ in pairs
+        ]
+        return extrapolated(ends[0], ends[1], self.scale) if guided else ends[0]
 
 
 # One generator for the batch, or one for each of its images.
@@ -199,6 +202,7 @@ class Sampler:
         strength: float | None = None,
         base_conditioning: Condition | None = None,
         concept_strength: float = 1.0,
+        unconditional_base_conditioning: Condition | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Sample `batch_size` latents of `shape` (C, H, W) in `S` steps.
 
@@ -218,7 +222,8 @@ class Sampler:
             unconditional_guidance_scale, unconditional_conditioning: guidance; without the latter there is none.
             generator: source of random numbers, one for the batch or one per image.
             strength: begin at `x0`, noised by `x_T`, and take only this share of the steps, the last ones (SDEdit).
-            base_conditioning, concept_strength: `base` and `strength` of `GuidedEps`.
+            base_conditioning, concept_strength, unconditional_base_conditioning: see `base`, `strength` and
+                `uncond_base` of `GuidedEps`.
 
         Returns:
             The latents [B, C, H, W], and {"x_inter", "pred_x0"}: the latent and the predicted x0 at the start, after
@@ -246,6 +251,7 @@ class Sampler:
                 corrector_kwargs or {},
                 base_conditioning,
                 concept_strength,
+                unconditional_base_conditioning,
             ),
             quantize=self.model.first_stage_model.quantize if quantize_x0 else None,
             mask=mask,
