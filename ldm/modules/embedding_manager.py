@@ -490,7 +490,8 @@ def initial_vectors(
 
     `tokens` are distributed over the vectors in order; where a token is used again, noise of REPEAT_NOISE times the
     table's deviation is added. Without tokens, vectors are normally distributed with the mean and deviation of each
-    dimension of the table. `rows` [n, d] are what is taken in place of the table's rows of the n tokens.
+    dimension of the table. `rows` [n, d] are what is taken in place of the table's rows of the n tokens; the noise is
+    then relative to the root mean square of a row.
     """
     table = table.detach().float()
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -502,6 +503,8 @@ def initial_vectors(
     used = [tokens[place] for place in places]
     repeated = [[float(token in used[:i])] for i, token in enumerate(used)]
     vectors = table[torch.tensor(used, device=table.device)] if rows is None else rows.to(table)[places]
+    if rows is not None:
+        noise = noise / table.std(dim=0) * vectors.square().mean(dim=1, keepdim=True).sqrt()
     return vectors + REPEAT_NOISE * noise * torch.tensor(repeated, device=table.device)
 
 
