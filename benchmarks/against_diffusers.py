@@ -33,7 +33,7 @@ from ldm.commands.base import JUDGE, MODEL, guarded
 from ldm.console import Parser, positive
 from ldm.evaluation.concepts import read_concept
 from ldm.evaluation.judge import AttributeJudge
-from ldm.files import file_hash, write_text
+from ldm.files import file_hash, images_fingerprint, write_text
 from ldm.images import list_images
 from ldm.util import UserError, shown
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps",
         type=positive,
         default=400,
-        help="of diffusers and of main.py's default (default: %(default)s)",
+        help="of diffusers; main.py takes those of its YAMLs (default: %(default)s)",
     )
     parser.add_argument("--rate", default="5e-3", help="learning rate of diffusers (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive, default=8, help="default: %(default)s")
@@ -126,7 +126,8 @@ def compare(options: argparse.Namespace) -> None:
         contestants = [THEIRS, *OURS]
         # Who begins changes with each creature, so that a machine that gets slower favours nobody.
         order = contestants[number % len(contestants) :] + contestants[: number % len(contestants)]
-        all_runs = [Run(name, concept, work / f"{concept.name}-{name}") for name in order]
+        images = images_fingerprint(list_images(concept))[:8]
+        all_runs = [Run(name, concept, work / f"{concept.name}-{images}-{name}") for name in order]
         for run in all_runs:
             train(run, options, exported)
         if scorer is None:
@@ -202,7 +203,6 @@ def train(run: Run, options: argparse.Namespace, exported: Path) -> None:
         command += ["--data_root", images, "--init_word", init, "--placeholder_string", WORD]
         command += ["--actual_resume", options.model / "model.safetensors"]
         command += [f"data.params.batch_size={options.batch_size}"]
-        command += [] if yamls else ["--max_steps", options.steps]
     seconds = call(command, run.folder)
     shutil.copyfile(learned(run), run.vectors)
     write_text(

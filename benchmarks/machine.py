@@ -27,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
+        "commit": commit_of(ROOT),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -52,12 +52,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Return the commit of the checkout, with a plus if files were changed."""
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a checkout, with a plus if files were changed."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
-            cwd=ROOT,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=True,

@@ -37,6 +37,7 @@ from ldm.training.callbacks.latent_cache import LatentCache
 from ldm.training.callbacks.progress import RunProgress
 from ldm.training.callbacks.summary_images import SummaryImages
 from ldm.training.callbacks.warm_start import WarmStart
+from ldm.util import UserError, shown
 
 PREVIEWS, LAST, REST = "previews", "images at the end", "everything else"
 LOGGING = "loggers and progress bar"
@@ -51,10 +52,11 @@ PARTS: dict[str, tuple[type[Callback], ...]] = {
     "encoding of the images": (LatentCache,),
     LOGGING: (RunProgress,),
 }
+MISTAKE = "main.py, a mistake in the command line"
 # Arguments of main.py, and the most seconds that its whole process may take.
 PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "main.py --help": (("--help",), 0.5),
-    "main.py, a mistake in the command line": (("--base", "none.yaml", "-t"), 0.5),
+    MISTAKE: (("--base", "none.yaml", "-t"), 0.5),
     "main.py, a run of one step without previews": (
         (
             *(
@@ -104,7 +106,12 @@ def overhead(options: argparse.Namespace) -> None:
         for _ in range(options.rounds):
             rounds.add(seconds(Path(folder), options))
         for _ in range(options.rounds + 1):
-            processes.add({name: process(words, Path(folder)) for name, (words, _) in PROCESSES.items()})
+            processes.add(
+                {
+                    name: process(words, Path(folder), mistake=name == MISTAKE)
+                    for name, (words, _) in PROCESSES.items()
+                }
+            )
     for name in (REST, *PARTS):
         percent = overhead_percent(rounds, name)
         bar = verdict(percent.median, BAR, at_most=True) if name == PREVIEWS else ""
@@ -138,13 +145,23 @@ def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
     return {**spent, REST: now() - started - sum(spent.values())}
 
 
-def process(words: Sequence[str], folder: Path) -> float:
-    """Return the seconds of a process of main.py, from start to end."""
+def process(words: Sequence[str], folder: Path, mistake: bool = False) -> float:
+    """Return the seconds of a process of main.py, from start to end.
+
+    Raises:
+        UserError: it did not end as expected: well, or for a mistake with a line that says so.
+    """
     command = [sys.executable, str(ROOT / "main.py"), *words]
     command += ["-l", str(folder / "logs")] if "-t" in words else []
     started = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    return time.perf_counter() - started
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    if (done.returncode != 0) != mistake or (mistake and "error:" not in said):
+        raise UserError(
+            f"main.py {' '.join(words)[:80]} ended with code {done.returncode}: {shown(said, 120)}"
+        )
+    return seconds
 
 
 def hooks_of(callback: Callback) -> list[str]:

@@ -30,8 +30,12 @@ def creatures(folder: Path) -> list[Path]:
 
 
 def check_creatures(folders: Iterable[Path]) -> None:
-    """Raise UserError for a folder that holds no creature of which the truth is known."""
+    """Raise UserError for a folder that holds no creature of which the truth is known, and for two of one name."""
+    names: set[str] = set()
     for folder in folders:
+        if folder.name in names:
+            raise UserError(f"two folders of --concepts are named '{folder.name}'; rename one")
+        names.add(folder.name)
         if read_concept(folder).creature is None:
             raise UserError(
                 f"'{folder}' is no creature of the world of creatures; --concepts takes these alone"
@@ -74,8 +78,11 @@ class Scorer:
         return identity_figures(reconstruct(self.model, reference.again), reference)
 
     def editability(self, vectors: Path | None, concept: ConceptFolder, word: str = "*") -> float:
-        """Return the share of edited images that show what was asked for and still the creature."""
-        edits, count = edits_of(concept.creature), self.edit_images
+        """Return the share of edited images that show what was asked for and still the creature.
+
+        As far as possible, no training image has a background that is asked for.
+        """
+        edits, count = edits_of(concept.creature, concept.backgrounds), self.edit_images
         drawn = self._generate(vectors, [edit.prompt.format(word) for edit in edits for _ in range(count)])
         shares = []
         for index, edit in enumerate(edits):

@@ -34,7 +34,8 @@ from ldm.commands.base import JUDGE, guarded
 from ldm.console import Parser, positive
 from ldm.evaluation.concepts import read_concept
 from ldm.evaluation.judge import AttributeJudge
-from ldm.files import file_hash, write_text
+from ldm.files import file_hash, images_fingerprint, write_text
+from ldm.images import list_images
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
 BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
@@ -100,8 +101,9 @@ def time_to_concept(options: argparse.Namespace) -> None:
     )
     tasks = []
     for concept in concepts:
+        of_concept = {**settings, "concept": images_fingerprint(list_images(concept))}
         for recipe in RECIPES:
-            folder = options.work / f"{concept.name}-{recipe}-{digest(recipe, settings)}"
+            folder = options.work / f"{concept.name}-{recipe}-{digest(recipe, of_concept)}"
             tasks.append(Task(concept, recipe, steps, images, folder))
     found: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), runs.set_up, (options,)) as pool:

@@ -30,6 +30,7 @@ class ConceptFolder:
     style: the rendering style that is the concept.
     words: the most detailed caption of the creature.
     init_word: the word whose vector training starts from.
+    backgrounds: of the images.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ConceptFolder:
     style: str | None = None
     words: str | None = None
     init_word: str | None = None
+    backgrounds: tuple[str, ...] = ()
 
 
 def find_concepts(folder: str | Path) -> list[Path]:
@@ -70,12 +72,13 @@ def read_concept(folder: str | Path) -> ConceptFolder:
         truth = json.loads(path.read_text(encoding="utf-8"))
         creature = _creature_from(truth["creature"]) if "creature" in truth else None
         texts = (truth.get("style"), truth.get("words"), truth.get("initializer_word"))
+        backgrounds = tuple(str(one["scene"]["background"]) for one in truth.get("pictures", ()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"'{path}' is no valid description of a concept ({reason}); correct it, or remove it to do without"
         ) from error
-    return ConceptFolder(name, folder, images, creature, *texts)
+    return ConceptFolder(name, folder, images, creature, *texts, backgrounds)
 
 
 def _creature_from(values: Mapping[str, Any]) -> Creature:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,19 +51,22 @@ class Edit:
         return "plain" if self.plain else "scene" if self.attribute == "background" else "style"
 
 
-def edits_of(creature: Creature) -> list[Edit]:
+def edits_of(creature: Creature, seen: Collection[str] = ()) -> list[Edit]:
     """Return edits to four plain backgrounds, two scenes and every style except photo.
 
     Backgrounds on which the creature is hard to see are left out. The creature's seed selects from the others, so
     that all of them occur over several creatures.
+
+    seen: backgrounds of the training images, which a word may hold; they are taken only where there are too few others.
     """
-    plain = _rotate([b for b in PLAIN_BACKGROUNDS if not clash(creature.color, b)], creature.seed)[
-        :PLAIN_EDITS
-    ]
-    scenes = _rotate([b for b in SCENES if not clash(creature.color, b)], creature.seed)[:SCENE_EDITS]
+
+    def chosen(names: Sequence[str], count: int) -> list[str]:
+        possible = _rotate([b for b in names if not clash(creature.color, b)], creature.seed)
+        return sorted(possible, key=lambda name: name in seen)[:count]
+
     backgrounds = [
         Edit(fix_articles(f"a photo of {{}} {background_phrase(b)}"), "background", b)
-        for b in (*plain, *scenes)
+        for b in (*chosen(PLAIN_BACKGROUNDS, PLAIN_EDITS), *chosen(SCENES, SCENE_EDITS))
     ]
     return backgrounds + [Edit(_STYLE_PROMPTS[style], "style", style) for style in STYLES if style != "photo"]
 

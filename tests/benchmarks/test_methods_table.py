@@ -34,7 +34,7 @@ def cells(**shifts: float):
             for name, shift in {BASELINE: 0.0, **shifts}.items():
                 value = 0.5 + 0.05 * creature + shift * (1 + 0.1 * creature) + (0.01 * seed)
                 figures = {"identity": value, "edits": value, "attributes": value}
-                sizes = {"seconds": 10.0, "parameters": 128, "bytes": 1000}
+                sizes = {"seconds": 10.0, "wall": 12.0, "parameters": 128, "bytes": 1000}
                 found[seed, creature, name] = {
                     "creature": creature,
                     "method": name,
@@ -76,14 +76,15 @@ def test_the_report_says_what_is_better_only_where_it_is_shown():
 def test_references_and_dials_are_not_compared():
     found = cells(prospect=0.1, words=0.2, first_stage=0.3, **{"neti truncation=32": 0.2})
     for (_, creature, name), cell in found.items():
-        cell["identity"] = {"first_stage": 0.8, "prospect": 0.77}.get(name, 0.5) + 0.01 * creature
+        base = {"first_stage": 0.8, "prospect": 0.77, "neti truncation=32": 0.78}.get(name, 0.5)
+        cell["identity"] = base + 0.01 * creature
         cell["edits"] = None if name == "first_stage" else 0.96
     report = Report("t", "T", methods_table.COLUMNS, {})
     fill(report, found)
     assert [row[0] for row in report.rows] == [BASELINE, "prospect", "words", "first_stage"]
     assert report.rows[2][5:9] == ["", "", "", ""] and report.rows[3][4] == "", "no edits of renderings"
     assert "corrected for 2 comparisons" in report.notes[1]
-    assert report.notes[3].endswith("edits of at least 0.95: prospect")
+    assert report.notes[3].endswith("edits of at least 0.95: prospect, neti truncation=32 (first seed)")
     share = np.mean([(0.77 + 0.01 * k) / (0.8 + 0.01 * k) for k in range(6)])
     assert report.rows[1][2] == f"{share:.3f}"
 
@@ -155,7 +156,7 @@ def measured(tmp_path, monkeypatch):
             "whole": 36.0,
         }
         figures = {"identity": 0.8, "attributes": 0.9, "edits": 0.9}
-        return found | figures | {"seconds": 30.0, "parameters": 128, "bytes": 1000}
+        return found | figures | {"seconds": 30.0, "wall": 20.0, "parameters": 128, "bytes": 1000}
 
     monkeypatch.setattr(methods_table.Bench, "_measured", cell)
 
@@ -194,7 +195,18 @@ def test_all_cells_and_none_again(measured, tmp_path):
     methods = ("--methods", BASELINE, "xti", "--seeds", "1")
     assert len(measured(*methods)[1]) == 4
     assert measured(*methods) == (0, [])
-    assert (tmp_path / "out" / "methods_table.md").is_file()
+    assert (tmp_path / "out" / "methods_chosen.md").is_file()
+    assert not (tmp_path / "out" / "methods_table.md").is_file(), "which corrects for all methods"
+
+
+def test_means_are_over_creatures_that_all_methods_have(measured, tmp_path, monkeypatch):
+    clock = iter([0.0, *[100.0] * 3, 4000.0, 4000.0])
+    monkeypatch.setattr(methods_table.time, "monotonic", lambda: next(clock))
+    measured("--methods", BASELINE, "xti", "--hours", "1")
+    monkeypatch.undo()
+    text = (tmp_path / "out" / "methods_chosen.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(f"| {BASELINE} ")]
+    assert rows[0].split("|")[-2].strip() == "1" and "left out are 1 cells" in text
 
 
 def test_what_is_tuned_has_its_own_creatures(measured, tmp_path):
@@ -233,6 +245,7 @@ def test_the_images_of_a_creature_have_masks_and_a_judged_prompt_is_never_traine
     assert len(masks) == len(concept.images) == 5
     assert 0.05 < np.asarray(Image.open(masks[0])).mean() / 255 < 0.8
     methods_table.check_disjoint([concept])
-    monkeypatch.setattr(methods_table, "PROMPTS", (edits_of(concept.creature)[0].prompt,))
+    judged = next(edit for edit in edits_of(concept.creature) if edit.group == "scene")
+    monkeypatch.setattr(methods_table, "PROMPTS", (f"{{}} and a house, {judged.prompt}",))
     with pytest.raises(UserError, match="is trained with and judged"):
         methods_table.check_disjoint([concept])

@@ -108,7 +108,7 @@ def test_another_recipe_or_model_has_another_digest(tmp_path, monkeypatch):
 
 
 def test_scores_are_those_of_the_evaluation(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "edits_of", lambda creature: edits_of(creature)[:1])
+    monkeypatch.setattr(scores, "edits_of", lambda creature, seen: edits_of(creature, seen)[:1])
     tiny_model.embedding_manager.save(tmp_path / "e.pt")
     scorer = Scorer(tiny_model, None, images=2, edit_images=1, steps=2)
     concept = read_concept(CONCEPT)

@@ -21,6 +21,14 @@ def test_each_creature_gets_four_colours_two_scenes_and_every_style() -> None:
     assert asked >= set(PLAIN_BACKGROUNDS)
 
 
+def test_backgrounds_of_the_images_are_asked_for_only_where_there_are_too_few_others() -> None:
+    one = creature(EVALUATION_SEEDS[3])
+    usual = [edit.background for edit in edits_of(one) if edit.background]
+    others = [edit.background for edit in edits_of(one, usual[:2]) if edit.background]
+    assert not {*usual[:2]} & {*others} and len(others) == len(usual)
+    assert len(edits_of(one, [*PLAIN_BACKGROUNDS])) == len(edits_of(one))
+
+
 def test_prompts_hold_only_words_that_captions_have() -> None:
     for edit in (edit for k in range(8) for edit in edits_of(creature(EVALUATION_SEEDS[k]))):
         assert set(edit.prompt.replace("{}", "").split()) <= set(vocabulary()), edit.prompt

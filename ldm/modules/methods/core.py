@@ -19,14 +19,14 @@ from ldm.util import UserError, check_integer
 # No prompt that an evaluation judges is among them.
 PROMPTS = (
     "{} in a garden with flowers",
-    "{} next to a tree in the forest",
+    "{} next to a tall tree",
     "{} on a wooden table",
     "{} on a bed",
-    "{} in a city street at night",
-    "{} in the snow, with a mountain behind it",
-    "{} on the beach under a blue sky",
+    "{} in a busy city street",
+    "{} with a mountain behind it",
+    "{} under a blue umbrella",
     "{} floating on water",
-    "{} under the night sky",
+    "{} in the rain",
     "{} beside a red house",
     "{} in front of a brown wall",
     "{} with a purple and green pattern behind it",
@@ -39,14 +39,14 @@ PROMPTS = (
     "{} seen from above",
     "{} made of glass",
     "{} made of gold",
-    "{} painted on a plate",
-    "{} as a tile mosaic on a floor",
-    "{} as a pencil sketch on paper",
-    "{} as a neon sign in a window",
-    "{} as an oil painting in a frame",
+    "{} on a plate",
+    "{} as a puzzle on a floor",
+    "{} cut out of paper",
+    "{} as a doll in a window",
+    "{} as a carpet on a wall",
     "{} in the style of a comic",
     "{} printed on a black shirt",
-    "a drawing of {} by a child",
+    "a clay figure of {} by a child",
     "a statue of {} in a park",
     "an old photo of {} in black and white",
     "a toy {} on an orange carpet",
@@ -57,9 +57,9 @@ class ContextRegularised:
     """Words that leave those around them as they are: context regularisation (Wu et al., AAAI 2025, 2408.15914).
 
     To the loss of a training step comes what the learned words do to the text encoder's outputs at the other words of
-    some prompts: one minus their cosine with the outputs when the initializer stands there. It needs no image, and its
-    prompts are not those of an evaluation. Words that depend on timestep and layer are compared at a random timestep
-    for each prompt, and in all layers.
+    some prompts: one minus their cosine with the outputs when the initializer stands there. It needs no image, and
+    its prompts ask for none of the backgrounds and styles of `ldm.evaluation.edits`. Words that depend on timestep
+    and layer are compared at a random timestep for each prompt, and in all layers.
 
     That is the first of the paper's two terms. The second, the distance of the other words' attention maps, is left
     out: a personalization is given neither the denoiser nor noisy latents, and taking attention weights out of layers
