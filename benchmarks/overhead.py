@@ -4,7 +4,8 @@
 
 A part is the time that a run spends in some callbacks or loggers, divided by the time of everything else in the same
 run: the difference of two runs would be smaller than the machine's variation. Processes of main.py are timed from start
-to end: an answer to --help, one to a mistake, and a run of one step without previews, which is nearly all start-up.
+to end: an answer to --help, answers to two mistakes, and a run of one step without previews, which is nearly all
+start-up.
 """
 
 from __future__ import annotations
@@ -53,10 +54,16 @@ PARTS: dict[str, tuple[type[Callback], ...]] = {
     LOGGING: (RunProgress,),
 }
 MISTAKE = "main.py, a mistake in the command line"
+# Which keys and values are possible is known to the classes, so torch and Lightning are imported first.
+WRONG_KEY = "main.py, an unknown key of a class"
 # Arguments of main.py, and the most seconds that its whole process may take.
 PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "main.py --help": (("--help",), 0.5),
     MISTAKE: (("--base", "none.yaml", "-t"), 0.5),
+    WRONG_KEY: (
+        ("--base", "configs/latent-diffusion/txt2img-finetune.yaml", "-t", "model.params.timestep=5"),
+        None,
+    ),
     "main.py, a run of one step without previews": (
         (
             *(
@@ -108,7 +115,7 @@ def overhead(options: argparse.Namespace) -> None:
         for _ in range(options.rounds + 1):
             processes.add(
                 {
-                    name: process(words, Path(folder), mistake=name == MISTAKE)
+                    name: process(words, Path(folder), mistake=name in (MISTAKE, WRONG_KEY))
                     for name, (words, _) in PROCESSES.items()
                 }
             )
