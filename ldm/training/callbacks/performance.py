@@ -44,8 +44,9 @@ class CompiledDenoiser(Callback):
         backend, mode, dynamic: arguments of torch.compile.
         graph: on CUDA, record the kernels of the denoiser, forward and backward, as a CUDA graph, which is launched at
             once: for a small denoiser or a small batch, where Python is slower than the GPU. Each size of batch has a
-            graph, so the last batch of an epoch, if it is smaller, is compiled and recorded too; and it needs memory for
-            the activations that no one else can use. It is torch's mode "reduce-overhead"; another device ignores it.
+            graph, so the last batch of an epoch, if it is smaller, is compiled and recorded too; and it needs memory
+            for the activations that no one else can use. It is torch's mode "reduce-overhead"; another device ignores
+            it.
     Raises:
         UserError: `graph` together with a `mode`.
     """
