@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -28,6 +29,8 @@ from ldm.values import plain
 from ldm.weights import hub_reason
 from ldm.words import check_word, file_stem
 from ldm.yaml_files import read_yaml
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,15 +230,19 @@ def _of_file(path: Path, others: Sequence[Path]) -> Concept:
 
 
 def _from_hub(repository: str, file: str | None) -> Path:
-    """The folder of the embedding files of a repository, or one of them; fetched once."""
+    """The folder of the embedding files of a repository, or one of them; fetched once.
+
+    Without a connection the folder is what was fetched before, which may be some of the files.
+    """
     import huggingface_hub as hub
 
+    before = None
     try:
         folder = Path(hub.snapshot_download(repository, local_files_only=True))
         if file and (folder / file).is_file():
             return folder / file
         if not file and _embedding_files(folder):
-            return folder
+            before = folder
     except (OSError, ValueError):  # what the hub raises if nothing is there
         pass
     try:
@@ -253,6 +260,9 @@ def _from_hub(repository: str, file: str | None) -> Path:
         ]
         folder = Path(hub.snapshot_download(repository, allow_patterns=wanted or [_IDENTIFIER]))
     except Exception as error:  # of many kinds: no connection, no such repository, no access, a full disk
+        if before is not None:
+            logger.info("'%s' is taken as it was fetched before: %s", repository, hub_reason(error))
+            return before
         raise UserError(
             f"'{repository}' is neither a file or folder here nor readable from the Hugging Face hub "
             f"({hub_reason(error)}); check the name, or download the file and name that"

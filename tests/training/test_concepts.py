@@ -71,6 +71,28 @@ def test_a_repository_on_the_hub(monkeypatch, tmp_path, learned):
         ldm.load("someone/cat")
 
 
+def test_a_repository_of_which_one_file_was_fetched_before(monkeypatch, tmp_path, learned):
+    repository = tmp_path / "repository"
+    learned.save(repository / "a.safetensors")
+
+    def download(name, local_files_only=False, allow_patterns=None):
+        if not local_files_only:
+            learned.renamed("<other>").save(repository / "b.safetensors")
+        return repository
+
+    def listed(api, name, files_metadata):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f"{n}.safetensors", size=9) for n in "ab"])
+
+    def offline(api, name, files_metadata):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    assert [concept.word for concept in ldm.load_all("someone/words")] == ["<toy>"], "what is there"
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", listed)
+    assert [concept.word for concept in ldm.load_all("someone/words")] == ["<toy>", "<other>"]
+
+
 def test_folders_hold_several_words(learned, tmp_path):
     other = learned.renamed("<other>")
     for concept in (learned, other):
