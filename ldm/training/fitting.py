@@ -19,7 +19,7 @@ from ldm import pickles
 from ldm.console import Interrupted
 from ldm.front_ends import setting
 from ldm.training import run_folder
-from ldm.training.callbacks.base import is_personalization
+from ldm.training.callbacks.base import is_personalization, personalization_of
 from ldm.training.run_folder import RunFolder
 from ldm.util import ConfigError, UserError
 
@@ -145,13 +145,10 @@ def check_state(path: Path, model: pl.LightningModule) -> None:
     """
     state = pickles.load(path, mmap=True)["state_dict"]
     model.configure_model()  # a first stage builds its loss, which has weights of its own
-    if is_personalization(model):
+    if (manager := personalization_of(model)) is not None:
         own = "embedding_manager."
-        words = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
-        model.embedding_manager.adopt_settings(words)
-        expected = model.trainable_state_dict()
-    else:
-        expected = model.state_dict()
+        manager.adopt_settings({k.removeprefix(own): v for k, v in state.items() if k.startswith(own)})
+    expected = model.trainable_state_dict() if is_personalization(model) else model.state_dict()
     mismatched = sorted(state.keys() ^ expected.keys())
     if mismatched:
         raise UserError(
