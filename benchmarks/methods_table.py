@@ -39,6 +39,7 @@ from PIL import Image
 from benchmarks import runs
 from benchmarks.machine import ROOT
 from benchmarks.report import RESULTS, Report
+from benchmarks.rounds import holm, paired
 from benchmarks.scores import Scorer
 from ldm.checkpoint import load_model_from_config
 from ldm.commands.base import JUDGE, guarded
@@ -70,8 +71,6 @@ Cells = Mapping[tuple[int, int, str], Mapping[str, Any]]
 BARS = {"identity": 0.95, "edits": 0.95}
 # Processor seconds of a cell, training and scores, before any is measured.
 SECONDS_OF_A_CELL = 70.0
-# Above so many creatures, sign flips are drawn rather than all taken.
-_MOST_EXACT = 14
 
 
 @dataclass(frozen=True)
@@ -594,29 +593,6 @@ def differences(cells: Cells, name: str, figure: str) -> list[float]:
         if method == name and base is not None:
             by_creature.setdefault(creature, []).append(cell[figure] - base[figure])
     return [float(np.mean(values)) for values in by_creature.values()]
-
-
-def paired(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, standard error, and two-sided p of differences by flipping their signs, all ways if they are few."""
-    array = np.array(values)
-    if len(array) <= _MOST_EXACT:
-        signs = np.array(list(itertools.product((1, -1), repeat=len(array))))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), (2**_MOST_EXACT, len(array)))
-        signs[0] = 1
-    means = np.abs(signs @ array) / len(array)
-    share = float((means >= abs(array.mean()) - 1e-12).mean())
-    return float(array.mean()), float(array.std(ddof=1) / len(array) ** 0.5), share
-
-
-def holm(values: Mapping[Any, float]) -> dict[Any, float]:
-    """Holm's (1979) corrected p values."""
-    corrected: dict[Any, float] = {}
-    largest = 0.0
-    for place, (key, value) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, value * (len(values) - place)))
-        corrected[key] = largest
-    return corrected
 
 
 if __name__ == "__main__":

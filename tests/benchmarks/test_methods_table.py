@@ -17,11 +17,10 @@ from benchmarks.methods_table import (
     differences,
     draw_dial,
     fill,
-    holm,
     main,
-    paired,
     read_cells,
 )
+from benchmarks.rounds import holm, paired
 from ldm.evaluation.edits import edits_of
 from ldm.util import UserError
 

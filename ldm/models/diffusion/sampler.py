@@ -78,7 +78,7 @@ class GuidedEps:
         guided = self.uncond is not None and self.scale != 1.0
         bases = (self.uncond_base, self.base) if self.strength != 1.0 else (None, None)
         pairs = list(zip(bases, (self.uncond, self.cond), strict=True))[0 if guided else 1 :]
-        asked = [condition for pair in pairs for condition in pair if condition is not None]
+        asked = [one for base, whole in pairs for one in ([whole] if base is None else [base, whole])]
         outputs = iter(outputs_under(self.model.apply_model, x, times, asked))
         ends = [
             next(outputs) if base is None else extrapolated(next(outputs), next(outputs), self.strength)
