@@ -277,8 +277,12 @@ def test_a_run_that_began_from_a_file_goes_on_by_its_state(model, method, begun,
         run.options(),
         run.dials(),
     )
+    loaded = kind(encoder, **given)  # and as anything else does that has a state dict
+    loaded.load_state_dict(run.state_dict())
     ids, times = encoder.token_ids(["a *"], run), torch.tensor([700.0])
-    assert torch.equal(run.eval().encode(encoder, ids, times), resumed.eval().encode(encoder, ids, times))
+    expected = run.eval().encode(encoder, ids, times)
+    for words_ in (resumed, loaded):
+        assert torch.equal(words_.eval().encode(encoder, ids, times), expected)
 
 
 def test_the_state_of_other_words_does_not_fit(model, tmp_path):
