@@ -124,7 +124,6 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "timestep_range": _SHARE,
     "original_elbo_weight": _AT_LEAST_0,
     "embedding_reg_weight": Range(0, 10**6),
-    "training_guidance": Range(1, 20),
     "l_simple_weight": _AT_LEAST_0,
     "v_posterior": _SHARE,
     "min_snr_gamma": _POSITIVE,

@@ -344,10 +344,6 @@ class LatentDiffusion(Captioned, Personalised, DDPM):
         cond_stage_forward: the encoder's method to call in place of `encode`.
         scale_factor: multiplies latents.
         scale_by_std: set `scale_factor` from the first batch, so that its latents have unit variance.
-        training_guidance: the guidance scale of a training step against the negative prompt; 1 is none. Words that are
-            learned at the scale at which they generate are not exaggerated by it, for a second pass of the denoiser
-            without gradient. Dong et al. 2022 (arXiv 2211.11337) train so, with a learned negative; a personalization
-            may ask for its own scale.
         conditioning_key, ckpt_path, ignore_keys, load_only_unet, **ddpm: see `DDPM`.
     """
 
@@ -374,7 +370,6 @@ class LatentDiffusion(Captioned, Personalised, DDPM):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
-        training_guidance: float = 1.0,
         **ddpm: Any,
     ) -> None:
         if (num_timesteps_cond or 1) != 1:
@@ -384,11 +379,6 @@ class LatentDiffusion(Captioned, Personalised, DDPM):
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         super().__init__(conditioning_key=conditioning_key, **ddpm)
-        if training_guidance != 1 and personalization_config is None:
-            raise ConfigError(
-                "training_guidance is for learned words, and there is no personalization_config"
-            )
-        self.training_guidance = training_guidance
         self.cond_stage_key = cond_stage_key
         self.cond_stage_forward = cond_stage_forward
         self.scale_by_std = scale_by_std

@@ -41,7 +41,6 @@ class Personalised(_Base):
     model: DiffusionWrapper
     num_timesteps: int
     embedding_reg_weight: float
-    training_guidance: float
     _captions_of_step: frozenset[str] = frozenset()
 
     def make_personalization(self, config: Mapping[str, Any]) -> Personalization:
@@ -93,9 +92,8 @@ class Personalised(_Base):
 
     @property
     def guidance_in_training(self) -> float:
-        """The scale at which a training step is guided: the personalization's own, or `training_guidance`."""
-        own = 1.0 if self.embedding_manager is None else self.embedding_manager.training_guidance
-        return self.training_guidance if own == 1.0 else own
+        """The scale at which a training step is guided; 1 is no guidance."""
+        return 1.0 if self.embedding_manager is None else self.embedding_manager.training_guidance
 
     def _holds_words(self, prompts: Sequence[str]) -> bool:
         words = () if self.embedding_manager is None else self.embedding_manager.placeholders

@@ -72,8 +72,8 @@ class FixedNoiseLoss:
         self.timesteps = (positions * model.num_timesteps).long().to(model.device).split(chunk)
         # What the loss depends on besides the vectors: if it differs, two measurements cannot be compared.
         names = ["loss_type", "l_simple_weight", "loss_weighting", "min_snr_gamma"]
-        # Runs of earlier versions did not know it.
-        names += ["training_guidance"] * (model.training_guidance != 1)
+        # Only where there is guidance: the states of other runs do not have it.
+        names += ["guidance_in_training"] * (model.guidance_in_training != 1)
         self.loss_settings = repr([getattr(model, name) for name in names])
 
     def description(self) -> dict[str, Any]:

@@ -442,10 +442,12 @@ def test_one_prompt_and_two_different_ones(golden_model) -> None:
 
 
 @pytest.mark.parametrize("negative", ["", "a photo of *"])
-def test_a_training_step_is_guided_by_the_scale_of_the_yaml(golden_model, monkeypatch, negative) -> None:
+def test_a_training_step_is_guided_by_the_scale_of_the_personalization(
+    golden_model, monkeypatch, negative
+) -> None:
     """The gradient is that of the guided output; a negative prompt without learned words has no backward pass."""
     golden_model.eval()
-    monkeypatch.setattr(golden_model, "training_guidance", 3.0)
+    monkeypatch.setattr(golden_model.embedding_manager, "training_guidance", 3.0)
     monkeypatch.setattr(golden_model.embedding_manager, "negative_prompt", lambda *texts: negative)
     (vectors,) = golden_model.embedding_manager.embedding_parameters()
     generator = torch.Generator().manual_seed(0)
@@ -461,11 +463,3 @@ def test_a_training_step_is_guided_by_the_scale_of_the_yaml(golden_model, monkey
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
     (found,) = torch.autograd.grad(guided.square().sum(), vectors)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-
-
-def test_guidance_in_training_is_for_learned_words() -> None:
-    config = copy.deepcopy(Golden("clip_one_vector").config())
-    config.params.training_guidance = 3.0
-    del config.params.personalization_config
-    with skip_pretrained(), pytest.raises(ConfigError, match="training_guidance is for learned words"):
-        instantiate_from_config(config)
