@@ -3,16 +3,17 @@
     python -m benchmarks.methods_table --estimate                      # how many hours it takes
     python -m benchmarks.methods_table --threads 1 --nice --hours 9    # overnight; continues where it was stopped
     python -m benchmarks.methods_table --creatures 1 --seeds 1 --steps 20 --samples 4 --edit_samples 1   # to try
-    python -m benchmarks.methods_table --methods one_vector prospect --report_only
     python -m benchmarks.methods_table --tuning --creatures 3 --seeds 1 --methods one_vector prospect \\
         --variant "prospect_slow=prospect model.base_learning_rate=1e-3"
 
 Every cell, a method on a creature with a seed, is a run of main.py and one line of cells.jsonl. It is measured again
 when the model, the YAMLs or the settings have changed; a change of code is not seen. All methods of a creature follow
 each other, so that a table that was stopped compares the same creatures; a run that fails does not stop the others.
-Time is the processor time of main.py's process, which other programs on the machine change little. Edits are judged on
-prompts that no training uses. Differences from one vector are paired by creature; their p values are those of a
-sign-flip test, corrected by Holm's method. Nothing is tuned on creatures of the table: `--tuning` has its own.
+Means are over creatures that all methods have; a choice of methods is reported as methods_chosen. Time is the
+processor time of main.py's process, which other programs on the machine change little. Edits are judged on prompts
+whose words for backgrounds and styles no training uses. Differences from one vector are paired by creature; their p
+values are those of a sign-flip test, corrected by Holm's method. Nothing is tuned on creatures of the table:
+`--tuning` has its own.
 """
 
 from __future__ import annotations
