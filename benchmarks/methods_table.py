@@ -417,7 +417,8 @@ def check_disjoint(concepts: Sequence[ConceptFolder]) -> None:
     trained = {word for prompt in (*OBJECT_TEMPLATES, *PROMPTS) for word in words_of(prompt)}
     for concept in concepts:
         assert concept.creature is not None
-        judged = {word for edit in edits_of(concept.creature) for word in words_of(edit.prompt)}
+        edits = edits_of(concept.creature, concept.backgrounds)
+        judged = {word for edit in edits for word in words_of(edit.prompt)}
         if common := (trained & judged) - _NEUTRAL:
             raise UserError(f"'{min(common)}' is trained with and judged; change ldm/modules/methods/core.py")
 
@@ -494,12 +495,17 @@ def fill(report: Report, cells: Cells) -> None:
         creature: cell["identity"] for (_, creature, name), cell in cells.items() if name == "first_stage"
     }
     better, reached = [], []
-    for name in names:
+    for name in dict.fromkeys(name for _, _, name in cells):
         own = {key: cell for key, cell in cells.items() if key[2] == name}
         means = {
             key: _mean([cell[key] for cell in own.values()]) for key in ("identity", "attributes", "edits")
         }
         share = _mean([cell["identity"] / ceiling[key[1]] for key, cell in own.items() if key[1] in ceiling])
+        if not _method(name).reference and share is not None and means["edits"] is not None:
+            of_bars = (share / BARS["identity"], means["edits"] / BARS["edits"])
+            reached += [name + (" (first seed)" if _method(name).of else "")] if min(of_bars) >= 1 else []
+        if name not in names:
+            continue
         row = [name, *map(_shown, (means["identity"], share, means["attributes"], means["edits"]))]
         for figure in FIGURES:
             key = (name, figure)
@@ -520,12 +526,6 @@ def fill(report: Report, cells: Cells) -> None:
             for figure in FIGURES
         ):
             better.append(name)
-    for name in dict.fromkeys(name for _, _, name in cells if not _method(name).reference):
-        own = {key: cell for key, cell in cells.items() if key[2] == name}
-        share = _mean([cell["identity"] / ceiling[key[1]] for key, cell in own.items() if key[1] in ceiling])
-        edits = _mean([cell["edits"] for cell in own.values()])
-        if share is not None and edits is not None and share >= BARS["identity"] and edits >= BARS["edits"]:
-            reached.append(name + (" (first seed)" if _method(name).of else ""))
     report.data = {"cells": [dict(cell) for cell in cells.values()]}
     report.notes += [
         "identity: 0 is another creature, 1 the same one drawn again; edits: the share of images that show what was "

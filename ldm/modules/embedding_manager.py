@@ -496,16 +496,17 @@ def initial_vectors(
     table = table.detach().float()
     generator = torch.Generator(device="cpu").manual_seed(seed)
     noise = torch.randn(count, table.shape[1], generator=generator, device="cpu").to(table.device)
-    noise = noise * table.std(dim=0)
     if not tokens:
-        return table.mean(dim=0) + noise
+        return table.mean(dim=0) + noise * table.std(dim=0)
     places = evenly_spaced(len(tokens), count)
     used = [tokens[place] for place in places]
     repeated = [[float(token in used[:i])] for i, token in enumerate(used)]
-    vectors = table[torch.tensor(used, device=table.device)] if rows is None else rows.to(table)[places]
-    if rows is not None:
-        noise = noise / table.std(dim=0) * vectors.square().mean(dim=1, keepdim=True).sqrt()
-    return vectors + REPEAT_NOISE * noise * torch.tensor(repeated, device=table.device)
+    if rows is None:
+        vectors, unit = table[torch.tensor(used, device=table.device)], table.std(dim=0)
+    else:
+        vectors = rows.to(table)[places]
+        unit = vectors.square().mean(dim=1, keepdim=True).sqrt()
+    return vectors + REPEAT_NOISE * noise * unit * torch.tensor(repeated, device=table.device)
 
 
 @torch.no_grad()

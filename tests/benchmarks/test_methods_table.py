@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -21,6 +22,7 @@ from benchmarks.methods_table import (
     read_cells,
 )
 from benchmarks.rounds import holm, paired
+from ldm.data.creatures import world
 from ldm.evaluation.edits import edits_of
 from ldm.util import UserError
 
@@ -243,7 +245,10 @@ def test_the_images_of_a_creature_have_masks_and_a_judged_prompt_is_never_traine
     masks = sorted(concept.folder.glob("*-masklabel.png"))
     assert len(masks) == len(concept.images) == 5
     assert 0.05 < np.asarray(Image.open(masks[0])).mean() / 255 < 0.8
-    methods_table.check_disjoint([concept])
+    several = [dataclasses.replace(concept, creature=world.creature(seed)) for seed in range(100)]
+    asked = {edit.value for one in several for edit in edits_of(one.creature, one.backgrounds)}
+    assert asked >= {"beach", "forest", "night", "snow", "sketch", "neon", "mosaic", "painting"}
+    methods_table.check_disjoint([concept, *several])
     judged = next(edit for edit in edits_of(concept.creature) if edit.group == "scene")
     monkeypatch.setattr(methods_table, "PROMPTS", (f"{{}} and a house, {judged.prompt}",))
     with pytest.raises(UserError, match="is trained with and judged"):

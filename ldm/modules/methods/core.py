@@ -16,7 +16,7 @@ from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer
 
-# No prompt that an evaluation judges is among them.
+# None has a word for a background or style that an evaluation judges (benchmarks.methods_table checks it).
 PROMPTS = (
     "{} in a garden with flowers",
     "{} next to a tall tree",
