@@ -40,7 +40,8 @@ from benchmarks.subjects import random_model, stand_in_encoder
 batch = 1
 with tempfile.TemporaryDirectory() as folder:
     config = OmegaConf.load("configs/stable-diffusion/v1-finetune.yaml")
-    config.model.params.cond_stage_config.params.version = str(stand_in_encoder(pathlib.Path(folder)))
+    encoder = str(stand_in_encoder(pathlib.Path(folder)))
+    OmegaConf.update(config, "model.params.cond_stage_config.params.version", encoder, force_add=True)
     config.model.params.image_size = 32
     model = random_model(config)
 """,
