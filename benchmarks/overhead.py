@@ -54,7 +54,6 @@ PARTS: dict[str, tuple[type[Callback], ...]] = {
     LOGGING: (RunProgress,),
 }
 MISTAKE = "main.py, a mistake in the command line"
-# Which keys and values are possible is known to the classes, so torch and Lightning are imported first.
 WRONG_KEY = "main.py, an unknown key of a class"
 # Arguments of main.py, and the most seconds that its whole process may take.
 PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
@@ -62,7 +61,7 @@ PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
     MISTAKE: (("--base", "none.yaml", "-t"), 0.5),
     WRONG_KEY: (
         ("--base", "configs/latent-diffusion/txt2img-finetune.yaml", "-t", "model.params.timestep=5"),
-        None,
+        0.5,
     ),
     "main.py, a run of one step without previews": (
         (

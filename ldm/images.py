@@ -7,19 +7,20 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
 from ldm.files import NO_TENSORS, content_kind
 from ldm.util import UserError, brief, check_integer, cut, shown
 
+# torch and numpy are imported where they are used: mistakes in a command line are answered without them.
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -302,6 +303,8 @@ def _why_unidentified(format: str) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
+        import numpy as np
+
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
         white = 65535 if image.mode.startswith("I;16") else _white(grey)
         return Image.fromarray(np.rint(grey * (255 / white)).astype(np.uint8)).convert("RGB")
@@ -322,7 +325,8 @@ def _white(grey: np.ndarray) -> int:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an image to float32 [3, H, W] in [-1, 1]."""
-    import torch  # takes seconds, and folders are listed without it
+    import numpy as np
+    import torch
 
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
@@ -444,3 +448,13 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
                 lines.append("")
             lines[-1] += letter
     return lines
+
+
+def size_multiple(config: Mapping[str, Any]) -> int | None:
+    """What the sides of images are multiples of, in pixels, by the YAML of a model; None if it does not say so."""
+    params = config["model"].get("params") or {}
+    first, denoiser = (
+        (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
+    )
+    levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
+    return 2 ** sum(len(level or ()) - 1 for level in levels) if all(levels) else None

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ldm import values
+from ldm import signatures, values
 from ldm.front_ends import spoken
 
 if TYPE_CHECKING:
@@ -223,18 +223,32 @@ def get_obj_from_str(path: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(missing + "."):
-            raise ConfigError(
-                f"target '{path}': there is no module '{missing}'; check its spelling"
-            ) from error
+            raise _absent(path, missing) from error
         raise ConfigError(
             f"target '{path}': module '{module_name}' needs the package '{missing}'; install it"
         ) from error
     try:
         return getattr(module, name)
     except AttributeError as error:
-        raise ConfigError(
-            f"target '{path}': module '{module_name}' has no '{name}'; check its spelling"
-        ) from error
+        raise _absent(path, module_name, name) from error
+
+
+def _absent(path: str, module: str, name: str | None = None) -> ConfigError:
+    what = f"there is no module '{module}'" if name is None else f"module '{module}' has no '{name}'"
+    return ConfigError(f"target '{path}': {what}; check its spelling")
+
+
+def stand_in(path: str) -> Any:
+    """What `get_obj_from_str` imports, as far as signatures go, read from its source; None if that is not enough.
+
+    Raises:
+        ConfigError: the module does not exist, or has no such name.
+    """
+    path = _MOVED.get(str(path), str(path))
+    try:
+        return signatures.declared(path)
+    except signatures.Absent as error:
+        raise _absent(path, *error.args) from error
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
@@ -292,9 +306,18 @@ def raise_problems(problems: Sequence[Problem], place: Callable[[str], str] = la
         raise (UsageError if by_flag else ConfigError)("; ".join(lines))
 
 
-def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """Yield the problems of every `target` node; their keys begin with `where`, the key of `config` itself."""
-    yield from _problems(config, where, owner_key="")
+# Returns what is at a dotted path, or None if that is not known; raises ConfigError if nothing is there.
+Find = Callable[[str], Any]
+
+
+def config_problems(
+    config: Mapping[str, Any], where: str, find: Find = get_obj_from_str
+) -> Iterator[Problem]:
+    """Yield the problems of every `target` node; their keys begin with `where`, the key of `config` itself.
+
+    Nodes of which `find` returns None are not checked, but those in them are.
+    """
+    yield from _problems(config, where, "", find)
 
 
 # Key of a node -> the argument that its owner adds when it builds the node, so that a YAML does not give it.
@@ -309,7 +332,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 _NODE_KEYS = ("target", "params", "base_learning_rate")
 
 
-def _problems(node: Any, where: str, owner_key: str) -> Iterator[Problem]:
+def _problems(node: Any, where: str, owner_key: str, find: Find) -> Iterator[Problem]:
     if isinstance(node, Mapping):
         target = node.get("target")
         if isinstance(target, str):
@@ -317,25 +340,27 @@ def _problems(node: Any, where: str, owner_key: str) -> Iterator[Problem]:
                 if key not in _NODE_KEYS:
                     suggestion = _suggestion(str(key), list(_NODE_KEYS[:2]))
                     yield Problem(f"{where}.{key}", f"{where}: unknown key '{key}'", suggestion)
-            yield from _target_problems(target, node.get("params"), where, owner_key)
+            yield from _target_problems(target, node.get("params"), where, owner_key, find)
         elif "target" in node:
             key = f"{where}.target"
             yield Problem(key, f"{key} is {shown_value(target)}", "; it must be a text: package.module.Name")
         for key, value in node.items():
-            yield from _problems(value, f"{where}.{key}", owner_key=str(key))
+            yield from _problems(value, f"{where}.{key}", str(key), find)
     elif isinstance(node, (list, tuple)) or type(node).__name__ == "ListConfig":
         for index, value in enumerate(node):
-            yield from _problems(value, f"{where}[{index}]", owner_key="")
+            yield from _problems(value, f"{where}[{index}]", "", find)
 
 
-def _target_problems(target: str, params: Any, where: str, owner_key: str) -> Iterator[Problem]:
+def _target_problems(target: str, params: Any, where: str, owner_key: str, find: Find) -> Iterator[Problem]:
     if params is not None and not isinstance(params, Mapping):
         yield Problem(f"{where}.params", f"{where}.params is {shown(params)}", "; it must be a mapping")
         return
     try:
-        factory = get_obj_from_str(target)
+        factory = find(target)
     except ConfigError as error:
         yield Problem(f"{where}.target", where, f": {error}")
+        return
+    if factory is None:
         return
     given = _params_of({"params": params})
     for name, value in given.items():
@@ -345,7 +370,8 @@ def _target_problems(target: str, params: Any, where: str, owner_key: str) -> It
         if name in PARTS:
             part, supplied = PARTS[name]
             every = dict.fromkeys(supplied) | dict(value)
-            yield from _call_problems(get_obj_from_str(part), value, every, f"{key}.", f"{key}: ")
+            if (function := find(part)) is not None:
+                yield from _call_problems(function, value, every, f"{key}.", f"{key}: ")
         elif "target" not in value and (
             name.endswith("_config") or name == "lossconfig" or "params" in value
         ):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.training import config as training_config
 from ldm.training import trainer
 from ldm.training.callbacks import complete_lightning
-from ldm.training.command_line import OLD_TRAINER_KEYS, TRAINER_OPTIONS, parse
+from ldm.training.command_line import TRAINER_OPTIONS, parse
 from ldm.training.trainer import Devices
 from ldm.util import check_config, instantiate_from_config, skip_pretrained
 
@@ -47,7 +47,7 @@ def name(path: Path) -> str:
 def command(*paths: Path, words: str = "--data_root data/concepts/bobo") -> DictConfig:
     """The checked configuration of a command line with these YAMLs."""
     merged = training_config.load_run_config(parse(words.split()), paths)
-    training_config.check_run_config(merged, [*TRAINER_OPTIONS, *OLD_TRAINER_KEYS])
+    training_config.check_run_config(merged)
     return merged
 
 

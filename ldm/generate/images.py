@@ -22,7 +22,7 @@ from ldm.files import atomic_write
 from ldm.generate.editing import ClassWords, InitImage, strength_labels, with_class_words
 from ldm.generate.embeddings import dials_at
 from ldm.generate.prompt_syntax import chunk_count, conditions
-from ldm.images import image_grid, to_pil
+from ldm.images import image_grid, size_multiple, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -257,16 +257,6 @@ def check_fits(config: Mapping[str, Any], steps: int, height: int | None, width:
     check_steps(steps, (config["model"].get("params") or {}).get("timesteps") or 1000)
     if multiple := size_multiple(config):
         _check_multiple(multiple, height, width)
-
-
-def size_multiple(config: Mapping[str, Any]) -> int | None:
-    """What the sides of images are multiples of, in pixels, by the YAML of a model; None if it does not say so."""
-    params = config["model"].get("params") or {}
-    first, denoiser = (
-        (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
-    )
-    levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
-    return 2 ** sum(len(level or ()) - 1 for level in levels) if all(levels) else None
 
 
 def _check_multiple(multiple: int, height: int | None, width: int | None) -> None:

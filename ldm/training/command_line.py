@@ -96,6 +96,8 @@ _TRAINER = """
     sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir enable_autolog_hparams model_registry
 """
 TRAINER_OPTIONS = tuple(_TRAINER.split())
+# What lightning.trainer may hold.
+TRAINER_KEYS = (*TRAINER_OPTIONS, *OLD_TRAINER_KEYS)
 
 
 def make_parser(prog: str = "main.py") -> Parser:
@@ -226,7 +228,7 @@ def parse_gpus(gpus: Any) -> int | list[int] | None:
 
 
 def _trainer_flags(words: Sequence[str]) -> dict[str, Any]:
-    known = {*TRAINER_OPTIONS, *OLD_TRAINER_KEYS}
+    known = {*TRAINER_KEYS}
     found: dict[str, Any] = {}
     queue = list(words)
     while queue:

@@ -21,12 +21,14 @@ from ldm import values
 from ldm.files import NO_TENSORS, is_hub_id, why_no_file
 from ldm.front_ends import setting
 from ldm.lr_scheduler import LambdaStepScheduler
-from ldm.training import flags, hub, run_folder
+from ldm.training import command_line, flags, hub, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
-from ldm.training.command_line import RUN_KEYS, parse_gpus
+from ldm.training.command_line import RUN_KEYS, TRAINER_KEYS, TRAINER_OPTIONS, parse_gpus
 from ldm.training.learning_rate import check_base_rate
+from ldm.training.run_folder import RunFolder
 from ldm.util import (
     ConfigError,
+    Find,
     Problem,
     UsageError,
     UserError,
@@ -36,6 +38,7 @@ from ldm.util import (
     raise_problems,
     refuse_foreign_target,
     shown_value,
+    stand_in,
 )
 from ldm.words import check_word
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml, yaml_value
@@ -70,13 +73,27 @@ def load_run_config(
     `saved` is the configuration of a run that is resumed, under all of these.
     """
     config = _merged(options, base, saved)
-    typed = options.data_root is not None or any(word.startswith("data_root=") for word in options.overrides)
-    fill_run_keys(config, replace_data_root=typed)
+    _fill(config, options)
     return config
 
 
+def _fill(config: DictConfig, options: argparse.Namespace) -> None:
+    typed = options.data_root is not None or any(word.startswith("data_root=") for word in options.overrides)
+    fill_run_keys(config, replace_data_root=typed)
+
+
+def of_run(
+    options: argparse.Namespace, base: Sequence[str | Path], folder: RunFolder | None
+) -> tuple[DictConfig, DictConfig | None, Callable[[str], str]]:
+    """The configuration of a run, that of the run in `folder` which it resumes, and the places of its keys."""
+    if folder is None:
+        return load_run_config(options, base), None, places(options, base)
+    saved = load_run_config(command_line.parse([]), folder.saved_configs())
+    return load_run_config(options, base, saved), saved, places(options, base, folder.saved_configs())
+
+
 def check_command_line(options: argparse.Namespace) -> None:
-    """Check what needs no torch: that YAMLs, images and files are there, and the length and the rate of the run.
+    """Check what needs no torch: YAMLs against the sources of their classes, and that images and files are there.
 
     Raises:
         UserError: as the run itself would, but at once.
@@ -84,19 +101,25 @@ def check_command_line(options: argparse.Namespace) -> None:
     from ldm.images import check_image_folder
 
     resume, _ = run_folder.place_to_resume(options)
-    base: list[str | Path] = list(options.base)
+    yamls = list(options.base)
     if resume:
         folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
-        base = [*folder.saved_configs(), *base]
-    config = _merged(options, base, None)
-    _check_base(base, config, options.resume)
+        config, _, place = of_run(options, options.base, folder)
+        yamls = [*folder.saved_configs(), *yamls]
+    else:
+        config, place = _merged(options, options.base, None), places(options, options.base)
+    _check_base(yamls, config, options.resume)
+    # Without a model in the YAMLs, its own YAML is added when its weights are read.
+    described = OmegaConf.select(config, "model.target")
+    if described and not resume:
+        _fill(config, options)
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
         trainer = OmegaConf.select(config, "lightning.trainer") or {}
         lengths = {f"lightning.trainer.{key}": trainer.get(key) for key in ("max_steps", "max_epochs")}
         problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
-        raise_problems([one for found in problems for one in found], places(options, base))
+        raise_problems([one for found in problems for one in found], place)
         parse_gpus(trainer.get("gpus"))
-        if OmegaConf.select(config, "model.target"):
+        if described:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
@@ -106,6 +129,8 @@ def check_command_line(options: argparse.Namespace) -> None:
                 roots = config["data_root"] if options.data_root else own or config.get("data_root")
                 for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
                     check_image_folder(root)
+        if described:
+            check_run_config(config, place, stand_in)
     hub.check(options)
 
 
@@ -338,17 +363,18 @@ def fill_run_keys(config: DictConfig, *, replace_data_root: bool = False) -> Non
 
 
 def check_run_config(
-    config: DictConfig, trainer_options: Sequence[str], place: Callable[[str], str] = lambda key: ""
+    config: DictConfig,
+    place: Callable[[str], str] = lambda key: "",
+    find: Find = get_obj_from_str,
 ) -> None:
     """Check keys, targets, values and their ranges without building anything.
 
-    `trainer_options` are the keys that are allowed in lightning.trainer; `place` is that of `places`.
+    `place` is that of `places`. With `stand_in` for `find`, nothing heavy is imported, and what the sources of classes
+    do not say is not checked.
 
     Raises:
         ConfigError: one error that lists all problems.
     """
-    from pytorch_lightning import Trainer
-
     problems: list[Problem] = []
     if not config.get("model"):
         problems.append(Problem("", f"there is no model; give a YAML with {setting('base')}"))
@@ -361,7 +387,7 @@ def check_run_config(
         ("model", config.get("model") or {}, _MODEL_KEYS),
         ("data", config.get("data") or {}, ("target", "params")),
         ("lightning", lightning, _LIGHTNING_KEYS),
-        ("lightning.trainer", trainer, trainer_options),
+        ("lightning.trainer", trainer, TRAINER_KEYS),
     ):
         for key in map(str, node):
             if key not in known:
@@ -388,10 +414,11 @@ def check_run_config(
     if missing:
         problems.append(Problem(missing[0], f"there is no value for {', '.join(missing)}"))
     if not missing and not rootless:
+        kind = find("pytorch_lightning.Trainer")
         for key, value in trainer.items():
             # `gpus` has a reader of its own; null is the default.
-            if value is not None and key in trainer_options:
-                hint = values.hint(Trainer, key)
+            if value is not None and key in TRAINER_OPTIONS:
+                hint = values.hint(kind, key)
                 problems += _misfits(f"lightning.trainer.{key}", value, hint)
         # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
@@ -407,7 +434,7 @@ def check_run_config(
                 problems.append(
                     Problem(where, where, " has no target; name a class: target: package.module.Name")
                 )
-            problems += config_problems(node, where)
+            problems += config_problems(node, where, find)
         if not problems:
             problems += _data_problems(config)
     raise_problems(problems, place)
@@ -418,7 +445,7 @@ def check_run_config(
 
 def _data_problems(config: DictConfig) -> Iterator[Problem]:
     """Problems of the data node that only the model's shows; both are valid by themselves."""
-    from ldm.generate.images import size_multiple
+    from ldm.images import size_multiple
 
     node = config["data"]
     if _accepts(node, "train") and not OmegaConf.select(config, "data.params.train"):
@@ -486,7 +513,7 @@ def _datasets(config: DictConfig) -> list[DictConfig]:
 def _accepts(node: Mapping[str, Any], name: str) -> bool:
     """Whether the target of a node accepts a keyword; True for a wrong target, which check_config reports."""
     try:
-        return accepts(get_obj_from_str(node["target"]), name)
+        return accepts(stand_in(node["target"]) or get_obj_from_str(node["target"]), name)
     except ConfigError:
         return True
 
@@ -498,7 +525,8 @@ def _texts(value: Any) -> list[Any]:
 
 def _needs_root(node: Mapping[str, Any]) -> bool:
     try:
-        parameter = inspect.signature(get_obj_from_str(node["target"])).parameters.get("data_root")
+        kind = stand_in(node["target"]) or get_obj_from_str(node["target"])
+        parameter = inspect.signature(kind).parameters.get("data_root")
     except (ConfigError, TypeError, ValueError):
         return False
     given = (node.get("params") or {}).get("data_root")

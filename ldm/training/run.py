@@ -141,19 +141,13 @@ def _run(plan: Plan, recorder: Recorder, callbacks: Sequence[pl.Callback]) -> in
 def make_plan(options: argparse.Namespace) -> Plan:
     """Read and check the configuration; this builds and writes nothing."""
     resume, name = run_folder.place_to_resume(options)
-    known = [*command_line.TRAINER_OPTIONS, *command_line.OLD_TRAINER_KEYS]
-    base, saved = list(options.base), None
+    base, folder, state = list(options.base), None, None
     if resume:
         folder, state = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
         _check_names(options, folder)
-        saved = config.load_run_config(command_line.parse([]), folder.saved_configs())
-        merged = config.load_run_config(options, options.base, saved)
-        where = config.places(options, options.base, folder.saved_configs())
     else:
-        folder, state = None, None
         base = config.complete_base(options)
-        merged = config.load_run_config(options, base)
-        where = config.places(options, base)
+    merged, saved, where = config.of_run(options, base, folder)
     trainer_node = OmegaConf.select(merged, "lightning.trainer")
     trainer_node = trainer_node if isinstance(trainer_node, DictConfig) else OmegaConf.create({})
     # Lightning 1.x had this key in place of -r; a run's saved YAMLs need it no more.
@@ -162,7 +156,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         return make_plan(argparse.Namespace(**vars(options) | given))
     if trainer_node:
         merged["lightning"]["trainer"] = translate_old_keys(trainer_node)
-    config.check_run_config(merged, known, where)
+    config.check_run_config(merged, where)
     check_rate(merged)
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)

@@ -69,6 +69,39 @@ def test_mistakes_are_one_line_before_torch_is_imported(tmp_path, argv, code: in
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
+FINETUNE = str(ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml")
+NETI = str(ROOT / "configs" / "personalization" / "neti.yaml")
+DATA = ["--data_root", str(ROOT / "data" / "concepts" / "bobo")]
+NODE = "model.params.personalization_config"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["model.params.timestep=5"], 1, "unknown key 'timestep' (did you mean 'timesteps'?)"),
+        ([f"{NODE}.params.num_vectors_per_token=0"], 1, "is 0; it must be a whole number from 1 to 1,000"),
+        (
+            [f"{NODE}.target=ldm.modules.embeding_manager.EmbeddingManager"],
+            1,
+            "'ldm.modules.embeding_manager'",
+        ),
+        (["--base", FINETUNE, NETI, f"{NODE}.params.bypass=-1"], 1, "bypass is -1"),
+        (
+            ["--base", FINETUNE, NETI, f"{NODE}.params.bypas=1"],
+            1,
+            "unknown key 'bypas' (did you mean 'bypass'?)",
+        ),
+        (["--accumulate_grad_batches", "0"], 2, "lightning.trainer.accumulate_grad_batches is 0"),
+        (["lightning.callbacks.warm_start.params.rat=1"], 1, "unknown key 'rat' (did you mean 'rate'?)"),
+        (["data.params.train.params.size=33"], 1, "data.params.train.params.size is 33"),
+    ],
+)
+def test_what_classes_accept_is_known_before_torch_is_imported(tmp_path, argv, code: int, message) -> None:
+    done = run_without_torch(["train", "--base", FINETUNE, *DATA, "-t", *argv], tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["embeddings", "convert", "--help"]])
 def test_help_needs_no_torch(tmp_path, argv: list[str]) -> None:
     assert run_without_torch(argv, tmp_path).returncode == 0

@@ -1,0 +1,153 @@
+"""Signatures that are read from sources agree with those of the imported classes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from ldm import signatures, util, values
+from ldm.training.callbacks import KNOWN_CALLBACKS
+from ldm.util import ConfigError, config_problems, get_obj_from_str, stand_in
+from ldm.yaml_files import read_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+# Classes whose sources are not enough: their modules import all of another module, or their base class has the options.
+UNKNOWN = {"torch.nn.Identity", "ldm.training.callbacks.performance.ChannelsLast"}
+
+
+def targets_in(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["target"]} if isinstance(node.get("target"), str) else set()
+        return own.union(*map(targets_in, node.values()))
+    return set().union(*map(targets_in, node)) if isinstance(node, list) else set()
+
+
+def shipped_targets() -> set[str]:
+    yamls = [
+        OmegaConf.to_container(read_yaml(path), resolve=False) for path in ROOT.glob("configs/**/*.yaml")
+    ]
+    known = {node["target"] for node in KNOWN_CALLBACKS.values()} | {part for part, _ in util.PARTS.values()}
+    return known.union(*map(targets_in, yamls), {"pytorch_lightning.Trainer"}) - UNKNOWN
+
+
+@pytest.mark.parametrize("target", sorted(shipped_targets()))
+def test_a_source_has_the_parameters_of_its_class(target: str) -> None:
+    kind = stand_in(target)
+    assert kind is not None
+    given, real = util._accepted(kind), util._accepted(get_obj_from_str(target))
+    assert given is not None and real is not None
+    assert [p.name for p in given] == [p.name for p in real]
+    required = [[p.name for p in one if p.default is p.empty] for one in (given, real)]
+    assert required[0] == required[1]
+    for parameter in given:
+        hint = values.hint(kind, parameter.name)
+        # Names of other modules stay unknown, which allows every value.
+        assert hint in (Any, values.hint(get_obj_from_str(target), parameter.name)) or "Any" in str(hint)
+
+
+def test_most_annotations_are_known() -> None:
+    kinds = [kind for target in shipped_targets() if target.startswith("ldm.") and (kind := stand_in(target))]
+    hints = [values.hint(kind, p.name) for kind in kinds for p in util._accepted(kind) or ()]
+    assert sum(hint is Any for hint in hints) < 0.1 * len(hints)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.params.timestep", 5),
+        ("model.params.timesteps", 1),
+        ("model.params.personalization_config.params.num_vectors_per_token", "two"),
+        ("model.params.personalization_config.target", "ldm.modules.embeding_manager.EmbeddingManager"),
+        ("model.params.personalization_config.target", "ldm.modules.embedding_manager.EmbedingManager"),
+        ("model.params.first_stage_config.params.ddconfig.chanel_mult", [1]),
+        ("data.params.train.params.flip_p", 2),
+        ("data.params.train", {"target": "ldm.data.personalized.PersonalizedBase"}),
+    ],
+)
+def test_a_mistake_is_the_same_from_sources_and_from_classes(key: str, value: Any) -> None:
+    config = read_yaml(ROOT / "configs/latent-diffusion/txt2img-finetune.yaml")
+    OmegaConf.update(config, key, value, merge=False)
+    node = {"model": {k: config.model[k] for k in ("target", "params")}, "data": config.data}
+    found = list(config_problems(node, "", stand_in))
+    assert found == list(config_problems(node, "")) and found
+
+
+def test_sources_that_are_not_enough_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strange.py").write_text(
+        "from somewhere_else import Base\n"
+        "from torch.nn import *\n"
+        "def kind(): return Made\n"
+        "Computed = kind()\n"
+        "class Open(Base):\n    def __init__(self, **options): pass\n"
+        "class Closed(Base):\n    def __init__(self, size: int = 3): pass\n"
+        "@kind\nclass Decorated:\n    def __init__(self, size): pass\n"
+        "class Made:\n    def __new__(cls, size): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Computed", "Open", "Decorated", "Made", "Linear"):
+        assert stand_in(f"strange.{name}") is None
+    assert list(inspect.signature(stand_in("strange.Closed")).parameters) == ["size"]
+    assert stand_in("not_installed.Kind") is None  # the import says which package is missing
+
+
+def test_what_is_not_there_is_the_error_of_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "__init__.py").touch()
+    (tmp_path / "house" / "room.py").write_text("import os\nclass Bed: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("house.rooms.Bed", "house.cellar.shelf.Wine", "house.room.Bet"):
+        with pytest.raises(ConfigError) as early:
+            stand_in(path)
+        with pytest.raises(ConfigError) as late:
+            get_obj_from_str(path)
+        assert str(early.value) == str(late.value)
+    assert stand_in("house.room.Bed") is not None
+    assert stand_in("house.room.os") is None
+
+
+def test_a_base_class_that_is_missing_is_not_taken_for_the_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "heirs").mkdir()
+    (tmp_path / "heirs" / "__init__.py").touch()
+    (tmp_path / "heirs" / "son.py").write_text("from heirs.father import Father\nclass Son(Father): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert stand_in("heirs.son.Son") is None
+
+
+def test_defaults_and_dataclasses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import Literal\n"
+        "SIZE = 7\n"
+        "@dataclass(frozen=True)\nclass Box:\n    width: int\n    height: int = SIZE\n"
+        "class Lid(Box):\n    pass\n"
+        "def open_box(how: Literal['slow', 'fast'] = 'slow', *, force: float = -1.5): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Box", "Lid"):
+        parameters = inspect.signature(stand_in(f"plain.{name}")).parameters
+        assert parameters["width"].default is inspect.Parameter.empty and parameters["height"].default == 7
+    function = stand_in("plain.open_box")
+    assert [p.default for p in inspect.signature(function).parameters.values()] == ["slow", -1.5]
+    assert "plain" not in sys.modules
+    found = list(values.problems(function, {"how": "never"}))
+    assert [(name, requirement) for name, _, requirement in found] == [("how", "one of slow, fast")]
+
+
+def test_nothing_of_a_source_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loud.py").write_text(
+        "raise SystemExit('imported')\nclass Kind:\n    def __init__(self, a=exit(1), b: exit(2) = 1): exit(3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = signatures.declared("loud.Kind")
+    assert list(inspect.signature(kind).parameters) == ["a", "b"]
+    assert kind() is not None
