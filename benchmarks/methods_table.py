@@ -103,31 +103,22 @@ CURVES: dict[str, tuple[str, float, tuple[float, ...]]] = {
 }
 METHODS: dict[str, Method] = {
     BASELINE: _own("one_vector"),
-    "two_vectors": _own("one_vector", _vectors(2)),
+    "one_vector_masked": _own("one_vector", "data.params.train.params.mask_weight=0.1"),
     "eight_vectors": _own("one_vector", _vectors(8), _HALF_RATE),
     "direction": Method(("recipes/direction.yaml",)),
     "fast": Method(("recipes/fast.yaml",)),
     "prospect": _own("prospect"),
     "prospect_10": _own("prospect", "model.params.personalization_config.params.stages=10"),
-    "prospect_2_vectors": _own("prospect", _vectors(2)),
     "prospect_core": _own("prospect_core"),
     "prospect_residual": _own("prospect_residual"),
     "prospect_residual_keys": _own(
         "prospect_residual", "model.params.personalization_config.params.residual_keys=true"
-    ),
-    "prospect_residual_core": _own(
-        "prospect_core",
-        "model.params.personalization_config.params.residual_layers=true",
-        "model.params.personalization_config.params.residual_keys=false",
     ),
     "xti": _own("xti"),
     "grid": _own("grid"),
     "neti": _own("neti"),
     "neti_fast": _own("neti_fast"),
     "output_residual": _own("output_residual"),
-    "output_residual_and_vector": _own(
-        "output_residual", "model.params.personalization_config.params.learn_input=true"
-    ),
     "cross_init": _own("cross_init"),
     "core_one_vector": _own("core", _vectors(1)),
     "core": _own("core", _HALF_RATE),

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=5, help="number of runs (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=positive, default=400, help="steps of each run (default: %(default)s, as in the YAML)"
+        "--steps", type=positive, default=300, help="steps of each run (default: %(default)s, as in the YAML)"
     )
     parser.add_argument("--recipe", default="fast", help="recipe of configs/recipes (default: %(default)s)")
     runs.add_options(parser)
