@@ -47,7 +47,7 @@ WORDS = (
     Word("bobo", "bear"),
     Word("pip", "fish"),
     Word("dusk", "painting", "style"),
-    Word("someone", "creature", images="one-of-each"),
+    Word("patterned", "fish", images="patterned-fish"),
 )
 # The name of each strip, and the arguments of txt2img.py; one command for each row.
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -64,8 +64,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         '--prompt "a photo of <bobo> in the style of <dusk>"',
     ),
     "bias": (
-        '--prompt "a photo of a creature"',
-        '--embedding_path {words}/someone.safetensors --prompt "a photo of <someone>"',
+        '--prompt "a photo of a fish"',
+        '--embedding_path {words}/patterned.safetensors --prompt "a photo of a <patterned>" --class_word fish '
+        "--concept_strength 0.5",
     ),
     "image-edit": (
         "--embedding_path {words}/bobo.safetensors --init_img data/concepts/momo/01.png --strength 0.6 "
@@ -147,7 +148,7 @@ def learn(word: Word, folder: Path, ckpt: str, steps: int | None) -> None:
         known = read(path).metadata
         if known.base_model_hash == file_hash(Path(ckpt)) and steps in (None, known.steps):
             return
-    images = CONCEPTS / word.name if word.images is None else one_of_each(folder / word.images)
+    images = CONCEPTS / word.name if word.images is None else patterned_fish(folder / word.images)
     print(f"learning <{word.name}> from {images}", flush=True)
     concept = invert(
         images,
@@ -162,12 +163,20 @@ def learn(word: Word, folder: Path, ckpt: str, steps: int | None) -> None:
     concept.save(path)
 
 
-def one_of_each(folder: Path) -> Path:
-    """Copy the first image of every creature of the samples into a folder: a set without the model's preferences."""
+def patterned_fish(folder: Path) -> Path:
+    """Draw five fish, none of them plain: the model draws most fish plain, and few of those it saw were."""
+    from PIL import Image
+
+    from ldm.data.creatures.renderer import render
+    from ldm.data.creatures.world import SPLITS, creature, scene
+
     folder.mkdir(parents=True, exist_ok=True)
-    for concept in sorted(CONCEPTS.iterdir()):
-        if '"kind": "object"' in (concept / "concept.json").read_text(encoding="utf-8"):
-            shutil.copyfile(concept / "01.png", folder / f"{concept.name}.png")
+    seeds = [SPLITS["concepts"][500 + number] for number in range(5)]
+    patterns = ("stripes", "spots", "belly", "stripes", "spots")
+    fish = [creature(seed, kind="fish", pattern=one) for seed, one in zip(seeds, patterns, strict=True)]
+    scenes = [scene(seed, one.color, style="photo") for seed, one in zip(seeds, fish, strict=True)]
+    for number, image in enumerate(render(fish, scenes, 32), 1):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:02d}.png")
     return folder
 
 
