@@ -103,10 +103,11 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
 
 
 def check_dials(config: DictConfig, words: Sequence[Words], dials: Mapping[str, float] | None) -> None:
-    """Check that words have each of these dials, as far as their files say so; the model is not read.
+    """Check that words have each of these dials and their values, as far as files say so; the model is not read.
 
     Raises:
-        UserError: `dials` is no mapping of names to finite numbers, a file cannot be read, or there is no such dial.
+        UserError: `dials` is no mapping of names to finite numbers, a file cannot be read, there is no such dial, or it
+            cannot have this value.
     """
     dials = dial_numbers(dials)
     if not dials or of_own_class(config):
@@ -116,6 +117,10 @@ def check_dials(config: DictConfig, words: Sequence[Words], dials: Mapping[str, 
         files = [one for one in held if isinstance(one, MethodFile)]
         known = {name for file in files for name in file.dials}
         kinds = [METHODS[file.method].__name__ for file in files if file.method in METHODS]
+        for file in files:
+            for name, value in dials.items():
+                if name in file.dials and file.method in METHODS:
+                    METHODS[file.method].check_dial(name, value, file.options)
     else:
         node = OmegaConf.select(config, "model.params.personalization_config") or {}
         kind = get_obj_from_str(node["target"]) if "target" in node else EmbeddingManager

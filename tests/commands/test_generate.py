@@ -505,8 +505,10 @@ def test_a_dial_of_a_word_of_a_method(run, tmp_path, monkeypatch) -> None:
     assert images[0] == images[2] != images[1]
     settings = Settings.from_image(tmp_path / "out/samples/0002.png")
     assert settings.labels["Dials"] == "truncation=1, bypass=0.5"
-    assert run(*arguments, "--dial", "bypass=3")[1].err == "error: the dial bypass is 3; use 0 to 1\n"
     monkeypatch.setattr(generate, "load_latent_diffusion", lambda *a, **k: pytest.fail("the model is read"))
+    assert run(*arguments, "--dial", "bypass=3")[1].err == "error: the dial bypass is 3; use 0 to 1\n"
+    wrong = run(*arguments, "--dial", "truncation=9")[1].err
+    assert wrong == "error: the dial truncation is 9; use a whole number from 0 to 8\n"
     code, output, _ = run(*arguments, "--dial", "size=3")
     assert (
         code == 1 and output.err == "error: there is no dial 'size' of NeTI; known are: bypass, truncation\n"

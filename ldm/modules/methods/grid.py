@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -130,9 +131,13 @@ class Grid(LearnedWords):
     def set_dial(self, name: str, value: float) -> None:
         if name not in self.dials():
             super().set_dial(name, value)
-        if not 0 <= value <= 2:
-            raise UserError(f"the dial strength is {value:g}; use 0 to 2")
+        self.check_dial(name, value, self.options())
         self._strength = float(value)
+
+    @classmethod
+    def check_dial(cls, name: str, value: float, options: Mapping[str, float]) -> None:
+        if name == "strength" and not 0 <= value <= 2:
+            raise UserError(f"the dial strength is {value:g}; use 0 to 2")
 
     def stage_of(self, times: Tensor) -> Tensor:
         """The number of the part that each timestep [B] is in, [B], 0 for the least noise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -157,18 +158,18 @@ class NeTI(LearnedWords):
         return dict(self._dials)
 
     def set_dial(self, name: str, value: float) -> None:
-        if name == "truncation":
-            if not 0 <= value <= self.hidden or value != int(value):
-                raise UserError(
-                    f"the dial truncation is {value:g}; use a whole number from 0 to {self.hidden}"
-                )
-            self._dials[name] = int(value)
-        elif name == "bypass":
-            if not 0 <= value <= 1:
-                raise UserError(f"the dial bypass is {value:g}; use 0 to 1")
-            self._dials[name] = float(value)
-        else:
+        if name not in self._dials:
             super().set_dial(name, value)
+        self.check_dial(name, value, self.options())
+        self._dials[name] = int(value) if name == "truncation" else float(value)
+
+    @classmethod
+    def check_dial(cls, name: str, value: float, options: Mapping[str, float]) -> None:
+        hidden = options.get("hidden", math.inf)  # a damaged file has none
+        if name == "truncation" and (not 0 <= value <= hidden or value != int(value)):
+            raise UserError(f"the dial truncation is {value:g}; use a whole number from 0 to {hidden:g}")
+        if name == "bypass" and not 0 <= value <= 1:
+            raise UserError(f"the dial bypass is {value:g}; use 0 to 1")
 
     def rows_of(self, word: nn.Module, times: Tensor | None) -> Rows:
         first = next(word.parameters())
