@@ -420,14 +420,19 @@ def check_run_config(
             if value is not None and key in TRAINER_OPTIONS:
                 hint = values.hint(kind, key)
                 problems += _misfits(f"lightning.trainer.{key}", value, hint)
+        completed = complete_lightning(
+            lightning,
+            personalization=OmegaConf.select(config, "model.params.personalization_config") is not None,
+        )
+        # The defaults need no check.
+        completed["callbacks"] = {
+            k: v for k, v in completed["callbacks"].items() if k in (lightning.get("callbacks") or {})
+        }
         # The model's node also holds the learning rate, which is not an argument of the constructor.
         nodes = {
             "model": _constructor(config.get("model") or {}),
             "data": config.get("data") or {},
-            "lightning": complete_lightning(
-                lightning,
-                personalization=OmegaConf.select(config, "model.params.personalization_config") is not None,
-            ),
+            "lightning": completed,
         }
         for where, node in nodes.items():
             if where != "lightning" and node and not node.get("target"):
