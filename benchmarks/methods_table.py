@@ -27,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -200,6 +200,7 @@ def table(options: argparse.Namespace) -> None:
         },
     )
     fill(report, whole)
+    report.data = {"cells": [dict(cell) for cell in found.values()]}
     if left := len(found) - len(whole):
         report.notes.append(f"left out are {left} cells of creatures and seeds that not all methods have yet")
     report.notes += [f"variant {text}" for text in options.variant]
@@ -278,8 +279,9 @@ class Bench:
         return runs.fingerprint(settings, yamls, [options.model / "model.safetensors"])
 
     def cells(self) -> dict[tuple[int, int, str], dict[str, Any]]:
-        """The cells that are measured with the present settings."""
-        return read_cells(self.work, self.settings)
+        """The cells that are measured with the present settings, here or in the report of the repository."""
+        lines = [] if self.options.tuning else runs.reported((self.options.out or RESULTS) / "methods_table.json")
+        return read_cells([*lines, *runs.lines_of(self.work)], self.settings)
 
     def complete(self, cells: Cells) -> dict[tuple[int, int, str], Mapping[str, Any]]:
         """The cells of the creatures and seeds that all methods with any cell have, so that means are over the same."""
@@ -311,7 +313,7 @@ class Bench:
             except UserError as error:
                 print(f"not measured: {error}", flush=True)
                 continue
-            add_cell(self.work, cell)
+            runs.add_cell(self.work, cell)
             print(
                 f"{key[2]} on {key[1]}, seed {key[0]}: identity {cell['identity']:.3f}"
                 + (f", edits {cell['edits']:.3f}" if cell["edits"] is not None else ""),
@@ -422,27 +424,12 @@ def words_of(prompt: str) -> list[str]:
     return re.findall(r"[a-z]+", prompt)
 
 
-def cells_of(work: Path) -> Path:
-    return work / "cells.jsonl"
-
-
-def add_cell(work: Path, cell: Mapping[str, Any]) -> None:
-    """Append a cell, on a line of its own also after one that was cut off."""
-    path = cells_of(work)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * (not text.endswith("\n") and bool(text)) + json.dumps(cell) + "\n")
-
-
-def read_cells(work: Path, settings: Mapping[str, str]) -> dict[tuple[int, int, str], dict[str, Any]]:
-    """The cells that were measured with these settings of their methods; a line that was cut off is left out."""
+def read_cells(
+    measured: Iterable[dict[str, Any]], settings: Mapping[str, str]
+) -> dict[tuple[int, int, str], dict[str, Any]]:
+    """The cells that were measured with these settings of their methods."""
     cells: dict[tuple[int, int, str], dict[str, Any]] = {}
-    lines = cells_of(work).read_text(encoding="utf-8").splitlines() if cells_of(work).is_file() else []
-    for line in lines:
-        try:
-            cell = json.loads(line)
-        except ValueError:
-            continue
+    for cell in measured:
         if settings.get(cell["method"]) == cell["settings"]:
             cells[cell["seed"], cell["creature"], cell["method"]] = cell
     return cells
@@ -517,7 +504,6 @@ def fill(report: Report, cells: Cells) -> None:
             for figure in FIGURES
         ):
             better.append(name)
-    report.data = {"cells": [dict(cell) for cell in cells.values()]}
     report.notes += [
         "identity: 0 is another creature, 1 the same one drawn again; edits: the share of images that show what was "
         "asked for and still the creature; no judged prompt is trained with",

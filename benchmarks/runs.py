@@ -1,4 +1,4 @@
-"""Runs of main.py inside a benchmark: the same parts in the same order, with additional callbacks."""
+"""Runs of main.py inside a benchmark, in the same order with additional callbacks, and cells of tables that go on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,32 @@ def set_up(options: argparse.Namespace) -> None:
     logging.getLogger("ldm").setLevel(logging.WARNING)
     if options.threads:
         torch.set_num_threads(options.threads)
+
+
+def cells_of(work: Path) -> Path:
+    return work / "cells.jsonl"
+
+
+def add_cell(work: Path, cell: Mapping[str, Any]) -> None:
+    """Append a cell, on a line of its own also after one that was cut off."""
+    path = cells_of(work)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * (not text.endswith("\n") and bool(text)) + json.dumps(cell) + "\n")
+
+
+def lines_of(work: Path) -> list[dict[str, Any]]:
+    """The cells of a work folder; a line that was cut off is left out."""
+    lines = cells_of(work).read_text(encoding="utf-8").splitlines() if cells_of(work).is_file() else []
+    cells = []
+    for line in lines:
+        with suppress(ValueError):
+            cells.append(json.loads(line))
+    return cells
+
+
+def reported(path: Path) -> list[dict[str, Any]]:
+    """The cells in the JSON of a report, so that a table goes on where its work folder is lost."""
+    if not path.is_file():
+        return []
+    return list(json.loads(path.read_text(encoding="utf-8"))["data"]["cells"])

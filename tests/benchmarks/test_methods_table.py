@@ -14,7 +14,6 @@ from benchmarks.methods_table import (
     BASELINE,
     METHODS,
     Report,
-    add_cell,
     differences,
     draw_dial,
     fill,
@@ -22,6 +21,7 @@ from benchmarks.methods_table import (
     read_cells,
 )
 from benchmarks.rounds import holm, paired
+from benchmarks.runs import add_cell, lines_of, reported
 from ldm.data.creatures import world
 from ldm.evaluation.edits import edits_of
 from ldm.util import UserError
@@ -111,10 +111,26 @@ def test_cells_that_were_cut_off_or_made_with_other_settings_are_measured_again(
     kept = {"seed": 0, "creature": 9001, "method": "xti", "settings": "new"}
     lines = [json.dumps(kept), json.dumps(kept | {"seed": 1, "settings": "old"}), json.dumps(kept)[:20]]
     (tmp_path / "cells.jsonl").write_text("\n".join(lines))
-    assert list(read_cells(tmp_path, {"xti": "new"})) == [(0, 9001, "xti")]
+    assert list(read_cells(lines_of(tmp_path), {"xti": "new"})) == [(0, 9001, "xti")]
     add_cell(tmp_path, kept | {"seed": 2})
     add_cell(tmp_path, kept | {"seed": 3})
-    assert [seed for seed, _, _ in read_cells(tmp_path, {"xti": "new"})] == [0, 2, 3]
+    assert [seed for seed, _, _ in read_cells(lines_of(tmp_path), {"xti": "new"})] == [0, 2, 3]
+
+
+def test_a_table_goes_on_from_its_report(tmp_path, monkeypatch):
+    """The work folder is not kept in the repository; the JSON of the report is."""
+    seen = []
+    monkeypatch.setattr(methods_table, "table", seen.append)
+    assert main(["--work", str(tmp_path / "work"), "--out", str(tmp_path), "--creatures", "2"]) == 0
+    bench = methods_table.Bench(seen[0], {BASELINE: METHODS[BASELINE]})
+    cell = {"seed": 0, "creature": 9001, "method": BASELINE, "settings": bench.settings[BASELINE]}
+    assert bench.cells() == {} and reported(tmp_path / "methods_table.json") == []
+    report = Report("methods_table", "Methods", (), {})
+    report.data = {"cells": [cell, cell | {"creature": 9002, "settings": "old"}]}
+    report.write(tmp_path)
+    assert list(bench.cells()) == [(0, 9001, BASELINE)]
+    bench.options.tuning = True
+    assert bench.cells() == {}, "creatures that are tuned on have a report of their own"
 
 
 def test_what_is_learned_again_and_what_is_only_scored_again(monkeypatch):
