@@ -280,7 +280,9 @@ class Bench:
 
     def cells(self) -> dict[tuple[int, int, str], dict[str, Any]]:
         """The cells that are measured with the present settings, here or in the report of the repository."""
-        lines = [] if self.options.tuning else runs.reported((self.options.out or RESULTS) / "methods_table.json")
+        lines = (
+            [] if self.options.tuning else runs.reported((self.options.out or RESULTS) / "methods_table.json")
+        )
         return read_cells([*lines, *runs.lines_of(self.work)], self.settings)
 
     def complete(self, cells: Cells) -> dict[tuple[int, int, str], Mapping[str, Any]]:

@@ -76,6 +76,8 @@ def _in_module(module: str, name: str, seen: frozenset[str]) -> Any:
     for node in reversed(tree.body):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
             return _stand_in(node, module, seen)
+        if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
+            raise NotInSource
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -90,6 +92,10 @@ def _in_module(module: str, name: str, seen: frozenset[str]) -> Any:
 
 
 _IMPORTS = (ast.Import, ast.ImportFrom)
+# What defines no other constructor within a class, whatever its text.
+_PLAIN = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Expr, ast.Pass, ast.AnnAssign)
+# Decorators that leave the parameters of a function as they are.
+_KEEP_SIGNATURES = {"override", "torch.no_grad()", "_defaults_from_env_vars"}
 
 
 @cache
@@ -142,6 +148,8 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
 def _stand_in(node: ast.FunctionDef | ast.ClassDef, module: str, seen: frozenset[str]) -> Any:
     if isinstance(node, ast.FunctionDef):
         return _function(node, module)
+    if node.keywords:  # a metaclass
+        raise NotInSource
     body: dict[str, Any] = {}
     decorators = [text for one in node.decorator_list if (text := ast.unparse(one)) != "runtime_checkable"]
     if decorators:
@@ -151,7 +159,9 @@ def _stand_in(node: ast.FunctionDef | ast.ClassDef, module: str, seen: frozenset
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             body["__init__"] = _function(part, module)
-        elif isinstance(part, ast.FunctionDef) and part.name == "__new__":
+        elif not isinstance(part, _PLAIN) and (
+            "__init__" in (text := ast.unparse(part)) or "__new__" in text
+        ) or isinstance(part, ast.FunctionDef) and part.name in ("__new__", "__init_subclass__"):
             raise NotInSource
     ancestors = dict.fromkeys(_ancestor(base, module, seen) for base in node.bases)
     ancestors.pop(object, None)
@@ -214,6 +224,8 @@ def _constructor(node: ast.ClassDef) -> ast.FunctionDef:
 
 def _function(node: ast.FunctionDef, module: str) -> Any:
     """A function with the parameters of another that does nothing."""
+    if not {*map(ast.unparse, node.decorator_list)} <= _KEEP_SIGNATURES:
+        raise NotInSource
     given = copy.deepcopy(node.args)
     for one in (*given.posonlyargs, *given.args, *given.kwonlyargs):
         if one.annotation is not None:

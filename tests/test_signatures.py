@@ -87,10 +87,18 @@ def test_sources_that_are_not_enough_are_not_known(tmp_path: Path, monkeypatch: 
         "class Closed(Base):\n    def __init__(self, size: int = 3): pass\n"
         "@kind\nclass Decorated:\n    def __init__(self, size): pass\n"
         "class Made:\n    def __new__(cls, size): pass\n"
+        "class Bound:\n    __init__ = kind\n"
+        "class Wrapped:\n    @kind\n    def __init__(self, size): pass\n"
+        "class Chosen:\n    if kind:\n        def __init__(self, size): pass\n"
+        "class Meta(metaclass=kind):\n    def __init__(self, size): pass\n"
+        "class Replaced:\n    def __init__(self, size): pass\n"
+        "Replaced = kind(Replaced)\n"
+        "if kind:\n    class Inner:\n        def __init__(self, size): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("Computed", "Open", "Decorated", "Made", "Linear"):
-        assert stand_in(f"strange.{name}") is None
+    unclear = "Computed Open Decorated Made Linear Bound Wrapped Chosen Meta Replaced Inner"
+    for name in unclear.split():
+        assert stand_in(f"strange.{name}") is None, name
     assert list(inspect.signature(stand_in("strange.Closed")).parameters) == ["size"]
     assert stand_in("not_installed.Kind") is None  # the import says which package is missing
 
