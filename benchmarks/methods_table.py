@@ -66,6 +66,7 @@ BASELINE = "one_vector"
 _HALF_RATE = "model.base_learning_rate=1.25e-3"
 QUIET = ("lightning.callbacks.image_logger.params.batch_frequency=0", "lightning.trainer.limit_val_batches=0")
 FIGURES = ("identity", "edits")
+CELL = ("seed", "creature", "method", "settings")
 # By seed, creature and method.
 Cells = Mapping[tuple[int, int, str], Mapping[str, Any]]
 # What the table is to show: these shares of the first stage's identity and of all edits.
@@ -200,7 +201,9 @@ def table(options: argparse.Namespace) -> None:
         },
     )
     fill(report, whole)
-    report.data = {"cells": [dict(cell) for cell in found.values()]}
+    # What is not asked for now stays there for the next time.
+    kept = {tuple(cell[key] for key in CELL): cell for cell in [*bench.reported(), *found.values()]}
+    report.data = {"cells": [dict(cell) for cell in kept.values()]}
     if left := len(found) - len(whole):
         report.notes.append(f"left out are {left} cells of creatures and seeds that not all methods have yet")
     report.notes += [f"variant {text}" for text in options.variant]
@@ -280,10 +283,12 @@ class Bench:
 
     def cells(self) -> dict[tuple[int, int, str], dict[str, Any]]:
         """The cells that are measured with the present settings, here or in the report of the repository."""
-        lines = (
-            [] if self.options.tuning else runs.reported((self.options.out or RESULTS) / "methods_table.json")
-        )
-        return read_cells([*lines, *runs.lines_of(self.work)], self.settings)
+        return read_cells([*self.reported(), *runs.lines_of(self.work)], self.settings)
+
+    def reported(self) -> list[dict[str, Any]]:
+        """The cells of the full table's report, of any settings."""
+        path = (self.options.out or RESULTS) / "methods_table.json"
+        return [] if self.options.tuning or self.options.methods else runs.reported(path)
 
     def complete(self, cells: Cells) -> dict[tuple[int, int, str], Mapping[str, Any]]:
         """The cells of the creatures and seeds that all methods with any cell have, so that means are over the same."""

@@ -1,6 +1,7 @@
 """The signatures of classes and functions from their source text, without importing their modules.
 
 Torch and Lightning take seconds to import, and a YAML can be checked against what their classes accept without them.
+Only packages whose style is known are read: a module can define a name in ways that its text does not show.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import types
 import typing
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 # The modules with whose names annotations are evaluated.
 _LIGHT = {module.__name__: module for module in (typing, collections.abc, os, pathlib)}
@@ -34,9 +35,13 @@ class Foreign:
     """A base class of another package, which is not read."""
 
 
+# What is read; tests compare it with the imported classes.
+PACKAGES = ("ldm", "benchmarks", "pytorch_lightning", "torch")
+
+
 @cache
 def declared(path: str) -> Any:
-    """Return a stand-in for the class or function at a dotted path; None if its source does not say enough.
+    """Return a stand-in for the class or function at a dotted path; None if its source is not read or not enough.
 
     A stand-in has the name, the ancestors and the parameters of the original, with defaults and annotations, and does
     nothing. Annotations that need other modules than Python's own are not evaluated.
@@ -45,6 +50,8 @@ def declared(path: str) -> Any:
         Absent: nothing is at this path.
     """
     module, _, name = path.rpartition(".")
+    if module.partition(".")[0] not in PACKAGES:
+        return None
     try:
         found = _in_module(module, name, frozenset())
     except Absent as error:
@@ -57,10 +64,11 @@ def declared(path: str) -> Any:
 
 
 def _passes_on(kind: type) -> bool:
-    """Whether a class of another package decides what arguments a class accepts."""
+    """Whether a class of another package, which is not read, has a say in the arguments of a class."""
     if Foreign not in kind.__mro__:
         return False
-    constructors = [vars(one)["__init__"] for one in kind.__mro__[:-1] if "__init__" in vars(one)]
+    nearer = kind.__mro__[: kind.__mro__.index(Foreign)]
+    constructors = [vars(one)["__init__"] for one in nearer if "__init__" in vars(one)]
     takes_all = (
         any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
         for function in constructors
@@ -153,15 +161,16 @@ def _stand_in(node: ast.FunctionDef | ast.ClassDef, module: str, seen: frozenset
     body: dict[str, Any] = {}
     decorators = [text for one in node.decorator_list if (text := ast.unparse(one)) != "runtime_checkable"]
     if decorators:
-        if len(decorators) > 1 or not decorators[0].startswith("dataclass") or node.bases:
-            raise NotInSource
-        body["__init__"] = _function(_constructor(node), module)
+        raise NotInSource
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             body["__init__"] = _function(part, module)
-        elif not isinstance(part, _PLAIN) and (
-            "__init__" in (text := ast.unparse(part)) or "__new__" in text
-        ) or isinstance(part, ast.FunctionDef) and part.name in ("__new__", "__init_subclass__"):
+        elif (
+            not isinstance(part, _PLAIN)
+            and ("__init__" in (text := ast.unparse(part)) or "__new__" in text)
+            or isinstance(part, ast.FunctionDef)
+            and part.name in ("__new__", "__init_subclass__")
+        ):
             raise NotInSource
     ancestors = dict.fromkeys(_ancestor(base, module, seen) for base in node.bases)
     ancestors.pop(object, None)
@@ -208,20 +217,6 @@ def _class(module: str, name: str, seen: frozenset[str]) -> type:
     return found
 
 
-def _constructor(node: ast.ClassDef) -> ast.FunctionDef:
-    """The constructor of a dataclass without ancestors."""
-    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
-    if any(isinstance(one.value, ast.Call) and "init" in ast.unparse(one.value) for one in fields):
-        raise NotInSource
-    names = [ast.arg(cast(ast.Name, one.target).id, one.annotation) for one in fields]
-    defaults = [one.value for one in fields if one.value is not None]
-    arguments = ast.arguments([], [ast.arg("self"), *names], None, [], [], None, defaults)
-    shell = ast.parse("def __init__(): pass").body[0]
-    assert isinstance(shell, ast.FunctionDef)
-    shell.args = arguments
-    return shell
-
-
 def _function(node: ast.FunctionDef, module: str) -> Any:
     """A function with the parameters of another that does nothing."""
     if not {*map(ast.unparse, node.decorator_list)} <= _KEEP_SIGNATURES:
@@ -234,12 +229,17 @@ def _function(node: ast.FunctionDef, module: str) -> Any:
         if rest is not None:
             rest.annotation = None
     own = dict(_namespace(module))
-    for defaults in (given.defaults, given.kw_defaults):
-        for index, default in enumerate(defaults):
+    positional = [*given.posonlyargs, *given.args]
+    for defaults, names in (
+        (given.defaults, positional[len(positional) - len(given.defaults) :]),
+        (given.kw_defaults, given.kwonlyargs),
+    ):
+        for index, (default, name) in enumerate(zip(list(defaults), names, strict=True)):
             if default is not None:
-                name = f"default {len(own)}"
-                own[name] = _default(default, module)
-                defaults[index] = ast.Name(name, ast.Load())
+                own[key := f"default of {name.arg}"] = value = _default(default, module)
+                defaults[index] = ast.Name(key, ast.Load())
+                if value is _UNKNOWN:  # which would be no mistake in a YAML
+                    name.annotation = None
     shell = copy.copy(node)  # with the fields that a later Python adds
     shell.args, shell.body, shell.decorator_list, shell.returns = given, [ast.Pass()], [], None
     exec(
@@ -249,13 +249,15 @@ def _function(node: ast.FunctionDef, module: str) -> Any:
     return own[node.name]
 
 
+_UNKNOWN = object()
+
+
 def _default(default: ast.expr, module: str) -> Any:
-    """The value of a default that is written out or is a constant; else something that equals no other value."""
+    """The value of a default that is written out, or is a constant of the module."""
     try:
         return ast.literal_eval(default)
     except ValueError:
-        known = _namespace(module)
-        return known[default.id] if isinstance(default, ast.Name) and default.id in known else object()
+        return _namespace(module).get(default.id, _UNKNOWN) if isinstance(default, ast.Name) else _UNKNOWN
 
 
 @cache
@@ -263,7 +265,7 @@ def _namespace(module: str) -> dict[str, Any]:
     """The names of a module that cost nothing: constants, and what it imports from Python's own light modules."""
     found: dict[str, Any] = {}
     for node in _tree(module)[0].body:
-        if isinstance(node, ast.ImportFrom) and node.module in _LIGHT:
+        if isinstance(node, ast.ImportFrom) and node.module in _LIGHT and not node.level:
             for alias in node.names:
                 found[alias.asname or alias.name] = getattr(_LIGHT[node.module], alias.name, Any)
         elif isinstance(node, ast.Import):

@@ -42,12 +42,16 @@ def test_a_source_has_the_parameters_of_its_class(target: str) -> None:
     given, real = util._accepted(kind), util._accepted(get_obj_from_str(target))
     assert given is not None and real is not None
     assert [p.name for p in given] == [p.name for p in real]
+    parameters = {parameter.name: parameter for parameter in real}
     required = [[p.name for p in one if p.default is p.empty] for one in (given, real)]
     assert required[0] == required[1]
     for parameter in given:
         hint = values.hint(kind, parameter.name)
         # Names of other modules stay unknown, which allows every value.
-        assert hint in (Any, values.hint(get_obj_from_str(target), parameter.name)) or "Any" in str(hint)
+        known = values.hint(get_obj_from_str(target), parameter.name)
+        assert hint in (Any, known)
+        defaults = [one.default for one in (parameter, parameters[parameter.name])]
+        assert defaults[0] == defaults[1] or hint is Any
 
 
 def test_most_annotations_are_known() -> None:
@@ -77,6 +81,22 @@ def test_a_mistake_is_the_same_from_sources_and_from_classes(key: str, value: An
     assert found == list(config_problems(node, "")) and found
 
 
+def read(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let these modules of a folder be read as those of known packages are."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(signatures, "PACKAGES", (*signatures.PACKAGES, *names))
+    signatures.declared.cache_clear()
+    signatures._tree.cache_clear()
+    signatures._namespace.cache_clear()
+
+
+def test_a_class_of_a_user_is_left_to_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_alone.py").write_text("class Kind:\n    def __init__(self, size): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert stand_in("mine_alone.Kind") is None
+    assert stand_in("not_installed.Kind") is None  # the import says which package is missing
+
+
 def test_sources_that_are_not_enough_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "strange.py").write_text(
         "from somewhere_else import Base\n"
@@ -85,6 +105,9 @@ def test_sources_that_are_not_enough_are_not_known(tmp_path: Path, monkeypatch: 
         "Computed = kind()\n"
         "class Open(Base):\n    def __init__(self, **options): pass\n"
         "class Closed(Base):\n    def __init__(self, size: int = 3): pass\n"
+        "class Late:\n    def __init__(self, verbose=False): pass\n"
+        "class Mixed(Base, Late): pass\n"
+        "class Taking(Base, Late):\n    def __init__(self, size, **more): pass\n"
         "@kind\nclass Decorated:\n    def __init__(self, size): pass\n"
         "class Made:\n    def __new__(cls, size): pass\n"
         "class Bound:\n    __init__ = kind\n"
@@ -95,12 +118,11 @@ def test_sources_that_are_not_enough_are_not_known(tmp_path: Path, monkeypatch: 
         "Replaced = kind(Replaced)\n"
         "if kind:\n    class Inner:\n        def __init__(self, size): pass\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    unclear = "Computed Open Decorated Made Linear Bound Wrapped Chosen Meta Replaced Inner"
+    read(tmp_path, monkeypatch, "strange")
+    unclear = "Computed Open Decorated Made Linear Bound Wrapped Chosen Meta Replaced Inner Mixed Taking"
     for name in unclear.split():
         assert stand_in(f"strange.{name}") is None, name
     assert list(inspect.signature(stand_in("strange.Closed")).parameters) == ["size"]
-    assert stand_in("not_installed.Kind") is None  # the import says which package is missing
 
 
 def test_what_is_not_there_is_the_error_of_the_import(
@@ -109,7 +131,7 @@ def test_what_is_not_there_is_the_error_of_the_import(
     (tmp_path / "house").mkdir()
     (tmp_path / "house" / "__init__.py").touch()
     (tmp_path / "house" / "room.py").write_text("import os\nclass Bed: pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    read(tmp_path, monkeypatch, "house")
     for path in ("house.rooms.Bed", "house.cellar.shelf.Wine", "house.room.Bet"):
         with pytest.raises(ConfigError) as early:
             stand_in(path)
@@ -126,36 +148,36 @@ def test_a_base_class_that_is_missing_is_not_taken_for_the_class(
     (tmp_path / "heirs").mkdir()
     (tmp_path / "heirs" / "__init__.py").touch()
     (tmp_path / "heirs" / "son.py").write_text("from heirs.father import Father\nclass Son(Father): pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    read(tmp_path, monkeypatch, "heirs")
     assert stand_in("heirs.son.Son") is None
 
 
-def test_defaults_and_dataclasses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plain.py").write_text(
         "from __future__ import annotations\n"
-        "from dataclasses import dataclass\n"
         "from typing import Literal\n"
-        "SIZE = 7\n"
-        "@dataclass(frozen=True)\nclass Box:\n    width: int\n    height: int = SIZE\n"
-        "class Lid(Box):\n    pass\n"
-        "def open_box(how: Literal['slow', 'fast'] = 'slow', *, force: float = -1.5): ...\n"
+        "from elsewhere import MANY\n"
+        "SIZE = -7\n"
+        "def open_box(how: Literal['slow', 'fast'] = 'slow', size: int = SIZE, max_images: int = MANY, "
+        "*, force: float = -1.5, eta: float = float('inf')): ...\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("Box", "Lid"):
-        parameters = inspect.signature(stand_in(f"plain.{name}")).parameters
-        assert parameters["width"].default is inspect.Parameter.empty and parameters["height"].default == 7
+    read(tmp_path, monkeypatch, "plain")
     function = stand_in("plain.open_box")
-    assert [p.default for p in inspect.signature(function).parameters.values()] == ["slow", -1.5]
+    known = [inspect.signature(function).parameters[name].default for name in ("how", "size", "force")]
+    assert known == ["slow", -7, -1.5]
     assert "plain" not in sys.modules
-    found = list(values.problems(function, {"how": "never"}))
-    assert [(name, requirement) for name, _, requirement in found] == [("how", "one of slow, fast")]
+    found = list(values.problems(function, {"how": "never", "size": 0}))
+    assert [name for name, _, _ in found] == ["how", "size"]
+    # Of a default that only the module knows, the YAML may have the value, which nothing else allows.
+    given = {"how": "slow", "size": -7, "max_images": -1, "eta": float("inf")}
+    assert not list(values.problems(function, given))
 
 
 def test_nothing_of_a_source_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loud.py").write_text(
         "raise SystemExit('imported')\nclass Kind:\n    def __init__(self, a=exit(1), b: exit(2) = 1): exit(3)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    read(tmp_path, monkeypatch, "loud")
     kind = signatures.declared("loud.Kind")
     assert list(inspect.signature(kind).parameters) == ["a", "b"]
     assert kind() is not None

@@ -129,7 +129,8 @@ def check_command_line(options: argparse.Namespace) -> None:
                 roots = config["data_root"] if options.data_root else own or config.get("data_root")
                 for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
                     check_image_folder(root)
-        if described:
+        # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
+        if described and not trainer.get("resume_from_checkpoint"):
             check_run_config(config, place, stand_in)
     hub.check(options)
 

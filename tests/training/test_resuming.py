@@ -347,7 +347,13 @@ def test_the_command_of_older_forks(copy_of, tiny_yaml, tiny_model, capsys) -> N
         start("--base", tiny_yaml, "-t", f"lightning.trainer.resume_from_checkpoint={run}", "--max_steps", 7)
         == 0
     )
-    assert state_of(run)["global_step"] == 7 and not Path("logs").exists()
+    # The images are those of the run, as its saved YAML says.
+    yaml = OmegaConf.load(tiny_yaml)
+    del yaml.data
+    OmegaConf.save(yaml, "without.yaml")
+    resumed = f"lightning.trainer.resume_from_checkpoint={run}"
+    assert start("--base", "without.yaml", "-t", resumed, "--max_steps", 8) == 0
+    assert state_of(run)["global_step"] == 8 and not Path("logs").exists()
 
 
 @pytest.mark.slow
