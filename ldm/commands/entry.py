@@ -68,15 +68,15 @@ def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
 
     for argument in argv:  # the run's YAML could not hold it
         check_text(argument, "the argument")
-    options = command_line.parse(argv, prog)
-    # Classes that a YAML names as a target may lie in the folder where the command is typed.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    from ldm.training import config
-
-    config.check_command_line(options)
-    # Torch and Lightning, which take seconds, are imported when nothing is wrong with the command line.
     with console.importing():
+        options = command_line.parse(argv, prog)
+        # Classes that a YAML names as a target may lie in the folder where the command is typed.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        from ldm.training import config
+
+        config.check_command_line(options)
+        # Torch and Lightning, which take seconds, are imported when nothing is wrong with the command line.
         from ldm.training.run import run
 
     console.set_up_logging(debug)
