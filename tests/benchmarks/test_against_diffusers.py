@@ -67,12 +67,18 @@ def test_comparisons_are_paired_by_creature() -> None:
             THEIRS: {"seconds": slow * 50.0, "identity": base, "edits": 0.9},
             "default": {**one, "seconds": slow * 30.0, "identity": base + 0.1},
             "fast": {**one, "seconds": slow * 20.0, "identity": base},
+            "prospect_residual": {**one, "seconds": slow * 35.0, "identity": base + 0.2},
         }
         for name, slow, base in (("a", 1, 0.5), ("b", 4, 0.7))
     }
     report = Report("t", "T", ("creature", "contestant", "s", "of", "identity", "edits"), {})
     fill(report, found)
-    assert len(report.rows) == 6 and report.rows[1][3] == "0.60"
+    assert len(report.rows) == 8 and report.rows[1][3] == "0.60"
     assert "default takes 0.60 (0.60 to 0.60)" in report.notes[0] and "<= 0.6: met" in report.notes[0]
     assert "identity +0.100" in report.notes[0] and "missed by 33%" in report.notes[1]
-    assert set(OURS) == {"default", "fast"}
+    # A contestant without an aim is measured, not judged.
+    assert (
+        "prospect_residual takes 0.70 (0.70 to 0.70) of the time of diffusers' script; identity +0.200"
+        in (report.notes[2])
+    )
+    assert set(OURS) == {"default", "fast", "prospect_residual"}

@@ -121,8 +121,16 @@ def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterat
     open_page(page, server)
     yield page
     context.close()
-    # What the browser says while the server is killed.
-    ended = ("ERR_CONNECTION", "ERR_INCOMPLETE", "AbortError", "errored out")
+    # What the browser says while the server is killed, and of what a reload ends; "network error" is an answer that
+    # breaks off while it is read, "Failed to fetch" a request that nobody answers.
+    ended = (
+        "ERR_CONNECTION",
+        "ERR_INCOMPLETE",
+        "AbortError",
+        "errored out",
+        "network error",
+        "Failed to fetch",
+    )
     assert [problem for problem in problems if not any(text in problem for text in ended)] == []
 
 
