@@ -62,6 +62,7 @@ for line in sys.stdin.read().splitlines():
     print(code, heavy(), shown.getvalue().strip())
 """
 YAML = "configs/latent-diffusion/txt2img-finetune.yaml"
+METHODS, WORDS = "configs/personalization", "model.params.personalization_config.params"
 ANSWERED_AT_ONCE = {
     "--help": (0, ""),
     "--nonsense": (2, "unknown flag --nonsense"),
@@ -80,6 +81,16 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --embedding_manager_ckpt no.pt": (1, "'no.pt': it does not exist"),
     f"--base {YAML} -t --max_steps 0": (2, "max_steps is 0"),
     f"--base {YAML} -t model.base_learning_rate=-1": (1, "base_learning_rate is -1"),
+    # Of methods' classes, which are not imported for the check.
+    f"--base {YAML} {METHODS}/prospect.yaml -t {WORDS}.stages=0": (
+        1,
+        "stages is 0; it must be a whole number from 1",
+    ),
+    f"--base {YAML} {METHODS}/neti.yaml -t {WORDS}.hidden=5000": (1, "hidden is 5000"),
+    f"--base {YAML} {METHODS}/dreamartist.yaml -t {WORDS}.guidance=1": (
+        1,
+        "guidance is 1; it must be a number above 1",
+    ),
     "-r nowhere -t": (1, "-r 'nowhere' does not exist"),
     "--resume_from_checkpoint nowhere -t": (1, "--resume_from_checkpoint 'nowhere' does not exist"),
     "generate --help": (0, ""),
