@@ -122,7 +122,7 @@ def compare(options: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "images": options.images,
     }
-    yamls = [ROOT / path for path in (BASE, *(path for more, _ in OURS.values() for path in more))]
+    yamls = [ROOT / path for path in (BASE, *(path for one in OURS.values() for path in one.yamls))]
     digest = runs.fingerprint(settings, [*yamls, options.model / "config.yaml"], [judge])
     work = options.work / digest
     exported = export(options.model, work / "exported")

@@ -58,7 +58,11 @@ from ldm.util import UserError, shown
 from scripts.make_concepts import creature_concept, write_concept
 
 MODEL = ROOT / "models" / "ldm" / "creatures"
-BASE = ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml"
+# The second keeps the steps of all methods at those of the cells that are there, whatever the default is.
+BASES = (
+    ROOT / "configs" / "latent-diffusion" / "txt2img-finetune.yaml",
+    ROOT / "benchmarks" / "methods_table.yaml",
+)
 # Indices of the split `concepts`: held out, and for choosing rates and the like.
 FIRST_CREATURE, FIRST_OF_TUNING, MOST_OF_TUNING = 9001, 100, 30
 BASELINE = "one_vector"
@@ -278,7 +282,7 @@ class Bench:
         """Of what a method learns, and in what time."""
         options = self.options
         settings = {"overrides": method.overrides, "steps": options.steps, "threads": torch.get_num_threads()}
-        yamls = [BASE, *(ROOT / "configs" / path for path in method.yamls), options.model / "config.yaml"]
+        yamls = [*yamls_of(method), options.model / "config.yaml"]
         return runs.fingerprint(settings, yamls, [options.model / "model.safetensors"])
 
     def cells(self) -> dict[tuple[int, int, str], dict[str, Any]]:
@@ -349,8 +353,7 @@ class Bench:
             return dict(json.loads(record.read_text(encoding="utf-8")))
         folder = self.work / "runs" / stem.name
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, str(ROOT / "main.py"), "--base", str(BASE)]
-        command += [str(ROOT / "configs" / path) for path in method.yamls]
+        command = [sys.executable, str(ROOT / "main.py"), "--base", *map(str, yamls_of(method))]
         command += ["-t", "-l", str(folder), "--seed", str(seed), "--data_root", str(concept.folder)]
         command += ["--init_word", str(concept.init_word), "--placeholder_string", "*"]
         command += ["--actual_resume", str(options.model / "model.safetensors"), *method.overrides, *QUIET]
@@ -391,6 +394,11 @@ class Bench:
         return Scorer(
             model, AttributeJudge.load(str(JUDGE)), images=options.samples, edit_images=options.edit_samples
         )
+
+
+def yamls_of(method: Method) -> list[Path]:
+    """The YAMLs of a method's runs, in the order of --base."""
+    return [*BASES, *(ROOT / "configs" / path for path in method.yamls)]
 
 
 def processor_seconds() -> float:

@@ -32,9 +32,9 @@ def form(**further: str) -> dict[str, str]:
 def test_a_plan_says_what_the_yamls_decide(service):
     plan = service.plan(form())
     assert plan.command.startswith("python main.py --base ") and "--num_vectors" not in plan.command
-    assert (plan.steps, plan.batch, plan.vectors, plan.size) == ("300", "8", 1, 32)
+    assert (plan.steps, plan.batch, plan.vectors, plan.size) == ("240", "8", 1, 32)
     plan = service.plan(form(recipe="fast", personalization="configs/personalization/core.yaml"))
-    assert plan.steps != "300" and plan.vectors == 8
+    assert plan.steps != "240" and plan.vectors == 8
     assert plan.about[0].startswith("Few steps") and plan.about[1].startswith("Eight vectors")
     assert "python" not in "".join(plan.about)
     assert service.plan(form(vectors="3", steps="7")).vectors == 3

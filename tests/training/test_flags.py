@@ -97,7 +97,7 @@ SAYS = {
     "--variant fp16 --actual_resume a.ckpt": "--variant changes nothing: 'a.ckpt' is a single file",
     "--tokenizer_name me/model --actual_resume me/model": "--tokenizer_name changes nothing",
     "--num_train_epochs 5 --max_train_steps 9": "--num_train_epochs 5 changes nothing",
-    "--num_train_epochs 5": "after 5 epochs, or after the YAML's 300 steps",
+    "--num_train_epochs 5": "after 5 epochs, or after the YAML's 240 steps",
     "--hub_model_id me/cat": "--hub_model_id changes nothing without --push_to_hub",
     "--hub_token hf_x": "--hub_token changes nothing without --push_to_hub",
 }
