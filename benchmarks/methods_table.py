@@ -521,7 +521,7 @@ def fill(report: Report, cells: Cells) -> None:
             better.append(name)
     report.notes += [
         "identity: 0 is another creature, 1 the same one drawn again; edits: the share of images that show what was "
-        "asked for and still the creature; no judged prompt is trained with",
+        "asked for and still the creature; no prompt of an edit is trained with",
         f"differences from {BASELINE}, paired by creature (means over seeds), with standard errors; p of a sign-flip "
         f"test, corrected for {len(tests)} comparisons by Holm's method",
         f"better than {BASELINE} on both axes at p < 0.05: {', '.join(better) or 'none'}",

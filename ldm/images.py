@@ -7,11 +7,11 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 # Suffixes of caption files beside images, in any case; of several beside one image the first is used.
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -76,9 +77,16 @@ def list_images(folder: str | Path) -> list[Path]:
     return images
 
 
-def check_image_folder(folder: str | Path) -> None:
-    """Raise ImageError as `list_images` does; nothing is logged."""
-    _listed(Path(folder))
+def check_image_folder(folder: str | Path) -> list[Path]:
+    """Return the images as `list_images` does, after a look at the beginning of each; nothing is logged.
+
+    Raises:
+        ImageError: as `list_images`, and as `open_image` for a file that is no image.
+    """
+    images, _, _ = _listed(Path(folder))
+    for image in images:
+        _read_by(_identify, image)
+    return images
 
 
 def _listed(folder: Path) -> tuple[list[Path], str, int]:
@@ -128,6 +136,20 @@ def mask_files(images: Sequence[Path]) -> dict[Path, Path]:
     return {image: mask for image, mask in pairs if mask is not None}
 
 
+def count_masked(images: Sequence[Path]) -> int:
+    """How many images have a mask beside them or an alpha channel, whether or not it can be used."""
+    beside = mask_files(images)
+    return sum(image in beside or open_alpha(image) is not None for image in images)
+
+
+def no_masks(mask_weight: float, image: Path) -> ImageError:
+    """The error for masks that were asked for where no image, such as this one, has any."""
+    return ImageError(
+        f"mask_weight is {mask_weight}, but no image has a mask; put '{shown(image.stem)}-masklabel.png' beside "
+        f"'{shown(str(image), 80)}', give it an alpha channel, or remove mask_weight"
+    )
+
+
 def _may_lie_beside(entry: Path, stems: set[str]) -> bool:
     """Whether an entry is expected among images with these stems: a caption, or the description of a concept."""
     return entry.name == "concept.json" or (
@@ -170,18 +192,22 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
         raise ImageError(
             f"{type(path).__name__} is no type of images; give PIL images, made of arrays by Image.fromarray, or files"
         )
-    path = Path(path)
+    return _read_by(_read, Path(path))
+
+
+def _read_by(read: Callable[[Path], _Result], path: Path) -> _Result:
+    """What a reader makes of an image file; ImageError if it is none that can be read."""
     kind = _KIND_OF_SUFFIX.get(path.suffix.lower())
     # Of a RAW file Pillow would read the small preview, and of others it only knows the beginning.
     if kind in ("a camera's RAW file", "a video", "a PDF") and path.exists():
         raise ImageError(f"cannot read image {path}: it is {kind}; {EXPORT}")
     try:
         try:
-            return _read(path)
+            return read(path)
         except UnidentifiedImageError:
             if not _register_plugin(_format_of(path)):
                 raise
-            return _read(path)
+            return read(path)
     except FileNotFoundError:
         raise ImageError(f"image not found: {path}") from None
     except UnidentifiedImageError:
@@ -227,6 +253,13 @@ def open_mask(path: str | Path) -> Image.Image:
     if mask.getextrema() == (0, 0):
         raise ImageError(f"mask {path} is black everywhere: paint white what it should mark, or remove it")
     return mask
+
+
+def _identify(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path):
+            pass
 
 
 def _read(path: Path) -> Image.Image:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if not __package__:
     import checkout  # noqa: F401
 
-from ldm.commands.base import WEIGHTS, guarded
+from ldm.commands.base import JUDGE, WEIGHTS, guarded
 from ldm.console import Parser, positive
 from ldm.util import UserError
 
@@ -132,9 +132,23 @@ def make(options: argparse.Namespace) -> None:
         columns = len(rows) // len(EXAMPLES[name])
         path = save_image(image_grid(rows, columns, scale=SCALE), options.out / f"{name}.png")
         print(f"{path}: " + "; ".join(commands))
+        if name == "bias":
+            for command, row in zip(commands, range(0, len(rows), columns), strict=True):
+                print(f"{plain(rows[row : row + columns])} of {columns} are plain: {command}")
 
 
 GIVEN = ("--init_img", "--mask")
+
+
+def plain(images: Sequence[Image]) -> int:
+    """How many images show a creature without a pattern, by the judge."""
+    import torch
+
+    from ldm.evaluation.judge import AttributeJudge
+    from ldm.images import to_tensor
+
+    pixels = torch.stack([to_tensor(image) for image in images])
+    return sum(one["pattern"] == "plain" for one in AttributeJudge.load(ROOT / JUDGE).predict(pixels))
 
 
 def learn(word: Word, folder: Path, ckpt: str, steps: int | None) -> None:

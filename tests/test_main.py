@@ -41,6 +41,7 @@ def test_wrong_command_line(capsys):
     assert shown.err.startswith("error: unknown flag --nonsense") and shown.err.count("\n") == 1
 
 
+ROOT = Path(__file__).resolve().parents[1]
 # In a process of its own, because here everything is imported already.
 WITHOUT_TORCH = """
 import io, sys
@@ -63,6 +64,7 @@ for line in sys.stdin.read().splitlines():
 """
 YAML = "configs/latent-diffusion/txt2img-finetune.yaml"
 METHODS, WORDS = "configs/personalization", "model.params.personalization_config.params"
+IMAGES = "data.params.train.params"
 ANSWERED_AT_ONCE = {
     "--help": (0, ""),
     "--nonsense": (2, "unknown flag --nonsense"),
@@ -76,6 +78,13 @@ ANSWERED_AT_ONCE = {
     "--base {broken} -t": (1, "broken.yaml', line 2"),
     f"--base {YAML} -t --data_root nowhere": (1, "image folder not found: nowhere"),
     f"--base {YAML} -t --data_root configs": (1, "no images in configs"),
+    f"--base {YAML} -t --data_root {{damaged}}": (1, "cannot read image"),
+    f"--base {YAML} -t --data_root {{plain}} {IMAGES}.use_captions=true": (
+        1,
+        "no image has a caption beside it",
+    ),
+    f"--base {YAML} -t --data_root {{plain}} {IMAGES}.mask_weight=0.1": (1, "but no image has a mask"),
+    f"--base {YAML} -t {IMAGES}.template_file=no.txt": (1, "template file not found: no.txt"),
     f"--base {YAML} -t --actual_resume no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
     f"--base {YAML} -t --vae no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
     f"--base {YAML} -t --embedding_manager_ckpt no.pt": (1, "'no.pt': it does not exist"),
@@ -101,11 +110,16 @@ ANSWERED_AT_ONCE = {
 def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("model:\n\ttarget: x\n")
-    lines = [line.format(broken=broken) for line in ANSWERED_AT_ONCE]
+    image = (ROOT / "data" / "concepts" / "bobo" / "01.png").read_bytes()
+    for name, content in (("plain", image), ("damaged", b"no image")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(content)
+    places = {"broken": broken, "plain": tmp_path / "plain", "damaged": tmp_path / "damaged"}
+    lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
         input="\n".join(lines),
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

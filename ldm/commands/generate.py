@@ -246,7 +246,8 @@ def make_parser(profile: Profile, prog: str) -> Parser:
         "--strength",
         type=argument("strength", float),
         metavar="S",
-        help="of the change to --init_img: 0 returns it, 1 keeps almost nothing of it (default: 0.75)",
+        help="of the change to --init_img: 0 returns it as the first stage keeps it, 1 keeps almost nothing of it "
+        "(default: 0.75)",
     )
     edit.add_argument(
         "--concept_strength",

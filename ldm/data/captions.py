@@ -70,7 +70,7 @@ class Captions:
                 logger.warning("%s", brief(f"{file} {_kind_of(file)}: it is not read as a caption"))
             self._from_file = [self._own_caption(i, text) for i, text in enumerate(texts)]
             if not any(texts):
-                raise UserError(_no_captions(images))
+                raise UserError(_no_captions(images[0].path))
             if missing := texts.count(None):
                 logger.info(
                     "%d of %d images have no %s beside them and use the templates",
@@ -112,6 +112,19 @@ class Captions:
         composed = unicodedata.normalize("NFC", text)
         named = re.search(words.pattern(placeholder), composed, re.IGNORECASE)
         return text if named else f"{phrase}, {text}"
+
+
+def check_captions(
+    images: Sequence[Path],
+    template_file: str | os.PathLike[str] | None = None,
+    per_image_tokens: bool = False,
+    use_captions: bool = False,
+) -> None:
+    """Raise UserError for a template file or captions that `Captions` would refuse; nothing is logged."""
+    if template_file is not None:
+        _read_templates(Path(template_file), per_image_tokens)
+    if use_captions and not any(map(CaptionFiles(images).text, images)):
+        raise UserError(_no_captions(images[0]))
 
 
 class CaptionFiles:
@@ -157,9 +170,8 @@ def _line(path: Path) -> str | None:
     return " ".join(read_text(path, "caption file").split()) or None
 
 
-def _no_captions(images: Sequence[ConceptImage]) -> str:
+def _no_captions(first: Path) -> str:
     """The error for captions that were asked for where there are none, with the text that was perhaps meant."""
-    first = images[0].path
     own = " or ".join(f"'{first.stem}{suffix}'" for suffix in CAPTION_SUFFIXES)
     others = [
         file

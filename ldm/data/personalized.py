@@ -18,7 +18,16 @@ from torch.utils.data import Dataset
 
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
-from ldm.images import ImageError, list_images, mask_files, open_alpha, open_image, open_mask
+from ldm.images import (
+    ImageError,
+    count_masked,
+    list_images,
+    mask_files,
+    no_masks,
+    open_alpha,
+    open_image,
+    open_mask,
+)
 from ldm.util import UserError, check_integer, check_value, counted, shown
 from ldm.words import check_word
 
@@ -140,13 +149,9 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         self.mask_weight = mask_weight
         masks = mask_weight is not None
         self._images = ImageSet(self.image_paths, size, interpolation, center_crop, crops, zooms, masks=masks)
-        if masks and not self._images.masked:
-            first = self.image_paths[0]
-            raise UserError(
-                f"mask_weight is {mask_weight}, but no image has a mask; put '{shown(first.stem)}-masklabel.png' "
-                f"beside '{shown(str(first), 80)}', give it an alpha channel, or remove mask_weight"
-            )
-        if not masks and set == "train" and (ignored := _with_masks(self.image_paths)):
+        if mask_weight is not None and not self._images.masked:
+            raise no_masks(mask_weight, self.image_paths[0])
+        if not masks and set == "train" and (ignored := count_masked(self.image_paths)):
             logger.info(
                 "%d of %d images have a mask, which is not used; mask_weight: 0.1 in the dataset's params uses it",
                 ignored,
@@ -257,12 +262,6 @@ def _phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholde
             )
         coarse = coarse.get(placeholder)
     return f"{coarse} {placeholder}" if coarse else placeholder
-
-
-def _with_masks(paths: Sequence[Path]) -> int:
-    """How many images have a mask, whether or not it can be used."""
-    beside = mask_files(paths)
-    return sum(path in beside or open_alpha(path) is not None for path in paths)
 
 
 class ImageSet:

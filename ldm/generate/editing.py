@@ -38,7 +38,8 @@ class InitImage:
     Attributes:
         image: RGB; its central part with the shape of the output is used, as for training images.
         mask: greyscale, of the image's size; white is generated, black stays, and grey is blended.
-        strength: the share of the sampling steps that are taken: 0 returns the image, 1 begins from almost pure noise.
+        strength: the share of the sampling steps that are taken: 0 returns the image as the first stage keeps it, 1
+            begins from almost pure noise.
         names: the fields "Init image" and "Mask" of the settings, by which the files can be found again.
     Raises:
         UserError: the strength is not in [0, 1], the sizes differ, or what is given are no images.

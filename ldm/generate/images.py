@@ -133,16 +133,18 @@ def generate(
             generators = [noise_source(seed, number) for number in numbers[part]]
             blank = model.alphas_cumprod.new_empty((len(captions), *shape))
             guided = None if scale == 1.0 else negative_prompt
+            of_class = [] if by_class is None else by_class[part]
+            texts = [*captions, *of_class, *([] if guided is None else [guided])]
+            chunks = max(chunk_count(model, text, prompt_syntax) for text in texts)
             with model.drawing_at(*size, sizes or {}):
-                condition, unconditional = conditions(model, captions, guided, prompt_syntax)
+                condition, unconditional = conditions(model, captions, guided, prompt_syntax, chunks)
                 base, unconditional_base = None, None
                 if by_class is not None:
-                    of_class = by_class[part]
                     # Only learned negatives make a difference between the two; they are words that are dialled too.
                     negatives = [model.negative_prompts(texts) for texts in (captions, of_class)]
                     differ = guided is not None and negatives[0] != negatives[1]
                     base, unconditional_base = conditions(
-                        model, of_class, guided if differ else None, prompt_syntax
+                        model, of_class, guided if differ else None, prompt_syntax, chunks
                     )
             latents, _ = SAMPLERS[sampler](model).sample(
                 steps,

@@ -264,17 +264,25 @@ def chunk_count(model: LatentDiffusion, prompt: str, syntax: str) -> int:
 
 
 def conditions(
-    model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str | None, syntax: str
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str | None,
+    syntax: str,
+    least_chunks: int = 1,
 ) -> tuple[Any, Any]:
-    """The condition of a batch of prompts, and that of the negative prompt for each (None without guidance)."""
+    """The condition of a batch of prompts, and that of the negative prompt for each (None without guidance).
+
+    All are filled up to the longest of them, and to `least_chunks`, because guidance needs conditions of one length.
+    """
     negatives = [] if negative_prompt is None else model.negative_prompts(prompts, negative_prompt)
     encoder, manager = model.cond_stage_model, model.embedding_manager
     if syntax != "plain" and isinstance(encoder, TextEncoder):
         names = [] if manager is None else list(manager.placeholders)
         ignores_case = encoder.prompt_tokenizer.ignores_case
         parsed = [parse(text, names, syntax, ignores_case) for text in [*prompts, *negatives]]
-        if any(len(chunks) > 1 or any(part.weight != 1 for part in chunks[0]) for chunks in parsed):
-            filled = [_filled(chunks, max(map(len, parsed))) for chunks in parsed]
+        longest = max(least_chunks, *map(len, parsed))
+        if longest > 1 or any(part.weight != 1 for chunks in parsed for part in chunks[0]):
+            filled = [_filled(chunks, longest) for chunks in parsed]
             wanted, unwanted = filled[: len(prompts)], filled[len(prompts) :]
             condition = model.completed(_weighted_condition(encoder, manager, wanted, syntax))
             if not negatives:

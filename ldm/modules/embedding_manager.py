@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from ldm.embeddings import Concept, LearnedEmbeddings, Progress, concepts_of, read, write
 from ldm.front_ends import setting
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.modules.prompt_tokenizer import Layout, PromptTokenizer, check_placeholders, insert_vectors
+from ldm.modules.prompt_tokenizer import (
+    Layout,
+    PromptTokenizer,
+    check_placeholders,
+    check_room,
+    insert_vectors,
+)
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
 from ldm.words import check_text, check_word, own_words
@@ -171,11 +177,7 @@ class EmbeddingManager(nn.Module, Personalization):
                     f"{source}: '{string}' has width {value.shape[-1]}, the text encoder has width "
                     f"{self.width}; use it with the kind of model it was trained for"
                 )
-            if len(value) > self.max_vectors:
-                raise UserError(
-                    f"{source}: '{string}' has {len(value)} vectors, a prompt has room for {self.max_vectors}; learn "
-                    "it with fewer, or name another word's file"
-                )
+        check_room({string: len(value) for string, value in vectors.items()}, self.max_vectors, source)
         device = next((p.device for p in self.embedding_parameters()), torch.device("cpu"))
         initial = {s: v for s in vectors if (v := self.initial(s)) is not None}
         taken = {string: value.detach().to(device) for string, value in vectors.items()}

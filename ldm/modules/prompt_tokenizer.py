@@ -238,6 +238,16 @@ def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> li
     return kept
 
 
+def check_room(counts: Mapping[str, int], most: int, source: str) -> None:
+    """Raise UserError, which names `source`, for a word of more vectors than a prompt has room for."""
+    for string, count in counts.items():
+        if count > most:
+            raise UserError(
+                f"{source}: '{string}' has {count} vectors, a prompt has room for {most}; learn it with fewer, or name "
+                "another word's file"
+            )
+
+
 # -- several vectors in place of one token -------------------------------------------------------------------
 
 

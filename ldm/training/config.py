@@ -18,8 +18,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
+from ldm.data.captions import check_captions
 from ldm.files import NO_TENSORS, is_hub_id, why_no_file
 from ldm.front_ends import setting
+from ldm.images import check_image_folder, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import command_line, flags, hub, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -98,8 +100,6 @@ def check_command_line(options: argparse.Namespace) -> None:
     Raises:
         UserError: as the run itself would, but at once.
     """
-    from ldm.images import check_image_folder
-
     resume, _ = run_folder.place_to_resume(options)
     yamls = list(options.base)
     if resume:
@@ -123,16 +123,33 @@ def check_command_line(options: argparse.Namespace) -> None:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
+        concepts = []
         for dataset in _datasets(config):
             if str(dataset["target"]).startswith("ldm.data.personalized"):
-                own = (dataset.get("params") or {}).get("data_root")
-                roots = config["data_root"] if options.data_root else own or config.get("data_root")
-                for root in roots.values() if isinstance(roots, Mapping) else [roots] if roots else []:
-                    check_image_folder(root)
+                params = dataset.get("params") or {}
+                roots = (
+                    config["data_root"]
+                    if options.data_root
+                    else params.get("data_root") or config.get("data_root")
+                )
+                folders = roots.values() if isinstance(roots, Mapping) else [roots] if roots else []
+                concepts.append((params, [path for folder in folders for path in check_image_folder(folder)]))
         # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
         if described and not trainer.get("resume_from_checkpoint"):
             check_run_config(config, place, stand_in)
+        for params, images in concepts:
+            _check_captions_and_masks(params, images)
     hub.check(options)
+
+
+def _check_captions_and_masks(params: Mapping[str, Any], images: Sequence[Path]) -> None:
+    """Check what the params of a dataset ask for beside its images."""
+    if not images:
+        return
+    names = ("template_file", "per_image_tokens", "use_captions")
+    check_captions(images, **{name: params[name] for name in names if params.get(name)})
+    if params.get("mask_weight") is not None and not count_masked(images):
+        raise no_masks(params["mask_weight"], images[0])
 
 
 def complete_base(options: argparse.Namespace) -> list[str | Path]:

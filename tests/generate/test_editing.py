@@ -195,6 +195,22 @@ def test_the_strength_dials_a_learned_negative_too(model) -> None:
         model.embedding_manager = before
 
 
+@pytest.mark.parametrize(
+    ("prompt", "negative", "word"),
+    [
+        ("a photo of *", "(bad:1.2) BREAK x", "cat"),
+        ("a photo of *", "", "cat BREAK dog"),
+        ("* BREAK x", "", "cat"),
+    ],
+)
+def test_chunks_of_the_class_word_and_of_the_negative_prompt_are_filled_up(
+    model, prompt, negative, word
+) -> None:
+    options = {**FAST, "negative_prompt": negative, "prompt_syntax": "a1111"}
+    none = generate(model, prompt, concept_strength=0.0, class_words={"*": word}, **options)[0]
+    assert difference(none, generate(model, prompt.replace("*", word), **options)[0]) < 1
+
+
 def test_placeholders_are_replaced_by_their_class_words(model) -> None:
     prompts = ["a photo of *", "* and *", "a dog"]
     assert with_class_words(model, prompts, {"*": "cat"}) == ["a photo of cat", "cat and cat", "a dog"]

@@ -67,7 +67,8 @@ class ContextRegularised:
     every step, one of them with gradient. In the paper's ablation it gains 0.008 of CLIP-T and loses 0.022 of DINO.
 
     Left out too is the scaling of the vectors in steps 120 to 180 of 300; `norm_control` of `EmbeddingManager` is
-    similar. The weight here kept edits on the embedded model; the paper's is 1.5e-4, on Stable Diffusion 2.
+    similar. The weight here gives back most of the edits that eight vectors lose on the embedded model
+    (benchmarks/results/methods_table.md); the paper's is 1.5e-4, on Stable Diffusion 2.
 
     A class of words is regularised by deriving from this class first: `class CoReGrid(ContextRegularised, Grid)`. Its
     files are those of the other class.

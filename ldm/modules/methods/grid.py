@@ -176,9 +176,10 @@ class Grid(LearnedWords):
 class ProSpect(Grid):
     """Own vectors for each of `stages` equal parts of the timesteps (Zhang et al. 2023, arXiv 2305.16225).
 
-    The paper learns ten, here four are the default: of the variants tried on the embedded model four gained most over
-    one vector at the same time. The early steps, of the most noise, decide layout and colour, the late ones texture.
-    The authors' code makes the vectors by an attention block from the initializer; here they are learned themselves.
+    The paper learns ten, here four are the default: on the embedded model they do as well, in a file of half the size
+    (benchmarks/results/methods_table.md). The early steps, of the most noise, decide layout and colour, the late ones
+    texture. The authors' code makes the vectors by an attention block from the initializer; here they are learned
+    themselves.
 
     Args:
         stages: S, the number of parts.

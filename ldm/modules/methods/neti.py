@@ -97,8 +97,9 @@ class NeTI(LearnedWords):
 
     The vectors keep the length of the initializer's. The bypass is added to the text encoder's output at the word, for
     values only, with the length `bypass` times that of the output. For half of the images of a training step only the
-    first k hidden units are used, k random (nested dropout), so that `truncation` is a dial: fewer units follow the
-    prompt more and the images less. The text encoder runs for each layer and timestep.
+    first k hidden units are used, k random (nested dropout), so that `truncation` is a dial: in the paper fewer units
+    follow the prompt more and the images less, on the embedded model they do less of both. The text encoder runs for
+    each layer and timestep.
 
     Sizes, deviations and anchors are those of the authors' code. It differs in three things: it adds the bypass before
     the encoder's last norm and not after it; its network begins anywhere, this one near the initializer; and it draws

@@ -15,7 +15,7 @@ from ldm.embeddings import LearnedEmbeddings, encoder_kind, read
 from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
 from ldm.modules.embedding_manager import configured_words, initial_vectors, parameter_key
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, Personalization, TextEncoder
-from ldm.modules.prompt_tokenizer import Layout, insert_vectors
+from ldm.modules.prompt_tokenizer import Layout, check_placeholders, check_room, insert_vectors
 from ldm.util import UserError, check_integer
 from ldm.words import check_text
 
@@ -305,12 +305,7 @@ class LearnedWords(ShapedWords):
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of all words by their names in a file; those of a single word have no number."""
-        single = len(self.words) == 1
-        return {
-            name if single else f"{index}.{name}": value
-            for index, word in enumerate(self.words.values())
-            for name, value in word.state_dict().items()
-        }
+        return _named_tensors(list(self.words.values()))
 
     @torch.no_grad()
     def _adopt(self, content: MethodFile) -> None:
@@ -320,17 +315,22 @@ class LearnedWords(ShapedWords):
             if name in self.options():
                 check_integer(value, f"'{content.source}': {name}", minimum=0)
                 setattr(self, name, value)
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        self._set_words(content.words)
-        state = self._tensors()
-        for name in {**state, **content.tensors}:
-            have, need = (held[name].shape if name in held else None for held in (content.tensors, state))
+        check_placeholders(list(content.words), self.tokenizer)
+        check_room(content.words, self.max_vectors, f"'{content.source}'")
+        # Compared without memory first: a small file may ask for words of any size.
+        with torch.device("meta"):
+            needed = _named_tensors([self.new_word(count) for count in content.words.values()])
+        for name in {**needed, **content.tensors}:
+            have, need = (held[name].shape if name in held else None for held in (content.tensors, needed))
             if have != need:
                 raise UserError(
                     f"'{content.source}' was learned for another model: its '{name}' is {_shape(have)} and would be "
                     f"{_shape(need)} for this one; use the model that it was learned on"
                 )
-            state[name].copy_(content.tensors[name])
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self._set_words(content.words)
+        for name, tensor in self._tensors().items():
+            tensor.copy_(content.tensors[name])
         for name, value in content.dials.items():
             if name in self.dials():
                 self.set_dial(name, value)
@@ -380,6 +380,15 @@ class LearnedWords(ShapedWords):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def _named_tensors(words: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The tensors of words by their names in a file; those of a single word have no number."""
+    return {
+        name if len(words) == 1 else f"{index}.{name}": value
+        for index, word in enumerate(words)
+        for name, value in word.state_dict().items()
+    }
+
+
 def _shape(size: torch.Size | None) -> str:
     return "absent" if size is None else "x".join(map(str, size))
 
@@ -407,6 +416,7 @@ class PlainWords(ShapedWords):
     def __init__(self, learned: LearnedEmbeddings, embedder: TextEncoder) -> None:
         super().__init__(embedder)
         vectors = learned.vectors_for(embedder.width, embedder.family)
+        check_placeholders(list(vectors), self.tokenizer)
         self._counts = {word: len(value) for word, value in vectors.items()}
         self.string_to_token_dict = self.tokenizer.placeholder_ids(vectors)
         self.register_buffer("vectors", torch.cat(list(vectors.values()))[None, None])
@@ -434,8 +444,9 @@ class Together(ShapedWords):
         self.timed = any(member.timed for member in members)
         self.loaded = True
         words = [word for member in members for word in member.placeholders]
+        folded = [self.tokenizer.folded(word) for word in words]
         for word in words:
-            if words.count(word) > 1:
+            if folded.count(self.tokenizer.folded(word)) > 1:
                 raise UserError(
                     f"two of the files hold '{word}'; load one of them, or learn the other as another word"
                 )

@@ -37,7 +37,7 @@ class CompiledDenoiser(Callback):
     For a shorter run it logs one line and does nothing. Previews and measurements are not compiled: they have other
     batch sizes and no gradients. Names in checkpoints do not change. What was compiled is kept in the user's cache
     (~/.cache/textual-inversion, or the folder of TORCHINDUCTOR_CACHE_DIR): a later run of the same model and batch size
-    begins in seconds, so that `least_steps: 0` pays for it.
+    begins sooner. Whether `least_steps: 0` pays for such a run depends on model and machine.
 
     Args:
         least_steps: the fewest steps that are left of a run that is compiled.

@@ -155,6 +155,36 @@ def test_the_same_word_twice_is_one_line(model, tmp_path):
         load_embeddings(model, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
 
 
+def test_words_that_are_one_for_the_tokenizer_are_one_line(model, tmp_path):
+    for name in ("<a>", "<A>"):
+        words(model, "prospect", name).save(tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match="two of the files hold '<a>'"):
+        load_embeddings(model, [tmp_path / "<a>.safetensors", tmp_path / "<A>.safetensors"])
+    plain = LearnedEmbeddings((Concept("<d>", torch.ones(1, 32)), Concept("<D>", torch.ones(1, 32))))
+    write(plain, tmp_path / "d.pt", "original")
+    with pytest.raises(UserError, match="'<D>' is there twice, first as '<d>'"):
+        load_embeddings(model, [tmp_path / "<a>.safetensors", tmp_path / "d.pt"])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"), [(1024, "1024 vectors, a prompt has room for 75"), (1, "would be")]
+)
+def test_a_small_file_does_not_ask_for_large_words(model, vectors, message, monkeypatch):
+    made, built = METHODS["neti"], []
+
+    def counted(self, count, new_word=made.new_word):
+        word = new_word(self, count)
+        built.append(sum(value.nbytes for value in word.state_dict().values() if value.device.type != "meta"))
+        return word
+
+    monkeypatch.setattr(made, "new_word", counted)
+    large = {"features": 4096, "hidden": 4096}
+    content = MethodFile("neti", {"<a>": vectors}, {"one": torch.zeros(1)}, large, width=32)
+    with pytest.raises(UserError, match=message):
+        made.from_file(content, model.cond_stage_model, model.denoiser_shape)
+    assert sum(built) == 0
+
+
 def test_plain_vectors_after_a_method(model, tmp_path):
     words(model, "xti")
     write(LearnedEmbeddings((Concept("<d>", torch.ones(1, 32)),)), tmp_path / "d.pt", "original")
