@@ -26,7 +26,7 @@ import torch
 from benchmarks import runs
 from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
-from benchmarks.rounds import Quartiles, ratio
+from benchmarks.rounds import Quartiles, paired, ratio
 from benchmarks.scores import Scorer, check_creatures, creatures
 from ldm.checkpoint import load_model_from_config
 from ldm.commands.base import JUDGE, MODEL, guarded
@@ -315,23 +315,28 @@ def fill(report: Report, found: Mapping[str, Mapping[str, Mapping[str, float]]])
     report.notes = []
     for name, contestant in OURS.items():
         times = ratio(*([one[who]["seconds"] for one in found.values()] for who in (name, THEIRS)))
-        gains = {
-            score: Quartiles.of([one[name][score] - one[THEIRS][score] for one in found.values()])
-            for score in SCORES
-        }
+        gains = {score: [one[name][score] - one[THEIRS][score] for one in found.values()] for score in SCORES}
         reached = "" if contestant.aim is None else f", {verdict(times.median, contestant.aim, at_most=True)}"
         report.notes.append(
             f"main.py {name} takes {times.text(2)} of the time of diffusers' script{reached}; "
-            + ", ".join(
-                f"{score} {gain.median:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
-                for score, gain in gains.items()
-            )
+            + "; ".join(f"{score} {difference(gain)}" for score, gain in gains.items())
         )
     report.notes.append(
         f"Medians and quartiles of the paired comparisons over {len(found)} creatures. Times are those of whole "
-        "processes, imports and the last file included."
+        "processes, imports and the last file included. Means have their standard errors. Of main.py the vectors of "
+        "the best step by the loss of fixed samples are judged (embeddings_best.pt)."
     )
     report.data = {"creatures": found}
+
+
+def difference(gains: Sequence[float]) -> str:
+    """Return paired differences as text: median with quartiles, mean with its error, and in how many it is below 0."""
+    middle = Quartiles.of(gains)
+    text = f"{middle.median:+.3f} ({middle.low:+.3f} to {middle.high:+.3f})"
+    if len(gains) > 1:
+        mean, error, _ = paired(gains)
+        text += f", mean {mean:+.3f} ± {error:.3f}"
+    return f"{text}, below in {sum(gain < 0 for gain in gains)} of {len(gains)}"
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def fill(report: Report, found: Mapping[str, Mapping[str, Any]]) -> None:
     report.notes = [
         f"Median: `fast` reaches the aim {overall:.1f} times as fast as `paper`; {verdict(overall, BAR)}. "
         f"All steps of `paper` take {whole:.1f} times as long.",
-        f"`fast` stops by itself after {lasts['fast']:.1f} s, `paper` after {lasts['paper']:.1f} s (medians): "
+        f"`fast` ends after {lasts['fast']:.1f} s, `paper` after {lasts['paper']:.1f} s (medians): "
         f"{lasts['paper'] / lasts['fast']:.1f} times as long.",
         f"Edits obeyed with the creature still itself: `paper` {edits['paper']:.2f}, `fast` {edits['fast']:.2f} "
         "(means of the results).",

@@ -76,6 +76,7 @@ def test_comparisons_are_paired_by_creature() -> None:
     assert len(report.rows) == 8 and report.rows[1][3] == "0.60"
     assert "default takes 0.60 (0.60 to 0.60)" in report.notes[0] and "<= 0.6: met" in report.notes[0]
     assert "identity +0.100" in report.notes[0] and "missed by 33%" in report.notes[1]
+    assert "identity +0.100 (+0.100 to +0.100), mean +0.100 ± 0.000, below in 0 of 2" in report.notes[0]
     # A contestant without an aim is measured, not judged.
     assert (
         "prospect_residual takes 0.70 (0.70 to 0.70) of the time of diffusers' script; identity +0.200"
