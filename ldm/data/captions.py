@@ -120,7 +120,7 @@ def check_captions(
     per_image_tokens: bool = False,
     use_captions: bool = False,
 ) -> None:
-    """Raise UserError for a template file or captions that `Captions` would refuse; nothing is logged."""
+    """Raise UserError for a template file or captions that `Captions` would refuse, before one is made."""
     if template_file is not None:
         _read_templates(Path(template_file), per_image_tokens)
     if use_captions and not any(map(CaptionFiles(images).text, images)):
