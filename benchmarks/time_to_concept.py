@@ -5,7 +5,8 @@
     python -m benchmarks.time_to_concept --quick    # a test run; its figures mean nothing
 
 The target of a concept is 90 percent of the identity that `paper` has at its end. A recipe reaches it at the first
-waypoint where it and the next waypoint are at or above the target.
+waypoint where it and the next waypoint are at or above the target. Every process trains a few steps first that are not
+counted, so that neither recipe pays for imports; whole processes are compared by `benchmarks.against_diffusers`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -142,8 +144,20 @@ def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
     """Train a run with waypoints in `folder`, unless it has a finished one; an interrupted one is repeated."""
     if waypoints.read_waypoints(folder) is not None:
         return
+    warm_up(folder.parent)
     print(f"{concept.name}: training with {recipe}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+    run = prepared(concept, recipe, paper_steps, folder)
+    run.trainer.callbacks.insert(0, waypoints.Waypoints(folder))
+    run.fit()
+    best = run.plan.run.checkpoints / "embeddings_best.pt"
+    # The result of a recipe: its best vectors if it selects them, otherwise the last.
+    last = folder / f"{run.trainer.global_step}.pt"
+    shutil.copyfile(best if best.is_file() else last, folder / "result.pt")
+
+
+def prepared(concept: Path, recipe: str, paper_steps: int, folder: Path, *changes: str) -> runs.PreparedRun:
+    """A run of one recipe on one concept, ready to start; `changes` are further words of the command line."""
     truth = read_concept(concept)
     words = ["--base", str(BASE), str(recipe_of(recipe)), "-t"]
     words += [
@@ -157,13 +171,15 @@ def train(concept: Path, recipe: str, paper_steps: int, folder: Path) -> None:
     words += [*QUIET, *OVERRIDES[recipe], "--actual_resume", str(MODEL / "model.safetensors")]
     if recipe == "paper":
         words += ["--max_steps", str(paper_steps)]
-    run = runs.prepare(words)
-    run.trainer.callbacks.insert(0, waypoints.Waypoints(folder))
-    run.fit()
-    best = run.plan.run.checkpoints / "embeddings_best.pt"
-    # The result of a recipe: its best vectors if it selects them, otherwise the last.
-    last = folder / f"{run.trainer.global_step}.pt"
-    shutil.copyfile(best if best.is_file() else last, folder / "result.pt")
+    return runs.prepare([*words, *changes])
+
+
+@cache
+def warm_up(work: Path) -> None:
+    """Train two steps once per process, so that its first run is no slower than the others."""
+    folder = work / f"warm_up-{os.getpid()}"
+    prepared(ROOT / "data" / "concepts" / "bobo", "fast", 2, folder, "--max_steps", "2").fit()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def scored(scorer: Scorer, concept: Path, folder: Path) -> dict[str, Any]:
