@@ -1,6 +1,7 @@
 """Where the time of a run on the embedded model goes besides its steps, and how long main.py takes to start.
 
     python -m benchmarks.overhead
+    python -m benchmarks.overhead --recipe fast
 
 A part is the time that a run spends in some callbacks or loggers, divided by the time of everything else in the same
 run: the difference of two runs would be smaller than the machine's variation. Processes of main.py are timed from start
@@ -82,18 +83,14 @@ PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
         None,
     ),
 }
-# The run must not end early.
-NO_STOP = "lightning.callbacks.deterministic_loss.params.stop=null"
 BAR = 10.0  # percent, of previews
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=5, help="number of runs (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=positive, default=300, help="steps of each run (default: %(default)s, as in the YAML)"
-    )
-    parser.add_argument("--recipe", default="fast", help="recipe of configs/recipes (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, help="steps of each run (default: the YAML's)")
+    parser.add_argument("--recipe", help="recipe of configs/recipes (default: the finetuning YAML alone)")
     runs.add_options(parser)
     return guarded(lambda: overhead(parser.parse_args(argv)))
 
@@ -101,10 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overhead(options: argparse.Namespace) -> None:
     runs.set_up(options)
     report = Report(
-        "overhead",
+        f"overhead_{options.recipe}" if options.recipe else "overhead",
         "Where the time of a run goes besides its steps: embedded model",
         ("part of a run, or a process", "seconds", "percent of everything else", "bar"),
-        {"recipe": options.recipe, "steps": options.steps, "rounds": options.rounds},
+        {
+            "recipe": options.recipe or "none",
+            "steps": options.steps or "of the YAML",
+            "rounds": options.rounds,
+        },
         notes=["Medians over the runs, with the quartiles."],
     )
     rounds, processes = Rounds([*PARTS, REST], warm_up=0), Rounds(list(PROCESSES), warm_up=1)
@@ -134,9 +135,8 @@ def overhead(options: argparse.Namespace) -> None:
 
 def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
     """Return the seconds of one run by its parts, from the start of `fit` to its last file."""
-    argv = EMBEDDED.argv(
-        workdir, NO_STOP, "--max_steps", str(options.steps), "--gpus", "0", recipe=options.recipe
-    )
+    steps = ("--max_steps", str(options.steps)) if options.steps else ()
+    argv = EMBEDDED.argv(workdir, *steps, "--gpus", "0", recipe=options.recipe)
     run = runs.prepare([*argv, "lightning.trainer.enable_progress_bar=false"])
     spent = dict.fromkeys(PARTS, 0.0)
     clock = Clock(spent)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, after one line on stderr if it failed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", nargs="+", type=positive, default=COUNTS, help="default: 1 2 4 8")
-    parser.add_argument("--steps", type=positive, default=300, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, help="of each run (default: those of fast.yaml)")
     parser.add_argument("--images", type=positive, default=16, help="per identity (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks" / "several_concepts")
     runs.add_options(parser)
@@ -69,9 +69,10 @@ def several_concepts(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--counts {count}: the largest of --counts must be a multiple of it, and at most {len(folders)}"
             )
+    steps = options.steps or int(OmegaConf.select(OmegaConf.load(RECIPE), "lightning.trainer.max_steps"))
     settings: dict[str, Any] = {
         "model": file_hash(MODEL / "model.safetensors")[:12],
-        "steps": options.steps,
+        "steps": steps,
         "threads": torch.get_num_threads(),
         "images": options.images,
         "concepts": ", ".join(folder.name for folder in folders[:most]),
@@ -106,7 +107,7 @@ def several_concepts(options: argparse.Namespace) -> None:
             path = folder / "result.json"
             if not path.is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-                seconds, file = train(concepts, options.steps, folder)
+                seconds, file = train(concepts, steps, folder)
                 identity = {one.name: score(scorer(), file, one) for one in concepts}
                 write_text(path, json.dumps({"seconds": seconds, "identity": identity}, indent=1))
             done.append(json.loads(path.read_text(encoding="utf-8")))
@@ -114,7 +115,7 @@ def several_concepts(options: argparse.Namespace) -> None:
             "seconds": [one["seconds"] for one in done],
             "identity": {name: value for one in done for name, value in one["identity"].items()},
         }
-        fill(report, found, options.steps)
+        fill(report, found, steps)
         report.write(options.out)
     print(report.markdown())
 

@@ -31,13 +31,10 @@ class TimedModel:
     overrides: tuple[str, ...]
     make: Callable[[DictConfig], pl.LightningModule]
 
-    def argv(self, workdir: Path, *further: str, recipe: str = "fast") -> list[str]:
+    def argv(self, workdir: Path, *further: str, recipe: str | None = "fast") -> list[str]:
         """Return the arguments of main.py for a run on the sample concept, in a folder under `workdir`."""
-        words = [
-            "--base",
-            str(ROOT / "configs" / self.base),
-            str(ROOT / "configs" / "recipes" / f"{recipe}.yaml"),
-        ]
+        words = ["--base", str(ROOT / "configs" / self.base)]
+        words += [str(ROOT / "configs" / "recipes" / f"{recipe}.yaml")] if recipe else []
         words += ["-t", "-l", str(workdir), "--data_root", str(CONCEPT), "--init_word", "bear"]
         return [*words, *(text.format(workdir=workdir) for text in self.overrides), *further]
 
