@@ -229,7 +229,8 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "ddim_eta": _SHARE,
     "eta": _SHARE,
     "scale": Range(-1000, 1000),
-    "strength": _SHARE,
+    "strength": Range(0, 2),  # of a residual
+    "edit_strength": _SHARE,
     "concept_strength": Range(0, 10),
     "guidance_scale": Range(-1000, 1000),
     "image_seed": Range(0, 2**63 - 1),

@@ -83,6 +83,10 @@ ANSWERED_AT_ONCE = {
         1,
         "no image has a caption beside it",
     ),
+    f"--base {YAML} -t --data_root {{captioned}} {IMAGES}.use_captions=true": (
+        1,
+        "b.txt is not a UTF-8 text file",
+    ),
     f"--base {YAML} -t --data_root {{plain}} {IMAGES}.mask_weight=0.1": (1, "but no image has a mask"),
     f"--base {YAML} -t {IMAGES}.template_file=no.txt": (1, "template file not found: no.txt"),
     f"--base {YAML} -t --actual_resume no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
@@ -114,7 +118,12 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     for name, content in (("plain", image), ("damaged", b"no image")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(content)
-    places = {"broken": broken, "plain": tmp_path / "plain", "damaged": tmp_path / "damaged"}
+    captioned = tmp_path / "captioned"
+    captioned.mkdir()
+    for name, caption in (("a", b"a good one"), ("b", b"a\xff")):
+        (captioned / f"{name}.png").write_bytes(image)
+        (captioned / f"{name}.txt").write_bytes(caption)
+    places = {name: tmp_path / name for name in ("plain", "damaged", "captioned")} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],

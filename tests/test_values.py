@@ -37,6 +37,8 @@ def refused(name: str, kind: Any) -> list[Any]:
         ("max_steps", int, [-1, 10**12]),
         ("num_workers", int | None, [0, None]),
         ("flip_p", float, [0]),
+        ("strength", float, [0, 1.5]),  # of a residual, as its dial
+        ("edit_strength", float, [0]),
         ("base_learning_rate", float | str, [1.5, "x", "3"]),
         ("limit_train_batches", int | float | None, [10**12, None]),
         ("limit_val_batches", int | float, [0, 10**12]),

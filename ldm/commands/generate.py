@@ -244,7 +244,7 @@ def make_parser(profile: Profile, prog: str) -> Parser:
     )
     edit.add_argument(
         "--strength",
-        type=argument("strength", float),
+        type=argument("edit_strength", float),
         metavar="S",
         help="of the change to --init_img: 0 returns it as the first stage keeps it, 1 keeps almost nothing of it "
         "(default: 0.75)",

@@ -123,7 +123,8 @@ def check_captions(
     """Raise UserError for a template file or captions that `Captions` would refuse, before one is made."""
     if template_file is not None:
         _read_templates(Path(template_file), per_image_tokens)
-    if use_captions and not any(map(CaptionFiles(images).text, images)):
+    # All of them are read, so that one that cannot be is found now.
+    if use_captions and not any(list(map(CaptionFiles(images).text, images))):
         raise UserError(_no_captions(images[0]))
 
 

@@ -51,7 +51,7 @@ class InitImage:
     names: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        check_value("strength", self.strength, "strength", float)
+        check_value("strength", self.strength, "edit_strength", float)
         for name, value, kind in (
             ("image", self.image, Image.Image),
             ("mask", self.mask, Image.Image | None),

@@ -14,12 +14,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.embeddings import LearnedEmbeddings, merge, read
+from ldm.embeddings import LearnedEmbeddings, encoder_kind, merge, read
 from ldm.embeddings.method_files import MethodFile, read_method_file, read_words
 from ldm.front_ends import setting
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.methods import METHODS, words_of
+from ldm.modules.methods import METHODS, class_of, words_of
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError, check_value, get_obj_from_str, shown
 from ldm.values import plain
@@ -98,8 +98,12 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
         return
     held = [read_words(word) if isinstance(word, (str, Path)) else word for word in words]
     vectors = [one for one in held if isinstance(one, LearnedEmbeddings)]
-    if len(vectors) == len(held):
-        merge(vectors).vectors_for(width, family)
+    for one in held:
+        if isinstance(one, MethodFile):
+            class_of(one)
+            one.check_encoder(encoder_kind(family, width), width)
+    for one in [merge(vectors)] if len(vectors) == len(held) else vectors:
+        one.vectors_for(width, family)
 
 
 def check_dials(config: DictConfig, words: Sequence[Words], dials: Mapping[str, float] | None) -> None:

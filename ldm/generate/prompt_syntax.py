@@ -7,6 +7,7 @@ here; a prompt without weights is encoded exactly as without this file.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -299,14 +300,23 @@ def conditions(
 def _weighted_condition(
     encoder: TextEncoder, manager: Personalization | None, prompts: Sequence[Chunks], syntax: str
 ) -> Any:
-    """The weighted condition of prompts with equal numbers of chunks, or one that depends on the timestep."""
+    """The weighted condition of prompts with equal numbers of chunks; with timed words one at the timestep."""
     if manager is None or not manager.timed:
         return encode(encoder, manager, prompts, syntax)
-    fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in prompts]
     at = functools.partial(encode, encoder, manager, syntax=syntax)
-    return TimedCondition(
-        [TimedPrompts(fixed, lambda chunks, times: at(chunks, times=times), manager.stage_of)]
-    )
+    parts: list[Any] = []
+    for has_words, texts in itertools.groupby(prompts, functools.partial(_has_words, encoder, manager)):
+        fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in texts]
+        if has_words:
+            parts.append(TimedPrompts(fixed, lambda chunks, times: at(chunks, times=times), manager.stage_of))
+        else:
+            parts.append(at(fixed))
+    return TimedCondition(parts) if any(isinstance(part, TimedPrompts) for part in parts) else parts[0]
+
+
+def _has_words(encoder: TextEncoder, manager: Personalization, chunks: Chunks) -> bool:
+    texts = ["".join(segment.text for segment in chunk) for chunk in chunks]
+    return bool(encoder.prompt_tokenizer.found(texts, manager.placeholders))
 
 
 def check_token_limit(encoder: TextEncoder, manager: Personalization | None, prompt: str, syntax: str) -> str:
@@ -356,7 +366,9 @@ def encode(
     for row, chunks in enumerate(prompts):
         own = None if times is None else times[row, None]
         filled = _filled(chunks, count)
-        encoded.append(_joined([_encode_chunk(encoder, manager, chunk, syntax, own) for chunk in filled]))
+        # Prompts without a learned word are encoded plainly, which may be much faster.
+        words = manager if manager is not None and _has_words(encoder, manager, filled) else None
+        encoded.append(_joined([_encode_chunk(encoder, words, chunk, syntax, own) for chunk in filled]))
     return functools.reduce(concat_conditions, encoded)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.embeddings.method_files import read_words
 from ldm.generate import Settings, check_mentions, check_prompts, generate, load_embeddings
-from ldm.generate.embeddings import check_dials, warn_unused
+from ldm.generate.embeddings import check_dials, check_encoder, warn_unused
 from ldm.generate.prompt_syntax import parse
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
@@ -359,6 +360,21 @@ def test_names_of_dials_are_known_from_files(neti) -> None:
     ):
         with pytest.raises(UserError, match=re.escape(f"there is no dial {known}")):
             check_dials(config, files, {"size": 1})
+
+
+def test_the_encoder_of_every_file_is_checked_without_a_model(neti, tmp_path) -> None:
+    def config(width: int):
+        target = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+        params = {"cond_stage_config": {"target": target}, "unet_config": {"params": {"context_dim": width}}}
+        return OmegaConf.create({"model": {"params": params}})
+
+    check_encoder(config(32), neti)
+    for files in (neti[:1], neti[2:], neti):
+        with pytest.raises(UserError, match="width 48"):
+            check_encoder(config(48), files)
+    unknown = replace(read_words(neti[0]), method="other")
+    with pytest.raises(UserError, match="is of the method 'other'; known are"):
+        check_encoder(config(32), [unknown])
 
 
 def test_only_an_object_of_a_yaml_knows_its_dials() -> None:

@@ -28,12 +28,22 @@ __all__ = [
     "NeTI",
     "OutputResidual",
     "ProSpect",
+    "class_of",
     "words_of",
 ]
 
 METHODS: dict[str, type[LearnedWords]] = {
     kind.method: kind for kind in (ProSpect, XTI, NeTI, OutputResidual, Grid)
 }
+
+
+def class_of(file: MethodFile) -> type[LearnedWords]:
+    """The class of a file's method; UserError if there is none."""
+    if file.method not in METHODS:
+        raise UserError(
+            f"'{file.source}' is of the method '{shown(file.method)}'; known are {', '.join(METHODS)}"
+        )
+    return METHODS[file.method]
 
 
 def words_of(
@@ -48,10 +58,6 @@ def words_of(
     for file in files:
         if isinstance(file, LearnedEmbeddings):
             members.append(PlainWords(file, embedder))
-        elif file.method in METHODS:
-            members.append(METHODS[file.method].from_file(file, embedder, denoiser))
         else:
-            raise UserError(
-                f"'{file.source}' is of the method '{shown(file.method)}'; known are {', '.join(METHODS)}"
-            )
+            members.append(class_of(file).from_file(file, embedder, denoiser))
     return members[0] if len(members) == 1 else Together(members, embedder)

@@ -166,6 +166,14 @@ class EmbeddingSaver(RunCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
+        manager, further = personalization_of(pl_module), self.formats[1:]
+        if further and manager is not None and manager.method and not shared_vectors(manager):
+            logger.warning(
+                "embedding_saver: the formats %s are left out: words of '%s' are more than vectors, and only their own "
+                "file holds them",
+                ", ".join(further),
+                manager.method,
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import struct
@@ -16,9 +17,11 @@ from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, read, write
 from ldm.embeddings.method_files import MethodFile, read_method_file, triggers_of, write_method_file
 from ldm.generate import load_embeddings
 from ldm.generate.images import generate
-from ldm.models.diffusion.conditioning import TimedCondition
+from ldm.generate.prompt_syntax import conditions
+from ldm.models.diffusion.conditioning import TimedCondition, at_timesteps, concat_conditions
 from ldm.modules import methods
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.methods import METHODS
 from ldm.modules.methods.words import Together
@@ -97,6 +100,23 @@ def test_prompts_without_the_word_are_encoded_plainly(model, method):
     with torch.no_grad():
         encoded = model.get_learned_conditioning(["a photo"])
     assert torch.equal(encoded, model.cond_stage_model.encode(["a photo"]))
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_weighted_prompts_without_the_word_are_encoded_plainly(model, method):
+    made = words(model, method)
+    prompts = ["a (photo:1.2) of *", "a (dog:1.3) BREAK a cat", "a photo of (*:0.8)"]
+    with torch.no_grad():
+        both, negative = conditions(model, prompts, "a (bear:1.1)", "a1111")
+        apart = [conditions(model, [prompt], None, "a1111", 2)[0] for prompt in prompts]
+        model.embedding_manager = None
+        plain, plain_negative = conditions(model, prompts[1:2], "a (bear:1.1)", "a1111")
+        model.embedding_manager = made
+        assert torch.equal(apart[1], plain) and torch.equal(negative[:1], plain_negative)
+        times = torch.tensor([900.0, 500.0, 100.0])
+        alone = [at_timesteps(part, time[None]) for part, time in zip(apart, times, strict=True)]
+        expected = functools.reduce(concat_conditions, alone)
+        torch.testing.assert_close(at_timesteps(both, times), expected)
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -400,7 +420,14 @@ SHAPES = {
         (2, 16, 1, 77, 768),
         [(4, 2, 768), (4, 16, 2, 768)],
     ),
+    # As prospect_residual.yaml has it: values alone.
+    "Grid of values": (
+        {"stages": 4, "residual_layers": True, "residual_keys": False},
+        (2, 16, 2, 77, 768),
+        [(4, 2, 768), (4, 16, 2, 768)],
+    ),
     "CoRe": ({}, (2, 77, 768), [(2, 768)]),
+    "EmbeddingManager": ({"cross_init": True}, (2, 77, 768), [(2, 768)]),
     "DreamArtist": ({"negative_vectors": 3}, (2, 77, 768), [(2, 768), (3, 768)]),
 }
 
@@ -410,7 +437,7 @@ def test_shapes_and_gradients_of_stable_diffusion_1(sd1, target):
     encoder, unet = sd1
     assert " ".join(unet.layer_names) == SD1_LAYERS
     options, shape, parameters = SHAPES[target]
-    kind = getattr(methods, target)
+    kind = getattr(methods, target.split()[0], EmbeddingManager)
     denoiser = {"denoiser": DenoiserShape(unet.layer_names, 1000)} if accepts(kind, "denoiser") else {}
     with torch.device("meta"):
         made = kind(

@@ -59,6 +59,14 @@ def test_formats(tiny_yaml) -> None:
             assert concept.trigger == "<my-cat>"
 
 
+def test_formats_that_cannot_hold_a_method_are_said_to_be_left_out(tiny_yaml, caplog) -> None:
+    formats = "lightning.callbacks.embedding_saver.params.formats=[a1111,safetensors]"
+    target = "model.params.personalization_config.target=ldm.modules.methods.ProSpect"
+    folder = checkpoints(tiny_yaml, target, formats, "--placeholder_string", "<my-cat>")
+    assert "the formats a1111 are left out: words of 'prospect' are more than vectors" in caplog.text
+    assert not (folder / "a1111").exists() and (folder / "my-cat.safetensors").is_file()
+
+
 def test_files_of_early_steps_are_removed_on_request(tiny_yaml) -> None:
     folder = checkpoints(
         tiny_yaml,
