@@ -198,7 +198,11 @@ class Fixed(LatentDiffusion):
     [
         ("embedding_manager.EmbeddingManager", {}),
         ("methods.DreamArtist", {}),
+        ("methods.ProSpect", {"stages": 3}),
+        ("methods.XTI", {}),
+        ("methods.OutputResidual", {"learn_input": True}),
         ("methods.Grid", {"stages": 3, "residual_layers": True}),
+        ("methods.CoRe", {"initializer_words": ["cat"]}),
         ("methods.NeTI", {"features": 16, "hidden": 8, "nested_dropout": 0.0}),
     ],
 )

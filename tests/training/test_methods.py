@@ -18,6 +18,7 @@ METHODS = {
     "DreamArtist": {"negative_vectors": 2},
     "Grid": {"stages": 3, "layers": True, "residual_layers": True, "residual_rate": 1e-3},
     "CoReGrid": {"stages": 3, "initializer_words": ["cat"]},
+    "CoReNeTI": {"features": 16, "hidden": 8, "initializer_words": ["cat"]},
 }
 
 
