@@ -300,21 +300,27 @@ def conditions(
 def _weighted_condition(
     encoder: TextEncoder, manager: Personalization | None, prompts: Sequence[Chunks], syntax: str
 ) -> Any:
-    """The weighted condition of prompts with equal numbers of chunks; with timed words one at the timestep."""
-    if manager is None or not manager.timed:
-        return encode(encoder, manager, prompts, syntax)
-    at = functools.partial(encode, encoder, manager, syntax=syntax)
+    """The weighted condition of prompts with equal numbers of chunks; that of timed words is one at the timestep.
+
+    Prompts without a learned word are encoded plainly and once, which may be much faster.
+    """
+
+    def at(chunks: Sequence[Chunks], times: Tensor) -> Any:
+        return encode(encoder, manager, chunks, syntax, times)
+
     parts: list[Any] = []
     for has_words, texts in itertools.groupby(prompts, functools.partial(_has_words, encoder, manager)):
         fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in texts]
-        if has_words:
-            parts.append(TimedPrompts(fixed, lambda chunks, times: at(chunks, times=times), manager.stage_of))
+        if has_words and manager is not None and manager.timed:
+            parts.append(TimedCondition([TimedPrompts(fixed, at, manager.stage_of)]))
         else:
-            parts.append(at(fixed))
-    return TimedCondition(parts) if any(isinstance(part, TimedPrompts) for part in parts) else parts[0]
+            parts.append(encode(encoder, manager if has_words else None, fixed, syntax))
+    return functools.reduce(concat_conditions, parts)
 
 
-def _has_words(encoder: TextEncoder, manager: Personalization, chunks: Chunks) -> bool:
+def _has_words(encoder: TextEncoder, manager: Personalization | None, chunks: Chunks) -> bool:
+    if manager is None:
+        return False
     texts = ["".join(segment.text for segment in chunk) for chunk in chunks]
     return bool(encoder.prompt_tokenizer.found(texts, manager.placeholders))
 
@@ -366,9 +372,7 @@ def encode(
     for row, chunks in enumerate(prompts):
         own = None if times is None else times[row, None]
         filled = _filled(chunks, count)
-        # Prompts without a learned word are encoded plainly, which may be much faster.
-        words = manager if manager is not None and _has_words(encoder, manager, filled) else None
-        encoded.append(_joined([_encode_chunk(encoder, words, chunk, syntax, own) for chunk in filled]))
+        encoded.append(_joined([_encode_chunk(encoder, manager, chunk, syntax, own) for chunk in filled]))
     return functools.reduce(concat_conditions, encoded)
 
 

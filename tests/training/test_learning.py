@@ -202,8 +202,6 @@ class Fixed(LatentDiffusion):
         ("methods.XTI", {}),
         ("methods.OutputResidual", {"learn_input": True}),
         ("methods.Grid", {"stages": 3, "residual_layers": True}),
-        # CoRe draws its prompts in each process by itself; without its loss it is EmbeddingManager.
-        ("methods.CoRe", {"initializer_words": ["cat"], "context_weight": 0.0}),
         ("methods.NeTI", {"features": 16, "hidden": 8, "nested_dropout": 0.0}),
     ],
 )
