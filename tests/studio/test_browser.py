@@ -136,6 +136,10 @@ def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterat
 
 def open_page(page: Any, server: Server) -> None:
     page.goto(server.address)
+    until_open(page)
+
+
+def until_open(page: Any) -> None:
     page.wait_for_selector("#start", timeout=MINUTES)
     page.wait_for_timeout(500)
 
@@ -203,9 +207,12 @@ def test_train_from_dropped_files_to_a_concept_and_generate(page: Any, server: S
     until_shown(page, "run-head", "stopped")
     stopped = runs_in(server.root / "logs")[0]
     assert stopped.state == "stopped" and 0 < stopped.step < STEPS
-    server.kill()  # the page's server dies and comes back
-    server.start()
-    open_page(page, server)
+    # The page's server dies and comes back; the open page sees it and loads itself anew. (A `goto` here would race with
+    # that, and wait for ever when it loses.)
+    server.kill()
+    with page.expect_event("load", timeout=MINUTES):
+        server.start()
+    until_open(page)
     tab(page, "Runs")
     until_shown(page, "run-head", "stopped")
     last = stopped.step + FURTHER
