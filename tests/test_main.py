@@ -104,6 +104,12 @@ ANSWERED_AT_ONCE = {
         1,
         "guidance is 1; it must be a number above 1",
     ),
+    # A run that is resumed keeps its words, its method and its model.
+    f"-r {{run}} -t {WORDS}.num_vectors_per_token=2": (2, "keeps its number of vectors, 1; 2 is asked for"),
+    "-r {run} -t --placeholder_string @": (2, "keeps its placeholder"),
+    f"-r {{run}} --base {METHODS}/neti.yaml -t": (2, "keeps its personalization"),
+    "-r {run} -t --actual_resume no.ckpt": (2, "keeps its base model"),
+    "-r {run} -t --embedding_manager_ckpt no.pt": (2, "'no.pt' and -r exclude each other"),
     "-r nowhere -t": (1, "-r 'nowhere' does not exist"),
     "--resume_from_checkpoint nowhere -t": (1, "--resume_from_checkpoint 'nowhere' does not exist"),
     "generate --help": (0, ""),
@@ -123,7 +129,12 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     for name, caption in (("a", b"a good one"), ("b", b"a\xff")):
         (captioned / f"{name}.png").write_bytes(image)
         (captioned / f"{name}.txt").write_bytes(caption)
-    places = {name: tmp_path / name for name in ("plain", "damaged", "captioned")} | {"broken": broken}
+    run = tmp_path / "run"
+    for name in ("configs", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    (run / "configs" / "project.yaml").write_bytes((ROOT / YAML).read_bytes())
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"a state")
+    places = {name: tmp_path / name for name in ("plain", "damaged", "captioned", "run")} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],

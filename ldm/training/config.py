@@ -23,7 +23,7 @@ from ldm.files import NO_TENSORS, is_hub_id, why_no_file
 from ldm.front_ends import setting
 from ldm.images import check_image_folder, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
-from ldm.training import command_line, flags, hub, run_folder
+from ldm.training import command_line, flags, hub, resuming, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
 from ldm.training.command_line import RUN_KEYS, TRAINER_KEYS, TRAINER_OPTIONS, parse_gpus
 from ldm.training.learning_rate import check_base_rate
@@ -102,9 +102,11 @@ def check_command_line(options: argparse.Namespace) -> None:
     """
     resume, _ = run_folder.place_to_resume(options)
     yamls = list(options.base)
+    folder: RunFolder | None = None
+    saved: DictConfig | None = None
     if resume:
         folder, _ = run_folder.existing_run_folder(resume, options.logdir, options.resume_flag)
-        config, _, place = of_run(options, options.base, folder)
+        config, saved, place = of_run(options, options.base, folder)
         yamls = [*folder.saved_configs(), *yamls]
     else:
         config, place = _merged(options, options.base, None), places(options, options.base)
@@ -137,6 +139,8 @@ def check_command_line(options: argparse.Namespace) -> None:
         # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
         if described and not trainer.get("resume_from_checkpoint"):
             check_run_config(config, place, stand_in)
+            if folder is not None and saved is not None:
+                resuming.check_fixed(saved, config, folder, stand_in)
         for params, images in concepts:
             _check_captions_and_masks(params, images)
     hub.check(options)

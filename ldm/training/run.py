@@ -32,9 +32,9 @@ from ldm.training.callbacks.embedding_saver import EmbeddingSaver, Provenance
 from ldm.training.callbacks.fixed_loss import DeterministicLoss
 from ldm.training.callbacks.interruption import Requests, handle_signals
 from ldm.training.callbacks.progress import total_steps
+from ldm.training.callbacks.resumption import Resumption, settings_of_run
 from ldm.training.fitting import check_is_state, fit
 from ldm.training.learning_rate import check_rate, set_learning_rate
-from ldm.training.precision import half_for
 from ldm.training.record import Recorder
 from ldm.training.run_folder import RunFolder
 from ldm.training.trainer import (
@@ -42,6 +42,7 @@ from ldm.training.trainer import (
     build_trainer,
     check_options,
     choose_devices,
+    half_for,
     make_callbacks,
     make_loggers,
     processes,
@@ -161,7 +162,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if folder is not None and state is not None and saved is not None:
         resuming.check_fixed(saved, merged, folder)
         resuming.check_epochs(check_is_state(state, folder), merged)
-        resuming.forget_first_vectors(merged)
+        resuming.forget_first_vectors(merged, saved)
     else:
         preflight.check_first_vectors(merged)
     merged["seed"] = merged.get("seed", SEED)
@@ -307,9 +308,9 @@ def settle(plan: Plan, model: pl.LightningModule, trainer: pl.Trainer, data: Any
     }
     if batches is not None:
         used["batches"] = batches
-    settings = resuming.settings_of_run(plan.config, trainer, used)
+    settings = settings_of_run(plan.config, trainer, used)
     # Before all others: its update of a state is for what they restore.
-    callbacks_of(trainer).insert(0, resuming.Resumption(settings, plan.saved))
+    callbacks_of(trainer).insert(0, Resumption(settings, plan.saved))
     return Figures(batch, batches, accumulation, rate)
 
 

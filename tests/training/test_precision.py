@@ -1,4 +1,4 @@
-"""Half precision for frozen weights only."""
+"""The precision of a run: half for frozen weights only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import main
 from ldm.training import run as run_module
-from ldm.training.precision import FrozenHalf, half_for, plugin_for, possible_precision
+from ldm.training.trainer import FrozenHalf, half_for, plugin_for, possible_precision
 from ldm.util import UserError
 from tests.golden_record import Golden
 
