@@ -62,7 +62,7 @@ COLUMNS = 4
 
 
 class ImageLogger(RunCallback):
-    """Saves grids of the model's `log_images` every `batch_frequency` steps.
+    """Saves grids of the model's `log_images` every `batch_frequency` steps, or once at the end of a shorter run.
 
     The files are `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.jpg` in the run folder. Every preview uses
     the same seed, and the random numbers of the training do not change.
@@ -126,7 +126,9 @@ class ImageLogger(RunCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.is_due("train", trainer.global_step, batch_idx):
+        # A run that is shorter than the frequency ends with a preview, so that there is one.
+        only = not self.disabled and trainer.global_step == trainer.max_steps and "train" not in self._last_step
+        if only or self.is_due("train", trainer.global_step, batch_idx):
             self.log_images(trainer, pl_module, batch, batch_idx, "train")
 
     def on_validation_batch_end(

@@ -42,6 +42,23 @@ class TestImageLogger:
         fit_line(line, numbers, tmp_path, [logger], steps=2, accumulate_grad_batches=2)
         assert line.previews == 2
 
+    @pytest.mark.parametrize(
+        ("options", "steps", "previews"),
+        [
+            ({"batch_frequency": 100}, 3, 1),
+            ({"batch_frequency": 100, "increase_log_steps": True}, 3, 2),  # at 1 and 2
+            ({"batch_frequency": 2}, 3, 1),
+            ({"batch_frequency": 0}, 3, 0),
+            ({"batch_frequency": 100, "disabled": True}, 3, 0),
+        ],
+    )
+    def test_a_run_shorter_than_the_frequency_ends_with_one(
+        self, line, numbers, tmp_path, options, steps, previews
+    ):
+        logger = ImageLogger(**{"max_images": 2, "increase_log_steps": False} | options)
+        fit_line(line, numbers, tmp_path, [logger], steps=steps)
+        assert line.previews == previews
+
     def test_file_names_of_the_original(self, line, numbers, tmp_path):
         fit_line(
             line, numbers, tmp_path, [ImageLogger(batch_frequency=3, max_images=2)], steps=6, validate=True
