@@ -51,6 +51,9 @@ OURS = {
     "default": Ours(aim=0.6),
     "fast": Ours(("configs/recipes/fast.yaml",), 0.3),
     "prospect_residual": Ours(("configs/personalization/prospect_residual.yaml",)),
+    "prospect_residual_fast": Ours(
+        ("configs/personalization/prospect_residual.yaml", "configs/recipes/fast.yaml"), 0.3
+    ),
 }
 BASE = "configs/latent-diffusion/txt2img-finetune.yaml"
 WORD = "*"

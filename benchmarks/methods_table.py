@@ -116,6 +116,7 @@ METHODS: dict[str, Method] = {
     "prospect_10": _own("prospect", "model.params.personalization_config.params.stages=10"),
     "prospect_core": _own("prospect_core"),
     "prospect_residual": _own("prospect_residual"),
+    "prospect_residual_fast": Method(("personalization/prospect_residual.yaml", "recipes/fast.yaml")),
     "prospect_residual_keys": _own(
         "prospect_residual", "model.params.personalization_config.params.residual_keys=true"
     ),

@@ -68,12 +68,13 @@ def test_comparisons_are_paired_by_creature() -> None:
             "default": {**one, "seconds": slow * 30.0, "identity": base + 0.1},
             "fast": {**one, "seconds": slow * 20.0, "identity": base},
             "prospect_residual": {**one, "seconds": slow * 35.0, "identity": base + 0.2},
+            "prospect_residual_fast": {**one, "seconds": slow * 14.0, "identity": base + 0.2},
         }
         for name, slow, base in (("a", 1, 0.5), ("b", 4, 0.7))
     }
     report = Report("t", "T", ("creature", "contestant", "s", "of", "identity", "edits"), {})
     fill(report, found)
-    assert len(report.rows) == 8 and report.rows[1][3] == "0.60"
+    assert len(report.rows) == 10 and report.rows[1][3] == "0.60"
     assert "default takes 0.60 (0.60 to 0.60)" in report.notes[0] and "<= 0.6: met" in report.notes[0]
     assert "identity +0.100" in report.notes[0] and "missed by 33%" in report.notes[1]
     assert "identity +0.100 (+0.100 to +0.100), mean +0.100 ± 0.000, below in 0 of 2" in report.notes[0]
@@ -82,4 +83,5 @@ def test_comparisons_are_paired_by_creature() -> None:
         "prospect_residual takes 0.70 (0.70 to 0.70) of the time of diffusers' script; identity +0.200"
         in (report.notes[2])
     )
-    assert set(OURS) == {"default", "fast", "prospect_residual"}
+    assert "prospect_residual_fast takes 0.28" in report.notes[3] and "<= 0.3: met" in report.notes[3]
+    assert set(OURS) == {"default", "fast", "prospect_residual", "prospect_residual_fast"}

@@ -1,0 +1,149 @@
+"""What torch.compile costs and saves within a run: runs of main.py without it, with it, and with what it kept.
+
+    python -m benchmarks.compiled
+
+The three runs of a round are processes of their own that follow each other: plain, compiled with an empty cache, and
+compiled with the cache that this left. A run's beginning is the time to the end of its first epoch, in which everything
+is compiled; its step is the median of those after. The steps from which a compiled run ends sooner follow from both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from benchmarks import runs
+from benchmarks.report import Report
+from benchmarks.rounds import Quartiles, Rounds, now
+from benchmarks.subjects import EMBEDDED
+from ldm.commands.base import guarded
+from ldm.console import Parser, positive
+from ldm.files import write_text
+from ldm.training.callbacks.performance import CACHE_VARIABLE
+from ldm.util import UserError
+
+PLAIN, EMPTY, KEPT = "plain", "compiled, nothing kept", "compiled, with what was kept"
+COMPILED = "lightning.callbacks.compiled.params.least_steps=0"
+WITHOUT = (
+    "lightning.callbacks.image_logger.params.batch_frequency=0",
+    "lightning.callbacks.summary_images=null",
+)
+
+
+class Steps(Callback):
+    """Notes when each step has ended, in seconds since the run began."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+        self._began = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = now()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ended.append(now() - self._began)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=150, help="of each run (default: %(default)s)")
+    runs.add_options(parser)
+    return guarded(lambda: compare(parser.parse_args(argv)))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure, and write the table."""
+    runs.set_up(options)
+    names = (PLAIN, EMPTY, KEPT)
+    begins, steps = Rounds(names, warm_up=0), Rounds(names, warm_up=0)
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            found = {}
+            for name in names:
+                found[name] = in_a_process(Path(folder), name, options)
+                print(
+                    f"round {number + 1}, {name}: {found[name][0]:.1f} s, {found[name][1]:.4f} s a step",
+                    flush=True,
+                )
+        begins.add({name: begin for name, (begin, _) in found.items()})
+        steps.add({name: step for name, (_, step) in found.items()})
+    report = Report(
+        "compiled",
+        "What torch.compile costs and saves within a run: embedded model, batch 8",
+        ("run", "beginning, s", "step, s", "step, of the plain run's", "sooner from"),
+        {"rounds": options.rounds, "steps": options.steps},
+        notes=["Medians over the rounds, with the quartiles of the ratios."],
+    )
+    for name in names:
+        ratio = steps.ratio(name, PLAIN)
+        report.rows.append(
+            (
+                name,
+                f"{Quartiles.of(begins.seconds[name]).median:.1f}",
+                f"{Quartiles.of(steps.seconds[name]).median:.4f}",
+                "" if name == PLAIN else ratio.text(2),
+                "" if name == PLAIN else sooner_from(begins.seconds, steps.seconds, name),
+            )
+        )
+    report.data = {"beginnings": begins.seconds, "steps": steps.seconds}
+    report.write(options.out)
+    print(report.markdown())
+
+
+def sooner_from(begins: dict[str, list[float]], steps: dict[str, list[float]], name: str) -> str:
+    """The number of steps from which runs are shorter than plain ones, by the medians, as text."""
+    cost = Quartiles.of([a - b for a, b in zip(begins[name], begins[PLAIN], strict=True)]).median
+    gain = Quartiles.of([b - a for a, b in zip(steps[name], steps[PLAIN], strict=True)]).median
+    return f"{max(cost, 0) / gain:,.0f} steps" if gain > 0 else "never"
+
+
+def in_a_process(folder: Path, name: str, options: argparse.Namespace) -> tuple[float, float]:
+    """The seconds of a run's beginning and of one of its later steps, measured in a process of its own."""
+    result = folder / "seconds.json"
+    os.environ[CACHE_VARIABLE] = str(folder / "kept")
+    process = multiprocessing.get_context("spawn").Process(target=timed, args=(folder, name, options, result))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UserError(f"the run '{name}' ended with code {process.exitcode}; its messages are above")
+    begin, step = json.loads(result.read_text(encoding="utf-8"))
+    result.unlink()
+    return begin, step
+
+
+def timed(folder: Path, name: str, options: argparse.Namespace, result: Path) -> None:
+    """Run main.py's training here and write its seconds; see `in_a_process`."""
+    runs.set_up(options)
+    clock = Steps()
+    words = [
+        "--max_steps",
+        str(options.steps),
+        "--gpus",
+        "0",
+        *WITHOUT,
+        *([] if name == PLAIN else [COMPILED]),
+    ]
+    run = runs.prepare(EMBEDDED.argv(folder, *words, recipe=None), callbacks=[clock])
+    run.fit()
+    # The last batch of an epoch may be smaller, and is then compiled too.
+    first = int(run.trainer.num_training_batches)
+    if len(clock.ended) < 2 * first:
+        raise UserError(f"--steps is {options.steps}; an epoch has {first}, give at least twice as many")
+    later = np.diff(clock.ended[first - 1 :])
+    write_text(result, json.dumps([clock.ended[first - 1], float(np.median(later))]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
