@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from ldm.model_kinds import OTHER_MODEL
 from ldm.util import shown
 from ldm.weights import CheckpointError, Folder
@@ -280,16 +278,12 @@ def schedule_params(config: Mapping[str, Any], kind: str = "") -> dict[str, Any]
     elif schedule in SCHEDULES:
         start, end = (_beta_setting(config, kind, name) for name in ("beta_start", "beta_end"))
         params |= {"beta_schedule": SCHEDULES[schedule], "linear_start": start, "linear_end": end}
-        if schedule == "scaled_linear":
-            betas = np.linspace(start**0.5, end**0.5, steps) ** 2
-        else:
-            betas = np.linspace(start, end, steps)
     elif betas is None:
         raise CheckpointError(
             f"the scheduler's beta_schedule is '{schedule}'; known are {', '.join(SCHEDULES)}"
         )
-    if betas is not None and config.get("rescale_betas_zero_snr"):
-        params["given_betas"] = _without_signal_at_end(np.asarray(betas)).tolist()
+    if schedule != "squaredcos_cap_v2" and config.get("rescale_betas_zero_snr"):
+        params["given_betas"] = _without_signal_at_end(params, betas, squared=schedule == "scaled_linear")
     elif config.get("trained_betas") is not None:
         params["given_betas"] = list(betas)
     return params
@@ -313,16 +307,29 @@ def _beta_setting(config: Mapping[str, Any], kind: str, name: str) -> Any:
     return dict(zip(("beta_start", "beta_end", "beta_schedule"), defaults, strict=True))[name]
 
 
-def _without_signal_at_end(betas: np.ndarray) -> np.ndarray:
+def _without_signal_at_end(
+    schedule: Mapping[str, Any], given: Sequence[float] | None, *, squared: bool
+) -> list[float]:
     """Betas rescaled so that almost no signal is left at the last step (Lin et al. 2024, algorithm 1).
 
-    As in diffusers, 2^-24 of it is left, because noise cannot be computed from none.
+    They are those given, or those of a schedule, linear in their roots if it is `squared`. As in diffusers, 2^-24 of
+    the signal is left, because noise cannot be computed from none.
     """
+    import numpy as np  # a fifth of a second, which few models need
+
+    if given is not None:
+        betas = np.asarray(given)
+    elif squared:
+        start, end = schedule["linear_start"] ** 0.5, schedule["linear_end"] ** 0.5
+        betas = np.linspace(start, end, schedule["timesteps"]) ** 2
+    else:
+        betas = np.linspace(schedule["linear_start"], schedule["linear_end"], schedule["timesteps"])
     signal = np.cumprod(1 - betas) ** 0.5
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     kept = signal**2
     kept[-1] = 2.0**-24
-    return 1 - kept / np.append(1.0, kept[:-1])
+    rescaled: list[float] = (1 - kept / np.append(1.0, kept[:-1])).tolist()
+    return rescaled
 
 
 # -- folders ----------------------------------------------------------------------------------------------------

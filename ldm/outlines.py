@@ -94,7 +94,7 @@ def _of_stream(path: Path) -> Outline:
         for _ in range(4):
             parts.append(interpret(head, parts[-1].end))
         content, keys, place = parts[3], parts[4].content, parts[4].end
-        declared = sum(storage.numbers * storage.dtype.itemsize for storage in content.storages.values())
+        declared = sum(storage.nbytes for storage in content.storages.values())
         if declared > size - place:
             raise PickleError(
                 f"it declares {declared} bytes of tensors and holds {size - place}; it is cut off"
@@ -109,7 +109,7 @@ def _of_stream(path: Path) -> Outline:
             if file.read(8) != struct.pack("<q", storage.numbers):
                 raise PickleError("the size of a storage differs from its tensor's; it is damaged")
             places[key] = place + 8
-            place += 8 + storage.numbers * storage.dtype.itemsize
+            place += 8 + storage.nbytes
         if place > size:
             raise PickleError("it is cut off; download it again")
     return Outline(content, places)

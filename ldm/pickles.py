@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm.files import NO_TENSORS, file_kind
 from ldm.util import UserError, shown
 
@@ -51,6 +49,8 @@ def load(
     kind = file_kind(path)
     if kind in NO_TENSORS:
         raise PickleError(f"{name} {NO_TENSORS[kind]}")
+    import torch  # not needed to interpret, which the command line does before torch is imported
+
     mmap = mmap and kind == "zip"  # torch cannot map the older layout
     if _nests_tuples(Path(path)):
         raise PickleError(
@@ -83,18 +83,19 @@ def _detail(error: Exception) -> str:
     return shown(cause, 100)
 
 
+# The types of storages, by their names in torch, with the bytes of a number.
 _STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
+    "DoubleStorage": ("float64", 8),
+    "FloatStorage": ("float32", 4),
+    "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2),
+    "LongStorage": ("int64", 8),
+    "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2),
+    "CharStorage": ("int8", 1),
+    "ByteStorage": ("uint8", 1),
+    "BoolStorage": ("bool", 1),
+    "UntypedStorage": ("uint8", 1),
 }
 # The pickle of a checkpoint of 2,600 tensors has 0.7 MB and 90,000 operations.
 MAX_PICKLE = 2**22
@@ -116,11 +117,16 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Storage:
-    """The numbers of one or more tensors, by their key in the file."""
+    """The numbers of one or more tensors, by their key in the file; `dtype` is a name in torch."""
 
-    dtype: torch.dtype
+    dtype: str
+    itemsize: int
     key: str
     numbers: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers * self.itemsize
 
 
 class ParameterDict(dict[str, Any]):
@@ -153,7 +159,7 @@ class TensorRecord:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.storage.dtype.itemsize
+        return self.numel * self.storage.itemsize
 
     @property
     def span(self) -> int:
@@ -381,7 +387,7 @@ class _Machine:
             ):
                 name = kind.rpartition(".")[2]
                 if 0 <= numbers < _LARGEST and kind in _FUNCTIONS and name in _STORAGES:
-                    storage = Storage(_STORAGES[name], key, numbers)
+                    storage = Storage(*_STORAGES[name], key, numbers)
                     if self.result.storages.setdefault(key, storage) == storage:
                         return storage
                 elif kind not in _FUNCTIONS:

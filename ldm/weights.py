@@ -7,16 +7,18 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm import pickles
 from ldm.files import NO_TENSORS, atomic_write, file_kind, is_hub_id
 from ldm.front_ends import setting
 from ldm.outlines import outline_of
 from ldm.util import UserError
+
+# What a file is can be said without torch, which takes seconds to import; its tensors cannot be read without.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -130,6 +132,8 @@ def _entries(path: str | Path) -> dict[str, Any]:
 
 
 def _unpickled(path: str | Path) -> Any:
+    from torch import nn
+
     # ParameterDict is what embedding files hold: with it they are recognised, and not called damaged.
     classes = [*_LIGHTNING_CLASSES, *_numpy_classes(), nn.ParameterDict]
     return pickles.load(path, classes=classes, mmap=True, what=f"checkpoint '{path}'")
@@ -149,6 +153,8 @@ def _state_of(content: Any) -> Any:
 
 
 def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
+    from torch import Tensor
+
     state = _state_of(content)
     if not isinstance(state, Mapping):
         raise CheckpointError(

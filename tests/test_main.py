@@ -65,6 +65,7 @@ for line in sys.stdin.read().splitlines():
 YAML = "configs/latent-diffusion/txt2img-finetune.yaml"
 METHODS, WORDS = "configs/personalization", "model.params.personalization_config.params"
 IMAGES = "data.params.train.params"
+MODEL = "models/ldm/creatures/model.safetensors"
 ANSWERED_AT_ONCE = {
     "--help": (0, ""),
     "--nonsense": (2, "unknown flag --nonsense"),
@@ -72,6 +73,15 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --gpus all": (2, "--gpus 'all' is not understood"),
     f"--base {YAML} -t --lr_scheduler step": (2, "invalid choice: 'step'"),
     f"--base {YAML} -t --push_to_hub": (2, "give --hub_model_id OWNER/NAME"),
+    # Without --base the YAML follows from the model.
+    f"--pretrained_model_name_or_path {MODEL} --train_data_dir nowhere": (
+        1,
+        "image folder not found: nowhere",
+    ),
+    f"--actual_resume {MODEL} -t model.params.timestep=5": (1, "unknown key 'timestep'"),
+    f"--base {METHODS}/neti.yaml -t --actual_resume {MODEL} {WORDS}.hidden=5000": (1, "hidden is 5000"),
+    "--pretrained_model_name_or_path {damaged}/a.png": (1, "is a text file"),
+    "--pretrained_model_name_or_path {plain}/a.png": (1, "is an image"),
     "--pretrained_model_name_or_path no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
     f"--base {YAML} -t --num_vectors many": (2, "not a positive whole number"),
     "--base no.yaml -t": (1, "no such YAML: 'no.yaml'"),

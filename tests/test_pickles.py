@@ -105,7 +105,7 @@ def test_messages_have_no_advice_of_torch(tmp_path: Path, end: bytes) -> None:
 
 
 def test_shapes_of_nested_content() -> None:
-    one = TensorRecord(Storage(torch.float32, "0", 6), 0, (2, 3), (3, 1))
+    one = TensorRecord(Storage("float32", 4, "0", 6), 0, (2, 3), (3, 1))
     content: dict = {"a": one, 320: ({"w": one}, [one]), "text": "x"}
     content["self"] = content
     assert shapes_of(content) == {"a": (2, 3), "320.0.w": (2, 3), "320.1.0": (2, 3)}

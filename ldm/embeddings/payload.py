@@ -184,17 +184,18 @@ class TorchFile:
         return known[id(value)]
 
     def _tensor(self, record: TensorRecord) -> Tensor:
+        dtype: torch.dtype = getattr(torch, record.storage.dtype)
         if not record.numel:
-            return torch.zeros(record.shape, dtype=record.storage.dtype)
-        item = record.storage.dtype.itemsize
+            return torch.zeros(record.shape, dtype=dtype)
+        item = record.storage.itemsize
         data = self._numbers(record.storage, record.offset * item, record.span * item)
-        flat = torch.frombuffer(data, dtype=record.storage.dtype)
+        flat = torch.frombuffer(data, dtype=dtype)
         return flat.as_strided(record.shape, record.stride).clone()
 
     def _numbers(self, storage: Storage, start: int, length: int) -> bytearray:
         """Read a part of a storage; the other parts are read too, for the checksum, but not kept."""
         place = self._places.get(storage.key)
-        total = storage.numbers * storage.dtype.itemsize
+        total = storage.nbytes
         if isinstance(place, int):
             with self.path.open("rb") as file:
                 file.seek(place + start)

@@ -109,10 +109,15 @@ def check_command_line(options: argparse.Namespace) -> None:
         config, saved, place = of_run(options, options.base, folder)
         yamls = [*folder.saved_configs(), *yamls]
     else:
-        config, place = _merged(options, options.base, None), places(options, options.base)
+        config, place = _merged(options, yamls, None), places(options, yamls)
     _check_base(yamls, config, options.resume)
-    # Without a model in the YAMLs, its own YAML is added when its weights are read.
     described = OmegaConf.select(config, "model.target")
+    # Without a model in the YAMLs, its own YAML is the first; for a model on the hub the run finds it.
+    source = config.get("actual_resume")
+    if not described and not resume and source and Path(str(source)).exists():
+        yamls = [training_yaml(source, config.get("variant"), ask=False), *yamls]
+        config, place = _merged(options, yamls, None), places(options, yamls)
+        described = OmegaConf.select(config, "model.target")
     if described and not resume:
         _fill(config, options)
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
@@ -182,8 +187,12 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
     refuse_foreign_target(OmegaConf.select(config, "model.target"), ", ".join(f"'{path}'" for path in base))
 
 
-def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+def training_yaml(
+    model: str | Path, variant: str | None = None, revision: str | None = None, *, ask: bool = True
+) -> Path:
     """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
+
+    With `ask`, a line asks for what its weights do not tell.
 
     Raises:
         UserError: the model is missing, none that can be read, or its YAML is not installed.
@@ -196,7 +205,8 @@ def training_yaml(model: str | Path, variant: str | None = None, revision: str |
             f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
             f"install -e, or name a YAML with {setting('base')}"
         )
-    ask_for_prediction(base)
+    if ask:
+        ask_for_prediction(base)
     return base.finetune_config
 
 

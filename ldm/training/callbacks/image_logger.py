@@ -127,7 +127,9 @@ class ImageLogger(RunCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # A run that is shorter than the frequency ends with a preview, so that there is one.
-        only = not self.disabled and trainer.global_step == trainer.max_steps and "train" not in self._last_step
+        only = (
+            not self.disabled and trainer.global_step == trainer.max_steps and "train" not in self._last_step
+        )
         if only or self.is_due("train", trainer.global_step, batch_idx):
             self.log_images(trainer, pl_module, batch, batch_idx, "train")
 
