@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ WITHOUT = (
     "lightning.callbacks.image_logger.params.batch_frequency=0",
     "lightning.callbacks.summary_images=null",
 )
+
+
+Seconds = Mapping[str, Sequence[float]]
 
 
 class Steps(Callback):
@@ -68,6 +71,7 @@ def compare(options: argparse.Namespace) -> None:
     runs.set_up(options)
     names = (PLAIN, EMPTY, KEPT)
     begins, steps = Rounds(names, warm_up=0), Rounds(names, warm_up=0)
+    first = 0
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             found = {}
@@ -77,8 +81,9 @@ def compare(options: argparse.Namespace) -> None:
                     f"round {number + 1}, {name}: {found[name][0]:.1f} s, {found[name][1]:.4f} s a step",
                     flush=True,
                 )
-        begins.add({name: begin for name, (begin, _) in found.items()})
-        steps.add({name: step for name, (_, step) in found.items()})
+        first = found[PLAIN][2]
+        begins.add({name: begin for name, (begin, _, _) in found.items()})
+        steps.add({name: step for name, (_, step, _) in found.items()})
     report = Report(
         "compiled",
         "What torch.compile costs and saves within a run: embedded model, batch 8",
@@ -94,7 +99,7 @@ def compare(options: argparse.Namespace) -> None:
                 f"{Quartiles.of(begins.seconds[name]).median:.1f}",
                 f"{Quartiles.of(steps.seconds[name]).median:.4f}",
                 "" if name == PLAIN else ratio.text(2),
-                "" if name == PLAIN else sooner_from(begins.seconds, steps.seconds, name),
+                "" if name == PLAIN else sooner_from(first, begins.seconds, steps.seconds, name),
             )
         )
     report.data = {"beginnings": begins.seconds, "steps": steps.seconds}
@@ -102,15 +107,18 @@ def compare(options: argparse.Namespace) -> None:
     print(report.markdown())
 
 
-def sooner_from(begins: dict[str, list[float]], steps: dict[str, list[float]], name: str) -> str:
-    """The number of steps from which runs are shorter than plain ones, by the medians, as text."""
+def sooner_from(first: int, begins: Seconds, steps: Seconds, name: str) -> str:
+    """The number of steps from which runs are shorter than plain ones, by the medians, as text.
+
+    first: the steps of a beginning.
+    """
     cost = Quartiles.of([a - b for a, b in zip(begins[name], begins[PLAIN], strict=True)]).median
     gain = Quartiles.of([b - a for a, b in zip(steps[name], steps[PLAIN], strict=True)]).median
-    return f"{max(cost, 0) / gain:,.0f} steps" if gain > 0 else "never"
+    return f"{max(first + cost / gain, 0):,.0f} steps" if gain > 0 else "never"
 
 
-def in_a_process(folder: Path, name: str, options: argparse.Namespace) -> tuple[float, float]:
-    """The seconds of a run's beginning and of one of its later steps, measured in a process of its own."""
+def in_a_process(folder: Path, name: str, options: argparse.Namespace) -> tuple[float, float, int]:
+    """The seconds of a run's beginning and of one of its later steps, and how many steps the beginning has."""
     result = folder / "seconds.json"
     os.environ[CACHE_VARIABLE] = str(folder / "kept")
     process = multiprocessing.get_context("spawn").Process(target=timed, args=(folder, name, options, result))
@@ -118,9 +126,9 @@ def in_a_process(folder: Path, name: str, options: argparse.Namespace) -> tuple[
     process.join()
     if process.exitcode:
         raise UserError(f"the run '{name}' ended with code {process.exitcode}; its messages are above")
-    begin, step = json.loads(result.read_text(encoding="utf-8"))
+    begin, step, first = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
-    return begin, step
+    return begin, step, first
 
 
 def timed(folder: Path, name: str, options: argparse.Namespace, result: Path) -> None:
@@ -142,7 +150,7 @@ def timed(folder: Path, name: str, options: argparse.Namespace, result: Path) ->
     if len(clock.ended) < 2 * first:
         raise UserError(f"--steps is {options.steps}; an epoch has {first}, give at least twice as many")
     later = np.diff(clock.ended[first - 1 :])
-    write_text(result, json.dumps([clock.ended[first - 1], float(np.median(later))]))
+    write_text(result, json.dumps([clock.ended[first - 1], float(np.median(later)), first]))
 
 
 if __name__ == "__main__":

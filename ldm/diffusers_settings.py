@@ -277,6 +277,8 @@ def schedule_params(config: Mapping[str, Any], kind: str = "") -> dict[str, Any]
         params["beta_schedule"] = "cosine"
     elif schedule in SCHEDULES:
         start, end = (_beta_setting(config, kind, name) for name in ("beta_start", "beta_end"))
+        if not (isinstance(start, int | float) and isinstance(end, int | float) and isinstance(steps, int)):
+            raise TypeError(f"betas from {start} to {end} in {steps} steps are no numbers")
         params |= {"beta_schedule": SCHEDULES[schedule], "linear_start": start, "linear_end": end}
     elif betas is None:
         raise CheckpointError(

@@ -238,7 +238,7 @@ def _function(node: ast.FunctionDef, module: str) -> Any:
             if default is not None:
                 own[key := f"default of {name.arg}"] = value = _default(default, module)
                 defaults[index] = ast.Name(key, ast.Load())
-                if value is _UNKNOWN:  # which would be no mistake in a YAML
+                if value is UNKNOWN:  # which would be no mistake in a YAML
                     name.annotation = None
     shell = copy.copy(node)  # with the fields that a later Python adds
     shell.args, shell.body, shell.decorator_list, shell.returns = given, [ast.Pass()], [], None
@@ -249,7 +249,8 @@ def _function(node: ast.FunctionDef, module: str) -> Any:
     return own[node.name]
 
 
-_UNKNOWN = object()
+# What stands for a default that the source does not write out.
+UNKNOWN = object()
 
 
 def _default(default: ast.expr, module: str) -> Any:
@@ -257,7 +258,7 @@ def _default(default: ast.expr, module: str) -> Any:
     try:
         return ast.literal_eval(default)
     except ValueError:
-        return _namespace(module).get(default.id, _UNKNOWN) if isinstance(default, ast.Name) else _UNKNOWN
+        return _namespace(module).get(default.id, UNKNOWN) if isinstance(default, ast.Name) else UNKNOWN
 
 
 @cache

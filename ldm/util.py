@@ -465,6 +465,12 @@ def accepts(factory: Any, name: str) -> bool:
     return any(p.kind is p.VAR_KEYWORD or (p.name == name and p.kind in _BY_KEYWORD) for p in accepted)
 
 
+def default_of(factory: Any, name: str) -> Any:
+    """The default of a keyword of a callable; None if it has none, or no such keyword."""
+    found = [p.default for p in _accepted(factory) or () if p.name == name]
+    return found[0] if found and found[0] is not inspect.Parameter.empty else None
+
+
 _read_pretrained: ContextVar[bool] = ContextVar("read_pretrained", default=True)
 
 

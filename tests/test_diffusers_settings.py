@@ -180,6 +180,13 @@ MISFITS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "no heads": ("sd2", "text_encoder", {"num_attention_heads": ...}, "lack 'num_attention_heads'"),
     "null": ("sd1", "unet", {"block_out_channels": None}, "settings are damaged"),
     "a text": ("sd1", "unet", {"block_out_channels": "x"}, "settings are damaged"),
+    "betas in quotes": ("sd1", "scheduler", {"beta_start": "0.1"}, "settings are damaged .*betas from 0.1"),
+    "steps in quotes": (
+        "sd1",
+        "scheduler",
+        {"num_train_timesteps": "9"},
+        "settings are damaged .*in 9 steps",
+    ),
 }
 
 

@@ -95,7 +95,8 @@ def of_run(
 
 
 def check_command_line(options: argparse.Namespace) -> None:
-    """Check what needs no torch: YAMLs against the sources of their classes, and that images and files are there.
+    """Check what needs no torch: YAMLs against the sources of their classes, that images and files are there, what the
+    file of a model is that no YAML describes, and what a resumed run keeps.
 
     Raises:
         UserError: as the run itself would, but at once.
@@ -145,7 +146,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         if described and not trainer.get("resume_from_checkpoint"):
             check_run_config(config, place, stand_in)
             if folder is not None and saved is not None:
-                resuming.check_fixed(saved, config, folder, stand_in)
+                resuming.check_fixed(saved, config, folder, at_once=True)
         for params, images in concepts:
             _check_captions_and_masks(params, images)
     hub.check(options)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings, random_state
 from ldm.front_ends import setting
-from ldm.generate.embeddings import check_encoder, takes_vectors
+from ldm.generate.embeddings import check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
@@ -40,7 +40,7 @@ def check_first_vectors(config: DictConfig) -> None:
         kind.check_file(path, strings)
         base = config.get("actual_resume")
         # A folder of diffusers, or a hub id, replaces the width of the YAML by its own.
-        if takes_vectors(kind) and (base is None or Path(base).is_file()):
+        if issubclass(kind, EmbeddingManager) and (base is None or Path(base).is_file()):
             check_encoder(config, [chosen(embeddings.read(path), strings, str(path))])
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.files import file_hash
 from ldm.front_ends import setting
+from ldm.signatures import UNKNOWN
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, Find, UsageError, UserError, get_obj_from_str
+from ldm.util import ConfigError, Find, UsageError, UserError, default_of, get_obj_from_str, stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -53,32 +53,31 @@ _FREE = (
 )
 _BASE_MODELS = ("actual_resume", "model.params.ckpt_path")
 _FILE = "embedding_manager_ckpt"
-# The default of a class whose source does not say it.
-_UNKNOWN = object()
 
 
-def check_fixed(
-    saved: DictConfig, wanted: DictConfig, folder: RunFolder, find: Find = get_obj_from_str
-) -> None:
+def check_fixed(saved: DictConfig, wanted: DictConfig, folder: RunFolder, *, at_once: bool = False) -> None:
     """Check that a resumed run keeps what was decided when it began; `saved` and `wanted` are its configurations.
 
-    `find` is that of `ldm.training.config.check_run_config`.
+    With `at_once`, what needs imports, or a model to be read, is left out.
 
     Raises:
         UsageError: the placeholder, the vectors, the personalization or the base model would change.
     """
+    find: Find = stand_in if at_once else get_obj_from_str
     own = {str(key): None for config in (saved, wanted) for key in OmegaConf.select(config, _WORDS) or {}}
     others = {f"{_WORDS}.{key}": key for key in own if key not in _FREE}
     for key, name in (FIXED | {key: name for key, name in others.items() if key not in FIXED}).items():
         was, now = _value(saved, key, find), _value(wanted, key, find)
-        if was != now and _UNKNOWN not in (was, now):
+        if was != now and UNKNOWN not in (was, now):
             raise UsageError(
                 f"a resumed run keeps its {name}, {_shown(was)}; {_shown(now)} is asked for: leave that out, or start "
                 f"a new run without {setting('resume', '-r')}"
             )
     for key in _BASE_MODELS:
         was, now = OmegaConf.select(saved, key), OmegaConf.select(wanted, key)
-        if was != now and not (was and now and _is_same_model(str(was), str(now), folder)):
+        if was == now or (at_once and now and Path(str(now)).exists()):
+            continue
+        if not (was and now and _is_same_model(str(was), str(now), folder)):
             raise UsageError(
                 f"a resumed run keeps its base model, {_shown(was)}; {_shown(now)} is asked for: leave that out, or "
                 f"start a new run without {setting('resume', '-r')}"
@@ -103,7 +102,10 @@ def check_epochs(state: Mapping[str, Any], wanted: DictConfig) -> None:
 
 
 def forget_first_vectors(config: DictConfig, saved: DictConfig) -> None:
-    """Remove the file that a run began from, in place: a resumed run has its vectors, and the file may be gone."""
+    """Remove the file that a run began from, in place: a resumed run has its vectors, and the file may be gone.
+
+    A file that is named beside `-r`, and is not needed, is logged.
+    """
     if _begun_from(config) not in (None, _begun_from(saved)):
         logger.info("--embedding_manager_ckpt is not needed: the vectors are in the state that -r reads")
     config.pop(_FILE, None)
@@ -133,13 +135,11 @@ def _value(config: DictConfig, key: str, find: Find) -> Any:
 def _default(target: str | None, name: str, find: Find) -> Any:
     try:
         owner = find(target) if target else None
-        parameters = inspect.signature(owner).parameters if owner else {}
-    except (ConfigError, TypeError, ValueError):
+    except ConfigError:
         return None
     if target and owner is None:
-        return _UNKNOWN
-    default = parameters[name].default if name in parameters else None
-    return None if default is inspect.Parameter.empty else default
+        return UNKNOWN
+    return default_of(owner, name) if owner else None
 
 
 def _is_same_model(was: str, now: str, folder: RunFolder) -> bool:
@@ -147,10 +147,10 @@ def _is_same_model(was: str, now: str, folder: RunFolder) -> bool:
     old, new = Path(was), Path(now)
     if old.exists() and new.exists() and old.samefile(new):
         return True
-    known = next(
-        (digest for path in folder.word_files() if (digest := _base_model_hash(path)) is not None),
-        file_hash(old) if old.is_file() else None,
-    )
+    hashes = (digest for path in folder.word_files() if (digest := _base_model_hash(path)) is not None)
+    known = next(hashes, None)
+    if known is None and old.is_file():
+        known = file_hash(old)
     if known is None or not new.is_file():
         # A folder, or a model that was moved and has no hash: its name is all that is known.
         return new.exists() and not old.exists() and old.name == new.name

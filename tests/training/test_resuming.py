@@ -16,6 +16,8 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from ldm import embeddings
 from ldm.training import resuming
 from ldm.training.callbacks.latent_cache import CachedLatents
+from ldm.training.run_folder import RunFolder
+from ldm.util import UsageError
 from tests.training.runs import only_run, start, state_of
 
 pytestmark = pytest.mark.done_or_said
@@ -489,6 +491,26 @@ def test_a_project_is_a_place_in_a_run(copy_of, capsys, place) -> None:
 
 def changed(was: object, now: object) -> list[str]:
     return resuming.differences({"config": was, "batch": 2}, {"config": now, "batch": 2})
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_default_that_is_given_is_no_change(tmp_path, at_once: bool) -> None:
+    def check(method: str, **params: Any) -> None:
+        node = {"target": f"ldm.modules.methods.{method}", "params": {"placeholder_strings": ["*"]}}
+        configs = [
+            OmegaConf.create(
+                {"model": {"params": {"personalization_config": node | {"params": node["params"] | more}}}}
+            )
+            for more in ({}, params)
+        ]
+        resuming.check_fixed(*configs, RunFolder(tmp_path, "now"), at_once=at_once)
+
+    check("XTI", num_vectors_per_token=1)  # an argument of the class that it derives from
+    check("ProSpect", stages=4)
+    with pytest.raises(UsageError, match="keeps its number of vectors, 1; 2 is asked for"):
+        check("XTI", num_vectors_per_token=2)
+    with pytest.raises(UsageError, match="keeps its stages, 4; 5 is asked for"):
+        check("ProSpect", stages=5)
 
 
 def test_differences_in_words() -> None:

@@ -62,7 +62,7 @@ COLUMNS = 4
 
 
 class ImageLogger(RunCallback):
-    """Saves grids of the model's `log_images` every `batch_frequency` steps, or once at the end of a shorter run.
+    """Saves grids of the model's `log_images` every `batch_frequency` steps, and at the end of a run that had none.
 
     The files are `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.jpg` in the run folder. Every preview uses
     the same seed, and the random numbers of the training do not change.
@@ -113,6 +113,7 @@ class ImageLogger(RunCallback):
         if log_first_step:
             self.early_steps.add(1)
         self._last_step: dict[str, int] = {}  # by split
+        self._last_batch: tuple[Any, int] | None = None
 
     def is_due(self, split: str, step: int, batch_idx: int) -> bool:
         """Whether a preview is due after this optimizer step, and not yet done."""
@@ -126,12 +127,16 @@ class ImageLogger(RunCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # A run that is shorter than the frequency ends with a preview, so that there is one.
-        only = (
-            not self.disabled and trainer.global_step == trainer.max_steps and "train" not in self._last_step
-        )
-        if only or self.is_due("train", trainer.global_step, batch_idx):
+        self._last_batch = batch, batch_idx
+        if self.is_due("train", trainer.global_step, batch_idx):
             self.log_images(trainer, pl_module, batch, batch_idx, "train")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that ends before its first preview ends with one, so that there is something to see."""
+        last, self._last_batch = self._last_batch, None
+        without = "train" not in self._last_step and trainer.global_step < self.batch_frequency
+        if last is not None and without and not self.disabled and self.requests.stop is None:
+            self.log_images(trainer, pl_module, *last, "train")
 
     def on_validation_batch_end(
         self,

@@ -263,8 +263,8 @@ def _rollbacks(checkpoint: Mapping[str, Any]) -> int:
 
 
 def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (bool, int, float, str, tuple, type(None))
-    known = {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
+    kinds = (bool, int, float, str, tuple, type(None))
+    known = {key: value for key, value in group.items() if key != "params" and isinstance(value, kinds)}
     return {**known, "lr": float(known.pop("initial_lr", group["lr"]))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,15 @@ class TestImageLogger:
         logger = ImageLogger(**{"max_images": 2, "increase_log_steps": False} | options)
         fit_line(line, numbers, tmp_path, [logger], steps=steps)
         assert line.previews == previews
+
+    def test_also_one_that_ends_with_its_epochs_but_none_that_is_stopped(self, line, numbers, tmp_path):
+        epoch = ImageLogger(batch_frequency=100, max_images=2, increase_log_steps=False)
+        fit_line(line, numbers, tmp_path, [epoch], steps=100, max_epochs=1)
+        assert line.previews == 1
+        stopped = ImageLogger(batch_frequency=100, max_images=2, increase_log_steps=False)
+        stopped.requests.stop = signal.SIGTERM
+        fit_line(line, numbers, tmp_path, [stopped], steps=3)
+        assert line.previews == 1
 
     def test_file_names_of_the_original(self, line, numbers, tmp_path):
         fit_line(
