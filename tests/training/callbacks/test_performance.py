@@ -53,7 +53,7 @@ def test_only_training_is_compiled(model, monkeypatch) -> None:
         lambda function, **options: lambda *a, **k: used.append(options) or function(*a, **k),
     )
     names, before = list(model.state_dict()), output(model).detach()
-    callback = CompiledDenoiser(mode="max-autotune")
+    callback = CompiledDenoiser(2000, mode="max-autotune")
     callback.on_train_start(trainer_of(), model)
     assert torch.equal(output(model), before)
     assert used == [{"backend": "inductor", "mode": "max-autotune", "dynamic": False}]
@@ -77,7 +77,7 @@ def test_compiled_gradient(model) -> None:
         return vectors.grad.clone()
 
     expected = gradient()
-    callback = CompiledDenoiser(backend="eager")
+    callback = CompiledDenoiser(2000, backend="eager")
     callback.on_train_start(trainer_of(), model)
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-6)
     callback.teardown(trainer_of(), model, "fit")
@@ -85,17 +85,31 @@ def test_compiled_gradient(model) -> None:
 
 def test_short_run_is_not_compiled(model, caplog) -> None:
     caplog.set_level(logging.INFO, logger=performance.__name__)
-    CompiledDenoiser().on_train_start(trainer_of(5000, done=3500), model)
+    CompiledDenoiser(2000).on_train_start(trainer_of(5000, done=3500), model)
     assert caplog.messages == [
         "compiled: not used, because compiling takes longer than it saves in 1500 steps (least_steps: 2000)"
     ]
     assert "forward" not in vars(model.model.diffusion_model)
-    CompiledDenoiser().on_train_start(trainer_of(), torch.nn.Identity())
+    CompiledDenoiser(2000).on_train_start(trainer_of(), torch.nn.Identity())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_by_default_a_cpu_compiles_nothing(model, monkeypatch, caplog, device: str) -> None:
+    caplog.set_level(logging.INFO, logger=performance.__name__)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    CompiledDenoiser().on_train_start(trainer_of(), model)
+    assert compiled == [1] * (device == "cuda")
+    assert (caplog.messages == []) == (device == "cuda")
+    assert device == "cuda" or caplog.messages[0].startswith("compiled: not used on a CPU")
+    CompiledDenoiser().on_train_start(trainer_of(1999), model)
+    assert "1999 steps (least_steps: 2000)" in caplog.text or device == "cpu"
 
 
 def test_what_is_compiled_is_kept_in_the_users_cache(model, cache, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    callback = CompiledDenoiser()
+    callback = CompiledDenoiser(2000)
     callback.on_train_start(trainer_of(), model)
     assert cache.is_dir() and os.environ[performance.CACHE_VARIABLE] == str(cache)
     callback.teardown(trainer_of(), model, "fit")
@@ -107,7 +121,7 @@ def test_what_is_compiled_is_kept_in_the_users_cache(model, cache, monkeypatch) 
 def test_a_cache_that_cannot_be_made_is_not_used(model, cache, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     cache.parent.write_text("a file in its place")
-    CompiledDenoiser().on_train_start(trainer_of(), model)
+    CompiledDenoiser(2000).on_train_start(trainer_of(), model)
     assert os.environ[performance.CACHE_VARIABLE] == DEFAULT
 
 
@@ -120,7 +134,7 @@ def test_a_graph_of_the_step_is_for_cuda(model, monkeypatch, caplog, device: str
     )
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     monkeypatch.setattr(type(model), "device", torch.device(device))
-    callback = CompiledDenoiser(graph=True)
+    callback = CompiledDenoiser(2000, graph=True)
     callback.on_train_batch_start(trainer_of(), model, {}, 0)
     assert not marks, "nothing is compiled"
     callback.on_train_start(trainer_of(), model)
@@ -153,7 +167,7 @@ def test_a_graph_gives_the_gradients_of_the_step() -> None:
         return found
 
     expected = gradients(None)
-    callback = CompiledDenoiser(graph=True)
+    callback = CompiledDenoiser(2000, graph=True)
     callback.on_train_start(trainer_of(), model)
     for compiled, eager in zip(gradients(callback), expected, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
