@@ -147,11 +147,13 @@ def _is_same_model(was: str, now: str, folder: RunFolder) -> bool:
     old, new = Path(was), Path(now)
     if old.exists() and new.exists() and old.samefile(new):
         return True
-    hashes = (digest for path in folder.word_files() if (digest := _base_model_hash(path)) is not None)
-    known = next(hashes, None)
-    if known is None and old.is_file():
-        known = file_hash(old)
-    if known is None or not new.is_file():
+    known = None
+    if new.is_file():
+        hashes = (digest for path in folder.word_files() if (digest := _base_model_hash(path)) is not None)
+        known = next(hashes, None)
+        if known is None and old.is_file():
+            known = file_hash(old)
+    if known is None:
         # A folder, or a model that was moved and has no hash: its name is all that is known.
         return new.exists() and not old.exists() and old.name == new.name
     return known == file_hash(new)
