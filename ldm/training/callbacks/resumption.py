@@ -106,7 +106,7 @@ class Resumption(Callback):
             logger.warning("%s", spoken(no_epochs_left(epochs, trainer.max_epochs)))
 
     def _settings_before(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that a state was saved with, as far as it tells."""
+        """The settings that are saved with a state; of an older state, those that follow from it."""
         if _KEY in checkpoint:
             return checkpoint[_KEY]
         config = self.saved if self.saved is not None else OmegaConf.create({})
