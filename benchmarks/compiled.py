@@ -10,12 +10,12 @@ is compiled; its step is the median of those after. The steps from which a compi
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from benchmarks.rounds import Quartiles, Rounds, now
 from benchmarks.subjects import EMBEDDED
 from ldm.commands.base import guarded
 from ldm.console import Parser, positive
-from ldm.files import write_text
 from ldm.training.callbacks.performance import CACHE_VARIABLE
 from ldm.util import UserError
 
@@ -119,21 +118,13 @@ def sooner_from(first: int, begins: Seconds, steps: Seconds, name: str) -> str:
 
 def in_a_process(folder: Path, name: str, options: argparse.Namespace) -> tuple[float, float, int]:
     """The seconds of a run's beginning and of one of its later steps, and how many steps the beginning has."""
-    result = folder / "seconds.json"
     os.environ[CACHE_VARIABLE] = str(folder / "kept")
-    process = multiprocessing.get_context("spawn").Process(target=timed, args=(folder, name, options, result))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise UserError(f"the run '{name}' ended with code {process.exitcode}; its messages are above")
-    begin, step, first = json.loads(result.read_text(encoding="utf-8"))
-    result.unlink()
-    return begin, step, first
+    with ProcessPoolExecutor(1, get_context("spawn"), runs.set_up, (options,)) as pool:
+        return pool.submit(timed, folder, name, options).result()
 
 
-def timed(folder: Path, name: str, options: argparse.Namespace, result: Path) -> None:
-    """Run main.py's training here and write its seconds; see `in_a_process`."""
-    runs.set_up(options)
+def timed(folder: Path, name: str, options: argparse.Namespace) -> tuple[float, float, int]:
+    """Run main.py's training here; see `in_a_process`, which does it in a process of its own."""
     clock = Steps()
     words = [
         "--max_steps",
@@ -149,8 +140,7 @@ def timed(folder: Path, name: str, options: argparse.Namespace, result: Path) ->
     first = int(run.trainer.num_training_batches)
     if len(clock.ended) < 2 * first:
         raise UserError(f"--steps is {options.steps}; an epoch has {first}, give at least twice as many")
-    later = np.diff(clock.ended[first - 1 :])
-    write_text(result, json.dumps([clock.ended[first - 1], float(np.median(later)), first]))
+    return clock.ended[first - 1], float(np.median(np.diff(clock.ended[first - 1 :]))), first
 
 
 if __name__ == "__main__":

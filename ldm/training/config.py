@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,6 +44,9 @@ from ldm.util import (
 )
 from ldm.words import check_word
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml, yaml_value
+
+if TYPE_CHECKING:
+    from ldm.base_models import BaseModel
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +119,7 @@ def check_command_line(options: argparse.Namespace) -> None:
     # Without a model in the YAMLs, its own YAML is the first; for a model on the hub the run finds it.
     source = config.get("actual_resume")
     if not described and not resume and source and Path(str(source)).exists():
-        yamls = [training_yaml(source, config.get("variant"), ask=False), *yamls]
+        yamls = [_recognised(source, config.get("variant")).finetune_config, *yamls]
         config, place = _merged(options, yamls, None), places(options, yamls)
         described = OmegaConf.select(config, "model.target")
     if described and not resume:
@@ -188,17 +191,23 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
     refuse_foreign_target(OmegaConf.select(config, "model.target"), ", ".join(f"'{path}'" for path in base))
 
 
-def training_yaml(
-    model: str | Path, variant: str | None = None, revision: str | None = None, *, ask: bool = True
-) -> Path:
+def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
     """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
 
-    With `ask`, a line asks for what its weights do not tell.
+    A line asks for what its weights do not tell.
 
     Raises:
         UserError: the model is missing, none that can be read, or its YAML is not installed.
     """
-    from ldm.base_models import ask_for_prediction, recognise
+    from ldm.base_models import ask_for_prediction
+
+    base = _recognised(model, variant, revision)
+    ask_for_prediction(base)
+    return base.finetune_config
+
+
+def _recognised(model: str | Path, variant: str | None, revision: str | None = None) -> BaseModel:
+    from ldm.base_models import recognise
 
     base = recognise(model, variant, revision)
     if not base.finetune_config.is_file():
@@ -206,9 +215,7 @@ def training_yaml(
             f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
             f"install -e, or name a YAML with {setting('base')}"
         )
-    if ask:
-        ask_for_prediction(base)
-    return base.finetune_config
+    return base
 
 
 def _check_files(config: DictConfig) -> None:

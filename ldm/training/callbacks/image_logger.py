@@ -127,16 +127,18 @@ class ImageLogger(RunCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._last_batch = batch, batch_idx
+        if not self.disabled and "train" not in self._last_step:
+            self._last_batch = batch, batch_idx
         if self.is_due("train", trainer.global_step, batch_idx):
             self.log_images(trainer, pl_module, batch, batch_idx, "train")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that ends before its first preview ends with one, so that there is something to see."""
-        last, self._last_batch = self._last_batch, None
-        without = "train" not in self._last_step and trainer.global_step < self.batch_frequency
-        if last is not None and without and not self.disabled and self.requests.stop is None:
-            self.log_images(trainer, pl_module, *last, "train")
+        # A resumed run had previews before, if it is past the first of them.
+        if self._last_batch is None or trainer.global_step >= self.batch_frequency or self.early_steps:
+            return
+        if self.requests.stop is None:
+            self.log_images(trainer, pl_module, *self._last_batch, "train")
 
     def on_validation_batch_end(
         self,
@@ -154,7 +156,7 @@ class ImageLogger(RunCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str
     ) -> None:
         """Make and save the previews of one batch."""
-        self._last_step[split] = trainer.global_step
+        self._last_step[split], self._last_batch = trainer.global_step, None
         if not trainer.is_global_zero or not isinstance(pl_module, MakesImages):
             return
         try:
