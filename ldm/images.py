@@ -57,6 +57,10 @@ _PLUGINS = {
 }
 
 
+# The smallest side of an image, in pixels, and how many images of a folder are read before torch is imported.
+SMALLEST_SIDE, LOOKED_INTO = 8, 16
+
+
 class ImageError(UserError):
     """An image, or a folder of images, that cannot be used; the message names it."""
 
@@ -77,16 +81,31 @@ def list_images(folder: str | Path) -> list[Path]:
     return images
 
 
-def check_image_folder(folder: str | Path) -> list[Path]:
-    """Return the images as `list_images` does, after a look at the beginning of each; nothing is logged.
+def check_image_folder(folder: str | Path, zoom: float = 1) -> list[Path]:
+    """Return the images as `list_images` does, after a look into each; nothing is logged.
+
+    Of `LOOKED_INTO` images the pixels are read, where that takes milliseconds; of further ones the beginning is.
 
     Raises:
-        ImageError: as `list_images`, and as `open_image` for a file that is no image.
+        ImageError: as `list_images`, as `open_image` for a file that is no image, and as `check_sides`.
     """
     images, _, _ = _listed(Path(folder))
-    for image in images:
-        _read_by(_identify, image)
+    for number, image in enumerate(images):
+        size = _read_by(_verify if number < LOOKED_INTO else _identify, image)
+        check_sides(image, size, zoom)
     return images
+
+
+def check_masks(images: Sequence[Path]) -> None:
+    """Read the masks of the first `LOOKED_INTO` images.
+
+    Raises:
+        ImageError: as `mask_of`.
+    """
+    masks = mask_files(images)
+    for image in images[:LOOKED_INTO]:
+        if image in masks:
+            mask_of(image, open_image(image).size, masks)
 
 
 def _listed(folder: Path) -> tuple[list[Path], str, int]:
@@ -242,6 +261,33 @@ def _converted(image: Image.Image) -> Image.Image:
         raise ImageError(f"an image cannot be used ({error}); give its file's name") from None
 
 
+def check_sides(path: Path, size: tuple[int, int], zoom: float = 1) -> None:
+    """Raise ImageError if an image of a size (width, height) has sides that are too small for its crops."""
+    least = math.ceil(SMALLEST_SIDE * zoom)
+    if min(size) < least:
+        at = f" at zoom {zoom:g}" if zoom > 1 else ""
+        raise ImageError(
+            f"image {path} is {size[0]}x{size[1]} pixels: each side needs at least {least}{at}; use a larger image"
+        )
+
+
+def mask_of(path: Path, size: tuple[int, int], masks: Mapping[Path, Path]) -> Image.Image | None:
+    """The mask of an image of a size (width, height): that beside it in `masks`, or its alpha channel, if it has any.
+
+    Raises:
+        ImageError: as `open_mask`, or the sizes differ.
+    """
+    if path not in masks:
+        return open_alpha(path)
+    mask = open_mask(masks[path])
+    if mask.size != size:
+        raise ImageError(
+            f"mask {masks[path]} is {mask.width}x{mask.height} pixels, but its image is {size[0]}x{size[1]}; make them "
+            "equal"
+        )
+    return mask
+
+
 def open_mask(path: str | Path) -> Image.Image:
     """Read a mask as greyscale, upright: white marks what counts, and transparent is black.
 
@@ -255,11 +301,27 @@ def open_mask(path: str | Path) -> Image.Image:
     return mask
 
 
-def _identify(path: Path) -> None:
+def _identify(path: Path) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path):
-            pass
+        with Image.open(path) as image:
+            return image.size
+
+
+def _verify(path: Path) -> tuple[int, int]:
+    """The size of an image whose pixels can be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            size = image.size
+            if image.format == "PNG":  # its checksums say as much as its pixels, and sooner
+                image.verify()
+            else:
+                image.draft(
+                    "RGB", (64, 64)
+                )  # the least that a JPEG can be decoded at; others are decoded as they are
+                image.load()
+            return size
 
 
 def _read(path: Path) -> Image.Image:

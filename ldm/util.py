@@ -129,6 +129,12 @@ def check_value(label: str, value: Any, name: str, kind: Any) -> None:
         raise UserError(f"{label} is {shown_value(misfit)}; it must be {requirement}")
 
 
+def check_together(**params: Any) -> None:
+    """Raise UserError if one of some parameters contradicts the others; see `ldm.values.contradictions`."""
+    for name, why in values.contradictions(params):
+        raise UserError(f"{name} {why}")
+
+
 def best_device() -> str:
     """The device to compute on: a CUDA GPU, an Apple GPU, or the CPU. Every default device in this library is this."""
     import torch
@@ -379,7 +385,8 @@ def _target_problems(target: str, params: Any, where: str, owner_key: str, find:
     added = {SUPPLIED_BY_OWNER[owner_key]: None} if owner_key in SUPPLIED_BY_OWNER else {}
     found = list(_call_problems(factory, given, given | added, f"{where}.params.", f"{where}: {target}: "))
     yield from found
-    for name, why in values.contradictions(given) if not found else ():
+    defaults = {p.name: p.default for p in _accepted(factory) or () if p.default is not p.empty}
+    for name, why in values.contradictions(given, defaults) if not found else ():
         key = f"{where}.params.{name}"
         yield Problem(key, key, f" {why}")
 

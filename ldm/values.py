@@ -271,27 +271,86 @@ _CHANNELS = (
     ("unet_config", "params", "out_channels"),
     ("first_stage_config", "params", "embed_dim"),
 )
+_STAGES = ("personalization_config", "params", "stages")
+# Of these a personalization learns at least one.
+_LEARNED = ("learn_input", "residual", "residual_layers")
 
 
-def contradictions(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each parameter of a node that contradicts others of it, and why: "is 1, but channels is 2"."""
+def contradictions(
+    given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield each parameter of a node that contradicts others of it, and why: "is 1, but channels is 2".
+
+    `defaults` are those of the class; a parameter that is in neither is not checked.
+    """
+    params = {**(defaults or {}), **given}
+    yield from _contradictions_of_a_model(given, params)
+    yield from _contradictions_of_words(params)
+    yield from _contradictions_of_images(params)
+
+
+def _contradictions_of_a_model(
+    given: Mapping[str, Any], params: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
     start: Any = params.get("linear_start")
     end: Any = params.get("linear_end")
     if _is_number(start) and _is_number(end) and start > end:
         yield "linear_start", f"is {start}, more than linear_end, which is {end}; exchange them"
-    key = params.get("conditioning_key")
-    learns = params.get("personalization_config") is not None and "conditioning_key" in params
+    key = given.get("conditioning_key")
+    learns = given.get("personalization_config") is not None and "conditioning_key" in given
     if learns and key not in ("crossattn", "hybrid", "crossattn-adm"):
         yield "conditioning_key", f"is {key or 'null'}, but a learned word needs crossattn; set that"
-    for path in _CHANNELS if key in ("crossattn", "crossattn-adm") and "channels" in params else ():
-        value: Any = params
-        for part in path:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None and value != params["channels"]:
+    for path in _CHANNELS if key in ("crossattn", "crossattn-adm") and "channels" in given else ():
+        value = _at(given, path)
+        if value is not None and value != given["channels"]:
             yield (
                 ".".join(path),
-                f"is {value}, but channels of the model is {params['channels']}; make them equal",
+                f"is {value}, but channels of the model is {given['channels']}; make them equal",
             )
+    steps, stages = params.get("timesteps"), _at(given, _STAGES)
+    if isinstance(steps, int) and isinstance(stages, int) and stages > steps:
+        yield ".".join(_STAGES), f"is {stages}, and the model has {steps} timesteps; use fewer"
+
+
+def _contradictions_of_words(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "learn_input" in params and not any(params.get(name) for name in _LEARNED):
+        yield "learn_input", "is false, and so are residual and residual_layers; set one of them to true"
+    if "context_weight" in params:  # of CoRe
+        from ldm.front_ends import setting
+        from ldm.prompts import PER_IMAGE_TOKENS
+        from ldm.words import paired
+
+        for prompt in params.get("prompts") or ():
+            if "{}" not in prompt:
+                yield "prompts", f"holds '{prompt[:60]}', which has no {{}} for the word; add it"
+        strings, initial = paired(params.get("placeholder_strings"), params.get("initializer_words"))
+        # The word of a single training image has no initializer, and nothing else in a prompt to change.
+        named = {*PER_IMAGE_TOKENS} | {word for word, text in zip(strings, initial, strict=False) if text}
+        for word in [word for word in strings if word not in named][:1]:
+            yield (
+                "initializer_words",
+                f"has none for '{word}', and CoRe compares each word with its initializer; add one, or give it with "
+                f"{setting('init')}",
+            )
+
+
+def _contradictions_of_images(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    crops: Any = params.get("crops")
+    zooms: Any = params.get("zooms")
+    if not isinstance(crops, int) or not _is_sequence(zooms):
+        return
+    zoomed = [*zooms] != [1]
+    for name, more in (("crops", crops > 1), ("zooms", zoomed)):
+        if more and not params.get("center_crop", True):
+            yield name, "needs square crops, but center_crop: false stretches images; remove one of them"
+    if zoomed and params.get("size") is None:
+        yield "zooms", "needs a size, to which all crops are resized; set size"
+
+
+def _at(node: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def misfits(name: str, value: Any, hint: Any, ranged: str | None = None) -> Iterator[tuple[str, Any, str]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, shown
 
 MAX_LENGTH = 200
@@ -102,6 +103,73 @@ def with_negatives(names: Mapping[str, str], held: Sequence[str]) -> dict[str, s
     """Return new names by old ones, and with them those of the negatives that are held and have no new name yet."""
     negatives = {f"{old}{NEGATIVE}": f"{new}{NEGATIVE}" for old, new in names.items()}
     return {old: new for old, new in negatives.items() if old in held} | dict(names)
+
+
+def check_words(params: Mapping[str, Any]) -> None:
+    """Check the words of a personalization, and the lists that belong to them, by its params.
+
+    Raises:
+        UserError: a word is not allowed, or the lists do not fit together.
+    """
+    strings, _ = paired(params.get("placeholder_strings"), params.get("initializer_words"))
+    kept = [check_word(word) for word in strings]
+    learned = [*kept, *(PER_IMAGE_TOKENS if params.get("per_image_tokens") else ())]
+    vector_counts(kept, learned, params.get("num_vectors_per_token") or 1)
+
+
+def paired(
+    placeholder_strings: Sequence[str] | str | None, initializer_words: Sequence[str | None] | str | None
+) -> tuple[list[str], list[str | None]]:
+    """The placeholders and initializers of a YAML as lists, the second at most as long as the first.
+
+    Raises:
+        UserError: there are more initializers.
+    """
+    strings, initializers = _as_list(placeholder_strings), _as_list(initializer_words)
+    if len(initializers) > len(strings):
+        raise UserError(
+            f"{len(initializers)} initializer_words for {len(strings)} placeholder_strings; give one for each"
+        )
+    return strings, initializers
+
+
+def vector_counts(
+    configured: Sequence[str],
+    placeholders: Sequence[str],
+    wanted: int | Sequence[int] | Mapping[str, int],
+    limit: int = 1000,
+) -> dict[str, int]:
+    """The number of vectors of each of `placeholders`, which begin with the `configured` ones.
+
+    A list gives the numbers of the configured placeholders in order, a mapping names them; all others get one vector.
+
+    Raises:
+        UserError: numbers outside 1 to `limit`, a list of another length, a name that is no placeholder.
+    """
+    if isinstance(wanted, Mapping):
+        wanted = {check_word(string): count for string, count in wanted.items()}
+        unknown = [string for string in wanted if string not in placeholders]
+        if unknown:
+            raise UserError(f"num_vectors_per_token names '{unknown[0]}', which is no placeholder")
+        counts = {string: wanted.get(string, 1) for string in placeholders}
+    elif isinstance(wanted, Sequence) and not isinstance(wanted, str):
+        if len(wanted) != len(configured):
+            raise UserError(
+                f"num_vectors_per_token has {len(wanted)} entries for {len(configured)} placeholder_strings; "
+                f"give one for each"
+            )
+        counts = dict.fromkeys(placeholders, 1) | dict(zip(configured, wanted, strict=True))
+    else:
+        counts = dict.fromkeys(placeholders, wanted)
+    for string, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= limit:
+            raise UserError(f"num_vectors_per_token of '{string}' is {count}; use a number from 1 to {limit}")
+    return counts
+
+
+def _as_list(value: Sequence[Any] | str | None) -> list[Any]:
+    """A list from a YAML's list, a single string or nothing."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def check_text(text: str, what: str) -> str:

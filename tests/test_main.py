@@ -1,10 +1,12 @@
 """main.py: the names that YAMLs use, and its command line."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import main
 from ldm.util import get_obj_from_str
@@ -114,6 +116,37 @@ ANSWERED_AT_ONCE = {
         1,
         "guidance is 1; it must be a number above 1",
     ),
+    # Of several parameters together.
+    f"--base {YAML} -t model.params.linear_start=0.5": (1, "linear_start is 0.5, more than linear_end"),
+    f"--base {YAML} {METHODS}/prospect.yaml -t {WORDS}.stages=1001": (
+        1,
+        "stages is 1001, and the model has 1000 timesteps",
+    ),
+    f"--base {YAML} {METHODS}/output_residual.yaml -t {WORDS}.residual=false {WORDS}.learn_input=false": (
+        1,
+        "learn_input is false",
+    ),
+    f"--base {YAML} {METHODS}/core.yaml -t {WORDS}.initializer_words=[]": (
+        1,
+        "initializer_words has none for '*'",
+    ),
+    f"--base {YAML} {METHODS}/core.yaml -t {WORDS}.prompts=[portrait]": (1, "'portrait', which has no {}"),
+    f"--base {YAML} -t {WORDS}.placeholder_strings=[a,b] {WORDS}.num_vectors_per_token=[1,2,3]": (
+        1,
+        "num_vectors_per_token has 3 entries for 2 placeholder_strings",
+    ),
+    f"--base {YAML} -t {WORDS}.num_vectors_per_token.x=2": (1, "names 'x', which is no placeholder"),
+    f"--base {YAML} -t {WORDS}.placeholder_strings=[] {WORDS}.initializer_words=[toy]": (
+        1,
+        "1 initializer_words for 0 placeholder_strings",
+    ),
+    f"--base {YAML} -t {IMAGES}.crops=2 {IMAGES}.center_crop=false": (1, "crops needs square crops"),
+    # Of pixels.
+    f"--base {YAML} -t --data_root {{cut}}": (1, "cannot read image"),
+    f"--base {YAML} -t --data_root {{tiny}}": (1, "is 4x4 pixels"),
+    f"--base {YAML} -t --data_root {{plain}} {IMAGES}.zooms=[1,8]": (1, "at zoom 8; use a larger image"),
+    f"--base {YAML} -t --data_root {{black}} {IMAGES}.mask_weight=0.1": (1, "is black everywhere"),
+    f"--base {YAML} -t --data_root {{wide}} {IMAGES}.mask_weight=0.1": (1, "but its image is 32x32"),
     # A run that is resumed keeps its words, its method and its model.
     f"-r {{run}} -t {WORDS}.num_vectors_per_token=2": (2, "keeps its number of vectors, 1; 2 is asked for"),
     "-r {run} -t --placeholder_string @": (2, "keeps its placeholder"),
@@ -139,12 +172,23 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     for name, caption in (("a", b"a good one"), ("b", b"a\xff")):
         (captioned / f"{name}.png").write_bytes(image)
         (captioned / f"{name}.txt").write_bytes(caption)
+    (tmp_path / "cut").mkdir()
+    photo = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(photo, "JPEG")
+    (tmp_path / "cut" / "a.jpg").write_bytes(photo.getvalue()[:-300])
+    (tmp_path / "tiny").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "tiny" / "a.png")
+    for name, mask in (("black", Image.new("L", (32, 32))), ("wide", Image.new("L", (64, 32), "white"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(image)
+        mask.save(tmp_path / name / "a-masklabel.png")
     run = tmp_path / "run"
     for name in ("configs", "checkpoints"):
         (run / name).mkdir(parents=True)
     (run / "configs" / "project.yaml").write_bytes((ROOT / YAML).read_bytes())
     (run / "checkpoints" / "last.ckpt").write_bytes(b"a state")
-    places = {name: tmp_path / name for name in ("plain", "damaged", "captioned", "run")} | {"broken": broken}
+    folders = ("plain", "damaged", "captioned", "run", "cut", "tiny", "black", "wide")
+    places = {name: tmp_path / name for name in folders} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],

@@ -20,15 +20,15 @@ from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage
 from ldm.images import (
     ImageError,
+    check_sides,
     count_masked,
     list_images,
     mask_files,
+    mask_of,
     no_masks,
-    open_alpha,
     open_image,
-    open_mask,
 )
-from ldm.util import UserError, check_integer, check_value, counted, shown
+from ldm.util import UserError, check_integer, check_together, check_value, counted, shown
 from ldm.words import check_word
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,8 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# The smallest side of an image, in pixels, and the bytes of pixels that are kept in memory.
-SMALLEST_SIDE = 8
 Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+# The bytes of pixels that are kept in memory.
 MEMORY = 2**29
 
 
@@ -362,24 +361,8 @@ class ImageSet:
     def _open(self, path: Path) -> tuple[Image.Image, Image.Image | None]:
         """Return an image, and its mask if it has one."""
         image = open_image(path)
-        if min(image.size) < SMALLEST_SIDE * max(self.zooms):
-            zoom = f" at zoom {max(self.zooms):g}" if max(self.zooms) > 1 else ""
-            least = math.ceil(SMALLEST_SIDE * max(self.zooms))
-            size = f"{image.width}x{image.height}"
-            raise ImageError(
-                f"image {path} is {size} pixels: each side needs at least {least}{zoom}; use a larger image"
-            )
-        if self._masks is None:
-            return image, None
-        if path not in self._masks:
-            return image, open_alpha(path)
-        mask = open_mask(self._masks[path])
-        if mask.size != image.size:
-            raise ImageError(
-                f"mask {self._masks[path]} is {mask.width}x{mask.height} pixels, but its image is {image.width}x"
-                f"{image.height}; make them equal"
-            )
-        return image, mask
+        check_sides(path, image.size, max(self.zooms))
+        return image, None if self._masks is None else mask_of(path, image.size, self._masks)
 
     def _boxes_of(self, image: Image.Image) -> list[Box]:
         if not self.center_crop:
@@ -411,12 +394,7 @@ def _check_squares(
     listed = list(zooms) if isinstance(zooms, Sequence) and not isinstance(zooms, str) else []
     if not listed or not all(isinstance(z, int | float) and math.isfinite(z) and z >= 1 for z in listed):
         raise UserError(f"zooms is {zooms!r}: choose a list of numbers of at least 1, such as [1, 1.25]")
-    if not center_crop and (crops > 1 or listed != [1]):
-        raise UserError(
-            "crops and zooms need square crops, but center_crop: false stretches images; remove one of them"
-        )
-    if size is None and listed != [1]:
-        raise UserError(f"zooms is {listed} without a size: set size, so that all crops are resized to it")
+    check_together(crops=crops, zooms=listed, center_crop=center_crop, size=size)
     return crops, tuple(float(z) for z in listed)
 
 

@@ -27,7 +27,7 @@ from ldm.modules.prompt_tokenizer import (
 )
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
-from ldm.words import check_text, check_word, own_words
+from ldm.words import check_text, own_words, paired, vector_counts
 
 logger = logging.getLogger(__name__)
 
@@ -412,11 +412,7 @@ def configured_words(
     Raises:
         UserError: a word is not allowed, the lists do not fit together, or an initializer has no tokens.
     """
-    strings, words = _as_list(placeholder_strings), _as_list(initializer_words)
-    if len(words) > len(strings):
-        raise UserError(
-            f"{len(words)} initializer_words for {len(strings)} placeholder_strings; give one for each"
-        )
+    strings, words = paired(placeholder_strings, initializer_words)
     placeholders = check_placeholders([*strings, *further], tokenizer)
     strings = placeholders[: len(strings)]
     for string in filter(tokenizer.is_word, strings):
@@ -426,45 +422,6 @@ def configured_words(
     for string, word in initializers.items():
         check_initializer(tokenizer, word, counts[string])
     return strings, counts, initializers
-
-
-def vector_counts(
-    configured: Sequence[str],
-    placeholders: Sequence[str],
-    wanted: int | Sequence[int] | Mapping[str, int],
-    limit: int,
-) -> dict[str, int]:
-    """The number of vectors of each of `placeholders`, which begin with the `configured` ones.
-
-    A list gives the numbers of the configured placeholders in order, a mapping names them; all others get one vector.
-
-    Raises:
-        UserError: numbers outside 1 to `limit`, a list of another length, a name that is no placeholder.
-    """
-    if isinstance(wanted, Mapping):
-        wanted = {check_word(string): count for string, count in wanted.items()}
-        unknown = [string for string in wanted if string not in placeholders]
-        if unknown:
-            raise UserError(f"num_vectors_per_token names '{unknown[0]}', which is no placeholder")
-        counts = {string: wanted.get(string, 1) for string in placeholders}
-    elif isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        if len(wanted) != len(configured):
-            raise UserError(
-                f"num_vectors_per_token has {len(wanted)} entries for {len(configured)} placeholder_strings; "
-                f"give one for each"
-            )
-        counts = dict.fromkeys(placeholders, 1) | dict(zip(configured, wanted, strict=True))
-    else:
-        counts = dict.fromkeys(placeholders, wanted)
-    for string, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= limit:
-            raise UserError(f"num_vectors_per_token of '{string}' is {count}; use a number from 1 to {limit}")
-    return counts
-
-
-def _as_list(value: Sequence[Any] | str | None) -> list[Any]:
-    """A list from a YAML's list, a single string or nothing."""
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 # -- initial vectors and their norm --------------------------------------------------------------------------

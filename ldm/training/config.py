@@ -9,7 +9,7 @@ import argparse
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from ldm import values
 from ldm.data.captions import check_captions
 from ldm.files import NO_TENSORS, is_hub_id, why_no_file
 from ldm.front_ends import setting
-from ldm.images import check_image_folder, count_masked, no_masks
+from ldm.images import check_image_folder, check_masks, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import command_line, flags, hub, resuming, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -42,7 +42,7 @@ from ldm.util import (
     shown_value,
     stand_in,
 )
-from ldm.words import check_word
+from ldm.words import check_word, check_words
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml, yaml_value
 
 if TYPE_CHECKING:
@@ -134,35 +134,31 @@ def check_command_line(options: argparse.Namespace) -> None:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
-        concepts = []
-        for dataset in _datasets(config):
-            if str(dataset["target"]).startswith("ldm.data.personalized"):
-                params = dataset.get("params") or {}
-                roots = (
-                    config["data_root"]
-                    if options.data_root
-                    else params.get("data_root") or config.get("data_root")
-                )
-                folders = roots.values() if isinstance(roots, Mapping) else [roots] if roots else []
-                concepts.append((params, [path for folder in folders for path in check_image_folder(folder)]))
         # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
-        if described and not trainer.get("resume_from_checkpoint"):
+        checked = described and not trainer.get("resume_from_checkpoint")
+        if checked:
             check_run_config(config, place, stand_in)
             if folder is not None and saved is not None:
                 resuming.check_fixed(saved, config, folder, at_once=True)
-        for params, images in concepts:
-            _check_captions_and_masks(params, images)
+        for dataset in _datasets(config):
+            if str(dataset["target"]).startswith("ldm.data.personalized"):
+                own = None if options.data_root else (dataset.get("params") or {}).get("data_root")
+                if roots := own or config.get("data_root"):
+                    folders = roots.values() if isinstance(roots, Mapping) else [roots]
+                    _check_images(dataset.get("params") or {}, folders, checked)
     hub.check(options)
 
 
-def _check_captions_and_masks(params: Mapping[str, Any], images: Sequence[Path]) -> None:
-    """Check what the params of a dataset ask for beside its images."""
-    if not images:
-        return
+def _check_images(params: Mapping[str, Any], folders: Iterable[str], checked: bool) -> None:
+    """Check the images of a dataset, and what its params ask for beside them; `checked` are the params themselves."""
+    zoom = max((checked and params.get("zooms")) or [1])
+    images = [path for folder in folders for path in check_image_folder(folder, zoom)]
     names = ("template_file", "per_image_tokens", "use_captions")
     check_captions(images, **{name: params[name] for name in names if params.get(name)})
-    if params.get("mask_weight") is not None and not count_masked(images):
-        raise no_masks(params["mask_weight"], images[0])
+    if params.get("mask_weight") is not None:
+        if not count_masked(images):
+            raise no_masks(params["mask_weight"], images[0])
+        check_masks(images)
 
 
 def complete_base(options: argparse.Namespace) -> list[str | Path]:
@@ -483,9 +479,7 @@ def check_run_config(
         if not problems:
             problems += _data_problems(config)
     raise_problems(problems, place)
-    words = OmegaConf.select(config, "model.params.personalization_config.params.placeholder_strings")
-    for word in _texts(words):
-        check_word(word)
+    check_words(OmegaConf.select(config, "model.params.personalization_config.params") or {})
 
 
 def _data_problems(config: DictConfig) -> Iterator[Problem]:

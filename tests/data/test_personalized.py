@@ -314,7 +314,7 @@ def test_images_are_cropped_to_the_squares(tmp_path, memory):
         ({"zooms": []}, "zooms is"),
         ({"zooms": [0.5]}, "numbers of at least 1"),
         ({"zooms": "2"}, "zooms is '2'"),
-        ({"zooms": [1, 2], "size": None}, "without a size"),
+        ({"zooms": [1, 2], "size": None}, "zooms needs a size"),
         ({"crops": 2, "center_crop": False}, "center_crop: false stretches"),
         ({"zooms": [1, 1.5]}, "10x21 pixels: each side needs at least 12 at zoom 1.5; use a larger"),
     ],

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.front_ends import setting
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods.grid import Grid
 from ldm.modules.methods.neti import NeTI
 from ldm.modules.personalization import DenoiserShape, Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
-from ldm.prompts import PER_IMAGE_TOKENS
-from ldm.util import UserError, check_integer
+from ldm.util import UserError, check_integer, check_together
 
 # None has a word for a background or style that an evaluation judges (benchmarks.methods_table checks it).
 PROMPTS = (
@@ -103,21 +101,15 @@ class ContextRegularised:
             raise UserError(f"personalization_config: context_weight is {context_weight}; use 0 or more")
         self.context_weight, self.prompts_per_step = context_weight, prompts_per_step
         self.prompts = tuple(prompts or PROMPTS)
-        for prompt in self.prompts:
-            if "{}" not in prompt:
-                raise UserError(
-                    f"personalization_config: the prompt '{prompt[:60]}' has no {{}} for the word"
-                )
+        check_together(context_weight=context_weight, prompts=self.prompts)
         super().__init__(embedder, **words)  # type: ignore[call-arg]
         self.adds_loss = self.context_weight > 0
         self._check_room()
-        # The word of a single training image has no initializer, and nothing else in a prompt to change.
-        without = [word for word in self._counts if word not in (*self._initializers, *PER_IMAGE_TOKENS)]
-        if without:
-            raise UserError(
-                f"CoRe compares each word with its initializer, and '{without[0]}' has none; add one to "
-                f"initializer_words, or give it with {setting('init')}"
-            )
+        check_together(
+            context_weight=context_weight,
+            placeholder_strings=list(self._counts),
+            initializer_words=[self._initializers.get(word) for word in self._counts],
+        )
 
     def _check_room(self) -> None:
         """Raise UserError for a prompt that the vectors of a word leave no room after the word."""

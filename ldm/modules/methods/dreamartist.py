@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ldm.modules.embedding_manager import EmbeddingManager, vector_counts
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import TextEncoder
 from ldm.modules.prompt_tokenizer import check_placeholders
 from ldm.util import UserError, check_integer, shown
-from ldm.words import NEGATIVE
+from ldm.words import NEGATIVE, vector_counts
 
 
 class DreamArtist(EmbeddingManager):

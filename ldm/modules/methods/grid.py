@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.modules.methods.words import LearnedWords, Rows, check_layers
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, TextEncoder
-from ldm.util import UserError, check_integer
+from ldm.util import UserError, check_integer, check_together
 
 
 class Cells(nn.Module):
@@ -72,10 +72,7 @@ class Grid(LearnedWords):
             raise UserError(
                 f"personalization_config: residual_rate is {residual_rate}; it must be above 0, or null"
             )
-        if not (learn_input or residual or residual_layers):
-            raise UserError(
-                "personalization_config: learn_input and residual are false; set one of them to true"
-            )
+        check_together(learn_input=learn_input, residual=residual, residual_layers=residual_layers)
         # Whole numbers, because a file has these as numbers; no stages are 0.
         self.stages = 0 if stages is None else check_integer(stages, "personalization_config: stages")
         self.layers, self.residual_layers = int(layers), int(residual_layers)

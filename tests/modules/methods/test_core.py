@@ -96,10 +96,10 @@ def test_its_prompts_are_no_templates():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"initializer_words": []}, "'\\*' has none; add one to initializer_words"),
+        ({"initializer_words": []}, "initializer_words has none for '\\*', and CoRe"),
         ({"context_weight": -1}, "context_weight is -1"),
         ({"prompts_per_step": 0}, "prompts_per_step is 0"),
-        ({"prompts": ["a photo"]}, "the prompt 'a photo' has no {}"),
+        ({"prompts": ["a photo"]}, "prompts holds 'a photo', which has no {}"),
         (
             {"num_vectors_per_token": 75, "prompts": ["a {}"]},
             "75 vectors of '\\*' fill the prompt 'a {}'",

@@ -155,7 +155,7 @@ def test_the_cases_of_a_grid_are_its_methods(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learn_input": False}, "learn_input and residual are false"),
+        ({"learn_input": False}, "learn_input is false, and so are residual"),
         ({"layers": True}, "Grid needs a denoiser"),
         ({"residual_layers": True}, "Grid needs a denoiser"),
         ({"stages": 0}, "stages is 0"),
