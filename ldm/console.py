@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from ldm import values
 from ldm.util import UsageError, UserError, brief
 
 
@@ -150,6 +151,21 @@ def boolean(text: str) -> bool:
     if word in ("no", "false", "f", "n", "0", "off"):
         return False
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def argument(name: str, kind: type) -> Callable[[str], Any]:
+    """Argument type: the values of a flag with the range of `name` in `ldm.values`; `kind` is int or float."""
+
+    def read(text: str) -> Any:
+        try:
+            value: Any = kind(text)
+        except ValueError:
+            value = text
+        for _, _, requirement in values.misfits(name, value, kind):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {requirement}")
+        return value
+
+    return read
 
 
 def positive(text: str) -> int:

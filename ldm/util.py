@@ -269,7 +269,13 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     factory = get_obj_from_str(target)
     params = _params_of(config)
     raise_problems(list(_call_problems(factory, params, params | extra, f"{target}: ", f"{target}: ")))
-    return factory(**params, **extra)
+    try:
+        return factory(**params, **extra)
+    except TypeError as error:
+        # A class that gives a parameter of its base class itself.
+        if twice := re.search(r"multiple values for keyword argument '(\w+)'", str(error)):
+            raise ConfigError(f"{target} sets '{twice[1]}' itself; remove it from the params") from error
+        raise
 
 
 class Problem(NamedTuple):
@@ -328,6 +334,8 @@ def config_problems(
 
 # Key of a node -> the argument that its owner adds when it builds the node, so that a YAML does not give it.
 SUPPLIED_BY_OWNER = {"personalization_config": "embedder", "optimizer_config": "params"}
+# Parameter that the owner of a node gives -> what a YAML sets instead.
+_SET_ELSEWHERE = {("optimizer_config", "lr"): "model.base_learning_rate"}
 # Parameters that are the arguments of another class or function, and those of them that its owner adds.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ddconfig": ("ldm.modules.diffusionmodules.model.Encoder", ("out_ch",)),
@@ -384,9 +392,12 @@ def _target_problems(target: str, params: Any, where: str, owner_key: str, find:
             yield Problem(key, key, " has no target; name a class: target: package.module.Name")
     added = {SUPPLIED_BY_OWNER[owner_key]: None} if owner_key in SUPPLIED_BY_OWNER else {}
     found = list(_call_problems(factory, given, given | added, f"{where}.params.", f"{where}: {target}: "))
+    for (owner, name), instead in _SET_ELSEWHERE.items():
+        if owner == owner_key and name in given:
+            key = f"{where}.params.{name}"
+            found.append(Problem(key, key, f" is set by the run; give {instead} instead"))
     yield from found
-    defaults = {p.name: p.default for p in _accepted(factory) or () if p.default is not p.empty}
-    for name, why in values.contradictions(given, defaults) if not found else ():
+    for name, why in values.contradictions(given, _own_defaults(factory)) if not found else ():
         key = f"{where}.params.{name}"
         yield Problem(key, key, f" {why}")
 
@@ -462,6 +473,15 @@ def _accepted(factory: Any) -> list[inspect.Parameter] | None:
         names = {p.name for p in own}
         own += [p for p in inspect.signature(kind).parameters.values() if p.name not in names]
     return [p for p in own if p.kind is not p.VAR_KEYWORD]
+
+
+def _own_defaults(factory: Any) -> dict[str, Any]:
+    """The defaults of a callable by name, without those of further base classes: a class may give them itself."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def accepts(factory: Any, name: str) -> bool:

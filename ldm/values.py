@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -215,6 +215,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "N": _count(1024),
     "n_row": _count(1024),
     "keep": _count(),
+    "formats": ("original", "safetensors", "diffusers", "a1111", "a1111-png", "onetrainer"),
     "memory_mib": _count(2**24, 0),
     "rollbacks": _count(None, 0),
     "samples": _count(10**6),
@@ -307,13 +308,19 @@ def _contradictions_of_a_model(
                 ".".join(path),
                 f"is {value}, but channels of the model is {given['channels']}; make them equal",
             )
+    span: Any = given.get("timestep_range")
+    if span is not None and not (len(span) == 2 and span[0] < span[1]):
+        yield (
+            "timestep_range",
+            f"is {[*span]}; give two fractions of the schedule, the first less, such as [0.1, 0.9]",
+        )
     steps, stages = params.get("timesteps"), _at(given, _STAGES)
     if isinstance(steps, int) and isinstance(stages, int) and stages > steps:
         yield ".".join(_STAGES), f"is {stages}, and the model has {steps} timesteps; use fewer"
 
 
 def _contradictions_of_words(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "learn_input" in params and not any(params.get(name) for name in _LEARNED):
+    if {*_LEARNED} <= params.keys() and not any(params.get(name) for name in _LEARNED):
         yield "learn_input", "is false, and so are residual and residual_layers; set one of them to true"
     if "context_weight" in params:  # of CoRe
         from ldm.front_ends import setting
@@ -371,23 +378,6 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     listed = getattr(value, "tolist", None)
     return listed() if callable(listed) else value
-
-
-def argument(name: str, kind: type) -> Callable[[str], Any]:
-    """A type for argparse: the values of a flag with the range of `name`; `kind` is int or float."""
-
-    def read(text: str) -> Any:
-        import argparse
-
-        try:
-            value: Any = kind(text)
-        except ValueError:
-            value = text
-        for _, _, requirement in misfits(name, value, kind):
-            raise argparse.ArgumentTypeError(f"'{text}' is not {requirement}")
-        return value
-
-    return read
 
 
 def named_number(text: str) -> tuple[str, float]:

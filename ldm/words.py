@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -113,8 +113,21 @@ def check_words(params: Mapping[str, Any]) -> None:
     """
     strings, _ = paired(params.get("placeholder_strings"), params.get("initializer_words"))
     kept = [check_word(word) for word in strings]
+    check_different(kept)
     learned = [*kept, *(PER_IMAGE_TOKENS if params.get("per_image_tokens") else ())]
     vector_counts(kept, learned, params.get("num_vectors_per_token") or 1)
+
+
+def check_different(words: Sequence[str], folded: Callable[[str], str] = str) -> None:
+    """Raise UserError for a word that is there twice, as `folded`, the spelling of a tokenizer, has it."""
+    seen: dict[str, str] = {}
+    for word in words:
+        spelling = folded(word)
+        if spelling in seen:
+            raise UserError(
+                f"placeholder '{word}' is there twice, first as '{seen[spelling]}'; choose another word"
+            )
+        seen[spelling] = word
 
 
 def paired(

@@ -305,8 +305,10 @@ def yaml_value(text: str) -> Any:
     ):  # a duration, which YAML 1.1 reads as a number to the base 60
         return text
     try:
+        if text.lstrip().startswith(("[", "{")):  # 1e-3 is a number in these too, as in a file
+            return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[call-overload,index]
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, OmegaConfBaseException):
         return text
 
 

@@ -21,8 +21,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 from ldm.commands.base import JUDGE, MODEL, guarded
-from ldm.console import Parser, positive
-from ldm.values import argument
+from ldm.console import Parser, argument, positive
 
 SHEET_ROWS, SHEET_COLUMNS = 8, 12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import io
@@ -16,6 +17,7 @@ import pytest
 
 from ldm.console import (
     ConsoleHandler,
+    argument,
     importing,
     is_out_of_files,
     make_streams_lasting,
@@ -164,3 +166,22 @@ def test_imports_are_not_interrupted_by_the_garbage_collector(tmp_path, monkeypa
     assert frozen == [True]
     assert gc.isenabled()
     monkeypatch.delitem(sys.modules, "heavy_package")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("ddim_steps", int, "0"),
+        ("ddim_steps", int, "2.5"),
+        ("ddim_eta", float, "1.1"),
+        ("scale", float, "nan"),
+        ("scale", float, "1e400"),
+        ("image_seed", int, "-1"),
+        ("height", int, "x"),
+        ("n_samples", int, str(10**12)),
+    ],
+)
+def test_flags(name: str, kind: type, text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a"):
+        argument(name, kind)(text)
+    assert argument("scale", float)("-2.5") == -2.5

@@ -122,9 +122,28 @@ ANSWERED_AT_ONCE = {
         1,
         "stages is 1001, and the model has 1000 timesteps",
     ),
-    f"--base {YAML} {METHODS}/output_residual.yaml -t {WORDS}.residual=false {WORDS}.learn_input=false": (
+    f"--base {YAML} {METHODS}/grid.yaml -t {WORDS}.residual=false {WORDS}.residual_layers=false "
+    f"{WORDS}.learn_input=false": (1, "learn_input is false"),
+    f"--base {YAML} -t model.params.timestep_range=[0.8,0.2]": (1, "timestep_range is [0.8, 0.2]; give two"),
+    f"--base {YAML} -t lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2000": (
         1,
-        "learn_input is false",
+        "ddim_steps is 2000, and the model has 1000 timesteps",
+    ),
+    f"--base {YAML} -t {WORDS}.placeholder_strings=[a,a]": (1, "placeholder 'a' is there twice"),
+    f"--base {YAML} -t model.params.scheduler_config.params.lr_max=abc": (1, "lr_max is 'abc'"),
+    # Of the run.
+    f"--base {METHODS}/neti.yaml -t": (1, "describes a model; put one that does before the others"),
+    f"--base {YAML} -t --actual_resume {{plain}}/a.png": (1, "is an image"),
+    f"--base {YAML} -t --actual_resume=": (1, "actual_resume is empty"),
+    f"--base {YAML} -t --vae {YAML}": (1, "is a YAML; name the file with the weights"),
+    f"--base {YAML} -t --precision fp16": (2, "(--precision); it must be one of 16"),
+    f"--base {YAML} -t --accelerator tpu": (2, "accelerator is 'tpu'; choose one of auto"),
+    f"--base {YAML} -t --gpus=-2": (2, "--gpus '-2' is negative"),
+    f"--base {YAML} -t trainer.max_steps=10": (2, "write lightning.trainer.max_steps=10"),
+    f"--base {YAML} -t lightning.callbacks.warmstart={{{{}}}}": (1, "did you mean 'warm_start'?"),
+    f"--base {YAML} -t lightning.callbacks.embedding_saver.params.formats=[foo]": (
+        1,
+        "it must be one of original",
     ),
     f"--base {YAML} {METHODS}/core.yaml -t {WORDS}.initializer_words=[]": (
         1,

@@ -19,10 +19,9 @@ from ldm.commands.base import (
     naming_the_checkpoint,
     read_model_config,
 )
-from ldm.console import Parser, write_line
+from ldm.console import Parser, argument, write_line
 from ldm.files import in_checkout
 from ldm.util import UsageError, UserError, shown
-from ldm.values import argument
 
 if TYPE_CHECKING:
     from PIL.Image import Image

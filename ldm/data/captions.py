@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +46,7 @@ class Captions:
         per_image_tokens: bool = False,
         use_captions: bool = False,
     ) -> None:
-        if per_image_tokens and len(images) > len(prompts.PER_IMAGE_TOKENS):
-            limit = len(prompts.PER_IMAGE_TOKENS)
-            raise UserError(f"per_image_tokens has words for {limit} images, but there are {len(images)}")
+        _check_count(len(images), per_image_tokens)
         self.templates, self.dual_templates = list(templates), list(dual_templates)
         if template_file is not None:
             self.templates, self.dual_templates = _read_templates(Path(template_file), per_image_tokens)
@@ -60,11 +58,9 @@ class Captions:
             text or _words_of_name(image.path) for text, image in zip(texts, images, strict=True)
         ]
         self._from_file: list[str | None] = [None] * len(images)
-        for image, text in zip(images, texts, strict=True):
-            if "[filewords]" in (text or ""):
-                raise UserError(
-                    f"the caption of {image.path} holds [filewords], which is itself; remove that word"
-                )
+        uses_words = any("[filewords]" in line for line in (*self.templates, *self.dual_templates))
+        if use_captions or uses_words:
+            _check_texts({image.path: text for image, text in zip(images, texts, strict=True)})
         if use_captions:
             for file in beside.unusable:
                 logger.warning("%s", brief(f"{file} {_kind_of(file)}: it is not read as a caption"))
@@ -78,7 +74,6 @@ class Captions:
                     len(images),
                     _EITHER,
                 )
-        uses_words = any("[filewords]" in line for line in (*self.templates, *self.dual_templates))
         if uses_words and (empty := self._file_words.count("")):
             logger.info(
                 "[filewords] is empty for %d of %d images: no %s beside them, and no words in their names",
@@ -121,11 +116,27 @@ def check_captions(
     use_captions: bool = False,
 ) -> None:
     """Raise UserError for a template file or captions that `Captions` would refuse, before one is made."""
-    if template_file is not None:
-        _read_templates(Path(template_file), per_image_tokens)
-    # All of them are read, so that one that cannot be is found now.
-    if use_captions and not any(list(map(CaptionFiles(images).text, images))):
-        raise UserError(_no_captions(images[0]))
+    _check_count(len(images), per_image_tokens)
+    lines = () if template_file is None else sum(_read_templates(Path(template_file), per_image_tokens), [])
+    if use_captions or any("[filewords]" in line for line in lines):
+        # All of them are read, so that one that cannot be is found now.
+        texts = {image: CaptionFiles(images).text(image) for image in images}
+        _check_texts(texts)
+        if use_captions and not any(texts.values()):
+            raise UserError(_no_captions(images[0]))
+
+
+def _check_count(images: int, per_image_tokens: bool) -> None:
+    if per_image_tokens and images > (limit := len(prompts.PER_IMAGE_TOKENS)):
+        raise UserError(
+            f"per_image_tokens has words for {limit} images, but there are {images}; remove it, or some of the images"
+        )
+
+
+def _check_texts(texts: Mapping[Path, str | None]) -> None:
+    for path, text in texts.items():
+        if "[filewords]" in (text or ""):
+            raise UserError(f"the caption of {path} holds [filewords], which is itself; remove that word")
 
 
 class CaptionFiles:

@@ -227,14 +227,7 @@ def check_placeholders(strings: Sequence[str], tokenizer: PromptTokenizer) -> li
         UserError: a placeholder is not allowed, or equals another one for this tokenizer.
     """
     kept = [words.check_word(string) for string in strings]
-    seen: dict[str, str] = {}
-    for string in kept:
-        folded = tokenizer.folded(string)
-        if folded in seen:
-            raise UserError(
-                f"placeholder '{string}' is there twice, first as '{seen[folded]}'; choose another word"
-            )
-        seen[folded] = string
+    words.check_different(kept, tokenizer.folded)
     return kept
 
 

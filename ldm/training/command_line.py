@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from ldm.console import Parser
 from ldm.files import in_checkout
 from ldm.training import flags
-from ldm.util import UsageError
+from ldm.util import UsageError, shown
 from ldm.yaml_files import is_number, yaml_value
 
 # Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
@@ -68,22 +68,25 @@ OLD_TRAINER_KEYS: dict[str, str | None] = {
     "hpus": None,
 }
 
-# Top-level keys of a YAML beside model, data and lightning; flags of the same names replace them.
-RUN_KEYS = (
-    "actual_resume",
-    "vae",
-    "data_root",
-    "embedding_manager_ckpt",
-    "placeholder_string",
-    "init_word",
-    "seed",
-    "scale_lr",
-    "revision",
-    "variant",
-    "allow_tf32",
-)
+# Top-level keys of a YAML beside model, data and lightning, and their types; flags of the same names replace them.
+RUN_TYPES: dict[str, Any] = {
+    "actual_resume": str | None,
+    "vae": str | None,
+    "data_root": str | Mapping[str, str] | None,
+    "embedding_manager_ckpt": str | None,
+    "placeholder_string": str | None,
+    "init_word": str | None,
+    "seed": int,
+    "scale_lr": bool,
+    "revision": str | None,
+    "variant": str | None,
+    "allow_tf32": bool | None,
+}
+RUN_KEYS = tuple(RUN_TYPES)
 # A dotted key, or one of RUN_KEYS, followed by "=".
 OVERRIDE = re.compile(rf"(--)?((model|data|lightning)\.[\w.\[\]-]+|{'|'.join(RUN_KEYS)})=")
+# The same without the key that it lies under.
+_ROOTLESS = re.compile(r"(trainer|base_learning_rate)\b[\w.]*=")
 
 
 # The arguments of Lightning's Trainer; the class itself takes seconds to import.
@@ -96,6 +99,34 @@ _TRAINER = """
     sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir enable_autolog_hparams model_registry
 """
 TRAINER_OPTIONS = tuple(_TRAINER.split())
+_PRECISIONS = Literal[
+    16,
+    32,
+    64,
+    "16",
+    "32",
+    "64",
+    "bf16",
+    "16-mixed",
+    "bf16-mixed",
+    "32-true",
+    "64-true",
+    "16-true",
+    "bf16-true",
+]
+# The types of those whose annotations in Lightning's source need Lightning itself.
+TRAINER_TYPES: dict[str, Any] = {
+    "precision": _PRECISIONS,
+    "max_time": str | Mapping[str, int],
+    "val_check_interval": int | float | str | Mapping[str, int],
+    "deterministic": bool | Literal["warn"],
+    "profiler": str,
+}
+# Values of `accelerator`; and of `accelerator` and `strategy` of Lightning 1.x -> those of `strategy`.
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+OLD_STRATEGIES = {"ddp_spawn": "ddp_spawn"} | dict.fromkeys(
+    ("ddp", "ddp2", "dp", "horovod", "ddp_cpu", "ddp_sharded"), "ddp"
+)
 # What lightning.trainer may hold.
 TRAINER_KEYS = (*TRAINER_OPTIONS, *OLD_TRAINER_KEYS)
 
@@ -190,6 +221,10 @@ def parse(argv: Sequence[str], prog: str = "main.py") -> argparse.Namespace:
     own = {f"--{key}" for key in RUN_KEYS}
     is_override = [bool(OVERRIDE.match(word)) and word.partition("=")[0] not in own for word in argv]
     words = [word for word, taken in zip(argv, is_override, strict=True) if not taken]
+    for word in words:
+        if (near := _ROOTLESS.match(word)) and word.partition("=")[0] not in own:
+            root = {"trainer": "lightning", "base_learning_rate": "model"}[near[1]]
+            raise UsageError(f"'{shown(word)}' is no override of a YAML's key; write {root}.{shown(word)}")
     options, rest = make_parser(prog).parse_known_args(words)
     options.overrides = [
         word.removeprefix("--") for word, taken in zip(argv, is_override, strict=True) if taken
@@ -211,6 +246,25 @@ def parse_gpus(gpus: Any) -> int | list[int] | None:
     """
     if gpus is None or gpus == "":
         return None
+    found = _indices_or_count(gpus)
+    if min(found if isinstance(found, list) else [found + 1], default=0) < 0:
+        raise UsageError(f"--gpus '{gpus}' is negative; write -1 for all GPUs")
+    return found
+
+
+def accelerator_kind(accelerator: Any) -> str:
+    """The lower-case name of an accelerator; "auto" for None, and for a strategy of Lightning 1.x its name.
+
+    Raises:
+        UsageError: there is no such accelerator.
+    """
+    kind = str(accelerator or "auto").lower()
+    if kind not in ACCELERATORS and kind not in OLD_STRATEGIES:
+        raise UsageError(f"accelerator is '{accelerator}'; choose one of {', '.join(ACCELERATORS)}")
+    return kind
+
+
+def _indices_or_count(gpus: Any) -> int | list[int]:
     try:
         if isinstance(gpus, str):
             text = gpus.strip()

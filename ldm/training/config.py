@@ -25,7 +25,15 @@ from ldm.images import check_image_folder, check_masks, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.training import command_line, flags, hub, resuming, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
-from ldm.training.command_line import RUN_KEYS, TRAINER_KEYS, TRAINER_OPTIONS, parse_gpus
+from ldm.training.command_line import (
+    RUN_KEYS,
+    RUN_TYPES,
+    TRAINER_KEYS,
+    TRAINER_OPTIONS,
+    TRAINER_TYPES,
+    accelerator_kind,
+    parse_gpus,
+)
 from ldm.training.learning_rate import check_base_rate
 from ldm.training.run_folder import RunFolder
 from ldm.util import (
@@ -122,6 +130,11 @@ def check_command_line(options: argparse.Namespace) -> None:
         yamls = [_recognised(source, config.get("variant")).finetune_config, *yamls]
         config, place = _merged(options, yamls, None), places(options, yamls)
         described = OmegaConf.select(config, "model.target")
+    elif not described and not resume and not source:
+        raise ConfigError(
+            f"no YAML of {setting('base')} describes a model; put one that does before the others, such as "
+            "configs/latent-diffusion/txt2img-finetune.yaml"
+        )
     if described and not resume:
         _fill(config, options)
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
@@ -130,6 +143,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
         raise_problems([one for found in problems for one in found], place)
         parse_gpus(trainer.get("gpus"))
+        accelerator_kind(trainer.get("accelerator"))
         if described:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
@@ -215,8 +229,15 @@ def _recognised(model: str | Path, variant: str | None, revision: str | None = N
 
 
 def _check_files(config: DictConfig) -> None:
+    from ldm.base_models import checked_header
+
     model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
-    for source, shown in ((model, f"checkpoint '{model}'"), (vae, f"checkpoint '{vae}'")):
+    for key, source in (("actual_resume", model), ("vae", vae)):
+        shown = f"checkpoint '{source}'"
+        if source == "":
+            raise UserError(f"{key} is empty; name a file, a folder or a hub id, or leave it out")
+        if source and Path(source).is_file():
+            checked_header(Path(source))
         if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
     if vectors and not Path(vectors).is_file():
@@ -285,24 +306,8 @@ def places(
     return place
 
 
-# The types of the top-level keys of a run.
-_RUN_TYPES: dict[str, Any] = {
-    "actual_resume": str | None,
-    "vae": str | None,
-    "data_root": str | Mapping[str, str] | None,
-    "embedding_manager_ckpt": str | None,
-    "placeholder_string": str | None,
-    "init_word": str | None,
-    "seed": int,
-    "scale_lr": bool,
-    "revision": str | None,
-    "variant": str | None,
-    "allow_tf32": bool | None,
-}
-
-
 def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
-    for key, hint in _RUN_TYPES.items():
+    for key, hint in RUN_TYPES.items():
         if key in config and not OmegaConf.is_missing(config, key):
             yield from _misfits(key, config[key], hint)
     model = config.get("model") or {}
@@ -439,7 +444,7 @@ def check_run_config(
         )
     missing = sorted(OmegaConf.missing_keys(config))
     for name, node in (lightning.get("callbacks") or {}).items():
-        if node and not node.get("target") and name not in KNOWN_CALLBACKS:
+        if node is not None and not node.get("target") and name not in KNOWN_CALLBACKS:
             problems.append(
                 Problem(
                     f"lightning.callbacks.{name}",
@@ -454,7 +459,7 @@ def check_run_config(
         for key, value in trainer.items():
             # `gpus` has a reader of its own; null is the default.
             if value is not None and key in TRAINER_OPTIONS:
-                hint = values.hint(kind, key)
+                hint = TRAINER_TYPES.get(key) or values.hint(kind, key)
                 problems += _misfits(f"lightning.trainer.{key}", value, hint)
         completed = complete_lightning(
             lightning,
@@ -491,6 +496,10 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem(
             "data.params.train", "there is no data.params.train", "; name the training images' dataset"
         )
+    key = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps"
+    sampled, steps = (OmegaConf.select(config, name) for name in (key, "model.params.timesteps"))
+    if isinstance(sampled, int) and isinstance(steps, int) and sampled > steps:
+        yield Problem(key, f"{key} is {sampled}", f", and the model has {steps} timesteps; use fewer")
     # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
     source = config.get("actual_resume")
     multiple = size_multiple(config) if source is None or Path(source).is_file() else None

@@ -15,10 +15,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.console import boolean, positive
+from ldm.console import argument, boolean, positive
 from ldm.files import is_hub_id
 from ldm.util import UsageError
-from ldm.values import argument
 
 # Arguments of a flag that may stand alone.
 SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.lr_scheduler import LambdaNamedScheduler, LambdaStepScheduler
-from ldm.util import ConfigError, UserError
+from ldm.util import ConfigError, UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,26 @@ def check_base_rate(merged: DictConfig) -> None:
     limits = OmegaConf.select(merged, "lightning.trainer") or {}
     other_limit = any(limits.get(key) is not None for key in ("max_epochs", "max_time"))
     unlimited = limits.get("max_steps") == -1 or (other_limit and limits.get("max_steps") is None)
-    if unlimited and _needs_steps(OmegaConf.select(merged, "model.params.scheduler_config")):
+    scheduler = OmegaConf.select(merged, "model.params.scheduler_config")
+    if unlimited and _needs_steps(scheduler):
         raise ConfigError(
             "scheduler_config.params.max_decay_steps is null, which means the steps of the run, but the run has no "
             "max_steps; give one of the two"
         )
+    if scheduler and str(scheduler.get("target")).startswith("ldm.lr_scheduler."):
+        with _explained():
+            instantiate_from_config(_with_steps(scheduler, 1) if _needs_steps(scheduler) else scheduler)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what a class of an optimizer or a schedule says of its params into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(f"optimizer_config or scheduler_config: {error}; correct its params") from error
 
 
 def check_rate(merged: DictConfig) -> None:
@@ -89,17 +105,13 @@ def check_rate(merged: DictConfig) -> None:
     scheduler = params.get("scheduler_config")
     if scheduler is not None and _needs_steps(scheduler):
         scheduler = _with_steps(scheduler, 1)
-    try:
+    with _explained():
         build_optimizer(
             [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}],
             1.0,
             params.get("optimizer_config"),
             scheduler,
         )
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise ConfigError(f"optimizer_config or scheduler_config: {error}; correct its params") from error
 
 
 def _needs_steps(scheduler: Mapping[str, Any] | None) -> bool:

@@ -16,8 +16,10 @@ from ldm.generate.embeddings import check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
+from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import personalization_of
 from ldm.util import UserError, get_obj_from_str
+from ldm.words import own_words
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +91,22 @@ def check_captions(model: pl.LightningModule, dataset: Any) -> None:
         )
     found = tokenizer.found(captions, ids)
     for word in getattr(dataset, "placeholders", ()):
-        if word in ids and word not in found:
+        if word not in ids:
+            raise UserError(
+                f"there are images of '{word}', which is none of the words to learn ({', '.join(list(ids)[:6])}); add "
+                "it to placeholder_strings, or remove its images"
+            )
+        if word not in found:
             raise UserError(
                 f"none of the captions contains the placeholder '{word}' (one caption is '{captions[0]}'); write "
                 "{} or [name] in the templates, or the word in the captions"
             )
+    # A negative is in no caption, and there are more words for single images than images.
+    if unseen := [word for word in own_words(ids) if word not in {*found, *PER_IMAGE_TOKENS}]:
+        text = "no caption contains %s: nothing is learned for %s; give images of each word in data_root"
+        logger.warning(
+            text, ", ".join(f"'{word}'" for word in unseen[:3]), "it" if len(unseen) == 1 else "them"
+        )
     if without:
         logger.warning(
             "%d of %d captions contain no placeholder and train nothing, such as '%s'",

@@ -24,9 +24,9 @@ from ldm.training.callbacks.base import RunCallback, is_personalization
 from ldm.training.callbacks.checkpoint import LastCheckpoint, SetupCallback, StateFile, ValidationSeed
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.training.callbacks.interruption import Interruption, Requests, StepGuard
-from ldm.training.command_line import OLD_TRAINER_KEYS, parse_gpus
+from ldm.training.command_line import OLD_STRATEGIES, OLD_TRAINER_KEYS, accelerator_kind, parse_gpus
 from ldm.training.run_folder import RunFolder
-from ldm.util import ConfigError, UsageError, UserError, best_device, instantiate_from_config, why_no_mps
+from ldm.util import ConfigError, UserError, best_device, instantiate_from_config, why_no_mps
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,6 @@ def processes(trainer: Mapping[str, Any], devices: Devices | None = None) -> int
     return count * nodes
 
 
-ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
-
-
 def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
     """The devices for a run: CUDA GPUs, the Apple GPU, or the CPU, if `gpus` is not 0 and `accelerator` allows them.
 
@@ -71,9 +68,7 @@ def choose_devices(gpus: Any, accelerator: Any = None) -> Devices:
         UserError: this machine does not have the GPU.
     """
     requested = parse_gpus(gpus)
-    kind = str(accelerator or "auto").lower()
-    if kind not in ACCELERATORS and kind not in _STRATEGIES:
-        raise UsageError(f"accelerator is '{accelerator}'; choose one of {', '.join(ACCELERATORS)}")
+    kind = accelerator_kind(accelerator)
     if kind == "cpu" or (requested in (0, []) and kind not in ("cuda", "gpu", "mps")):
         return Devices("cpu", 1)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -225,10 +220,6 @@ _INSTEAD = {
 }
 # Options of the present Trainer that the run sets itself.
 _SET_BY_THE_RUN = ("default_root_dir", "callbacks", "logger", "plugins", "barebones")
-# Values of `accelerator` and `strategy` of Lightning 1.x -> those of `strategy`.
-_STRATEGIES = {"ddp_spawn": "ddp_spawn"} | dict.fromkeys(
-    ("ddp", "ddp2", "dp", "horovod", "ddp_cpu", "ddp_sharded"), "ddp"
-)
 
 
 def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +239,7 @@ def translate_old_keys(options: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found.setdefault(name, _translated(key, value))
     for key in ("accelerator", "strategy"):
-        if (strategy := _STRATEGIES.get(str(found.get(key)))) is not None:
+        if (strategy := OLD_STRATEGIES.get(str(found.get(key)))) is not None:
             del found[key]
             found.setdefault("strategy", strategy)
     if found.get("enable_checkpointing") is False:
@@ -354,6 +345,11 @@ def make_callbacks(
         lightning_config=config.get("lightning") or OmegaConf.create({}),
     )
     built = [instantiate_from_config(node) for node in nodes.values()]
+    for name, callback in zip(nodes, built, strict=True):
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"lightning.callbacks.{name}: {nodes[name]['target']} is no callback of Lightning; name a class that is"
+            )
     for callback in built:
         if isinstance(callback, RunCallback):
             callback.requests = requests

@@ -16,7 +16,8 @@ from ldm.models.two_towers import TwoTowers
 from ldm.training import command_line, config
 from ldm.training.callbacks.checkpoint import LastCheckpoint
 
-CONFIGS = Path(main.__file__).parent / "configs"
+ROOT = Path(main.__file__).parent
+CONFIGS = ROOT / "configs"
 
 
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
@@ -36,6 +37,32 @@ def test_recipe_fits(recipe, base):
         assert OmegaConf.select(merged, key) == OmegaConf.select(OmegaConf.load(base), key)
 
 
+PERSONALIZATIONS = sorted((CONFIGS / "personalization").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("personalization", PERSONALIZATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_any_personalization(recipe, personalization):
+    """Before torch is imported and after, in both orders."""
+    plain = "EmbeddingManager" in OmegaConf.load(personalization).model.params.personalization_config.get(
+        "target", "EmbeddingManager"
+    )
+    overlays = [[recipe, personalization], [personalization, recipe]]
+    # It controls the norm of vectors, which methods do not have.
+    if recipe.stem == "direction" and not plain:
+        overlays.pop()
+    for overlay in overlays:
+        base = [CONFIGS / "latent-diffusion" / "txt2img-finetune.yaml", *overlay]
+        words = [
+            "--init_word",
+            "bear",
+            "data.params.train.params.mask_weight=null",
+        ]  # these images have no masks
+        options = command_line.parse(["--base", *map(str, base), *words])
+        config.check_command_line(options)
+        config.check_run_config(config.load_run_config(options, options.base))
+
+
 def test_learning_rate_of_the_paper():
     paper = OmegaConf.load(CONFIGS / "recipes" / "paper.yaml")
     batch = paper.data.params.batch_size * paper.lightning.trainer.accumulate_grad_batches
@@ -47,9 +74,6 @@ def test_learning_rate_of_the_paper():
 def test_recipe_trains(recipe, tiny_yaml, capsys):
     assert main.main(["--base", str(tiny_yaml), str(recipe), "-t", "--max_steps", "2"]) == 0
     assert "ended at step 2" in capsys.readouterr().out.splitlines()[-1]
-
-
-ROOT = Path(main.__file__).parent
 
 
 TEXT_ENCODER = ROOT / "models" / "ldm" / "creatures" / "text_encoder"

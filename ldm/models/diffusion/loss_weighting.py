@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.util import ConfigError
+from ldm.util import ConfigError, check_together, check_value
 
 WEIGHTINGS = ("none", "min_snr", "min_snr_plus_one")
 SAMPLINGS = ("uniform", "stratified", "biased")
@@ -17,19 +17,13 @@ LOSS_WEIGHT = "loss_weight"
 
 
 def check_loss_options(weighting: str, sampling: str, span: Sequence[float] = (0.0, 1.0)) -> None:
-    """Raise ConfigError for unknown names, and for a span that is not 0 <= first < last <= 1."""
+    """Raise UserError for unknown names, and for a span that is not 0 <= first < last <= 1."""
     if weighting not in WEIGHTINGS:
         raise ConfigError(f"loss_weighting '{weighting}' is unknown; use one of {', '.join(WEIGHTINGS)}")
     if sampling not in SAMPLINGS:
         raise ConfigError(f"timestep_sampling '{sampling}' is unknown; use one of {', '.join(SAMPLINGS)}")
-    if (
-        len(span) != 2
-        or not all(isinstance(end, (int, float)) for end in span)
-        or not 0 <= span[0] < span[1] <= 1
-    ):
-        raise ConfigError(
-            f"timestep_range is {list(span)}; give two fractions of the schedule such as [0.5, 0.9]"
-        )
+    check_value("timestep_range", span, "timestep_range", Sequence[float])
+    check_together(timestep_range=span)
 
 
 def cell_weights(weight: Tensor, height: int, width: int) -> Tensor:
