@@ -174,6 +174,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "eps": Range(0, 1, above=True),
     "weight_decay": Range(0, 1000),
     "momentum": Range(0, 1, below=True),
+    "damping": _POSITIVE,
     "matrix_factor": _POSITIVE,
     "kappa": Range(0, 10**6),
     "lr_start": Range(0, 10**6),

@@ -185,6 +185,81 @@ def _adamw(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -
     parameter.addcdiv_(state["mean"], corrected, value=-group["lr"] / (1 - first ** state["step"]))
 
 
+class FullMatrixAdam(torch.optim.Optimizer):
+    """Adam with the second moments of all pairs of numbers of a vector, from the gradients of the last steps.
+
+    Adam divides each number by the root of its own second moment. Here a vector is multiplied by the inverse root of
+    the matrix of all of them, so that directions that no axis follows are scaled too; a few vectors then need fewer
+    steps. That is GGT of Agarwal et al. (Efficient full-matrix adaptive regularization, 2019), which keeps gradients
+    and no matrix, with Adam's weights of the past. A step costs a decomposition of `window` gradients.
+
+    The rows [N, d] of a parameter share one matrix; of what has more axes, all but the last count as rows.
+
+    Args:
+        lr: learning rate; a step is shorter than Adam's at the same rate, because the numbers share their moments.
+        betas: decay of the mean of the gradients and of their second moments.
+        damping: the identity, times this and the mean of the second moments, is added to the matrix.
+        window: the number of steps whose gradients are kept.
+        weight_decay: decoupled, as in AdamW.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        damping: float = 0.1,
+        window: int = 100,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": tuple(betas), "damping": damping, "window": window}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of every parameter that has a gradient, and return the value of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    direction = _whitened_mean(parameter, self.state[parameter], group)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(direction.to(parameter.dtype), alpha=group["lr"])
+        return loss
+
+
+def _whitened_mean(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """The mean gradient of a parameter, times the inverse root of the damped matrix of second moments."""
+    gradient = _gradient(parameter).float()
+    gradient = gradient.reshape(-1, gradient.shape[-1] if gradient.ndim else 1)
+    if not state:
+        state["step"], state["mean"] = 0, torch.zeros_like(gradient)
+        state["gradients"] = gradient.new_zeros(0, *gradient.shape)
+    state["step"] += 1
+    first, second = group["betas"]
+    state["mean"].lerp_(gradient, 1 - first)
+    state["gradients"] = torch.cat([state["gradients"], gradient[None]])[-group["window"] :]
+    count, rows, width = state["gradients"].shape
+    ages = torch.arange(count - 1, -1, -1, device=gradient.device)
+    weights = second**ages
+    past = (state["gradients"] * (weights / weights.sum() / rows).sqrt()[:, None, None]).reshape(-1, width)
+    mean = state["mean"] / (1 - first ** state["step"])
+    damping = group["damping"] * past.square().sum() / width + _TINY
+    # The smaller of the two matrices that have the squared singular values.
+    if len(past) <= width:
+        _, values, axes = torch.linalg.svd(past, full_matrices=False)
+        moments = values.square()
+    else:
+        moments, columns = torch.linalg.eigh(past.mT @ past)
+        moments, axes = moments.clamp(min=0), columns.mT
+    # Along the axes by their moments, and by the damping alone across all of them.
+    along = (moments + damping).rsqrt() - damping.rsqrt()
+    return (mean * damping.rsqrt() + (mean @ axes.mT * along) @ axes).reshape(parameter.shape)
+
+
 # The smallest length to divide by, for rows of zeros.
 _TINY = 1e-12
 
