@@ -191,7 +191,7 @@ class FullMatrixAdam(torch.optim.Optimizer):
     Adam divides each number by the root of its own second moment. Here a vector is multiplied by the inverse root of
     the matrix of all of them, so that directions that no axis follows are scaled too; a few vectors then need fewer
     steps. That is GGT of Agarwal et al. (Efficient full-matrix adaptive regularization, 2019), which keeps gradients
-    and no matrix, with Adam's weights of the past. A step costs a decomposition of `window` gradients.
+    and no matrix, with Adam's weights of the past. A step costs the eigenvalues of `window` gradients.
 
     The rows [N, d] of a parameter share one matrix; of what has more axes, all but the last count as rows.
 
@@ -248,16 +248,23 @@ def _whitened_mean(parameter: Tensor, state: dict[str, Any], group: Mapping[str,
     past = (state["gradients"] * (weights / weights.sum() / rows).sqrt()[:, None, None]).reshape(-1, width)
     mean = state["mean"] / (1 - first ** state["step"])
     damping = group["damping"] * past.square().sum() / width + _TINY
-    # The smaller of the two matrices that have the squared singular values.
-    if len(past) <= width:
-        _, values, axes = torch.linalg.svd(past, full_matrices=False)
-        moments = values.square()
+    if len(past) > width:
+        moments, axes = _eigenvalues(past.mT @ past)
+        step = (mean @ axes * (moments + damping).rsqrt()) @ axes.mT
     else:
-        moments, columns = torch.linalg.eigh(past.mT @ past)
-        moments, axes = moments.clamp(min=0), columns.mT
-    # Along the axes by their moments, and by the damping alone across all of them.
-    along = (moments + damping).rsqrt() - damping.rsqrt()
-    return (mean * damping.rsqrt() + (mean @ axes.mT * along) @ axes).reshape(parameter.shape)
+        # The products of the gradients have the same eigenvalues in a smaller matrix. Across all gradients only the
+        # damping counts, and along them is added 1 / sqrt(moments + damping) - 1 / sqrt(damping), as a quotient.
+        moments, axes = _eigenvalues(past @ past.mT)
+        root, base = (moments + damping).sqrt(), damping.sqrt()
+        step = mean / base - ((mean @ past.mT @ axes) / (root * base * (root + base))) @ axes.mT @ past
+    return step.reshape(parameter.shape)
+
+
+def _eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a positive matrix, not below zero by rounding, and its eigenvectors in columns."""
+    # On an Apple GPU torch may not have them.
+    values, axes = torch.linalg.eigh(matrix.cpu() if matrix.device.type == "mps" else matrix)
+    return values.clamp(min=0).to(matrix.device), axes.to(matrix.device)
 
 
 # The smallest length to divide by, for rows of zeros.
