@@ -185,6 +185,10 @@ def _adamw(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -
     parameter.addcdiv_(state["mean"], corrected, value=-group["lr"] / (1 - first ** state["step"]))
 
 
+# Second moments below it count as it, so that a gradient of zeros is no division by zero.
+_NO_MOMENT = 1e-24
+
+
 class FullMatrixAdam(torch.optim.Optimizer):
     """Adam with the second moments of all pairs of numbers of a vector, from the gradients of the last steps.
 
@@ -247,7 +251,7 @@ def _whitened_mean(parameter: Tensor, state: dict[str, Any], group: Mapping[str,
     weights = second**ages
     past = (state["gradients"] * (weights / weights.sum() / rows).sqrt()[:, None, None]).reshape(-1, width)
     mean = state["mean"] / (1 - first ** state["step"])
-    damping = group["damping"] * past.square().sum() / width + _TINY
+    damping = group["damping"] * past.square().sum() / width + _NO_MOMENT
     if len(past) > width:
         moments, axes = _eigenvalues(past.mT @ past)
         step = (mean @ axes * (moments + damping).rsqrt()) @ axes.mT

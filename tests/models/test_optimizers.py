@@ -244,6 +244,18 @@ def test_full_matrix_adam_needs_fewer_steps_where_no_axis_follows_the_curvature(
     assert ours < 0.5 * theirs, (ours, theirs)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e6])
+def test_full_matrix_adam_does_not_depend_on_the_scale_of_the_loss(scale) -> None:
+    ours, scaled = _parameter(2, 6), _parameter(2, 6)
+    optimizers = [FullMatrixAdam([one], lr=0.1) for one in (ours, scaled)]
+    for _ in range(4):
+        ours.grad = torch.randn(2, 6)
+        scaled.grad = scale * ours.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, scaled, atol=1e-4, rtol=1e-4)
+
+
 def test_full_matrix_adam_does_not_move_without_gradient() -> None:
     still = _parameter(2, 4)
     before = still.detach().clone()
