@@ -120,7 +120,8 @@ def check_captions(
     lines = () if template_file is None else sum(_read_templates(Path(template_file), per_image_tokens), [])
     if use_captions or any("[filewords]" in line for line in lines):
         # All of them are read, so that one that cannot be is found now.
-        texts = {image: CaptionFiles(images).text(image) for image in images}
+        beside = CaptionFiles(images)
+        texts = {image: beside.text(image) for image in images}
         _check_texts(texts)
         if use_captions and not any(texts.values()):
             raise UserError(_no_captions(images[0]))

@@ -113,6 +113,8 @@ _PRECISIONS = Literal[
     "64-true",
     "16-true",
     "bf16-true",
+    "transformer-engine",
+    "transformer-engine-float16",
 ]
 # The types of those whose annotations in Lightning's source need Lightning itself.
 TRAINER_TYPES: dict[str, Any] = {
@@ -247,7 +249,7 @@ def parse_gpus(gpus: Any) -> int | list[int] | None:
     if gpus is None or gpus == "":
         return None
     found = _indices_or_count(gpus)
-    if min(found if isinstance(found, list) else [found + 1], default=0) < 0:
+    if (isinstance(found, int) and found < -1) or (isinstance(found, list) and any(i < 0 for i in found)):
         raise UsageError(f"--gpus '{gpus}' is negative; write -1 for all GPUs")
     return found
 
