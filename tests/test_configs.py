@@ -86,6 +86,10 @@ def test_targets_accept_their_params(path: Path, at_home: None) -> None:
     assert set(content) <= {"model", "data", "lightning", *training_config.RUN_KEYS}
     node = content.get("model") or {}
     constructor = {key: node[key] for key in ("target", "params") if key in node}
+    # The words that a personalization begins at are those of the YAML that it lies over.
+    words = OmegaConf.select(content, "model.params.personalization_config.params")
+    if path.parent.name == "personalization" and words and words.get("placeholder_strings"):
+        words.setdefault("initializer_words", ["bear"] * len(words.placeholder_strings))
     check_config(constructor, "model")
 
 

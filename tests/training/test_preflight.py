@@ -113,12 +113,22 @@ def test_samples_of_a_dataset_that_cannot_list_its_captions(model) -> None:
 
 
 @pytest.mark.done_or_said
+def test_a_word_in_no_caption_is_a_warning(model, caplog):
+    with caplog.at_level(logging.WARNING):
+        preflight.check_captions(model, Captions("a * and @", "a *"))
+        assert not caplog.records
+        preflight.check_captions(model, Captions("a *", "the *"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no caption contains '@': nothing is learned for it")
+
+
+@pytest.mark.done_or_said
 def test_text_beyond_the_token_limit_is_a_warning(model, caplog):
     room = model.cond_stage_model.prompt_tokenizer.max_length - 2
     with caplog.at_level(logging.WARNING):
-        preflight.check_captions(model, Captions("a *", "* " + "the " * (room - 1)))
+        preflight.check_captions(model, Captions("* @", "* " + "the " * (room - 1)))
         assert not caplog.records
-        preflight.check_captions(model, Captions("a *", "* " + "the " * room + "toy"))
+        preflight.check_captions(model, Captions("* @", "* " + "the " * room + "toy"))
     (record,) = caplog.records
     assert record.getMessage().startswith("1 of 2 captions are longer than the token limit of")
     assert "the toy" in record.getMessage()

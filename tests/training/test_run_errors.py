@@ -38,7 +38,7 @@ pytestmark = pytest.mark.refused_first
             1,
             "none of the captions contains the placeholder '*'",
         ),
-        (["lightning.trainer.precision=5"], 1, "lightning.trainer.precision is 5; it must be one of 64, 32"),
+        (["lightning.trainer.precision=5"], 1, "lightning.trainer.precision is 5; it must be one of 16, 32"),
         (
             ["model.params.first_stage_key=pixels", "--actual_resume", "gone/x"],
             1,
