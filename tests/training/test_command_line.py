@@ -7,8 +7,8 @@ from shlex import split
 from typing import get_args
 
 import pytest
-from lightning_fabric import connector
 from pytorch_lightning import Trainer
+from pytorch_lightning.trainer.trainer import _PRECISION_INPUT
 
 from ldm.training.command_line import TRAINER_OPTIONS, TRAINER_TYPES, make_parser, parse
 from ldm.util import UsageError
@@ -65,12 +65,8 @@ def test_flag_with_equals_sign_is_not_an_override():
 
 def test_the_list_of_trainer_options_is_that_of_lightning():
     assert set(TRAINER_OPTIONS) == set(inspect.signature(Trainer).parameters)
-    names = (
-        connector._PRECISION_INPUT_STR,
-        connector._PRECISION_INPUT_INT,
-        connector._PRECISION_INPUT_STR_ALIAS,
-    )
-    assert {*get_args(TRAINER_TYPES["precision"])} == {value for name in names for value in get_args(name)}
+    precisions = {value for kind in get_args(_PRECISION_INPUT) for value in get_args(kind)}
+    assert {*get_args(TRAINER_TYPES["precision"])} == precisions
 
 
 def test_types_of_trainer_flags():
