@@ -317,9 +317,8 @@ def _verify(path: Path) -> tuple[int, int]:
             if image.format == "PNG":  # its checksums say as much as its pixels, and sooner
                 image.verify()
             else:
-                image.draft(
-                    "RGB", (64, 64)
-                )  # the least that a JPEG can be decoded at; others are decoded as they are
+                # A JPEG is decoded at its least size, other formats as they are.
+                image.draft("RGB", (64, 64))
                 image.load()
             return size
 

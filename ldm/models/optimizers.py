@@ -53,6 +53,29 @@ def build_optimizer(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class _ByGroups(torch.optim.Optimizer):
+    """The loop of a step, over the groups of parameters."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step with every parameter that has a gradient, and return the value of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self.step_group(group)
+        return loss
+
+    def step_group(self, group: dict[str, Any]) -> None:
+        """Take a step with one group; called without gradient."""
+        raise NotImplementedError
+
+
+def _with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
 # Coefficients of Muon's quintic Newton-Schulz iteration: the largest slope at zero that keeps singular values near 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
@@ -60,7 +83,7 @@ _STEPS = 5
 _MIN_SIZE = 5
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(_ByGroups):
     """Muon for matrices and kernels, AdamW for all other parameters, with one learning rate.
 
     Muon steps along the orthogonalised momentum (Jordan et al., Muon: an optimizer for hidden layers in neural
@@ -95,25 +118,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step, and return the value of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if _is_matrix(parameter):
-                    by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
-                else:
-                    _adamw(parameter, self.state[parameter], group)
-            for parameters in by_shape.values():
-                _muon(parameters, [self.state[parameter] for parameter in parameters], group)
-        return loss
+    def step_group(self, group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+        for parameter in _with_gradient(group):
+            if _is_matrix(parameter):
+                by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+            else:
+                _adamw(parameter, self.state[parameter], group)
+        for parameters in by_shape.values():
+            _muon(parameters, [self.state[parameter] for parameter in parameters], group)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -189,7 +202,7 @@ def _adamw(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -
 _NO_MOMENT = 1e-24
 
 
-class FullMatrixAdam(torch.optim.Optimizer):
+class FullMatrixAdam(_ByGroups):
     """Adam with the second moments of all pairs of numbers of a vector, from the gradients of the last steps.
 
     Adam divides each number by the root of its own second moment. Here a vector is multiplied by the inverse root of
@@ -219,20 +232,13 @@ class FullMatrixAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "damping": damping, "window": window}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of every parameter that has a gradient, and return the value of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    direction = _whitened_mean(parameter, self.state[parameter], group)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(direction.to(parameter.dtype), alpha=group["lr"])
-        return loss
+    def step_group(self, group: dict[str, Any]) -> None:
+        for parameter in _with_gradient(group):
+            # Eigenvalues need float32, and a step may be taken inside autocast.
+            with torch.autocast(parameter.device.type, enabled=False):
+                direction = _whitened_mean(parameter, self.state[parameter], group)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(direction.to(parameter.dtype), alpha=group["lr"])
 
 
 def _whitened_mean(parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -275,7 +281,7 @@ def _eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
 _TINY = 1e-12
 
 
-class SphereSGD(torch.optim.Optimizer):
+class SphereSGD(_ByGroups):
     """Gradient descent on the directions of vectors, after Directional Textual Inversion (Kim et al., ICLR 2026).
 
     Each row of a parameter [N, d] turns by about `lr` radians per step and keeps its length: its gradient is projected
@@ -297,18 +303,9 @@ class SphereSGD(torch.optim.Optimizer):
             raise ConfigError(f"SphereSGD: kappa is {kappa}; it must be 0 or more")
         super().__init__(params, {"lr": lr, "kappa": kappa})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Turn every parameter that has a gradient, and return the value of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for vectors in group["params"]:
-                if vectors.grad is not None:
-                    self._turn(vectors, group)
-        return loss
+    def step_group(self, group: dict[str, Any]) -> None:
+        for vectors in _with_gradient(group):
+            self._turn(vectors, group)
 
     def _turn(self, vectors: Tensor, group: Mapping[str, Any]) -> None:
         """Turn a parameter [N, d] with its gradient; where the group names `parts` of d, each part by itself."""

@@ -256,6 +256,14 @@ def test_full_matrix_adam_does_not_depend_on_the_scale_of_the_loss(scale) -> Non
     torch.testing.assert_close(ours, scaled, atol=1e-4, rtol=1e-4)
 
 
+def test_full_matrix_adam_steps_alike_inside_autocast() -> None:
+    inside, outside = _parameter(2, 6), _parameter(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        FullMatrixAdam([inside], lr=0.1).step()
+    FullMatrixAdam([outside], lr=0.1).step()
+    assert torch.equal(inside, outside)
+
+
 def test_full_matrix_adam_does_not_move_without_gradient() -> None:
     still = _parameter(2, 4)
     before = still.detach().clone()
