@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import main
@@ -70,25 +69,6 @@ def test_the_text_encoder_is_that_of_the_towers(model) -> None:
     states = end_states(model.cond_stage_model, manager, ["a photo of a * on a beach", "a fish"])
     wanted = features.text(["a photo of a yellow fish on a beach", "a fish"])
     assert (features.of_states(states) * wanted).sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=2e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_draws_what_the_processor_draws(tmp_path: Path, model) -> None:
-    prompt = ["a photo of a red bear on a blue background"] * 2
-    (ours, _), (theirs, _) = (
-        generate(model.to(device), prompt, steps=10, scale=3.0, seed=3) for device in ("cpu", "cuda")
-    )
-    model.to("cpu")
-    assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean() < 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_inverts_on_a_gpu(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-    _invert(tmp_path, "--gpus", "0,")
-    assert list(tmp_path.glob("logs/*/checkpoints/embeddings.pt"))
 
 
 def _invert(folder: Path, *flags: str) -> None:

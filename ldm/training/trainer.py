@@ -161,11 +161,7 @@ def half_for(precision: Any, accelerator: str) -> torch.dtype | None:
 
 
 def possible_precision(precision: Any, accelerator: str) -> Any:
-    """The precision for Lightning's Trainer: the one asked for, or full precision where the device has no half one.
-
-    Raises:
-        UserError: float64 on an Apple GPU, which has none.
-    """
+    """The precision for Lightning's Trainer: the one asked for, or full precision where the device has no half one."""
     kind, device, _ = _resolved(precision, accelerator)
     if device == "mps" and kind is None and str(precision) in _KINDS:
         return FULL
@@ -180,10 +176,6 @@ def _resolved(precision: Any, accelerator: str) -> tuple[str | None, str, str]:
         return "bf16-mixed", device, f"{precision} is not supported on a CPU"
     if device == "cuda" and kind == "bf16-mixed" and _emulates_bfloat16():
         return "16-mixed", device, "this GPU has no bfloat16"
-    if device == "mps" and str(precision) in ("64", "64-true"):
-        raise UserError(
-            f"lightning.trainer.precision is {precision}, but an Apple GPU has no float64; use 32-true"
-        )
     if device == "mps" and kind is not None and not torch.backends.mps.is_macos_or_newer(14, 0):
         return None, device, "half precision on an Apple GPU needs macOS 14"
     if device == "mps" and kind == "16-mixed":  # which would need gradients to be scaled
