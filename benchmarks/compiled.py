@@ -37,14 +37,13 @@ from ldm.training.callbacks.performance import CACHE_VARIABLE
 from ldm.util import UserError
 
 PLAIN, EMPTY, KEPT = "plain", "compiled, nothing kept", "compiled, with what was kept"
-GRAPH, GRAPH_KEPT = "CUDA graph, the first time", "CUDA graph, with what was kept"
+GRAPH = "CUDA graph"
 COMPILED = ("lightning.callbacks.compiled.params.least_steps=0",)
 SETTINGS = {
     PLAIN: (),
     EMPTY: COMPILED,
     KEPT: COMPILED,
     GRAPH: (*COMPILED, "lightning.callbacks.compiled.params.graph=true"),
-    GRAPH_KEPT: (*COMPILED, "lightning.callbacks.compiled.params.graph=true"),
 }
 WITHOUT = (
     "lightning.callbacks.image_logger.params.batch_frequency=0",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ldm.diffusers_settings import PREDICTIONS, Prediction
-from ldm.files import CHECKOUT, NO_TENSORS, file_kind
+from ldm.files import CHECKOUT, NO_TENSORS, file_kind, is_address, no_address
 from ldm.front_ends import setting
 from ldm.model_kinds import (
     ADAPTER,
@@ -25,7 +25,7 @@ from ldm.model_kinds import (
     UNKNOWN,
     Kind,
 )
-from ldm.util import shown
+from ldm.util import ConfigError, shown
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,27 @@ class BaseModel:
     @property
     def _yamls(self) -> tuple[str, str]:
         return _YAMLS.get((self.family, self.prediction == "v")) or _YAMLS[self.family, False]
+
+
+def training_yaml(
+    model: str | Path, variant: str | None = None, revision: str | None = None, ask: bool = True
+) -> Path:
+    """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
+
+    If `ask`, a line asks for what its weights do not tell.
+
+    Raises:
+        UserError: the model is missing, none that can be read, or its YAML is not installed.
+    """
+    base = recognise(model, variant, revision)
+    if not base.finetune_config.is_file():
+        raise ConfigError(
+            f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
+            f"install -e, or name a YAML with {setting('base')}"
+        )
+    if ask:
+        ask_for_prediction(base)
+    return base.finetune_config
 
 
 def recognise(source: str | Path, variant: str | None = None, revision: str | None = None) -> BaseModel:
@@ -221,10 +242,8 @@ def checked_header(path: Path) -> Header:
     Raises:
         CheckpointError: it is missing, truncated, or no file of weights; the message says what it is.
     """
-    if not path.exists() and "://" in str(path).replace(":/", "://", 1):
-        raise CheckpointError(
-            f"'{path}' is a web address; download the file and name it, or name a hub id as OWNER/NAME"
-        )
+    if is_address(path):
+        raise CheckpointError(no_address(path))
     kind = file_kind(path)
     if path.is_file():
         with path.open("rb") as file:

@@ -62,10 +62,16 @@ def file_kind(path: str | Path) -> FileKind:
         return content_kind(file.read(512))
 
 
-def why_no_file(path: str | Path) -> str:
-    """The rest of the message, after the path, for what is not an ordinary file; of a run folder it names its file."""
+def why_no_vectors(path: str | Path) -> str | None:
+    """The rest of the message, after the path, for what cannot hold vectors; of a run folder it names its file.
+
+    None for a file whose kind is one of those that can.
+    """
+    if is_address(path):
+        return "is a web address; download the file and name it"
     path = Path(path)
-    kind: FileKind = "folder" if path.is_dir() else "special" if path.exists() else "missing"
+    if (kind := file_kind(path)) != "folder":
+        return NO_TENSORS.get(kind)
     names = ("embeddings.pt", "checkpoints/embeddings.pt", "learned_embeds.safetensors", "learned_embeds.bin")
     there = next((path / name for name in names if (path / name).is_file()), None)
     return f"is a folder; name the file in it, '{there}'" if there else NO_TENSORS[kind]
@@ -134,6 +140,25 @@ def is_hub_id(source: str) -> bool:
         not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".yaml")
         and not path.parent.is_dir()
     )
+
+
+_ADDRESS = re.compile(r"(?P<scheme>https?|ftp|hf):/+(?P<rest>.*)", re.IGNORECASE)
+
+
+def is_address(source: str | Path) -> bool:
+    """Whether a text, or the path that was made of it, is a web address."""
+    return _ADDRESS.match(str(source)) is not None
+
+
+def no_address(source: str | Path) -> str:
+    """The message for a model that was named by its web address; it names the hub id if the address has one."""
+    found = _ADDRESS.match(str(source))
+    assert found is not None
+    scheme, rest = found["scheme"], found["rest"]
+    page = re.match(r"(?:huggingface\.co|hf\.co)/([\w-][\w.-]*/[\w.-]+)", rest)
+    named = f"name the hub id {page[1]}" if page else "name a hub id as OWNER/NAME"
+    # A path has one of the slashes of an address.
+    return f"'{scheme}://{rest}' is a web address; {named}, or download the file and name it"
 
 
 _REMEDY = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
 import platform
@@ -220,10 +220,8 @@ def get_obj_from_str(path: str) -> Any:
     Raises:
         ConfigError: the module does not exist, it needs a missing package, or it has no such name.
     """
-    path = _MOVED.get(str(path), str(path))
+    path = _dotted(path)
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"target '{path}' is not a dotted path; write it as package.module.Name")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -239,9 +237,17 @@ def get_obj_from_str(path: str) -> Any:
         raise _absent(path, module_name, name) from error
 
 
+def _dotted(path: str) -> str:
+    path = _MOVED.get(str(path), str(path))
+    if not path.rpartition(".")[0]:
+        raise ConfigError(f"target '{path}' is not a dotted path; write it as package.module.Name")
+    return path
+
+
 def _absent(path: str, module: str, name: str | None = None) -> ConfigError:
     what = f"there is no module '{module}'" if name is None else f"module '{module}' has no '{name}'"
-    return ConfigError(f"target '{path}': {what}; check its spelling")
+    install = "" if "." in module or name is not None else ", or install the package that has it"
+    return ConfigError(f"target '{path}': {what}; check its spelling{install}")
 
 
 def stand_in(path: str) -> Any:
@@ -250,7 +256,14 @@ def stand_in(path: str) -> Any:
     Raises:
         ConfigError: the module does not exist, or has no such name.
     """
-    path = _MOVED.get(str(path), str(path))
+    path = _dotted(path)
+    top = path.partition(".")[0]
+    try:
+        absent = importlib.util.find_spec(top) is None
+    except ValueError:  # a module without a specification, such as __main__
+        return None
+    if absent:
+        raise _absent(path, top)
     try:
         return signatures.declared(path)
     except signatures.Absent as error:

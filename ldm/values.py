@@ -97,6 +97,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     # Data.
     "batch_size": _count(10**6),
     "num_workers": _count(1024, 0),
+    "set": ("train", "val", "validation", "test"),
     "size": _count(16384),
     "repeats": _count(10**6),
     "flip_p": _SHARE,
@@ -289,6 +290,10 @@ def contradictions(
     yield from _contradictions_of_a_model(given, params)
     yield from _contradictions_of_words(params)
     yield from _contradictions_of_images(params)
+    for unit in ("steps", "epochs"):  # of a trainer
+        least, most = given.get(f"min_{unit}"), given.get(f"max_{unit}")
+        if isinstance(least, int) and isinstance(most, int) and -1 != most < least:
+            yield f"min_{unit}", f"is {least}, more than max_{unit}, which is {most}; lower one of them"
 
 
 def _contradictions_of_a_model(

@@ -13,7 +13,7 @@ from ldm.files import (
     file_hash,
     file_kind,
     images_fingerprint,
-    why_no_file,
+    why_no_vectors,
     write_text,
 )
 from ldm.util import UserError
@@ -27,13 +27,14 @@ def test_write_text_creates_parent_folders(tmp_path: Path) -> None:
 
 @pytest.mark.one_reader
 def test_what_is_no_file_is_named_and_a_run_folder_names_its_file(tmp_path: Path) -> None:
-    assert why_no_file(tmp_path / "gone") == "does not exist; check the path"
-    assert why_no_file("/dev/null") == "is not an ordinary file; name a file on disk"
-    assert why_no_file(tmp_path) == "is a folder; name the file in it"
+    assert why_no_vectors(tmp_path / "gone") == "does not exist; check the path"
+    assert why_no_vectors("/dev/null") == "is not an ordinary file; name a file on disk"
+    assert why_no_vectors(tmp_path) == "is a folder; name the file in it"
     write_text(tmp_path / "checkpoints" / "embeddings.pt", "x")
     for folder in (tmp_path, tmp_path / "checkpoints"):
         assert (
-            why_no_file(folder) == f"is a folder; name the file in it, '{tmp_path}/checkpoints/embeddings.pt'"
+            why_no_vectors(folder)
+            == f"is a folder; name the file in it, '{tmp_path}/checkpoints/embeddings.pt'"
         )
 
 

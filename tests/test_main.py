@@ -104,7 +104,31 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --actual_resume no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
     f"--base {YAML} -t --vae no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
     f"--base {YAML} -t --embedding_manager_ckpt no.pt": (1, "'no.pt': it does not exist"),
+    f"--base {YAML} -t --embedding_manager_ckpt {{broken}}": (1, "broken.yaml': it is a text file"),
+    f"--base {YAML} -t --embedding_manager_ckpt https://a.b/c.pt": (
+        1,
+        "it is a web address; download the file",
+    ),
+    f"--base {YAML} -t --actual_resume https://huggingface.co/me/toy": (
+        1,
+        "'https://huggingface.co/me/toy' is a web address; name the hub id me/toy, or download the file",
+    ),
+    "--pretrained_model_name_or_path https://a.b/c.ckpt": (
+        1,
+        "is a web address; name a hub id as OWNER/NAME",
+    ),
+    f"generate --ckpt_path https://hf.co/me/toy/tree/main --config {YAML}": (1, "name the hub id me/toy"),
     f"--base {YAML} -t --max_steps 0": (2, "max_steps is 0"),
+    f"--base {YAML} -t --max_steps 5 --min_steps 9": (
+        2,
+        "lightning.trainer.min_steps (--min_steps) is 9, more than max_steps, which is 5",
+    ),
+    f"--base {YAML} -t {IMAGES}.set=training": (1, "set is 'training'; it must be one of train, val"),
+    f"--base {YAML} -t model.params.optimizer_config.target=AdamW": (1, "'AdamW' is not a dotted path"),
+    f"--base {YAML} -t model.params.optimizer_config.target=bitsandbytes.optim.AdamW8bit": (
+        1,
+        "there is no module 'bitsandbytes'; check its spelling, or install the package that has it",
+    ),
     f"--base {YAML} -t model.base_learning_rate=-1": (1, "base_learning_rate is -1"),
     # Of methods' classes, which are not imported for the check.
     f"--base {YAML} {METHODS}/prospect.yaml -t {WORDS}.stages=0": (

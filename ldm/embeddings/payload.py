@@ -30,7 +30,7 @@ from ldm.embeddings.concept import (
     is_possible_width,
     noted_text,
 )
-from ldm.files import NO_TENSORS, file_kind, why_no_file
+from ldm.files import file_kind, why_no_vectors
 from ldm.outlines import SLACK, asks_for, outline_of, unzipped
 from ldm.pickles import MAX_DEPTH, Storage, TensorRecord, shapes_of, tensor_records
 from ldm.util import shown
@@ -343,8 +343,8 @@ def open_payload(path: Path) -> Payload:
         state = held.get("state_dict") if isinstance(held, dict) else None
         shapes = shapes_of(state if isinstance(state, dict) else held)
         return Payload(path, "torch", file.load, _text_keys(held), shapes)
-    if kind in NO_TENSORS:
-        raise EmbeddingError(f"it {why_no_file(path) if kind == 'folder' else NO_TENSORS[kind]}")
+    if why := why_no_vectors(path):
+        raise EmbeddingError(f"it {why}")
     if (what := what_begins(path)) is not None:
         raise EmbeddingError(f"it is {what}; name the embedding's own file")
     raise EmbeddingError("it is not an embedding file: not safetensors, torch.save, or a PNG or WebP image")

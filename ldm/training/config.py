@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
 from ldm.data.captions import check_captions
-from ldm.files import NO_TENSORS, is_hub_id, why_no_file
+from ldm.files import NO_TENSORS, is_address, is_hub_id, why_no_vectors
 from ldm.front_ends import setting
 from ldm.images import check_image_folder, check_masks, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
@@ -52,9 +52,6 @@ from ldm.util import (
 )
 from ldm.words import check_word, check_words
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml, yaml_value
-
-if TYPE_CHECKING:
-    from ldm.base_models import BaseModel
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +124,9 @@ def check_command_line(options: argparse.Namespace) -> None:
     # Without a model in the YAMLs, its own YAML is the first; for a model on the hub the run finds it.
     source = config.get("actual_resume")
     if not described and not resume and source and Path(str(source)).exists():
-        yamls = [_recognised(source, config.get("variant")).finetune_config, *yamls]
+        from ldm.base_models import training_yaml
+
+        yamls = [training_yaml(source, config.get("variant"), ask=False), *yamls]
         config, place = _merged(options, yamls, None), places(options, yamls)
         described = OmegaConf.select(config, "model.target")
     elif not described and not resume and not source:
@@ -186,6 +185,8 @@ def complete_base(options: argparse.Namespace) -> list[str | Path]:
     source = config.get("actual_resume")
     if OmegaConf.select(config, "model.target") or not source:
         return list(options.base)
+    from ldm.base_models import training_yaml
+
     path = training_yaml(source, config.get("variant"), config.get("revision"))
     logger.info("the settings are those of %s, for '%s'", path, source)
     return [path, *options.base]
@@ -201,33 +202,6 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
     refuse_foreign_target(OmegaConf.select(config, "model.target"), ", ".join(f"'{path}'" for path in base))
 
 
-def training_yaml(model: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
-    """The YAML that learns words on a model: a file, a folder of diffusers or a hub id.
-
-    A line asks for what its weights do not tell.
-
-    Raises:
-        UserError: the model is missing, none that can be read, or its YAML is not installed.
-    """
-    from ldm.base_models import ask_for_prediction
-
-    base = _recognised(model, variant, revision)
-    ask_for_prediction(base)
-    return base.finetune_config
-
-
-def _recognised(model: str | Path, variant: str | None, revision: str | None = None) -> BaseModel:
-    from ldm.base_models import recognise
-
-    base = recognise(model, variant, revision)
-    if not base.finetune_config.is_file():
-        raise ConfigError(
-            f"'{model}' is {base.name}, and its YAML '{base.finetune_config}' is not here; install a checkout with pip "
-            f"install -e, or name a YAML with {setting('base')}"
-        )
-    return base
-
-
 def _check_files(config: DictConfig) -> None:
     from ldm.base_models import checked_header
 
@@ -236,12 +210,12 @@ def _check_files(config: DictConfig) -> None:
         shown = f"checkpoint '{source}'"
         if source == "":
             raise UserError(f"{key} is empty; name a file, a folder or a hub id, or leave it out")
-        if source and Path(source).is_file():
+        if source and (Path(source).is_file() or is_address(source)):
             checked_header(Path(source))
-        if source and not Path(source).exists() and not is_hub_id(str(source)) and "://" not in str(source):
+        if source and not Path(source).exists() and not is_hub_id(str(source)):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
-    if vectors and not Path(vectors).is_file():
-        raise UserError(f"'{vectors}': it {why_no_file(vectors)}")
+    if vectors and (why := why_no_vectors(vectors)):
+        raise UserError(f"'{vectors}': it {why}")
 
 
 def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
@@ -456,6 +430,8 @@ def check_run_config(
         problems.append(Problem(missing[0], f"there is no value for {', '.join(missing)}"))
     if not missing and not rootless:
         kind = find("pytorch_lightning.Trainer")
+        for key, why in values.contradictions(trainer):
+            problems.append(Problem(path := f"lightning.trainer.{key}", path, f" {why}"))
         for key, value in trainer.items():
             # `gpus` has a reader of its own; null is the default.
             if value is not None and key in TRAINER_OPTIONS:

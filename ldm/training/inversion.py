@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import files
+from ldm.base_models import training_yaml
 from ldm.console import ConsoleHandler, Interrupted
 from ldm.data.captions import CaptionFiles
 from ldm.files import in_checkout
@@ -28,7 +29,6 @@ from ldm.images import MASK_ENDINGS, check_image_folder, mask_files, open_alpha,
 from ldm.training import record
 from ldm.training.callbacks.base import RunCallback
 from ldm.training.concepts import Concept, concept_of_run, files_of_run
-from ldm.training.config import training_yaml
 from ldm.training.flags import TEMPLATES
 from ldm.training.record import RunRecord
 from ldm.training.run_folder import existing_run_folder

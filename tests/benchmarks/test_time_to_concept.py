@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from ldm.generate.embeddings import load_embeddings
 
 def test_the_target_must_be_held_at_the_next_waypoint():
     curve = [(10, 1.0, 0.2), (20, 2.0, 0.6), (30, 3.0, 0.4), (40, 4.0, 0.5), (50, 5.0, 0.7)]
-    assert reached(curve, 0.5) == 4.0  # at 2 seconds it was luck
-    assert reached(curve, 0.6) == 5.0
-    assert reached(curve, 0.1) == 1.0
-    assert reached(curve, 0.8) == math.inf
+    assert reached(curve, 0.5) == 40  # at step 20 it was luck
+    assert reached(curve, 0.6) == 50
+    assert reached(curve, 0.1) == 10
+    assert reached(curve, 0.8) is None
 
 
 def result(identity: float, seconds: float, edits: float = 0.5) -> dict:
@@ -34,16 +35,50 @@ def result(identity: float, seconds: float, edits: float = 0.5) -> dict:
 def test_both_recipes_have_the_target_that_paper_sets():
     one = compared(result(0.8, 100.0), result(0.75, 8.0))
     assert one["aim"] == pytest.approx(0.72)
-    assert one["seconds"] == {"paper": 100.0, "fast": 8.0}
-    assert factor(one["seconds"]) == pytest.approx(12.5)
-    assert factor(compared(result(0.8, 100.0), result(0.5, 8.0))["seconds"]) == 0.0
+    assert one["steps"] == {"paper": 2, "fast": 2}
+    assert compared(result(0.8, 100.0), result(0.5, 8.0))["steps"] == {"paper": 2, "fast": None}
+
+
+def test_the_factor_is_that_of_the_rounds() -> None:
+    # Another machine's load halves the speed of the second round.
+    assert factor({"paper": [10.0, 20.0, 10.0], "fast": [1.0, 2.0, 2.0]}) == 10
+    assert factor({"paper": [10.0], "fast": [math.inf]}) == 0
+
+
+def test_runs_are_timed_until_their_step(tmp_path, monkeypatch) -> None:
+    ended = []
+
+    class Run:
+        def __init__(self, recipe: str) -> None:
+            self.recipe, self.trainer = (
+                recipe,
+                SimpleNamespace(callbacks=[], global_step=0, should_stop=False),
+            )
+
+        def fit(self) -> None:
+            (end,) = self.trainer.callbacks
+            end.on_fit_start(self.trainer, None)
+            end.on_train_start(self.trainer, None)
+            while not self.trainer.should_stop:
+                self.trainer.global_step += 1
+                end.on_train_batch_end(self.trainer, None, None, {}, 0)
+            ended.append((self.recipe, self.trainer.global_step))
+
+    monkeypatch.setattr(time_to_concept, "warm_up", lambda work: None)
+    monkeypatch.setattr(time_to_concept, "prepared", lambda concept, recipe, *_: Run(recipe))
+    seconds = time_to_concept.timed((CONCEPT, {"paper": 3, "fast": 0}, 2, tmp_path))
+    assert ended == [("paper", 3), ("fast", 0)] * 2, "in turns"
+    assert all(len(of) == 2 and 0 <= min(of) < 1 for of in seconds.values())
+    never = time_to_concept.timed((CONCEPT, {"paper": None, "fast": 1}, 1, tmp_path))
+    assert never["paper"] == [math.inf]
 
 
 def test_the_table_shows_missed_bars(tmp_path):
-    report = Report("t", "T", ("concept", "aim", "p", "f", "x", "end", "identity", "edits"), {})
-    fill(report, {"bobo": compared(result(0.8, 100.0), result(0.5, 8.0))})
+    report = Report("t", "T", ("concept", "aim", "p", "f", "ps", "fs", "x", "identity", "edits"), {})
+    timed = {"paper": [3.0], "fast": [math.inf]}
+    fill(report, {"bobo": {**compared(result(0.8, 100.0), result(0.5, 8.0)), "timed": timed}})
     text = report.markdown()
-    assert "| bobo" in text and "inf" in text and "missed by 100%" in text
+    assert "| bobo" in text and "never" in text and "inf" in text and "missed by 100%" in text
     assert "fewer than 6" in text
 
 

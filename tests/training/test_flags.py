@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 
-from ldm.base_models import BaseModel
+from ldm.base_models import BaseModel, training_yaml
 from ldm.training import config, flags
 from ldm.training.callbacks import complete_lightning
 from ldm.training.command_line import make_parser, parse
@@ -335,7 +335,7 @@ def test_what_weights_do_not_tell_is_asked_in_one_line(tmp_path, monkeypatch, ca
     guessed = BaseModel("v2.ckpt", tmp_path, "sd2", "v", "guess")
     monkeypatch.setattr("ldm.base_models.recognise", lambda *named: guessed)
     caplog.set_level("WARNING", logger="ldm")
-    assert config.training_yaml("v2.ckpt").name == "v2-finetune_v.yaml"
+    assert training_yaml("v2.ckpt").name == "v2-finetune_v.yaml"
     (line,) = caplog.messages
     assert "v is assumed" in line and "v2-finetune.yaml to train" in line
 

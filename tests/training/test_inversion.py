@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import ldm
+from ldm.base_models import training_yaml
 from ldm.files import CHECKOUT
 from ldm.images import open_image
-from ldm.training.config import training_yaml
 from ldm.training.inversion import Inversion, copies_of, named_yaml, overrides
 from ldm.yaml_files import read_yaml
 from tests.golden_record import Golden

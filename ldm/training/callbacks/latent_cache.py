@@ -22,7 +22,7 @@ from ldm.models.diffusion.loss_weighting import LOSS_WEIGHT, cell_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.training.callbacks.base import datasets_of
 from ldm.training.callbacks.progress import duration
-from ldm.util import UserError, check_integer, counted
+from ldm.util import UserError, check_integer, counted, free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,11 @@ class LatentCache(Callback):
         dataset = datasets_of(trainer).get("train")
         if isinstance(dataset, CachedLatents) and isinstance(pl_module, LatentDiffusion):
             pl_module.first_stage_model.to("cpu")
+            # For the first image cuDNN tries convolutions with all the memory that is free (on an H200, 139 GB for an
+            # image of 512 x 512). It is no memory of the run, and other programs want it.
+            free_memory()
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Once for the whole validation, because each batch would otherwise move it anew.

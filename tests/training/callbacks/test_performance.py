@@ -125,12 +125,12 @@ def test_a_cache_that_cannot_be_made_is_not_used(model, cache, monkeypatch) -> N
     assert os.environ[performance.CACHE_VARIABLE] == DEFAULT
 
 
-@pytest.mark.parametrize(("device", "mode"), [("cuda", "reduce-overhead"), ("cpu", None)])
-def test_a_graph_of_the_step_is_for_cuda(model, monkeypatch, caplog, device: str, mode: str | None) -> None:
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "cudagraphs"), ("cpu", "inductor")])
+def test_a_graph_of_the_step_is_for_cuda(model, monkeypatch, caplog, device: str, backend: str) -> None:
     caplog.set_level(logging.INFO, logger=performance.__name__)
-    modes, marks = [], []
+    backends, marks = [], []
     monkeypatch.setattr(
-        torch, "compile", lambda function, **options: modes.append(options["mode"]) or function
+        torch, "compile", lambda function, **options: backends.append(options["backend"]) or function
     )
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     monkeypatch.setattr(type(model), "device", torch.device(device))
@@ -139,12 +139,22 @@ def test_a_graph_of_the_step_is_for_cuda(model, monkeypatch, caplog, device: str
     assert not marks, "nothing is compiled"
     callback.on_train_start(trainer_of(), model)
     callback.on_train_batch_start(trainer_of(), model, {}, 0)
-    assert modes == [mode] and marks == [1]
+    assert backends == [backend] and marks == [1]
     assert (caplog.messages == ["compiled: graph is ignored, because it is for CUDA devices"]) == (
         device == "cpu"
     )
-    with pytest.raises(UserError, match="mode is max-autotune; leave one of them out"):
-        CompiledDenoiser(graph=True, mode="max-autotune")
+    for name in ("mode", "backend"):
+        with pytest.raises(UserError, match=f"compiles nothing, and {name} is eager; leave one of them out"):
+            CompiledDenoiser(graph=True, **{name: "eager"})
+
+
+@pytest.mark.parametrize(("graph", "left", "compiled"), [(True, 499, 0), (True, 500, 1), (False, 1999, 0)])
+def test_a_graph_pays_in_a_shorter_run(model, monkeypatch, graph: bool, left: int, compiled: int) -> None:
+    found = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: found.append(1) or function)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    CompiledDenoiser(graph=graph).on_train_start(trainer_of(left), model)
+    assert len(found) == compiled
 
 
 @pytest.mark.gpu
