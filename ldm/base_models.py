@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -147,6 +148,57 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
     if isinstance(found, Kind):
         raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
     return _of_file(source, header, found)
+
+
+def fitting(source: str | Path, node: Mapping[str, Any]) -> BaseModel | None:
+    """Return what a file is that a `model:` node is to be loaded with; None if the node alone describes it.
+
+    Raises:
+        CheckpointError: it is missing, no model of this kind, or one of another family.
+    """
+    base = recognise_for(source, family_of(node), _channels(node))
+    if base is not None:
+        check_family(base, node)
+    return base
+
+
+def select(node: Any, path: str) -> Any:
+    """The value at a dotted path of mappings; None if there is none."""
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def _channels(node: Any) -> int | None:
+    return select(node, "params.unet_config.params.in_channels")
+
+
+def family_of(node: Mapping[str, Any]) -> Family | None:
+    """The family of the model that a `model:` node describes; None if it is none of them, or of other sizes."""
+    encoder = str(select(node, "params.cond_stage_config.target") or "").rpartition(".")[2]
+    width = select(node, "params.unet_config.params.context_dim")
+    if (encoder, width) == ("FrozenCLIPEmbedder", 128) and _channels(node) in (12, 24):
+        return "embedded"
+    known: dict[Any, Family] = {
+        ("FrozenCLIPEmbedder", 768): "sd1",
+        ("FrozenOpenCLIPEmbedder", 1024): "sd2",
+        ("BERTEmbedder", 1280): "ldm",
+    }
+    if width == 2048 and select(node, "params.unet_config.params.num_classes") == "sequential":
+        return "sdxl"
+    return known.get((encoder, width))
+
+
+def check_family(base: BaseModel, node: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a `model:` node describes another family than that of a model."""
+    described = family_of(node)
+    if described is not None and described != base.family:
+        yamls = (base.inference_config, base.finetune_config)
+        generate, train = (path.resolve().relative_to(CHECKOUT) for path in yamls)
+        raise CheckpointError(
+            f"'{base.source}' is {base.name}, and the config describes {FAMILIES[described]}; leave the config out, "
+            f"or name {generate} to generate, {train} to train"
+        )
 
 
 def recognise_for(source: str | Path, wanted: Family | None, channels: int | None) -> BaseModel | None:

@@ -18,14 +18,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ldm.base_models import (
-    CONFIGS,
     FAMILIES,
     BaseModel,
-    Family,
     ask_for_prediction,
+    check_family,
+    family_of,
     family_of_first_stage,
+    fitting,
     recognise,
-    recognise_for,
+    select,
     what_is,
 )
 from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
@@ -89,7 +90,7 @@ def load_model_from_config(
     first_stage = None if vae is None else _first_stage(vae, node, base)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
     if first_stage is None and not any(key.startswith(VAE) for key in state):
-        vae = _select(node, "params.first_stage_config.params.ckpt_path")
+        vae = select(node, "params.first_stage_config.params.ckpt_path")
         first_stage = None if vae is None else _first_stage(vae, node, base)
     if first_stage is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
@@ -151,10 +152,10 @@ def complete_config(
     base: BaseModel | None
     if path.is_dir() or (not path.exists() and is_hub_id(str(ckpt))):
         base = recognise(ckpt, variant, revision)
+        check_family(base, node)
     else:
-        base = recognise_for(ckpt, family_of(node), _channels(node))
+        base = fitting(ckpt, node)
     if base is not None:
-        _check_family(base, node)
         _adapt(node, base)
         check_config(node, "model", place)
     return node, base
@@ -175,42 +176,6 @@ def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
 
 
 # -- a YAML and a checkpoint ---------------------------------------------------------------------------------
-
-
-def _select(node: Any, path: str) -> Any:
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
-
-
-def _channels(node: Any) -> int | None:
-    return _select(node, "params.unet_config.params.in_channels")
-
-
-def family_of(node: Mapping[str, Any]) -> Family | None:
-    """The family of the model that a `model:` node describes; None if it is none of them, or of other sizes."""
-    encoder = str(_select(node, "params.cond_stage_config.target") or "").rpartition(".")[2]
-    width = _select(node, "params.unet_config.params.context_dim")
-    if (encoder, width) == ("FrozenCLIPEmbedder", 128) and _channels(node) in (12, 24):
-        return "embedded"
-    known: dict[Any, Family] = {
-        ("FrozenCLIPEmbedder", 768): "sd1",
-        ("FrozenOpenCLIPEmbedder", 1024): "sd2",
-        ("BERTEmbedder", 1280): "ldm",
-    }
-    if width == 2048 and _select(node, "params.unet_config.params.num_classes") == "sequential":
-        return "sdxl"
-    return known.get((encoder, width))
-
-
-def _check_family(base: BaseModel, node: Mapping[str, Any]) -> None:
-    described = family_of(node)
-    if described is not None and described != base.family:
-        raise CheckpointError(
-            f"'{base.source}' is {base.name}, and the config describes {FAMILIES[described]}; leave the config out, "
-            f"or name configs/{base.inference_config.relative_to(CONFIGS)} to generate, "
-            f"configs/{base.finetune_config.relative_to(CONFIGS)} to train"
-        )
 
 
 def _adapt(node: Any, base: BaseModel) -> None:
@@ -254,14 +219,14 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     """
     if not any(key.startswith((UNET, "model_ema.diffusion_model")) for key in state):
         return True  # no diffusion model
-    first_stage = str(_select(node, "params.first_stage_config.target") or "")
+    first_stage = str(select(node, "params.first_stage_config.target") or "")
     needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
     if not needs_none and not any(key.startswith(VAE) for key in state):
         raise CheckpointError(
             f"'{ckpt}' has no first stage (VAE); bring one with {setting('vae')}, a file or a folder "
             "in the layout of LDM or diffusers"
         )
-    encoder = _select(node, "params.cond_stage_config.target")
+    encoder = select(node, "params.cond_stage_config.target")
     if encoder is None or any(key.startswith(TEXT_ENCODERS) for key in state):
         return True
     if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):

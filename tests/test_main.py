@@ -102,6 +102,11 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --data_root {{plain}} {IMAGES}.mask_weight=0.1": (1, "but no image has a mask"),
     f"--base {YAML} -t {IMAGES}.template_file=no.txt": (1, "template file not found: no.txt"),
     f"--base {YAML} -t --actual_resume no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
+    f"--base configs/stable-diffusion/v1-finetune.yaml -t --data_root {{plain}} --actual_resume {MODEL}": (
+        1,
+        f"'{MODEL}' is the embedded model (v), and the config describes Stable Diffusion 1; leave the config out, or "
+        f"name models/ldm/creatures/config.yaml to generate, {YAML} to train",
+    ),
     f"--base {YAML} -t --vae no.ckpt": (1, "checkpoint 'no.ckpt' does not exist"),
     f"--base {YAML} -t --embedding_manager_ckpt no.pt": (1, "'no.pt': it does not exist"),
     f"--base {YAML} -t --embedding_manager_ckpt {{broken}}": (1, "broken.yaml': it is a text file"),

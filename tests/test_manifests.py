@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.checkpoint import family_of, uninitialised
+from ldm.base_models import family_of
+from ldm.checkpoint import uninitialised
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import check_config, instantiate_from_config, skip_pretrained
 from tests.golden_record import GOLDEN

@@ -203,7 +203,7 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
 
 
 def _check_files(config: DictConfig) -> None:
-    from ldm.base_models import checked_header
+    from ldm.base_models import checked_header, fitting
 
     model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
     for key, source in (("actual_resume", model), ("vae", vae)):
@@ -211,7 +211,11 @@ def _check_files(config: DictConfig) -> None:
         if source == "":
             raise UserError(f"{key} is empty; name a file, a folder or a hub id, or leave it out")
         if source and (Path(source).is_file() or is_address(source)):
-            checked_header(Path(source))
+            node = config.get("model")
+            if key == "actual_resume" and node:
+                fitting(source, node)
+            else:
+                checked_header(Path(source))
         if source and not Path(source).exists() and not is_hub_id(str(source)):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
     if vectors and (why := why_no_vectors(vectors)):

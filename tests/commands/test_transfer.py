@@ -176,7 +176,7 @@ def test_a_model_that_the_hub_does_not_give_ends_in_one_line(models, hub, tmp_pa
             "someone/else",
             "'someone/else': it is no file or folder here nor readable from the Hugging Face hub",
         ),
-        ("https://x.org/a.safetensors", "'https://x.org/a.safetensors' does not exist"),
+        ("https://x.org/a.safetensors", "'https://x.org/a.safetensors' is a web address; name a hub id"),
     ):
         line = fails(capsys, 1, "transfer", word, "--from", source, "--to", models["b"], "--out", out)
         assert said in line and line.count("\n") == 1 and len(line) < 308
