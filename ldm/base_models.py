@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ldm.model_kinds import (
     Kind,
 )
 from ldm.util import ConfigError, shown
+from ldm.values import at
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
 
 logger = logging.getLogger(__name__)
@@ -162,21 +164,14 @@ def fitting(source: str | Path, node: Mapping[str, Any]) -> BaseModel | None:
     return base
 
 
-def select(node: Any, path: str) -> Any:
-    """The value at a dotted path of mappings; None if there is none."""
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
-
-
 def _channels(node: Any) -> int | None:
-    return select(node, "params.unet_config.params.in_channels")
+    return at(node, ["params", "unet_config", "params", "in_channels"])
 
 
 def family_of(node: Mapping[str, Any]) -> Family | None:
     """The family of the model that a `model:` node describes; None if it is none of them, or of other sizes."""
-    encoder = str(select(node, "params.cond_stage_config.target") or "").rpartition(".")[2]
-    width = select(node, "params.unet_config.params.context_dim")
+    encoder = str(at(node, ["params", "cond_stage_config", "target"]) or "").rpartition(".")[2]
+    width = at(node, ["params", "unet_config", "params", "context_dim"])
     if (encoder, width) == ("FrozenCLIPEmbedder", 128) and _channels(node) in (12, 24):
         return "embedded"
     known: dict[Any, Family] = {
@@ -184,7 +179,7 @@ def family_of(node: Mapping[str, Any]) -> Family | None:
         ("FrozenOpenCLIPEmbedder", 1024): "sd2",
         ("BERTEmbedder", 1280): "ldm",
     }
-    if width == 2048 and select(node, "params.unet_config.params.num_classes") == "sequential":
+    if width == 2048 and at(node, ["params", "unet_config", "params", "num_classes"]) == "sequential":
         return "sdxl"
     return known.get((encoder, width))
 
@@ -194,7 +189,7 @@ def check_family(base: BaseModel, node: Mapping[str, Any]) -> None:
     described = family_of(node)
     if described is not None and described != base.family:
         yamls = (base.inference_config, base.finetune_config)
-        generate, train = (path.resolve().relative_to(CHECKOUT) for path in yamls)
+        generate, train = (Path(os.path.normpath(path)).relative_to(CHECKOUT).as_posix() for path in yamls)
         raise CheckpointError(
             f"'{base.source}' is {base.name}, and the config describes {FAMILIES[described]}; leave the config out, "
             f"or name {generate} to generate, {train} to train"

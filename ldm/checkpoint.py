@@ -26,7 +26,6 @@ from ldm.base_models import (
     family_of_first_stage,
     fitting,
     recognise,
-    select,
     what_is,
 )
 from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
@@ -41,6 +40,7 @@ from ldm.util import (
     refuse_foreign_target,
     skip_pretrained,
 )
+from ldm.values import at
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
@@ -90,7 +90,7 @@ def load_model_from_config(
     first_stage = None if vae is None else _first_stage(vae, node, base)
     state = read_state_dict(ckpt) if base is None else read_base_model(base)
     if first_stage is None and not any(key.startswith(VAE) for key in state):
-        vae = select(node, "params.first_stage_config.params.ckpt_path")
+        vae = at(node, ["params", "first_stage_config", "params", "ckpt_path"])
         first_stage = None if vae is None else _first_stage(vae, node, base)
     if first_stage is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
@@ -219,14 +219,14 @@ def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str
     """
     if not any(key.startswith((UNET, "model_ema.diffusion_model")) for key in state):
         return True  # no diffusion model
-    first_stage = str(select(node, "params.first_stage_config.target") or "")
+    first_stage = str(at(node, ["params", "first_stage_config", "target"]) or "")
     needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
     if not needs_none and not any(key.startswith(VAE) for key in state):
         raise CheckpointError(
             f"'{ckpt}' has no first stage (VAE); bring one with {setting('vae')}, a file or a folder "
             "in the layout of LDM or diffusers"
         )
-    encoder = select(node, "params.cond_stage_config.target")
+    encoder = at(node, ["params", "cond_stage_config", "target"])
     if encoder is None or any(key.startswith(TEXT_ENCODERS) for key in state):
         return True
     if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):

@@ -62,10 +62,10 @@ def file_kind(path: str | Path) -> FileKind:
         return content_kind(file.read(512))
 
 
-def why_no_vectors(path: str | Path) -> str | None:
-    """The rest of the message, after the path, for what cannot hold vectors; of a run folder it names its file.
+def why_unreadable(path: str | Path) -> str | None:
+    """The rest of the message, after the path, for what is no file of tensors; of a run folder it names its vectors.
 
-    None for a file whose kind is one of those that can.
+    None for a file that may be one.
     """
     if is_address(path):
         return "is a web address; download the file and name it"
@@ -142,7 +142,12 @@ def is_hub_id(source: str) -> bool:
     )
 
 
-_ADDRESS = re.compile(r"(?P<scheme>https?|ftp|hf):/+(?P<rest>.*)", re.IGNORECASE)
+# Of two letters or more, because one is a drive of Windows.
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.IGNORECASE)
+_PAGE = re.compile(
+    r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:datasets|spaces|api|docs|papers)/)([\w-][\w.-]*/[\w.-]+)",
+    re.IGNORECASE,
+)
 
 
 def is_address(source: str | Path) -> bool:
@@ -155,7 +160,7 @@ def no_address(source: str | Path) -> str:
     found = _ADDRESS.match(str(source))
     assert found is not None
     scheme, rest = found["scheme"], found["rest"]
-    page = re.match(r"(?:huggingface\.co|hf\.co)/([\w-][\w.-]*/[\w.-]+)", rest)
+    page = _PAGE.match(f"hf.co/{rest}" if scheme.lower() == "hf" else rest)
     named = f"name the hub id {page[1]}" if page else "name a hub id as OWNER/NAME"
     # A path has one of the slashes of an address.
     return f"'{scheme}://{rest}' is a web address; {named}, or download the file and name it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
+import importlib
 import inspect
 import os
 import platform
@@ -239,7 +239,7 @@ def get_obj_from_str(path: str) -> Any:
 
 def _dotted(path: str) -> str:
     path = _MOVED.get(str(path), str(path))
-    if not path.rpartition(".")[0]:
+    if "." not in path or not all(path.split(".")):
         raise ConfigError(f"target '{path}' is not a dotted path; write it as package.module.Name")
     return path
 
@@ -257,13 +257,6 @@ def stand_in(path: str) -> Any:
         ConfigError: the module does not exist, or has no such name.
     """
     path = _dotted(path)
-    top = path.partition(".")[0]
-    try:
-        absent = importlib.util.find_spec(top) is None
-    except ValueError:  # a module without a specification, such as __main__
-        return None
-    if absent:
-        raise _absent(path, top)
     try:
         return signatures.declared(path)
     except signatures.Absent as error:

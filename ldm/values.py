@@ -97,7 +97,6 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     # Data.
     "batch_size": _count(10**6),
     "num_workers": _count(1024, 0),
-    "set": ("train", "val", "validation", "test"),
     "size": _count(16384),
     "repeats": _count(10**6),
     "flip_p": _SHARE,
@@ -290,10 +289,6 @@ def contradictions(
     yield from _contradictions_of_a_model(given, params)
     yield from _contradictions_of_words(params)
     yield from _contradictions_of_images(params)
-    for unit in ("steps", "epochs"):  # of a trainer
-        least, most = given.get(f"min_{unit}"), given.get(f"max_{unit}")
-        if isinstance(least, int) and isinstance(most, int) and -1 != most < least:
-            yield f"min_{unit}", f"is {least}, more than max_{unit}, which is {most}; lower one of them"
 
 
 def _contradictions_of_a_model(
@@ -308,7 +303,7 @@ def _contradictions_of_a_model(
     if learns and key not in ("crossattn", "hybrid", "crossattn-adm"):
         yield "conditioning_key", f"is {key or 'null'}, but a learned word needs crossattn; set that"
     for path in _CHANNELS if key in ("crossattn", "crossattn-adm") and "channels" in given else ():
-        value = _at(given, path)
+        value = at(given, path)
         if value is not None and value != given["channels"]:
             yield (
                 ".".join(path),
@@ -320,7 +315,7 @@ def _contradictions_of_a_model(
             "timestep_range",
             f"is {[*span]}; give two fractions of the schedule, the first less, such as [0.1, 0.9]",
         )
-    steps, stages = params.get("timesteps"), _at(given, _STAGES)
+    steps, stages = params.get("timesteps"), at(given, _STAGES)
     if isinstance(steps, int) and isinstance(stages, int) and stages > steps:
         yield ".".join(_STAGES), f"is {stages}, and the model has {steps} timesteps; use fewer"
 
@@ -360,7 +355,8 @@ def _contradictions_of_images(params: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "zooms", "needs a size, to which all crops are resized; set size"
 
 
-def _at(node: Any, path: Sequence[str]) -> Any:
+def at(node: Any, path: Sequence[str]) -> Any:
+    """The value at a path of keys of mappings; None if there is none."""
     for part in path:
         node = node.get(part) if isinstance(node, Mapping) else None
     return node

@@ -13,7 +13,9 @@ from ldm.files import (
     file_hash,
     file_kind,
     images_fingerprint,
-    why_no_vectors,
+    is_address,
+    no_address,
+    why_unreadable,
     write_text,
 )
 from ldm.util import UserError
@@ -27,13 +29,14 @@ def test_write_text_creates_parent_folders(tmp_path: Path) -> None:
 
 @pytest.mark.one_reader
 def test_what_is_no_file_is_named_and_a_run_folder_names_its_file(tmp_path: Path) -> None:
-    assert why_no_vectors(tmp_path / "gone") == "does not exist; check the path"
-    assert why_no_vectors("/dev/null") == "is not an ordinary file; name a file on disk"
-    assert why_no_vectors(tmp_path) == "is a folder; name the file in it"
+    assert why_unreadable("https://a.b/c.pt") == "is a web address; download the file and name it"
+    assert why_unreadable(tmp_path / "gone") == "does not exist; check the path"
+    assert why_unreadable("/dev/null") == "is not an ordinary file; name a file on disk"
+    assert why_unreadable(tmp_path) == "is a folder; name the file in it"
     write_text(tmp_path / "checkpoints" / "embeddings.pt", "x")
     for folder in (tmp_path, tmp_path / "checkpoints"):
         assert (
-            why_no_vectors(folder)
+            why_unreadable(folder)
             == f"is a folder; name the file in it, '{tmp_path}/checkpoints/embeddings.pt'"
         )
 
@@ -142,3 +145,27 @@ def test_what_is_written_often_does_not_wait_for_the_disk(tmp_path: Path, monkey
     assert path.read_text() == "two" and [*tmp_path.iterdir()] == [path] and not synced
     write_text(path, "three")
     assert len(synced) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("https://huggingface.co/me/toy", "name the hub id me/toy"),
+        ("https://www.HuggingFace.co/me/toy/resolve/main/a.safetensors", "name the hub id me/toy"),
+        ("hf://me/toy.v2", "name the hub id me/toy.v2"),
+        ("http://hf.co/datasets/me/toy", "name a hub id as OWNER/NAME"),
+        ("https://x.org/a/b.ckpt", "name a hub id as OWNER/NAME"),
+        ("s3://bucket/a.ckpt", "name a hub id as OWNER/NAME"),
+    ],
+)
+def test_a_web_address_names_its_hub_id(address: str, named: str) -> None:
+    for source in (address, Path(address)):  # a path has lost one of the slashes
+        assert is_address(source)
+        assert (
+            no_address(source) == f"'{address}' is a web address; {named}, or download the file and name it"
+        )
+
+
+def test_paths_are_no_addresses() -> None:
+    for path in ("C:/models/a.ckpt", "me/toy", "a:b/c", "./x", "/x/y.pt"):
+        assert not is_address(path)

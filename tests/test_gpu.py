@@ -36,7 +36,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact() -> Iterator[None]:
     """Float32 as the CPU computes it, not TensorFloat-32, which torch allows convolutions."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield

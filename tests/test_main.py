@@ -126,14 +126,10 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --max_steps 0": (2, "max_steps is 0"),
     f"--base {YAML} -t --max_steps 5 --min_steps 9": (
         2,
-        "lightning.trainer.min_steps (--min_steps) is 9, more than max_steps, which is 5",
+        "lightning.trainer.min_steps (--min_steps) is 9, more than max_steps, which is 5; lower it, or raise max_steps",
     ),
     f"--base {YAML} -t {IMAGES}.set=training": (1, "set is 'training'; it must be one of train, val"),
     f"--base {YAML} -t model.params.optimizer_config.target=AdamW": (1, "'AdamW' is not a dotted path"),
-    f"--base {YAML} -t model.params.optimizer_config.target=bitsandbytes.optim.AdamW8bit": (
-        1,
-        "there is no module 'bitsandbytes'; check its spelling, or install the package that has it",
-    ),
     f"--base {YAML} -t model.base_learning_rate=-1": (1, "base_learning_rate is -1"),
     # Of methods' classes, which are not imported for the check.
     f"--base {YAML} {METHODS}/prospect.yaml -t {WORDS}.stages=0": (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.console import Interrupted, is_out_of_files, make_streams_lasting, raise_file_limit
-from ldm.files import is_address, is_hub_id, no_address, why_no_vectors
+from ldm.files import is_address, is_hub_id, no_address, why_unreadable
 from ldm.front_ends import VARIABLE, speaking_as
 from ldm.util import UserError
 from ldm.values import named_number
@@ -78,7 +78,7 @@ def check_files(*paths: str | Path | None) -> None:
     """Raise UserError for the first path that was given but is not a file."""
     for path in paths:
         if path and not Path(path).is_file():
-            raise UserError(f"'{path}' {why_no_vectors(path)}")
+            raise UserError(f"'{path}' {why_unreadable(path)}")
 
 
 def check_model(*sources: str | None) -> None:

@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         repeats: int = 100,
         interpolation: str = "bicubic",
         flip_p: float = 0.5,
-        set: str = "train",
+        set: Literal["train", "val", "valid", "validation", "eval", "test"] = "train",
         placeholder_token: str = "*",
         per_image_tokens: bool = False,
         center_crop: bool = True,

@@ -30,7 +30,7 @@ from ldm.embeddings.concept import (
     is_possible_width,
     noted_text,
 )
-from ldm.files import file_kind, why_no_vectors
+from ldm.files import file_kind, why_unreadable
 from ldm.outlines import SLACK, asks_for, outline_of, unzipped
 from ldm.pickles import MAX_DEPTH, Storage, TensorRecord, shapes_of, tensor_records
 from ldm.util import shown
@@ -343,7 +343,7 @@ def open_payload(path: Path) -> Payload:
         state = held.get("state_dict") if isinstance(held, dict) else None
         shapes = shapes_of(state if isinstance(state, dict) else held)
         return Payload(path, "torch", file.load, _text_keys(held), shapes)
-    if why := why_no_vectors(path):
+    if why := why_unreadable(path):
         raise EmbeddingError(f"it {why}")
     if (what := what_begins(path)) is not None:
         raise EmbeddingError(f"it is {what}; name the embedding's own file")

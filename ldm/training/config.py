@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
 from ldm.data.captions import check_captions
-from ldm.files import NO_TENSORS, is_address, is_hub_id, why_no_vectors
+from ldm.files import NO_TENSORS, is_address, is_hub_id, why_unreadable
 from ldm.front_ends import setting
 from ldm.images import check_image_folder, check_masks, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
@@ -218,7 +218,7 @@ def _check_files(config: DictConfig) -> None:
                 checked_header(Path(source))
         if source and not Path(source).exists() and not is_hub_id(str(source)):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
-    if vectors and (why := why_no_vectors(vectors)):
+    if vectors and (why := why_unreadable(vectors)):
         raise UserError(f"'{vectors}': it {why}")
 
 
@@ -434,8 +434,12 @@ def check_run_config(
         problems.append(Problem(missing[0], f"there is no value for {', '.join(missing)}"))
     if not missing and not rootless:
         kind = find("pytorch_lightning.Trainer")
-        for key, why in values.contradictions(trainer):
-            problems.append(Problem(path := f"lightning.trainer.{key}", path, f" {why}"))
+        for unit in ("steps", "epochs"):
+            least, most = trainer.get(f"min_{unit}"), trainer.get(f"max_{unit}")
+            if isinstance(least, int) and isinstance(most, int) and -1 != most < least:
+                path = f"lightning.trainer.min_{unit}"
+                why = f" is {least}, more than max_{unit}, which is {most}; lower it, or raise max_{unit}"
+                problems.append(Problem(path, path, why))
         for key, value in trainer.items():
             # `gpus` has a reader of its own; null is the default.
             if value is not None and key in TRAINER_OPTIONS:

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 # 1.15 times (RTX 3090) to 1.3 times (A100, 4 images) as fast (Hugging Face's figures for torch 2.0).
 LEAST_STEPS = 2000
 # A CUDA graph has nothing to compile. With a denoiser of the size of Stable Diffusion's at 512 x 512 on one H200, the
-# first steps took 17 to 24 s instead of 1 to 9, and a later one 60 ms instead of 144 (batch 1), 69 instead of 125
-# (batch 4): it pays from 150 to 300 steps on.
+# first steps took 17 to 24 s instead of 1 to 9, and a later one 60 ms instead of 110 to 144 (batch 1), 69 instead of
+# 125 (batch 4): it pays from 150 to 460 steps on.
 LEAST_GRAPH_STEPS = 500
 
 # The backend of torch.compile that records the kernels of eager mode as CUDA graphs.
@@ -51,8 +51,9 @@ class CompiledDenoiser(Callback):
         graph: on CUDA, record the kernels of the denoiser, forward and backward, as a CUDA graph, which is launched at
             once, and compile nothing: for a fast GPU or a small batch, where Python is slower than the GPU. Each size
             of batch has a graph, so the last batch of an epoch, if it is smaller, is recorded too; and it needs memory
-            for the activations that no one else can use. It is torch's backend "cudagraphs" (with mode
-            "reduce-overhead" the kernels are compiled too); another device ignores it.
+            that no one else can use, for the activations and a second copy of the denoiser's weights (the size of
+            Stable Diffusion v1, batch 1, bfloat16: 5.2 GB reserved, 3.2 without). It is torch's backend "cudagraphs"
+            (with mode "reduce-overhead" the kernels are compiled too); another device ignores it.
     Raises:
         UserError: `graph` together with a `mode` or another `backend`.
     """
@@ -96,7 +97,8 @@ class CompiledDenoiser(Callback):
             least = self.least_steps
         if left is not None and left < least:
             logger.info(
-                "compiled: not used, because compiling takes longer than it saves in %d steps (least_steps: %d)",
+                "compiled: not used, because %s takes longer than it saves in %d steps (least_steps: %d)",
+                "recording" if graph else "compiling",
                 left,
                 least,
             )
