@@ -47,7 +47,8 @@ def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
         (b"", "empty"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-        (os.urandom(3000), "damaged"),
+        # With a name of its own: processes that share the tests must give them the same ones.
+        pytest.param(os.urandom(3000), "damaged", id="random bytes"),
     ],
 )
 def test_files_that_are_not_pickles_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
