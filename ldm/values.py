@@ -315,6 +315,11 @@ def _contradictions_of_a_model(
             "timestep_range",
             f"is {[*span]}; give two fractions of the schedule, the first less, such as [0.1, 0.9]",
         )
+    groups, width, factors = (at(given, ("ddconfig", name)) for name in ("num_groups", "ch", "ch_mult"))
+    if isinstance(groups, int) and groups > 0 and isinstance(width, int):
+        widths = [width * factor for factor in factors or () if isinstance(factor, int)]
+        if wrong := [one for one in widths if one % groups]:
+            yield "ddconfig.num_groups", f"is {groups}, no divisor of {wrong[0]}, a level's channels; use one"
     steps, stages = params.get("timesteps"), at(given, _STAGES)
     if isinstance(steps, int) and isinstance(stages, int) and stages > steps:
         yield ".".join(_STAGES), f"is {stages}, and the model has {steps} timesteps; use fewer"

@@ -250,6 +250,16 @@ def test_parameters_that_contradict_each_other(change: dict, words: str) -> None
         check_config({"target": config["target"], "params": params | change}, "x")
 
 
+def test_the_groups_of_a_first_stage_divide_its_channels() -> None:
+    node = Golden("clip_one_vector").config()["params"]["first_stage_config"]
+    check_config(node, "x")
+    node["params"]["ddconfig"]["num_groups"] = 7
+    with pytest.raises(
+        ConfigError, match=r"x.params.ddconfig.num_groups is 7, no divisor of \d+, a level's channels"
+    ):
+        check_config(node, "x")
+
+
 def test_keywords_pass_through_classes_that_are_mixed_in():
     class Base:
         def __init__(self, size, denoiser=None): ...
