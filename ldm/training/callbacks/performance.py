@@ -41,8 +41,8 @@ class CompiledDenoiser(Callback):
     measurements are not compiled: they have other batch sizes and no gradients. Names in checkpoints do not change.
     What was compiled is kept in the user's cache (~/.cache/textual-inversion, or the folder of
     TORCHINDUCTOR_CACHE_DIR): a later run of the same model and batch size begins sooner. Whether it pays depends on
-    model and machine: on two cores of a CPU a compiled step of the embedded model takes 1.1 times as long, and the run
-    begins three minutes later, with what was kept nine seconds (`benchmarks.compiled`).
+    model and machine: on two cores of a CPU a compiled step of the embedded model takes 0.9 to 1.1 times as long, and
+    the run begins three minutes later, with what was kept eleven seconds (`benchmarks.compiled`).
 
     Args:
         least_steps: the fewest steps that are left of a run that is compiled; by default 2,000, of a graph 500, and on
@@ -88,7 +88,7 @@ class CompiledDenoiser(Callback):
             return
         if self.least_steps is None and pl_module.device.type == "cpu":
             logger.info(
-                "compiled: not used on a CPU, where compiled steps take longer; least_steps: 0 compiles all the same"
+                "compiled: not used on a CPU, where it saves little or nothing; least_steps: 0 compiles all the same"
             )
             return
         graph = self.graph and pl_module.device.type == "cuda"
