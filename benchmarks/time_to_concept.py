@@ -282,7 +282,7 @@ def timed(job: tuple[Path, Mapping[str, int | None], int, Path]) -> dict[str, li
                 continue
             folder = work / f"timed-{os.getpid()}"
             end = EndsAt(step)
-            run = prepared(concept, recipe, 5000, folder)
+            run = prepared(concept, recipe, step + 1, folder)  # the steps are for `paper`
             run.trainer.callbacks.insert(0, end)
             run.fit()
             seconds[recipe].append(end.seconds)
