@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import re
@@ -14,20 +16,21 @@ from ldm.diffusers_settings import PREDICTIONS, Prediction
 from ldm.files import CHECKOUT, NO_TENSORS, file_kind, is_address, no_address
 from ldm.front_ends import setting
 from ldm.model_kinds import (
-    ADAPTER,
     BY_BYTES,
     BY_SUFFIX,
+    EMBEDDING,
     EMBEDDING_KIND,
-    FORMATS,
     KINDS,
+    NAME_AS_MODEL,
     OTHER_MODEL,
     PART,
     PARTS,
     PIPELINES,
     UNKNOWN,
     Kind,
+    kind_of_folder,
 )
-from ldm.util import ConfigError, shown
+from ldm.util import ConfigError, UserError, shown
 from ldm.values import at
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
 
@@ -58,6 +61,16 @@ _YAMLS: dict[tuple[Family, bool], tuple[str, str]] = {
     ),
     ("embedded", False): ("latent-diffusion/txt2img-finetune.yaml", "../models/ldm/creatures/config.yaml"),
     ("embedded", True): ("latent-diffusion/txt2img-finetune.yaml", "../models/ldm/creatures/config.yaml"),
+}
+
+
+# Of the vectors for the text encoders of a family.
+_WIDTHS: dict[Family | None, set[int]] = {
+    "sd1": {768},
+    "sd2": {1024},
+    "sdxl": {768, 1280},
+    "ldm": {1280},
+    "embedded": {128},
 }
 
 
@@ -250,6 +263,51 @@ def what_holds(shapes: Shapes) -> str | None:
     """Say what a file with these tensors is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown."""
     kind = _kind_of(Header(shapes, {}), "")
     return kind and kind.name
+
+
+# Of the tensors, enough to know what a file is.
+_MOST_NAMES = 2**14
+
+
+def no_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a file with these tensors is no embedding, and what to do; None for one that may be."""
+    what = what_holds(dict(itertools.islice(shapes.items(), _MOST_NAMES)))
+    remedy = "it is used in other tools; name a file of textual inversion here"
+    if any(name.startswith("embedding_manager.") for name in shapes):
+        what, remedy = (
+            "the state of a training run",
+            "name the embedding that the run saved beside it, such as embeddings.pt",
+        )
+    elif what in (None, EMBEDDING):
+        return None
+    elif what in FAMILIES.values():
+        remedy = NAME_AS_MODEL
+    elif "VAE" in what:
+        remedy = f"name it with {setting('vae')}, and an embedding here"
+    return f"it is {what}, not an embedding; {remedy}"
+
+
+def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
+    """Check that a file of vectors may belong to the model of a `model:` node, by its names and shapes alone.
+
+    Raises:
+        UserError: it is a model or a state, or its vectors have another width than those of the text encoder.
+    """
+    if file_kind(path) == "image":
+        return
+    with contextlib.suppress(CheckpointError):  # which the reader of embeddings says better
+        shapes = read_header(path).shapes
+        if (why := no_embedding(shapes)) and not why.startswith(
+            "it is a LoRA"
+        ):  # which may bring vectors with it
+            raise UserError(f"'{path}': {why}")
+        widths, wanted = {shape[-1] for shape in shapes.values() if shape}, _WIDTHS.get(family_of(node))
+        if wanted and len(widths) == 1 and not widths & wanted and what_holds(shapes) == EMBEDDING:
+            have, need = (" or ".join(map(str, sorted(one))) for one in (widths, wanted))
+            raise UserError(
+                f"'{path}': its vectors have width {have}, and the text encoder of this model has {need}; use the "
+                "model that they were trained on"
+            )
 
 
 def _kind_of(header: Header, name: str) -> Kind | None:
@@ -494,7 +552,7 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
         raise CheckpointError(f"'{source}' is {other}; {OTHER_MODEL}")
     check_variant(source, folder.names, folder.variant)
     if not folder.weights("unet"):
-        kind = _folder_kind(source, folder)
+        kind = kind_of_folder(folder)
         raise CheckpointError(f"'{source}' {kind[0]}; {kind[1]}")
     if not unet:
         raise CheckpointError(f"'{source}' has no unet/config.json; download it completely")
@@ -525,53 +583,3 @@ def _of_folder(source: str, folder: Folder) -> BaseModel:
             f"'{source}': the scheduler's prediction_type is '{noted}'; known are {', '.join(PREDICTIONS)}"
         )
     return BaseModel(source, folder.path, family, PREDICTIONS[noted], "notes", folder)
-
-
-def _folder_kind(source: str, folder: Folder) -> tuple[str, str]:
-    """What a folder is that holds no denoiser's weights of diffusers, and what to do."""
-    path, names = folder.path, folder.names
-    suffixes = {Path(name).suffix.lower() for name in [*names, *(entry.name for entry in path.iterdir())]}
-    for suffix, name in FORMATS.items():
-        if suffix in suffixes:
-            return f"is an {name} model" if name[0] in "AEIO" else f"is a {name} model", (
-                "name the PyTorch model that it was made from"
-            )
-    if any(name.endswith("openvino_model.xml") for name in names):
-        return "is an OpenVINO model", "name the PyTorch model that it was made from"
-    if any(name.startswith("unet/") for name in names) or "model_index.json" in names:
-        return "is a diffusers folder without the weights of its unet", "download it completely"
-    if (path / "snapshots").is_dir():
-        inside = sorted((path / "snapshots").iterdir())
-        return "is a folder of the hub's cache", f"name '{inside[-1] if inside else path / 'snapshots'}'"
-    own = folder.config("")
-    part = str(own.get("_class_name") or next(iter(own.get("architectures") or []), "") or "")
-    above = (
-        "name the folder above it" if (path.parent / "model_index.json").is_file() else "name the whole model"
-    )
-    parts = {
-        "UNet2DConditionModel": "the unet of a diffusers model",
-        "AutoencoderKL": "the VAE of a diffusers model",
-        "CLIPText": "the text encoder of a diffusers model",
-        "T5": "a T5 text encoder",
-        "ControlNet": "a ControlNet",
-        "T2IAdapter": "a T2I adapter",
-        "MotionAdapter": "a motion module of AnimateDiff",
-    }
-    named = next((name for start, name in parts.items() if part.startswith(start)), None)
-    if part.startswith("AutoencoderKL"):
-        above += f", and bring this VAE with {setting('vae')}"
-    if named is not None:
-        return f"is {named} alone", above
-    if any(Path(name).name in ("adapter_config.json", "pytorch_lora_weights.safetensors") for name in names):
-        return "is a LoRA", ADAPTER
-    if "scheduler_config.json" in names or "tokenizer_config.json" in names:
-        return "is a part of a diffusers model without weights", above
-    if (path / "checkpoints").is_dir() or "embeddings.pt" in names:
-        return (
-            "is the folder of a training run",
-            f"name the base model here and the embedding with {setting('words')}",
-        )
-    files = [name for name in names if Path(name).suffix.lower() in (".ckpt", ".safetensors", ".pt", ".bin")]
-    if files:
-        return "is a folder and no diffusers model", f"name the file in it, such as '{path / files[0]}'"
-    return "is a folder without a model", "name a .ckpt or .safetensors file, or a folder of diffusers"

@@ -438,13 +438,15 @@ _light: ContextVar[bool] = ContextVar("without_memory", default=False)
 class _SkipRandomFill(TorchFunctionMode):
     """Skips in-place random initialisation of parameters."""
 
-    # These functions of torch.nn.init reach a TorchFunctionMode; the others reach it as the methods they call.
-    _FILLS = {Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
+    # Names of methods of tensors, and of functions of torch.nn.init that reach a TorchFunctionMode themselves. They are
+    # names, because transformers 5 puts its own functions in the place of those of torch.
+    _FILLS = ("uniform_", "normal_", "kaiming_uniform_")
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")
-        if _filled.get() and function in self._FILLS and isinstance(tensor, nn.Parameter):
+        name = getattr(function, "__name__", "")
+        if name in self._FILLS and _filled.get() and isinstance(tensor, nn.Parameter):
             return tensor
         return function(*args, **kwargs)
 

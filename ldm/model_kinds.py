@@ -1,10 +1,14 @@
-"""Tables of what files and folders are that hold no base model to be read, and what to do about each."""
+"""What files and folders are that hold no base model to be read, and what to do about each."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.front_ends import setting
+
+if TYPE_CHECKING:
+    from ldm.weights import Folder
 
 
 class Kind(NamedTuple):
@@ -54,6 +58,22 @@ EMBEDDING = "a textual inversion embedding"
 EMBEDDING_KIND = Kind(
     EMBEDDING,
     f"name the base model here, and the embedding with {setting('embedding')}",
+)
+# Parts of a folder of diffusers by the beginnings of their classes' names.
+FOLDER_PARTS: dict[str, str] = {
+    "UNet2DConditionModel": "the unet of a diffusers model",
+    "AutoencoderKL": "the VAE of a diffusers model",
+    "CLIPText": "the text encoder of a diffusers model",
+    "T5": "a T5 text encoder",
+    "ControlNet": "a ControlNet",
+    "T2IAdapter": "a T2I adapter",
+    "MotionAdapter": "a motion module of AnimateDiff",
+}
+NAME_AS_MODEL = f"name it as the model ({setting('model')}), and an embedding here"
+# What a method is told that shapes the states of one text encoder.
+ONLY_VECTORS = (
+    "learns more than vectors, which is not possible for Stable Diffusion XL yet; use "
+    "ldm.modules.embedding_manager.EmbeddingManager"
 )
 _DISTILLED = "name the model it was distilled from"
 _NO_DENOISER = r"\A(?![\s\S]*diffusion_model)"
@@ -177,3 +197,44 @@ FORMATS = {
     ".mlmodelc": "Core ML",
     ".msgpack": "Flax",
 }
+
+
+def kind_of_folder(folder: Folder) -> tuple[str, str]:
+    """What a folder is that holds no denoiser's weights of diffusers, and what to do."""
+    path, names = folder.path, folder.names
+    suffixes = {Path(name).suffix.lower() for name in [*names, *(entry.name for entry in path.iterdir())]}
+    for suffix, name in FORMATS.items():
+        if suffix in suffixes:
+            return f"is an {name} model" if name[0] in "AEIO" else f"is a {name} model", (
+                "name the PyTorch model that it was made from"
+            )
+    if any(name.endswith("openvino_model.xml") for name in names):
+        return "is an OpenVINO model", "name the PyTorch model that it was made from"
+    if any(name.startswith("unet/") for name in names) or "model_index.json" in names:
+        return "is a diffusers folder without the weights of its unet", "download it completely"
+    if (path / "snapshots").is_dir():
+        inside = sorted((path / "snapshots").iterdir())
+        return "is a folder of the hub's cache", f"name '{inside[-1] if inside else path / 'snapshots'}'"
+    own = folder.config("")
+    part = str(own.get("_class_name") or next(iter(own.get("architectures") or []), "") or "")
+    above = (
+        "name the folder above it" if (path.parent / "model_index.json").is_file() else "name the whole model"
+    )
+    named = next((name for start, name in FOLDER_PARTS.items() if part.startswith(start)), None)
+    if part.startswith("AutoencoderKL"):
+        above += f", and bring this VAE with {setting('vae')}"
+    if named is not None:
+        return f"is {named} alone", above
+    if any(Path(name).name in ("adapter_config.json", "pytorch_lora_weights.safetensors") for name in names):
+        return "is a LoRA", ADAPTER
+    if "scheduler_config.json" in names or "tokenizer_config.json" in names:
+        return "is a part of a diffusers model without weights", above
+    if (path / "checkpoints").is_dir() or "embeddings.pt" in names:
+        return (
+            "is the folder of a training run",
+            f"name the base model here and the embedding with {setting('words')}",
+        )
+    files = [name for name in names if Path(name).suffix.lower() in (".ckpt", ".safetensors", ".pt", ".bin")]
+    if files:
+        return "is a folder and no diffusers model", f"name the file in it, such as '{path / files[0]}'"
+    return "is a folder without a model", "name a .ckpt or .safetensors file, or a folder of diffusers"

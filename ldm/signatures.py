@@ -269,6 +269,9 @@ def _namespace(module: str) -> dict[str, Any]:
         if isinstance(node, ast.ImportFrom) and node.module in _LIGHT and not node.level:
             for alias in node.names:
                 found[alias.asname or alias.name] = getattr(_LIGHT[node.module], alias.name, Any)
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            # No YAML holds a tensor, so that any class will do.
+            found |= {a.asname or a.name: Foreign for a in node.names if a.name == "Tensor"}
         elif isinstance(node, ast.Import):
             found |= {a.asname or a.name: _LIGHT[a.name] for a in node.names if a.name in _LIGHT}
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,7 +20,7 @@ from omegaconf.errors import (
 from yaml.reader import ReaderError
 
 from ldm.files import FOLDERS, in_checkout
-from ldm.util import ConfigError
+from ldm.util import ConfigError, Problem, raise_problems, shown_value
 
 LARGEST = 2**20  # bytes of a YAML; the largest shipped one has 6 KB
 
@@ -315,3 +315,32 @@ def yaml_value(text: str) -> Any:
 def is_number(text: str) -> bool:
     """Whether a text is a decimal number such as -3, 0.5 or 1e-3."""
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) is not None
+
+
+# Keys whose value is a mapping, beside those that end in _config, and those of the datasets.
+_MAPPINGS = ("model", "data", "lightning", "params", "trainer", "callbacks", "modelcheckpoint", "logger")
+DATASETS = ("train", "validation", "test", "predict")  # in data.params
+_SPLITS = tuple(f"data.params.{name}" for name in DATASETS)
+
+
+def check_shape(config: DictConfig, place: Callable[[str], str] = lambda key: "") -> None:
+    """Raise ConfigError for a list or a single value where the YAML of a run has a mapping."""
+
+    def visit(node: dict[Any, Any], where: str) -> Iterator[Problem]:
+        for key, value in node.items():
+            path = f"{where}.{key}" if where else str(key)
+            if isinstance(value, dict):
+                yield from visit(value, path)
+                continue
+            # The condition of an unconditional model is a text; a callback is switched off by null.
+            wanted = str(key).endswith("_config") and key != "cond_stage_config"
+            # The options of Lightning's Trainer are no mappings, whatever their names.
+            named = key in _MAPPINGS and where != "lightning.trainer"
+            if named or path in _SPLITS or wanted or where == "lightning.callbacks":
+                later = value is None or (isinstance(value, str) and value.startswith(("???", "${")))
+                if not later:
+                    kind = "a list" if isinstance(value, list) else shown_value(value)
+                    yield Problem(path, f"{path} is {kind}", " where a mapping is needed; write key: value")
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    raise_problems(list(visit(cast(dict[Any, Any], plain), "")), place)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import checkpoint
 from ldm.checkpoint import (
@@ -205,6 +206,9 @@ def test_layers_that_a_checkpoint_fills_draw_no_random_numbers() -> None:
     with uninitialised():
         layers = [torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 3), torch.nn.Embedding(4, 4)]
         torch.nn.init.xavier_uniform_(layers[0].weight)
+        # transformers 5 has functions of its own, in the place of those of torch.nn.init.
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        CLIPTextModel(CLIPTextConfig(vocab_size=9, max_position_embeddings=5, projection_dim=4, **small))
         assert torch.equal(torch.get_rng_state(), before)
         with initialised():
             torch.nn.Linear(4, 4)

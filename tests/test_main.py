@@ -1,11 +1,13 @@
 """main.py: the names that YAMLs use, and its command line."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import main
@@ -67,6 +69,7 @@ for line in sys.stdin.read().splitlines():
 YAML = "configs/latent-diffusion/txt2img-finetune.yaml"
 METHODS, WORDS = "configs/personalization", "model.params.personalization_config.params"
 IMAGES = "data.params.train.params"
+OPTIMIZER, XL = "model.params.optimizer_config", "configs/stable-diffusion/xl-finetune.yaml"
 MODEL = "models/ldm/creatures/model.safetensors"
 ANSWERED_AT_ONCE = {
     "--help": (0, ""),
@@ -191,6 +194,49 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --data_root {{plain}} {IMAGES}.zooms=[1,8]": (1, "at zoom 8; use a larger image"),
     f"--base {YAML} -t --data_root {{black}} {IMAGES}.mask_weight=0.1": (1, "is black everywhere"),
     f"--base {YAML} -t --data_root {{wide}} {IMAGES}.mask_weight=0.1": (1, "but its image is 32x32"),
+    # Of captions and samples.
+    f"--base {YAML} -t --data_root {{plain}} {IMAGES}.template_file={{templates}}": (
+        1,
+        "none of the captions contains the placeholder '*' (one caption is 'a photo of 1')",
+    ),
+    f"--base {YAML} -t --data_root {{plain}} {IMAGES}.placeholder_token=@": (
+        1,
+        "none of the captions contains the placeholder '*'",
+    ),
+    f"--base {YAML} -t --data_root {{plain}} {IMAGES}.coarse_class_text.x=bear": (
+        1,
+        "coarse_class_text names 'x', which is none of the placeholders '*'",
+    ),
+    f"--base {YAML} -t model.params.first_stage_key=jpg": (
+        1,
+        "hold image, caption, sizes; name one of these",
+    ),
+    # Of classes of other packages.
+    f"--base {YAML} -t {OPTIMIZER}.target=torch.optim.AdamW {OPTIMIZER}.params.betas=[2,0.9]": (
+        1,
+        "betas[0] is 2; it must be a number from 0 and below 1",
+    ),
+    f"--base {YAML} -t {OPTIMIZER}.target=torch.optim.SparseAdam": (1, "takes sparse gradients alone"),
+    # Of the vectors to begin from, and of models.
+    f"--base {YAML} -t --embedding_manager_ckpt {MODEL}": (1, "it is the embedded model, not an embedding"),
+    f"--base {YAML} -t --embedding_manager_ckpt {{vectors}}": (
+        1,
+        "its vectors have width 768, and the text encoder of this model has 128",
+    ),
+    f"--base {XL} {METHODS}/neti.yaml -t --data_root {{plain}}": (
+        1,
+        "not possible for Stable Diffusion XL yet",
+    ),
+    f"--base {XL} {METHODS}/core.yaml -t --data_root {{plain}}": (
+        1,
+        "not possible for Stable Diffusion XL yet",
+    ),
+    f"--base {YAML} -t --actual_resume {{sd1}}": (
+        1,
+        "Stable Diffusion 1, and the config describes the embedded",
+    ),
+    f"-r {MODEL} -t": (1, "a frozen model is given as --actual_resume FILE"),
+    "-r {vectors} -t": (1, "it holds vectors; a new run begins from them"),
     # A run that is resumed keeps its words, its method and its model.
     f"-r {{run}} -t {WORDS}.num_vectors_per_token=2": (2, "keeps its number of vectors, 1; 2 is asked for"),
     "-r {run} -t --placeholder_string @": (2, "keeps its placeholder"),
@@ -226,12 +272,25 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(image)
         mask.save(tmp_path / name / "a-masklabel.png")
+    (tmp_path / "templates").write_text("a photo of 1\n")
+    vectors = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.zeros(1, 768)}}
+    torch.save(vectors, tmp_path / "vectors")
+    unet = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "in_channels": 4}
+    for name, content in (
+        ("model_index.json", json.dumps({"_class_name": "StableDiffusionPipeline"})),
+        ("unet/config.json", json.dumps(unet)),
+        ("unet/diffusion_pytorch_model.safetensors", "weights"),
+        ("scheduler/scheduler_config.json", json.dumps({"prediction_type": "epsilon"})),
+    ):
+        (tmp_path / "sd1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sd1" / name).write_text(content)
     run = tmp_path / "run"
     for name in ("configs", "checkpoints"):
         (run / name).mkdir(parents=True)
     (run / "configs" / "project.yaml").write_bytes((ROOT / YAML).read_bytes())
     (run / "checkpoints" / "last.ckpt").write_bytes(b"a state")
     folders = ("plain", "damaged", "captioned", "run", "cut", "tiny", "black", "wide")
+    folders += ("templates", "vectors", "sd1")
     places = {name: tmp_path / name for name in folders} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(

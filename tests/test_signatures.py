@@ -49,7 +49,9 @@ def test_a_source_has_the_parameters_of_its_class(target: str) -> None:
         hint = values.hint(kind, parameter.name)
         # Names of other modules stay unknown, which allows every value.
         known = values.hint(get_obj_from_str(target), parameter.name)
-        assert hint in (Any, known)
+        # A tensor, which no YAML holds, stands for nothing.
+        written = str(hint).replace("ldm.signatures.Foreign", "torch.Tensor")
+        assert hint in (Any, known) or written == str(known)
         defaults = [one.default for one in (parameter, parameters[parameter.name])]
         assert defaults[0] == defaults[1] or hint is Any
 

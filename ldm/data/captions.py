@@ -1,4 +1,4 @@
-"""The captions of a concept's images: templates with the placeholder, or text files beside the images."""
+"""The captions of a concept's images: templates, or texts beside the images; and what is checked of both at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ldm import prompts, words
 from ldm.files import read_text
-from ldm.images import CAPTION_SUFFIXES
+from ldm.front_ends import setting
+from ldm.images import CAPTION_SUFFIXES, check_image_folder, check_masks, count_masked, no_masks
 from ldm.util import UserError, brief, shown
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ class ConceptImage(NamedTuple):
     path: Path
     placeholder: str
     phrase: str
+
+
+# The keys of a dataset's samples; with masks there is a "loss_weight" too.
+SAMPLE_KEYS = ("image", "caption", "sizes")
 
 
 class Captions:
@@ -109,22 +114,85 @@ class Captions:
         return text if named else f"{phrase}, {text}"
 
 
+def phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholders: Sequence[str]) -> str:
+    """Return the words that captions use for a placeholder: with its class in front, if it has one.
+
+    Raises UserError if pairs `placeholder: class` name a word that is none of `placeholders`.
+    """
+    if isinstance(coarse, Mapping):
+        coarse = {words.check_word(word): text for word, text in coarse.items()}
+        unknown = [word for word in coarse if word not in placeholders]
+        if unknown:
+            own = ", ".join(f"'{shown(word, 30)}'" for word in placeholders[:6])
+            raise UserError(
+                f"coarse_class_text names '{shown(unknown[0], 30)}', which is none of the placeholders {own}; write "
+                "{placeholder: class} with one of these, or the class alone"
+            )
+        coarse = coarse.get(placeholder)
+    return f"{coarse} {placeholder}" if coarse else placeholder
+
+
+def no_placeholder(learned: Sequence[str], caption: str) -> UserError:
+    """The error for captions without any of the words that are learned; one of them is `caption`."""
+    named = ", ".join(f"'{word}'" for word in learned[:3])
+    return UserError(
+        f"none of the captions contains the placeholder {named} (one caption is '{caption}'); set placeholder_token of "
+        f"the dataset, or {setting('placeholder')}, to the same word"
+    )
+
+
+def check_dataset(params: Mapping[str, Any], roots: Any, checked: bool, learned: Sequence[str]) -> None:
+    """Raise UserError for what is wrong with the first images of a dataset, and with what its params ask for.
+
+    Args:
+        params: of the dataset; `checked` says that their values are known to fit.
+        roots: its `data_root`.
+        learned: the words that the run learns, if they are known.
+    """
+    zoom = max((checked and params.get("zooms")) or [1])
+    folders = roots if isinstance(roots, Mapping) else {params.get("placeholder_token") or "*": roots}
+    images = {str(word): check_image_folder(folder, zoom) for word, folder in folders.items()}
+    names = ("template_file", "per_image_tokens", "use_captions", "coarse_class_text")
+    check_captions(images, learned, **{name: params[name] for name in names if params.get(name)})
+    if params.get("mask_weight") is not None:
+        every = [path for paths in images.values() for path in paths]
+        if not count_masked(every):
+            raise no_masks(params["mask_weight"], every[0])
+        check_masks(every)
+
+
 def check_captions(
-    images: Sequence[Path],
+    images: Mapping[str, Sequence[Path]],
+    learned: Sequence[str] = (),
+    coarse_class_text: str | Mapping[str, str] | None = None,
     template_file: str | os.PathLike[str] | None = None,
     per_image_tokens: bool = False,
     use_captions: bool = False,
 ) -> None:
-    """Raise UserError for a template file or captions that `Captions` would refuse, before one is made."""
-    _check_count(len(images), per_image_tokens)
+    """Raise UserError for a template file or captions that a dataset or a run would refuse, before either is made.
+
+    `images` are the files of each placeholder, and `learned` the words that the run learns, if that is known.
+    """
+    every = [path for paths in images.values() for path in paths]
+    _check_count(len(every), per_image_tokens)
+    phrases = [phrase(word, coarse_class_text, [*images]) for word in images]
     lines = () if template_file is None else sum(_read_templates(Path(template_file), per_image_tokens), [])
     if use_captions or any("[filewords]" in line for line in lines):
         # All of them are read, so that one that cannot be is found now.
-        beside = CaptionFiles(images)
-        texts = {image: beside.text(image) for image in images}
+        beside = CaptionFiles(every)
+        texts = {image: beside.text(image) for image in every}
         _check_texts(texts)
         if use_captions and not any(texts.values()):
-            raise UserError(_no_captions(images[0]))
+            raise UserError(_no_captions(every[0]))
+        return
+    filled = [
+        prompts.fill(line, one, per_image=prompts.PER_IMAGE_TOKENS[0])
+        for line in lines or prompts.OBJECT_TEMPLATES[:1]
+        for one in phrases
+    ]
+    pieces = (piece for text in filled for piece in words.split(text, learned, ignores_case=True))
+    if learned and not any(word for _, word in pieces):
+        raise no_placeholder(learned, filled[0])
 
 
 def _check_count(images: int, per_image_tokens: bool) -> None:

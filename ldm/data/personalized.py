@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import prompts
-from ldm.data.captions import Captions, ConceptImage
+from ldm.data.captions import Captions, ConceptImage, phrase
 from ldm.images import (
     ImageError,
     check_sides,
@@ -129,7 +129,7 @@ class PersonalizedBase(Dataset[dict[str, Tensor | str]]):
         folders = _folders(data_root, placeholder_token)
         self.placeholders = list(folders)
         images = [
-            ConceptImage(path, word, _phrase(word, coarse_class_text, self.placeholders))
+            ConceptImage(path, word, phrase(word, coarse_class_text, self.placeholders))
             for word, folder in folders.items()
             for path in list_images(folder)
         ]
@@ -248,19 +248,6 @@ def _folders(data_root: object, placeholder: str) -> dict[str, Path]:
             raise UserError(f"data_root is {folder!r}: name a folder of images, or placeholder: folder pairs")
         folders[check_word(word, f"placeholder of {shown(str(folder))}:")] = Path(folder).expanduser()
     return folders
-
-
-def _phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholders: list[str]) -> str:
-    """Return the words that captions use for a placeholder: with its class in front, if it has one."""
-    if isinstance(coarse, Mapping):
-        coarse = {check_word(word): text for word, text in coarse.items()}
-        unknown = [word for word in coarse if word not in placeholders]
-        if unknown:
-            raise UserError(
-                f"coarse_class_text names {unknown[0]!r}, which is none of the placeholders {placeholders[:6]}"
-            )
-        coarse = coarse.get(placeholder)
-    return f"{coarse} {placeholder}" if coarse else placeholder
 
 
 class ImageSet:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 
-from ldm.base_models import FAMILIES, what_holds
+from ldm.base_models import no_embedding
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.embeddings.payload import METHOD, Payload, more_than_vectors, open_payload
 from ldm.embeddings.pickle_formats import parse_a1111, parse_original
@@ -18,8 +17,7 @@ from ldm.embeddings.tensor_formats import (
     parse_lora,
     parse_onetrainer,
 )
-from ldm.front_ends import setting
-from ldm.model_kinds import EMBEDDING
+from ldm.model_kinds import NAME_AS_MODEL
 from ldm.util import UserError
 
 # Tried in this order; the last accepts any key as a trigger.
@@ -68,40 +66,15 @@ def _parse(payload: Payload) -> LearnedEmbeddings:
     if parsers is None:
         if (found := parse_lora(payload)) is not None:
             return found
-        if (what := _what_else(payload)) is not None:
-            raise EmbeddingError(f"it is {what}, not an embedding; {_remedy(what)}")
+        if (why := no_embedding(payload.shapes)) is not None:
+            raise EmbeddingError(why)
+        if "state_dict" in payload.names and "state_dict" not in payload.shapes:
+            raise EmbeddingError(f"it is a model checkpoint, not an embedding; {NAME_AS_MODEL}")
         parsers = _PARSERS
     found = next((found for parse in parsers if (found := parse(payload))), None)
     if found is None:
         raise EmbeddingError(_unknown(payload))
     return found
-
-
-def _what_else(payload: Payload) -> str | None:
-    """Say what a file is by the names and shapes in it, if that is no embedding."""
-    if any(name.startswith("embedding_manager.") for name in payload.shapes):
-        return "the state of a training run"
-    what = what_holds(dict(itertools.islice(payload.shapes.items(), _MOST_NAMES)))
-    if what not in (None, EMBEDDING):
-        return what
-    if "state_dict" in payload.names and "state_dict" not in payload.shapes:
-        return "a model checkpoint"
-    return None
-
-
-# Of the tensors, enough to know what a file is.
-_MOST_NAMES = 2**14
-
-
-def _remedy(what: str) -> str:
-    """Return what to do with a file that is something else."""
-    if what in FAMILIES.values() or what == "a model checkpoint":
-        return f"name it as the model ({setting('model')}), and an embedding here"
-    if "VAE" in what:
-        return f"name it with {setting('vae')}, and an embedding here"
-    if "training run" in what:
-        return "name the embedding that the run saved beside it, such as embeddings.pt"
-    return "it is used in other tools; name a file of textual inversion here"
 
 
 def _unknown(payload: Payload) -> str:

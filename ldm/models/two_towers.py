@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast  # type: ignore[attr-defined]  # isort: skip
 
+from ldm.checkpoint import uninitialised
 from ldm.files import atomic_write, write_text
 from ldm.models.optimizers import build_optimizer
 from ldm.util import UserError, instantiate_from_config
@@ -167,7 +168,8 @@ class TwoTowers(nn.Module):
         folder = Path(folder)
         try:
             node = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))["image_tower"]
-            towers = cls(folder / _TEXT_FOLDER, node)
+            with uninitialised():
+                towers = cls(folder / _TEXT_FOLDER, node)
             text = load((folder / _TEXT_FOLDER / _WEIGHTS).read_bytes())
             state = load((folder / _WEIGHTS).read_bytes())
         except OSError as error:

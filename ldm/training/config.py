@@ -9,6 +9,7 @@ import argparse
 import difflib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +19,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
-from ldm.data.captions import check_captions
+from ldm.data.captions import SAMPLE_KEYS, check_dataset
 from ldm.files import NO_TENSORS, is_address, is_hub_id, why_unreadable
 from ldm.front_ends import setting
-from ldm.images import check_image_folder, check_masks, count_masked, no_masks
 from ldm.lr_scheduler import LambdaStepScheduler
+from ldm.model_kinds import ONLY_VECTORS
 from ldm.training import command_line, flags, hub, resuming, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
 from ldm.training.command_line import (
@@ -50,12 +51,21 @@ from ldm.util import (
     shown_value,
     stand_in,
 )
-from ldm.words import check_word, check_words
-from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml, yaml_value
+from ldm.words import check_word, check_words, paired
+from ldm.yaml_files import (
+    DATASETS,
+    check_interpolations,
+    check_shape,
+    find_paths,
+    place_in,
+    read_yaml,
+    yaml_value,
+)
 
 logger = logging.getLogger(__name__)
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
+_OWN_DATASETS = "ldm.data.personalized"  # and personalized_style
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
 
 
@@ -142,36 +152,34 @@ def check_command_line(options: argparse.Namespace) -> None:
         problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
         raise_problems([one for found in problems for one in found], place)
         parse_gpus(trainer.get("gpus"))
-        accelerator_kind(trainer.get("accelerator"))
+        kind = accelerator_kind(trainer.get("accelerator"))
+        if kind == "mps" and sys.platform != "darwin":
+            raise UserError("accelerator is mps, an Apple GPU, and this is no Mac; leave it out")
         if described:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
         # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
-        checked = described and not trainer.get("resume_from_checkpoint")
+        checked = bool(described) and not trainer.get("resume_from_checkpoint")
         if checked:
             check_run_config(config, place, stand_in)
             if folder is not None and saved is not None:
                 resuming.check_fixed(saved, config, folder, at_once=True)
         for dataset in _datasets(config):
-            if str(dataset["target"]).startswith("ldm.data.personalized"):
+            if str(dataset["target"]).startswith(_OWN_DATASETS):
                 own = None if options.data_root else (dataset.get("params") or {}).get("data_root")
                 if roots := own or config.get("data_root"):
-                    folders = roots.values() if isinstance(roots, Mapping) else [roots]
-                    _check_images(dataset.get("params") or {}, folders, checked)
+                    trained = checked and dataset is OmegaConf.select(config, "data.params.train")
+                    check_dataset(dataset.get("params") or {}, roots, checked, _learned(config) * trained)
     hub.check(options)
 
 
-def _check_images(params: Mapping[str, Any], folders: Iterable[str], checked: bool) -> None:
-    """Check the images of a dataset, and what its params ask for beside them; `checked` are the params themselves."""
-    zoom = max((checked and params.get("zooms")) or [1])
-    images = [path for folder in folders for path in check_image_folder(folder, zoom)]
-    names = ("template_file", "per_image_tokens", "use_captions")
-    check_captions(images, **{name: params[name] for name in names if params.get(name)})
-    if params.get("mask_weight") is not None:
-        if not count_masked(images):
-            raise no_masks(params["mask_weight"], images[0])
-        check_masks(images)
+def _learned(config: DictConfig) -> list[str]:
+    """The words that a run learns; none if more than the YAML says which they are."""
+    params = OmegaConf.select(config, "model.params.personalization_config.params") or {}
+    if params.get("embedding_manager_ckpt") or params.get("per_image_tokens"):
+        return []
+    return [word for word in paired(params.get("placeholder_strings"), None)[0] if isinstance(word, str)]
 
 
 def complete_base(options: argparse.Namespace) -> list[str | Path]:
@@ -203,30 +211,35 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
 
 
 def _check_files(config: DictConfig) -> None:
-    from ldm.base_models import checked_header, fitting
+    from ldm.base_models import check_family, check_vectors, checked_header, fitting, recognise
 
-    model, vae, vectors = (config.get(key) for key in ("actual_resume", "vae", "embedding_manager_ckpt"))
+    node, model, vae = (config.get(key) for key in ("model", "actual_resume", "vae"))
+    vectors = config.get("embedding_manager_ckpt")
     for key, source in (("actual_resume", model), ("vae", vae)):
         shown = f"checkpoint '{source}'"
         if source == "":
             raise UserError(f"{key} is empty; name a file, a folder or a hub id, or leave it out")
         if source and (Path(source).is_file() or is_address(source)):
-            node = config.get("model")
             if key == "actual_resume" and node:
                 fitting(source, node)
             else:
                 checked_header(Path(source))
+        if key == "actual_resume" and node and source and Path(source).is_dir():
+            check_family(recognise(source, config.get("variant")), node)
         if source and not Path(source).exists() and not is_hub_id(str(source)):
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
     if vectors and (why := why_unreadable(vectors)):
         raise UserError(f"'{vectors}': it {why}")
+    # A folder of diffusers, or a hub id, replaces the width of the YAML by its own.
+    if vectors and node and (model is None or Path(model).is_file()):
+        check_vectors(vectors, node)
 
 
 def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:
     config = OmegaConf.create({}) if saved is None else saved.copy()
     for path in base:
         overlay = read_yaml(path)
-        _check_shape(overlay, lambda key, path=path: place_in([path], key))  # type: ignore[misc]
+        check_shape(overlay, lambda key, path=path: place_in([path], key))  # type: ignore[misc]
         if dict(overlay.items_ex(resolve=False)).get(
             "data_root"
         ):  # it replaces the data_root in datasets of earlier YAMLs
@@ -238,10 +251,10 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
             key, _, value = override.partition("=")
             if "[" in key:  # one entry of a list; merge would treat it as a mapping
                 OmegaConf.update(config, key, yaml_value(value))
-                _check_shape(config)
+                check_shape(config)
             else:
                 overlay = _nested(key, yaml_value(value))
-                _check_shape(overlay)
+                check_shape(overlay)
                 config = merge(config, overlay)
         for key, value in flags.settings(options, config).items():
             config = merge(config, _nested(key, value))
@@ -305,35 +318,6 @@ def _misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
     for found, misfit, requirement in values.misfits(name, value, hint):
         where = ".".join([*above, found])
         yield Problem(where, f"{where} is {shown_value(misfit)}", f"; it must be {requirement}")
-
-
-# Keys whose value is a mapping, beside those that end in _config, and those of the datasets.
-_MAPPINGS = ("model", "data", "lightning", "params", "trainer", "callbacks", "modelcheckpoint", "logger")
-_DATASETS = ("train", "validation", "test", "predict")
-_SPLITS = tuple(f"data.params.{name}" for name in _DATASETS)
-
-
-def _check_shape(config: DictConfig, place: Callable[[str], str] = lambda key: "") -> None:
-    """Raise ConfigError for a list or a single value where the YAML of a run has a mapping."""
-
-    def visit(node: dict[Any, Any], where: str) -> Iterator[Problem]:
-        for key, value in node.items():
-            path = f"{where}.{key}" if where else str(key)
-            if isinstance(value, dict):
-                yield from visit(value, path)
-                continue
-            # The condition of an unconditional model is a text; a callback is switched off by null.
-            wanted = str(key).endswith("_config") and key != "cond_stage_config"
-            # The options of Lightning's Trainer are no mappings, whatever their names.
-            named = key in _MAPPINGS and where != "lightning.trainer"
-            if named or path in _SPLITS or wanted or where == "lightning.callbacks":
-                later = value is None or (isinstance(value, str) and value.startswith(("???", "${")))
-                if not later:
-                    kind = "a list" if isinstance(value, list) else shown_value(value)
-                    yield Problem(path, f"{path} is {kind}", " where a mapping is needed; write key: value")
-
-    plain = OmegaConf.to_container(config, resolve=False)
-    raise_problems(list(visit(cast(dict[Any, Any], plain), "")), place)
 
 
 def seed_vectors(config: DictConfig) -> None:
@@ -484,10 +468,32 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
     sampled, steps = (OmegaConf.select(config, name) for name in (key, "model.params.timesteps"))
     if isinstance(sampled, int) and isinstance(steps, int) and sampled > steps:
         yield Problem(key, f"{key} is {sampled}", f", and the model has {steps} timesteps; use fewer")
+    encoder, words, optimizer = (
+        str(OmegaConf.select(config, f"model.params.{name}_config.target"))
+        for name in ("cond_stage", "personalization", "optimizer")
+    )
+    ancestors = {one.__name__ for one in getattr(stand_in(words), "__mro__", ())}
+    if encoder.endswith(".FrozenSDXLEmbedder") and ancestors & {"ShapedWords", "ContextRegularised"}:
+        yield Problem(
+            "model.params.personalization_config.target",
+            "personalization_config",
+            f": {words} {ONLY_VECTORS}",
+        )
+    if optimizer.endswith(".SparseAdam"):
+        key = "model.params.optimizer_config.target"
+        yield Problem(
+            key, f"{key} is {optimizer}", ", which takes sparse gradients alone; use torch.optim.AdamW"
+        )
+    dataset = OmegaConf.select(config, "data.params.train") or {}
+    if str(dataset.get("target")).startswith(_OWN_DATASETS):
+        for name in ("first_stage_key", "cond_stage_key"):
+            chosen = OmegaConf.select(config, f"model.params.{name}")
+            if chosen is not None and chosen not in SAMPLE_KEYS:
+                yield absent_key(name, chosen, SAMPLE_KEYS)
     # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
     source = config.get("actual_resume")
     multiple = size_multiple(config) if source is None or Path(source).is_file() else None
-    for split in _DATASETS:
+    for split in DATASETS:
         key = f"data.params.{split}.params.size"
         size = OmegaConf.select(config, key)
         if multiple and isinstance(size, int) and size % multiple:
@@ -495,6 +501,13 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
             yield Problem(
                 key, f"{key} is {size}", f"; this model needs a multiple of {multiple}; try {nearest}"
             )
+
+
+def absent_key(name: str, key: str, held: Iterable[str]) -> Problem:
+    """The problem that samples do not hold the key by which a model reads them."""
+    path, keys = f"model.params.{name}", ", ".join(map(str, held))
+    rest = f", but the samples of data.params.train hold {keys}; name one of these"
+    return Problem(path, f"{path} is '{key}'", rest)
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:
@@ -538,7 +551,7 @@ def _params(node: DictConfig) -> DictConfig:
 
 def _datasets(config: DictConfig) -> list[DictConfig]:
     parts = OmegaConf.select(config, "data.params") or {}
-    nodes = (parts.get(name) for name in _DATASETS)
+    nodes = (parts.get(name) for name in DATASETS)
     return [node for node in nodes if isinstance(node, DictConfig) and node.get("target")]
 
 

@@ -11,14 +11,15 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings, random_state
-from ldm.front_ends import setting
+from ldm.data.captions import no_placeholder
 from ldm.generate.embeddings import check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import personalization_of
-from ldm.util import UserError, get_obj_from_str
+from ldm.training.config import absent_key
+from ldm.util import UserError, get_obj_from_str, raise_problems
 from ldm.words import own_words
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,7 @@ def check_keys(config: DictConfig, dataset: Any) -> None:
     for name in ("first_stage_key", "cond_stage_key"):
         key = params.get(name)
         if isinstance(sample, dict) and key is not None and key not in sample:
-            held = ", ".join(str(one) for one in sample)
-            raise UserError(
-                f"model.params.{name} is '{key}', but the samples of data.params.train hold {held}; name one of these"
-            )
+            raise_problems([absent_key(name, key, sample)])
 
 
 def check_captions(model: pl.LightningModule, dataset: Any) -> None:
@@ -84,11 +82,7 @@ def check_captions(model: pl.LightningModule, dataset: Any) -> None:
     ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
     without = [caption for caption in captions if not tokenizer.found([caption], ids)]
     if len(without) == len(captions):
-        words = ", ".join(f"'{word}'" for word in list(ids)[:3])
-        raise UserError(
-            f"none of the captions contains the placeholder {words} (one caption is '{captions[0]}'); set "
-            f"placeholder_token of the dataset, or {setting('placeholder')}, to the same word"
-        )
+        raise no_placeholder(list(ids), captions[0])
     found = tokenizer.found(captions, ids)
     for word in getattr(dataset, "placeholders", ()):
         if word in ids and word not in found:

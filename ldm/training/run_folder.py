@@ -15,9 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from ldm.files import file_kind
 from ldm.front_ends import setting
 from ldm.images import IMAGE_SUFFIXES
+from ldm.model_kinds import EMBEDDING
+from ldm.outlines import outline_of
 from ldm.util import UserError
+from ldm.weights import read_header
 from ldm.words import file_stem, folder_name
 
 logger = logging.getLogger(__name__)
@@ -234,10 +238,9 @@ def _no_run(place: Path) -> str:
         return _no_run_folder(place)
     if _holds_vectors(place):
         return f"it holds vectors; a new run begins from them with {setting('begin', place)}"
-    from ldm import pickles
-
+    kind = file_kind(place)
     try:
-        content = pickles.load(place, mmap=True)
+        content = outline_of(place, kind).pickle.content if kind in ("zip", "pickle") else None
     except UserError:
         content = None
     if isinstance(content, dict) and "loops" in content:
@@ -277,13 +280,12 @@ def _no_run_folder(place: Path) -> str:
 
 
 def _holds_vectors(path: Path) -> bool:
-    from ldm import embeddings
+    from ldm.base_models import what_holds
 
     try:
-        embeddings.read(path)
+        return what_holds(read_header(path).shapes) == EMBEDDING
     except UserError:
         return False
-    return True
 
 
 def is_run_folder(place: str | Path) -> bool:

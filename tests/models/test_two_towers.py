@@ -33,7 +33,9 @@ def towers(tmp_path_factory):
 @torch.no_grad()
 def test_saved_towers_give_the_same_features(towers, tmp_path):
     towers.save(tmp_path)
+    before = torch.get_rng_state()
     again = TwoTowers.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(again.image_features(pixels), towers.image_features(pixels))
     assert torch.equal(again.text_features(CAPTIONS), towers.text_features(CAPTIONS))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import initialised
+from ldm.model_kinds import ONLY_VECTORS
 from ldm.models.diffusion.conditioning import (
     DiffusionWrapper,
     GuidedCondition,
@@ -57,10 +58,7 @@ class Personalised(_Base):
             )
         more = personalization.shapes_context or personalization.adds_loss
         if more and len(self.cond_stage_model.widths) > 1:
-            raise ConfigError(
-                f"personalization_config: {config['target']} learns more than vectors, which is not possible for "
-                "Stable Diffusion XL yet; use ldm.modules.embedding_manager.EmbeddingManager"
-            )
+            raise ConfigError(f"personalization_config: {config['target']} {ONLY_VECTORS}")
         unmeasured = (
             type(personalization).embedding_to_coarse_loss is Personalization.embedding_to_coarse_loss
         )
