@@ -469,10 +469,10 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
     if isinstance(sampled, int) and isinstance(steps, int) and sampled > steps:
         yield Problem(key, f"{key} is {sampled}", f", and the model has {steps} timesteps; use fewer")
     encoder, words, optimizer = (
-        str(OmegaConf.select(config, f"model.params.{name}_config.target"))
+        str(OmegaConf.select(config, f"model.params.{name}_config.target") or "")
         for name in ("cond_stage", "personalization", "optimizer")
     )
-    ancestors = {one.__name__ for one in getattr(stand_in(words), "__mro__", ())}
+    ancestors = {one.__name__ for one in getattr(words and stand_in(words), "__mro__", ())}
     if encoder.endswith(".FrozenSDXLEmbedder") and ancestors & {"ShapedWords", "ContextRegularised"}:
         yield Problem(
             "model.params.personalization_config.target",
