@@ -48,7 +48,7 @@ class WarmStart(Callback):
         captions: captions per step.
     """
 
-    def __init__(self, steps: int = 15, rate: float = 1.25, captions: int = 8) -> None:
+    def __init__(self, steps: int = 8, rate: float = 2.0, captions: int = 8) -> None:
         super().__init__()
         check_integer(steps, "warm_start: steps")
         check_integer(captions, "warm_start: captions")
