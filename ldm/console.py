@@ -106,9 +106,19 @@ def raise_file_limit() -> int:
     return FILES if soft == resource.RLIM_INFINITY else min(soft, FILES)
 
 
-def most_loader_processes() -> int:
-    """How many loader processes the limit of open files has room for; with more, a run ends or waits for ever."""
-    return max(0, (raise_file_limit() - _OWN_FILES) // _FILES_OF_LOADER)
+def most_loader_processes(asked: int | None = None) -> int:
+    """How many loader processes the limit of open files has room for; with more, a run ends or waits for ever.
+
+    Raises:
+        UserError: more are asked for.
+    """
+    most = max(0, (raise_file_limit() - _OWN_FILES) // _FILES_OF_LOADER)
+    if asked is not None and asked > most:
+        raise UserError(
+            f"data.params.num_workers is {asked}, and the limit of open files has room for {most} loader processes; "
+            "raise it with 'ulimit -n 4096', or choose fewer"
+        )
+    return most
 
 
 @contextmanager

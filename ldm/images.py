@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 # Suffixes of caption files beside images, in any case; of several beside one image the first is used.
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -96,16 +97,58 @@ def check_image_folder(folder: str | Path, zoom: float = 1) -> list[Path]:
     return images
 
 
-def check_masks(images: Sequence[Path]) -> None:
-    """Read the masks of the first `LOOKED_INTO` images.
+def check_masks(
+    images: Sequence[Path], crops: int = 1, zooms: Sequence[float] = (1.0,), center_crop: bool = True
+) -> None:
+    """Read the masks of the first `LOOKED_INTO` images; the other arguments are those of `boxes_of`.
 
     Raises:
-        ImageError: as `mask_of`.
+        ImageError: as `mask_of`; or a mask marks nothing in any of the boxes.
     """
     masks = mask_files(images)
     for image in images[:LOOKED_INTO]:
-        if image in masks:
-            mask_of(image, open_image(image).size, masks)
+        mask = mask_of(image, open_image(image).size, masks) if image in masks else open_alpha(image)
+        boxes = () if mask is None else boxes_of(mask.size, crops, zooms, center_crop)
+        if mask is not None and not any(mask.crop(box).getbbox() for box in boxes):
+            raise mask_outside(image)
+
+
+def mask_outside(image: Path) -> ImageError:
+    """The error for an image whose mask marks nothing in any of its crops."""
+    return ImageError(
+        f"no square crop of image {image} shows anything of its mask; crop the image around what the mask marks, or "
+        "set center_crop: false"
+    )
+
+
+def boxes_of(
+    size: tuple[int, int], crops: int = 1, zooms: Sequence[float] = (1.0,), center_crop: bool = True
+) -> list[Box]:
+    """The boxes that are cropped from an image of a size (width, height); without `center_crop` all of it is one."""
+    width, height = size
+    if not center_crop:
+        return [(0, 0, width, height)]
+    found = squares(width, height, crops, zooms)
+    return [(left, top, left + side, top + side) for left, top, side in found]
+
+
+def squares(width: int, height: int, crops: int, zooms: Sequence[float]) -> list[tuple[int, int, int]]:
+    """Return the different squares (left, top, side) of an image, those of the first zoom first.
+
+    Zoom 1 is the largest possible square, zoom 2 has half its side. Along each axis with free space there are
+    `crops` positions, distributed evenly from end to end; a single one is in the middle.
+    """
+    found: dict[tuple[int, int, int], None] = {}
+    for zoom in zooms:
+        side = round(min(width, height) / zoom)
+        for top in _positions(height - side, crops):
+            for left in _positions(width - side, crops):
+                found[left, top, side] = None
+    return list(found)
+
+
+def _positions(free: int, count: int) -> list[int]:
+    return [free // 2] if count == 1 else [free * i // (count - 1) for i in range(count)]
 
 
 def _listed(folder: Path) -> tuple[list[Path], str, int]:

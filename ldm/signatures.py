@@ -117,11 +117,19 @@ def _tree(module: str) -> tuple[ast.Module, str]:
     return tree, module if file.name == "__init__.py" else module.rpartition(".")[0]
 
 
+def is_absent(package: str) -> bool:
+    """Whether no top-level package or module of this name is installed or in the working directory."""
+    try:
+        return importlib.util.find_spec(package) is None  # of a top-level package this imports nothing
+    except ValueError:  # a module without a specification, such as __main__
+        return False
+
+
 def _file(module: str) -> Path:
     top, *rest = module.split(".")
     try:
-        spec = importlib.util.find_spec(top) if top else None  # of a top-level package this imports nothing
-    except ValueError:  # a module without a specification, such as __main__
+        spec = importlib.util.find_spec(top) if top else None
+    except ValueError:
         spec = None
     if spec is None:
         raise NotInSource

@@ -263,6 +263,31 @@ def stand_in(path: str) -> Any:
         raise _absent(path, *error.args) from error
 
 
+def absent_packages(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the problem of each target of another package that is not installed; nothing is imported.
+
+    None, if a package of the user's own is among the targets: it may bring others within reach.
+    """
+    targets: dict[str, str] = {}
+
+    def visit(node: Any, where: str) -> None:
+        if isinstance(node, Mapping):
+            if isinstance(node.get("target"), str):
+                targets[where] = str(node["target"])
+            for key, value in node.items():
+                visit(value, f"{where}.{key}" if where else str(key))
+
+    visit(config, "")
+    others = {
+        where: top
+        for where, target in targets.items()
+        if (top := _dotted(target).partition(".")[0]) not in signatures.PACKAGES
+    }
+    if all(signatures.is_absent(top) for top in others.values()):
+        for where, top in others.items():
+            yield Problem(f"{where}.target", where, f": {_absent(targets[where], top)}")
+
+
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build the object that a node `{target: dotted.path, params: {...}}` describes.
 

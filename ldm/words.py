@@ -17,6 +17,7 @@ from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, shown
 
 MAX_LENGTH = 200
+MOST_VECTORS = 1000  # of a word, where the model is not known
 # The end of a word that is the negative of another one, as in the files of DreamArtist.
 NEGATIVE = "-neg"
 
@@ -105,8 +106,10 @@ def with_negatives(names: Mapping[str, str], held: Sequence[str]) -> dict[str, s
     return {old: new for old, new in negatives.items() if old in held} | dict(names)
 
 
-def check_words(params: Mapping[str, Any]) -> None:
+def check_words(params: Mapping[str, Any], most: int | None = None) -> None:
     """Check the words of a personalization, and the lists that belong to them, by its params.
+
+    `most` is the most vectors of a word, if that is known.
 
     Raises:
         UserError: a word is not allowed, or the lists do not fit together.
@@ -115,7 +118,7 @@ def check_words(params: Mapping[str, Any]) -> None:
     kept = [check_word(word) for word in strings]
     check_different(kept)
     learned = [*kept, *(PER_IMAGE_TOKENS if params.get("per_image_tokens") else ())]
-    vector_counts(kept, learned, params.get("num_vectors_per_token") or 1)
+    vector_counts(kept, learned, params.get("num_vectors_per_token") or 1, most or MOST_VECTORS)
 
 
 def check_different(words: Sequence[str], folded: Callable[[str], str] = str) -> None:
@@ -150,7 +153,7 @@ def vector_counts(
     configured: Sequence[str],
     placeholders: Sequence[str],
     wanted: int | Sequence[int] | Mapping[str, int],
-    limit: int = 1000,
+    limit: int,
 ) -> dict[str, int]:
     """The number of vectors of each of `placeholders`, which begin with the `configured` ones.
 

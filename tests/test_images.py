@@ -20,6 +20,7 @@ from ldm.images import (
     labelled,
     list_images,
     open_image,
+    squares,
     text_image,
     to_pil,
     to_tensor,
@@ -327,3 +328,12 @@ def test_text_is_broken_inside_a_long_word_and_may_be_in_any_script():
     ink = np.asarray(text_image("pneumonoultramicroscopic", 40, 60)) < 128
     assert ink[20:60].any() and not ink[:, -1].any()
     text_image("a photo of * with א", 100, 20)
+
+
+def test_squares_of_an_image() -> None:
+    assert squares(30, 20, 1, [1]) == [(5, 0, 20)]
+    assert squares(30, 20, 3, [1]) == [(0, 0, 20), (5, 0, 20), (10, 0, 20)]
+    assert squares(20, 30, 2, [1]) == [(0, 0, 20), (0, 10, 20)]
+    assert squares(20, 20, 3, [1]) == [(0, 0, 20)]
+    assert squares(20, 20, 2, [1, 2]) == [(0, 0, 20), (0, 0, 10), (10, 0, 10), (0, 10, 10), (10, 10, 10)]
+    assert squares(24, 20, 1, [1, 1.25]) == [(2, 0, 20), (4, 2, 16)]

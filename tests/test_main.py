@@ -217,6 +217,17 @@ ANSWERED_AT_ONCE = {
         "betas[0] is 2; it must be a number from 0 and below 1",
     ),
     f"--base {YAML} -t {OPTIMIZER}.target=torch.optim.SparseAdam": (1, "takes sparse gradients alone"),
+    f"--base {YAML} -t {OPTIMIZER}.target=bytes_and_bits.AdamW": (
+        1,
+        "there is no module 'bytes_and_bits'; check its spelling, or install the package that has it",
+    ),
+    # Of limits.
+    f"--base {YAML} -t {WORDS}.num_vectors_per_token=31": (1, "of '*' is 31; use a number from 1 to 30"),
+    f"--base {YAML} -t data.params.num_workers=1024": (1, "the limit of open files has room for"),
+    f"--base {YAML} -t --data_root {{aside}} {IMAGES}.mask_weight=0.1": (
+        1,
+        "shows anything of its mask; crop the image",
+    ),
     # Of the vectors to begin from, and of models.
     f"--base {YAML} -t --embedding_manager_ckpt {MODEL}": (1, "it is the embedded model, not an embedding"),
     f"--base {YAML} -t --embedding_manager_ckpt {{vectors}}": (
@@ -272,6 +283,11 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(image)
         mask.save(tmp_path / name / "a-masklabel.png")
+    (tmp_path / "aside").mkdir()
+    Image.new("RGB", (64, 32)).save(tmp_path / "aside" / "a.png")
+    mask = Image.new("L", (64, 32))
+    mask.paste(255, (0, 0, 8, 32))
+    mask.save(tmp_path / "aside" / "a-masklabel.png")
     (tmp_path / "templates").write_text("a photo of 1\n")
     vectors = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.zeros(1, 768)}}
     torch.save(vectors, tmp_path / "vectors")
@@ -290,7 +306,7 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     (run / "configs" / "project.yaml").write_bytes((ROOT / YAML).read_bytes())
     (run / "checkpoints" / "last.ckpt").write_bytes(b"a state")
     folders = ("plain", "damaged", "captioned", "run", "cut", "tiny", "black", "wide")
-    folders += ("templates", "vectors", "sd1")
+    folders += ("templates", "vectors", "sd1", "aside")
     places = {name: tmp_path / name for name in folders} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(

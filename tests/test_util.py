@@ -250,6 +250,23 @@ def test_parameters_that_contradict_each_other(change: dict, words: str) -> None
         check_config({"target": config["target"], "params": params | change}, "x")
 
 
+@pytest.mark.parametrize(
+    ("targets", "absent"),
+    [
+        ({"optimizer_config": "bytes_and_bits.AdamW"}, ["optimizer_config"]),
+        ({"optimizer_config": "torch.optim.AdamW", "logger": "no_logs.Logger"}, ["logger"]),
+        ({"optimizer_config": "torch.no_module.AdamW"}, []),  # for the reader of sources
+        ({"optimizer_config": "bytes_and_bits.AdamW", "logger": "json.JSONEncoder"}, []),
+    ],
+)
+def test_packages_that_are_not_installed(targets: dict, absent: list) -> None:
+    """Unless a class of the user's own, here json's, may bring them within reach."""
+    nodes = {name: {"target": target} for name, target in targets.items()}
+    found = list(ldm.util.absent_packages({"model": {"params": nodes}}))
+    assert [problem.key for problem in found] == [f"model.params.{name}.target" for name in absent]
+    assert all("check its spelling, or install the package that has it" in problem.rest for problem in found)
+
+
 def test_the_groups_of_a_first_stage_divide_its_channels() -> None:
     node = Golden("clip_one_vector").config()["params"]["first_stage_config"]
     check_config(node, "x")

@@ -158,7 +158,10 @@ def check_dataset(params: Mapping[str, Any], roots: Any, checked: bool, learned:
         every = [path for paths in images.values() for path in paths]
         if not count_masked(every):
             raise no_masks(params["mask_weight"], every[0])
-        check_masks(every)
+        crop = {
+            name: params[name] for name in ("crops", "zooms", "center_crop") if checked and name in params
+        }
+        check_masks(every, **crop)
 
 
 def check_captions(

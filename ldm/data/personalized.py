@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from torch.utils.data import Dataset
 from ldm import prompts
 from ldm.data.captions import Captions, ConceptImage, phrase
 from ldm.images import (
-    ImageError,
+    Box,
+    boxes_of,
     check_sides,
     count_masked,
     list_images,
     mask_files,
     mask_of,
+    mask_outside,
     no_masks,
     open_image,
 )
@@ -39,7 +41,6 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 # The bytes of pixels that are kept in memory.
 MEMORY = 2**29
 
@@ -290,15 +291,12 @@ class ImageSet:
         self._placements: list[tuple[tuple[int, int], list[Box]]] = []
         for i, path in enumerate(counted(self.paths, _tell_reading)):
             image, mask = self._open(path)
-            boxes = self._boxes_of(image)
+            boxes = boxes_of(image.size, self.crops, self.zooms, self.center_crop)
             if mask is not None:
                 self.masked += 1
                 boxes = [box for box in boxes if self._crop(mask, box, Image.Resampling.BOX).any()]
                 if not boxes:
-                    raise ImageError(
-                        f"no square crop of image {path} shows anything of its mask; crop the image around what the "
-                        "mask marks, or set center_crop: false"
-                    )
+                    raise mask_outside(path)
             self._placements.append((image.size, boxes))
             for view, box in enumerate(boxes):
                 self._keep((i, view), self._view(image, mask, box))
@@ -351,12 +349,6 @@ class ImageSet:
         check_sides(path, image.size, max(self.zooms))
         return image, None if self._masks is None else mask_of(path, image.size, self._masks)
 
-    def _boxes_of(self, image: Image.Image) -> list[Box]:
-        if not self.center_crop:
-            return [(0, 0, image.width, image.height)]
-        found = squares(image.width, image.height, self.crops, self.zooms)
-        return [(left, top, left + side, top + side) for left, top, side in found]
-
     def _view(self, image: Image.Image, mask: Image.Image | None, box: Box) -> Tensor:
         pixels = self._crop(image, box, self._resample)
         if mask is None:
@@ -383,25 +375,6 @@ def _check_squares(
         raise UserError(f"zooms is {zooms!r}: choose a list of numbers of at least 1, such as [1, 1.25]")
     check_together(crops=crops, zooms=listed, center_crop=center_crop, size=size)
     return crops, tuple(float(z) for z in listed)
-
-
-def squares(width: int, height: int, crops: int, zooms: Sequence[float]) -> list[tuple[int, int, int]]:
-    """Return the different squares (left, top, side) of an image, those of the first zoom first.
-
-    Zoom 1 is the largest possible square, zoom 2 has half its side. Along each axis with free space there are
-    `crops` positions, distributed evenly from end to end; a single one is in the middle.
-    """
-    found: dict[tuple[int, int, int], None] = {}
-    for zoom in zooms:
-        side = round(min(width, height) / zoom)
-        for top in _positions(height - side, crops):
-            for left in _positions(width - side, crops):
-                found[left, top, side] = None
-    return list(found)
-
-
-def _positions(free: int, count: int) -> list[int]:
-    return [free // 2] if count == 1 else [free * i // (count - 1) for i in range(count)]
 
 
 # The original's names of these lists.

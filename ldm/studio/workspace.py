@@ -18,13 +18,12 @@ from PIL import Image
 
 from ldm import files
 from ldm.data.captions import CaptionFiles
-from ldm.data.personalized import squares
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.concept import model_names
 from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.files import CHECKOUT, in_checkout
 from ldm.generate.session import WEIGHTS
-from ldm.images import CAPTION_SUFFIXES, ImageError, list_images, open_image
+from ldm.images import CAPTION_SUFFIXES, ImageError, list_images, open_image, squares
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.record import RunRecord
 from ldm.util import UserError

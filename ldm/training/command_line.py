@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ldm.console import Parser
 from ldm.files import in_checkout
+from ldm.front_ends import setting
 from ldm.training import flags
 from ldm.util import UsageError, shown
-from ldm.yaml_files import is_number, yaml_value
+from ldm.yaml_files import is_number, place_in, yaml_value
 
 # Options of Lightning 0.x and 1.x -> their current names; None if there is no such option any more.
 OLD_TRAINER_KEYS: dict[str, str | None] = {
@@ -306,3 +308,30 @@ def _unknown(flag: str, known: set[str]) -> str:
     names = [option for action in make_parser()._actions for option in action.option_strings]
     near = difflib.get_close_matches(flag, names + [f"--{name}" for name in known], n=1)
     return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else " (see --help)")
+
+
+def places(
+    options: argparse.Namespace, yamls: Sequence[str | Path], saved: Sequence[str | Path] = ()
+) -> Callable[[str], str]:
+    """A function that says where a key of the configuration of a run was set: a flag, or a YAML and its line.
+
+    Overrides have no place, because they are typed with their key.
+    """
+
+    set_by = flags.keys_of(options)
+
+    def place(key: str) -> str:
+        if key in set_by:
+            return setting("typed", set_by[key])
+        if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
+            return setting("typed", f"--{key}")
+        for override in options.overrides:
+            name = override.partition("=")[0]
+            if key == name or key.startswith((f"{name}.", f"{name}[")):
+                return ""
+        name = key.rpartition(".")[2]
+        if name in options.trainer and key == f"lightning.trainer.{name}":
+            return setting("typed", f"--{name}")
+        return place_in([*saved, *yamls], key)
+
+    return place

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
+from ldm.console import most_loader_processes
 from ldm.data.captions import SAMPLE_KEYS, check_dataset
 from ldm.files import NO_TENSORS, is_address, is_hub_id, why_unreadable
 from ldm.front_ends import setting
@@ -43,8 +44,10 @@ from ldm.util import (
     Problem,
     UsageError,
     UserError,
+    absent_packages,
     accepts,
     config_problems,
+    default_of,
     get_obj_from_str,
     raise_problems,
     refuse_foreign_target,
@@ -107,9 +110,13 @@ def of_run(
 ) -> tuple[DictConfig, DictConfig | None, Callable[[str], str]]:
     """The configuration of a run, that of the run in `folder` which it resumes, and the places of its keys."""
     if folder is None:
-        return load_run_config(options, base), None, places(options, base)
+        return load_run_config(options, base), None, command_line.places(options, base)
     saved = load_run_config(command_line.parse([]), folder.saved_configs())
-    return load_run_config(options, base, saved), saved, places(options, base, folder.saved_configs())
+    return (
+        load_run_config(options, base, saved),
+        saved,
+        command_line.places(options, base, folder.saved_configs()),
+    )
 
 
 def check_command_line(options: argparse.Namespace) -> None:
@@ -128,7 +135,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         config, saved, place = of_run(options, options.base, folder)
         yamls = [*folder.saved_configs(), *yamls]
     else:
-        config, place = _merged(options, yamls, None), places(options, yamls)
+        config, place = _merged(options, yamls, None), command_line.places(options, yamls)
     _check_base(yamls, config, options.resume)
     described = OmegaConf.select(config, "model.target")
     # Without a model in the YAMLs, its own YAML is the first; for a model on the hub the run finds it.
@@ -137,7 +144,7 @@ def check_command_line(options: argparse.Namespace) -> None:
         from ldm.base_models import training_yaml
 
         yamls = [training_yaml(source, config.get("variant"), ask=False), *yamls]
-        config, place = _merged(options, yamls, None), places(options, yamls)
+        config, place = _merged(options, yamls, None), command_line.places(options, yamls)
         described = OmegaConf.select(config, "model.target")
     elif not described and not resume and not source:
         raise ConfigError(
@@ -230,8 +237,7 @@ def _check_files(config: DictConfig) -> None:
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
     if vectors and (why := why_unreadable(vectors)):
         raise UserError(f"'{vectors}': it {why}")
-    # A folder of diffusers, or a hub id, replaces the width of the YAML by its own.
-    if vectors and node and (model is None or Path(model).is_file()):
+    if vectors and node and _is_of_yaml(config):
         check_vectors(vectors, node)
 
 
@@ -263,38 +269,11 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
     except OmegaConfBaseException as error:
         raise ConfigError(f"the override does not fit the YAML: {str(error).splitlines()[0]}") from error
     _take_run_flags(config, options)
-    place = places(options, base)
+    place = command_line.places(options, base)
     check_interpolations(config, place)
     find_paths(config, [])  # those of flags and overrides
     raise_problems(list(_run_key_problems(config)), place)
     return config
-
-
-def places(
-    options: argparse.Namespace, yamls: Sequence[str | Path], saved: Sequence[str | Path] = ()
-) -> Callable[[str], str]:
-    """A function that says where a key of the configuration of a run was set: a flag, or a YAML and its line.
-
-    Overrides have no place, because they are typed with their key.
-    """
-
-    set_by = flags.keys_of(options)
-
-    def place(key: str) -> str:
-        if key in set_by:
-            return setting("typed", set_by[key])
-        if getattr(options, key.removeprefix("lightning.trainer."), None) is not None and key in RUN_KEYS:
-            return setting("typed", f"--{key}")
-        for override in options.overrides:
-            name = override.partition("=")[0]
-            if key == name or key.startswith((f"{name}.", f"{name}[")):
-                return ""
-        name = key.rpartition(".")[2]
-        if name in options.trainer and key == f"lightning.trainer.{name}":
-            return setting("typed", f"--{name}")
-        return place_in([*saved, *yamls], key)
-
-    return place
 
 
 def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
@@ -372,8 +351,8 @@ def check_run_config(
 ) -> None:
     """Check keys, targets, values and their ranges without building anything.
 
-    `place` is that of `places`. With `stand_in` for `find`, nothing heavy is imported, and what the sources of classes
-    do not say is not checked.
+    `place` is that of `command_line.places`. With `stand_in` for `find`, nothing heavy is imported, and what the
+    sources of classes do not say is not checked.
 
     Raises:
         ConfigError: one error that lists all problems.
@@ -451,8 +430,29 @@ def check_run_config(
             problems += config_problems(node, where, find)
         if not problems:
             problems += _data_problems(config)
+            problems += absent_packages(config) if find is stand_in else ()
     raise_problems(problems, place)
-    check_words(OmegaConf.select(config, "model.params.personalization_config.params") or {})
+    words = OmegaConf.select(config, "model.params.personalization_config.params") or {}
+    check_words(words, _most_vectors(config))
+
+
+def _most_vectors(config: DictConfig) -> int | None:
+    """The most vectors that a prompt has room for between its first and its last token; None if that is not known."""
+    encoder = OmegaConf.select(config, "model.params.cond_stage_config") or {}
+    if not str(encoder.get("target")).startswith("ldm.") or not _is_of_yaml(config):
+        return None
+    length, sequence = (
+        (encoder.get("params") or {}).get(name) or default_of(stand_in(encoder["target"]), name)
+        for name in ("max_length", "max_seq_len")
+    )
+    most = length or sequence
+    return most - 2 if isinstance(most, int) else None
+
+
+def _is_of_yaml(config: DictConfig) -> bool:
+    """Whether the sizes of the model are the YAML's; a folder of diffusers, or a hub id, replaces them by its own."""
+    source = config.get("actual_resume")
+    return source is None or Path(source).is_file()
 
 
 def _data_problems(config: DictConfig) -> Iterator[Problem]:
@@ -484,15 +484,14 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
         yield Problem(
             key, f"{key} is {optimizer}", ", which takes sparse gradients alone; use torch.optim.AdamW"
         )
+    most_loader_processes(OmegaConf.select(config, "data.params.num_workers"))
     dataset = OmegaConf.select(config, "data.params.train") or {}
     if str(dataset.get("target")).startswith(_OWN_DATASETS):
         for name in ("first_stage_key", "cond_stage_key"):
             chosen = OmegaConf.select(config, f"model.params.{name}")
             if chosen is not None and chosen not in SAMPLE_KEYS:
                 yield absent_key(name, chosen, SAMPLE_KEYS)
-    # A folder of diffusers, or a hub id, replaces the levels of the YAML by its own.
-    source = config.get("actual_resume")
-    multiple = size_multiple(config) if source is None or Path(source).is_file() else None
+    multiple = size_multiple(config) if _is_of_yaml(config) else None
     for split in DATASETS:
         key = f"data.params.{split}.params.size"
         size = OmegaConf.select(config, key)

@@ -120,12 +120,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         check_integer(num_workers or 0, "data.params.num_workers", minimum=0)
         nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.batch_size = batch_size
-        most = most_loader_processes()
-        if num_workers is not None and num_workers > most:
-            raise UserError(
-                f"data.params.num_workers is {num_workers}, and the limit of open files has room for {most} loader "
-                "processes; raise it with 'ulimit -n 4096', or choose fewer"
-            )
+        most = most_loader_processes(num_workers)
         self.num_workers = min(batch_size * 2, processors(), most) if num_workers is None else num_workers
         self.dataset_configs = {split: node for split, node in nodes.items() if node is not None}
         self.wrap = wrap

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm import prompts
 from ldm.data import personalized, personalized_style
-from ldm.data.personalized import ImageSet, PersonalizedBase, squares
+from ldm.data.personalized import ImageSet, PersonalizedBase
 from ldm.util import UserError
 
 PINNED = [
@@ -282,15 +282,6 @@ def test_without_a_size_images_keep_their_size(tmp_path):
     Image.new("RGB", (10, 21)).save(tmp_path / "a.png")
     assert ImageSet([tmp_path / "a.png"], size=None)[0, 0].shape == (10, 10, 3)
     assert ImageSet([tmp_path / "a.png"], size=None, center_crop=False)[0, 0].shape == (21, 10, 3)
-
-
-def test_squares_of_an_image():
-    assert squares(30, 20, 1, [1]) == [(5, 0, 20)]
-    assert squares(30, 20, 3, [1]) == [(0, 0, 20), (5, 0, 20), (10, 0, 20)]
-    assert squares(20, 30, 2, [1]) == [(0, 0, 20), (0, 10, 20)]
-    assert squares(20, 20, 3, [1]) == [(0, 0, 20)]
-    assert squares(20, 20, 2, [1, 2]) == [(0, 0, 20), (0, 0, 10), (10, 0, 10), (0, 10, 10), (10, 10, 10)]
-    assert squares(24, 20, 1, [1, 1.25]) == [(2, 0, 20), (4, 2, 16)]
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 20])

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.front_ends import speaking_as
-from ldm.training import config
+from ldm.training import command_line, config
 from ldm.training.callbacks import OLD_CALLBACK_NAMES, complete_lightning
 from ldm.training.command_line import parse
 from ldm.util import ConfigError, UsageError, UserError
@@ -258,7 +258,7 @@ def refused(tmp_path, words, *yamls, kind=ConfigError):
         merged = load(tmp_path, words, *yamls)
         paths = [tmp_path / f"{number}.yaml" for number in range(len(yamls))]
         options = parse(words.split())
-        config.check_run_config(merged, config.places(options, paths))
+        config.check_run_config(merged, command_line.places(options, paths))
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
     return str(caught.value).replace(f"{tmp_path}/", "")
 

@@ -176,11 +176,11 @@ def test_batches_that_are_delivered(numbers, batch_size, replicas, limit, expect
 @pytest.mark.refused_first
 def test_more_loader_processes_than_files_may_be_open_are_refused(monkeypatch) -> None:
     """Such a run would wait for ever for batches that nobody can hand over."""
-    monkeypatch.setattr("ldm.training.data.most_loader_processes", lambda: 2)
+    monkeypatch.setattr("ldm.console.raise_file_limit", lambda: 64 + 2 * 32)
     with pytest.raises(
         UserError, match="num_workers is 3, and the limit of open files has room for 2.*ulimit"
     ):
         DataModuleFromConfig(batch_size=4, num_workers=3)
     assert DataModuleFromConfig(batch_size=4, num_workers=2).num_workers == 2
-    monkeypatch.setattr("ldm.training.data.most_loader_processes", lambda: 0)
+    monkeypatch.setattr("ldm.console.raise_file_limit", lambda: 64)
     assert DataModuleFromConfig(batch_size=4).num_workers == 0

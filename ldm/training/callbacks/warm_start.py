@@ -33,8 +33,8 @@ class WarmStart(Callback):
     """Trains the vectors with CLIP before the first training step, until captions describe their images to CLIP.
 
     Adam maximizes the cosine between CLIP's text features of captions and its image features of their images. The
-    denoiser and the first stage are not used, so that the warm start, including loading CLIP, takes as long as two or
-    three training steps of the embedded model. QuickEmbedding does the same for Stable Diffusion with 100 steps.
+    denoiser and the first stage are not used, so that the warm start, including loading CLIP, takes as long as one or
+    two training steps of the embedded model. QuickEmbedding does the same for Stable Diffusion with 100 steps.
 
     CLIP's image tower is read from the text encoder's `image_tower`. Vectors from a file or a saved state are not
     changed. If the image tower, or a dataset that gives images and captions separately, is missing, or the
