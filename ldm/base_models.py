@@ -16,6 +16,7 @@ from ldm.diffusers_settings import PREDICTIONS, Prediction
 from ldm.files import CHECKOUT, NO_TENSORS, file_kind, is_address, no_address
 from ldm.front_ends import setting
 from ldm.model_kinds import (
+    ADAPTER,
     BY_BYTES,
     BY_SUFFIX,
     EMBEDDING,
@@ -296,13 +297,13 @@ def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
     if file_kind(path) == "image":
         return
     with contextlib.suppress(CheckpointError):  # which the reader of embeddings says better
-        shapes = read_header(path).shapes
-        if (why := no_embedding(shapes)) and not why.startswith(
-            "it is a LoRA"
-        ):  # which may bring vectors with it
+        header = read_header(path)
+        shapes, kind = header.shapes, _kind_of(header, "")
+        adapter = kind is not None and kind.remedy == ADAPTER  # which may bring vectors with it
+        if not adapter and (why := no_embedding(shapes)):
             raise UserError(f"'{path}': {why}")
         widths, wanted = {shape[-1] for shape in shapes.values() if shape}, _WIDTHS.get(family_of(node))
-        if wanted and len(widths) == 1 and not widths & wanted and what_holds(shapes) == EMBEDDING:
+        if wanted and len(widths) == 1 and not widths & wanted and kind == EMBEDDING_KIND:
             have, need = (" or ".join(map(str, sorted(one))) for one in (widths, wanted))
             raise UserError(
                 f"'{path}': its vectors have width {have}, and the text encoder of this model has {need}; use the "
