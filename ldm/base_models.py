@@ -65,13 +65,13 @@ _YAMLS: dict[tuple[Family, bool], tuple[str, str]] = {
 }
 
 
-# Of the vectors for the text encoders of a family.
-_WIDTHS: dict[Family | None, set[int]] = {
-    "sd1": {768},
-    "sd2": {1024},
-    "sdxl": {768, 1280},
-    "ldm": {1280},
-    "embedded": {128},
+# Of the vectors for the text encoders of a family; side by side they are as wide as the denoiser's condition.
+_WIDTHS: dict[Family | None, tuple[int, ...]] = {
+    "sd1": (768,),
+    "sd2": (1024,),
+    "sdxl": (768, 1280),
+    "ldm": (1280,),
+    "embedded": (128,),
 }
 
 
@@ -186,16 +186,16 @@ def family_of(node: Mapping[str, Any]) -> Family | None:
     """The family of the model that a `model:` node describes; None if it is none of them, or of other sizes."""
     encoder = str(at(node, ["params", "cond_stage_config", "target"]) or "").rpartition(".")[2]
     width = at(node, ["params", "unet_config", "params", "context_dim"])
-    if (encoder, width) == ("FrozenCLIPEmbedder", 128) and _channels(node) in (12, 24):
-        return "embedded"
-    known: dict[Any, Family] = {
-        ("FrozenCLIPEmbedder", 768): "sd1",
-        ("FrozenOpenCLIPEmbedder", 1024): "sd2",
-        ("BERTEmbedder", 1280): "ldm",
+    classes: dict[str, tuple[Family, ...]] = {
+        "FrozenCLIPEmbedder": ("sd1", "embedded"),
+        "FrozenOpenCLIPEmbedder": ("sd2",),
+        "BERTEmbedder": ("ldm",),
     }
-    if width == 2048 and at(node, ["params", "unet_config", "params", "num_classes"]) == "sequential":
-        return "sdxl"
-    return known.get((encoder, width))
+    families = classes.get(encoder, ())
+    if at(node, ["params", "unet_config", "params", "num_classes"]) == "sequential":
+        families = ("sdxl", *families)
+    found = next((family for family in families if sum(_WIDTHS[family]) == width), None)
+    return None if found == "embedded" and _channels(node) not in (12, 24) else found
 
 
 def check_family(base: BaseModel, node: Mapping[str, Any]) -> None:
@@ -303,8 +303,8 @@ def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
         if not adapter and (why := no_embedding(shapes)):
             raise UserError(f"'{path}': {why}")
         widths, wanted = {shape[-1] for shape in shapes.values() if shape}, _WIDTHS.get(family_of(node))
-        if wanted and len(widths) == 1 and not widths & wanted and kind == EMBEDDING_KIND:
-            have, need = (" or ".join(map(str, sorted(one))) for one in (widths, wanted))
+        if wanted and kind == EMBEDDING_KIND and widths.isdisjoint(wanted):
+            have, need = (" and ".join(map(str, sorted(one))) for one in (widths, wanted))
             raise UserError(
                 f"'{path}': its vectors have width {have}, and the text encoder of this model has {need}; use the "
                 "model that they were trained on"

@@ -106,19 +106,20 @@ def raise_file_limit() -> int:
     return FILES if soft == resource.RLIM_INFINITY else min(soft, FILES)
 
 
-def most_loader_processes(asked: int | None = None) -> int:
-    """How many loader processes the limit of open files has room for; with more, a run ends or waits for ever.
+def most_loader_processes() -> int:
+    """How many loader processes the limit of open files has room for; with more, a run ends or waits for ever."""
+    return max(0, (raise_file_limit() - _OWN_FILES) // _FILES_OF_LOADER)
 
-    Raises:
-        UserError: more are asked for.
-    """
-    most = max(0, (raise_file_limit() - _OWN_FILES) // _FILES_OF_LOADER)
-    if asked is not None and asked > most:
-        raise UserError(
-            f"data.params.num_workers is {asked}, and the limit of open files has room for {most} loader processes; "
-            "raise it with 'ulimit -n 4096', or choose fewer"
-        )
-    return most
+
+def too_many_loaders(asked: int | None) -> str | None:
+    """Why a run cannot have as many loader processes as are asked for, and what to do; None if it can."""
+    most = most_loader_processes()
+    if asked is None or asked <= most:
+        return None
+    remedy = "" if raise_file_limit() >= FILES else f"raise it with 'ulimit -n {FILES}', or "
+    return (
+        f"is {asked}, and the limit of open files has room for {most} loader processes; {remedy}choose fewer"
+    )
 
 
 @contextmanager

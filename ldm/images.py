@@ -107,7 +107,7 @@ def check_masks(
     """
     masks = mask_files(images)
     for image in images[:LOOKED_INTO]:
-        mask = mask_of(image, open_image(image).size, masks) if image in masks else open_alpha(image)
+        mask = mask_of(image, open_image(image).size if image in masks else (0, 0), masks)
         boxes = () if mask is None else boxes_of(mask.size, crops, zooms, center_crop)
         if mask is not None and not any(mask.crop(box).getbbox() for box in boxes):
             raise mask_outside(image)
@@ -117,7 +117,7 @@ def mask_outside(image: Path) -> ImageError:
     """The error for an image whose mask marks nothing in any of its crops."""
     return ImageError(
         f"no square crop of image {image} shows anything of its mask; crop the image around what the mask marks, or "
-        "set center_crop: false"
+        "set crops: 3, or center_crop: false"
     )
 
 
@@ -318,10 +318,13 @@ def mask_of(path: Path, size: tuple[int, int], masks: Mapping[Path, Path]) -> Im
     """The mask of an image of a size (width, height): that beside it in `masks`, or its alpha channel, if it has any.
 
     Raises:
-        ImageError: as `open_mask`, or the sizes differ.
+        ImageError: as `open_mask`, the sizes differ, or the image is transparent everywhere.
     """
     if path not in masks:
-        return open_alpha(path)
+        alpha = open_alpha(path)
+        if alpha is not None and alpha.getextrema() == (0, 0):
+            raise ImageError(f"image {path} is transparent everywhere: save it without its alpha channel")
+        return alpha
     mask = open_mask(masks[path])
     if mask.size != size:
         raise ImageError(

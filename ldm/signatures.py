@@ -13,9 +13,11 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import sys
 import types
 import typing
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ class Absent(NotInSource):
 
 
 class Foreign:
-    """A base class of another package, which is not read."""
+    """A class of another package, which is not read: a base class, or that of tensors in an annotation."""
 
 
 # What is read; tests compare it with the imported classes.
@@ -119,18 +121,19 @@ def _tree(module: str) -> tuple[ast.Module, str]:
 
 def is_absent(package: str) -> bool:
     """Whether no top-level package or module of this name is installed or in the working directory."""
+    return package not in sys.modules and _spec(package) is None
+
+
+def _spec(package: str) -> ModuleSpec | None:
     try:
-        return importlib.util.find_spec(package) is None  # of a top-level package this imports nothing
+        return importlib.util.find_spec(package)  # of a top-level package this imports nothing
     except ValueError:  # a module without a specification, such as __main__
-        return False
+        return None
 
 
 def _file(module: str) -> Path:
     top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top) if top else None
-    except ValueError:
-        spec = None
+    spec = _spec(top) if top else None
     if spec is None:
         raise NotInSource
     if not rest and spec.origin is not None and spec.origin.endswith(".py"):
@@ -271,7 +274,7 @@ def _default(default: ast.expr, module: str) -> Any:
 
 @cache
 def _namespace(module: str) -> dict[str, Any]:
-    """The names of a module that cost nothing: constants, and what it imports from Python's own light modules."""
+    """The names of a module that cost nothing: constants, what Python's own light modules give it, and Tensor."""
     found: dict[str, Any] = {}
     for node in _tree(module)[0].body:
         if isinstance(node, ast.ImportFrom) and node.module in _LIGHT and not node.level:

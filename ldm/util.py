@@ -237,8 +237,13 @@ def get_obj_from_str(path: str) -> Any:
         raise _absent(path, module_name, name) from error
 
 
+def current_path(path: str) -> str:
+    """The dotted path of a class now, by one of an earlier version."""
+    return _MOVED.get(path, path)
+
+
 def _dotted(path: str) -> str:
-    path = _MOVED.get(str(path), str(path))
+    path = current_path(str(path))
     if "." not in path or not all(path.split(".")):
         raise ConfigError(f"target '{path}' is not a dotted path; write it as package.module.Name")
     return path
@@ -347,6 +352,14 @@ def raise_problems(problems: Sequence[Problem], place: Callable[[str], str] = la
         lines = [f"{one.what}{where}{one.rest}" for one, where in zip(problems, found, strict=True)]
         by_flag = any(spoken(where).startswith(" (--") for where in found)
         raise (UsageError if by_flag else ConfigError)("; ".join(lines))
+
+
+def misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
+    """Yield the problems of a value at a key that does not fit an annotation and the range of its name."""
+    *above, name = key.split(".")
+    for found, misfit, requirement in values.misfits(name, value, hint):
+        where = ".".join([*above, found])
+        yield Problem(where, f"{where} is {shown_value(misfit)}", f"; it must be {requirement}")
 
 
 # Returns what is at a dotted path, or None if that is not known; raises ConfigError if nothing is there.

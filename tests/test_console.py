@@ -23,6 +23,7 @@ from ldm.console import (
     make_streams_lasting,
     most_loader_processes,
     raise_file_limit,
+    too_many_loaders,
 )
 
 pytestmark = pytest.mark.refused_first
@@ -129,6 +130,11 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, limits,
 def test_loader_processes_need_open_files(monkeypatch, limit, most):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     assert most_loader_processes() == most
+    assert too_many_loaders(None) is None and too_many_loaders(most) is None
+    why = too_many_loaders(most + 1)
+    assert why is not None and f"is {most + 1}, and the limit of open files has room for {most}" in why
+    # Where it is at its most, to raise it changes nothing.
+    assert ("ulimit -n 4096" in why) == (limit < 4096)
 
 
 @pytest.mark.parametrize(

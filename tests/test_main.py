@@ -247,6 +247,15 @@ ANSWERED_AT_ONCE = {
         "Stable Diffusion 1, and the config describes the embedded",
     ),
     f"-r {MODEL} -t": (1, "a frozen model is given as --actual_resume FILE"),
+    "-r {state} -t": (
+        1,
+        "it is the state of a run outside its folder; put it back into logs/<run>/checkpoints",
+    ),
+    f"--base {YAML} -t --data_root {{clear}} {IMAGES}.mask_weight=0.1": (1, "is transparent everywhere"),
+    f"--base {YAML} -t --embedding_manager_ckpt {{pair}}": (
+        1,
+        "its vectors have width 768 and 1280, and the text encoder of this model has 128",
+    ),
     "-r {vectors} -t": (1, "it holds vectors; a new run begins from them"),
     # A run that is resumed keeps its words, its method and its model.
     f"-r {{run}} -t {WORDS}.num_vectors_per_token=2": (2, "keeps its number of vectors, 1; 2 is asked for"),
@@ -291,6 +300,11 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     (tmp_path / "templates").write_text("a photo of 1\n")
     vectors = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.zeros(1, 768)}}
     torch.save(vectors, tmp_path / "vectors")
+    state = {"embedding_manager.string_to_param_dict.*": torch.zeros(1, 128)}
+    torch.save({"state_dict": state, "loops": {}, "global_step": 1}, tmp_path / "state")
+    torch.save({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, tmp_path / "pair")
+    (tmp_path / "clear").mkdir()
+    Image.new("RGBA", (32, 32)).save(tmp_path / "clear" / "a.png")
     unet = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "in_channels": 4}
     for name, content in (
         ("model_index.json", json.dumps({"_class_name": "StableDiffusionPipeline"})),
@@ -306,7 +320,7 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     (run / "configs" / "project.yaml").write_bytes((ROOT / YAML).read_bytes())
     (run / "checkpoints" / "last.ckpt").write_bytes(b"a state")
     folders = ("plain", "damaged", "captioned", "run", "cut", "tiny", "black", "wide")
-    folders += ("templates", "vectors", "sd1", "aside")
+    folders += ("templates", "vectors", "sd1", "aside", "state", "pair", "clear")
     places = {name: tmp_path / name for name in folders} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(

@@ -14,7 +14,7 @@ from ldm import prompts, words
 from ldm.files import read_text
 from ldm.front_ends import setting
 from ldm.images import CAPTION_SUFFIXES, check_image_folder, check_masks, count_masked, no_masks
-from ldm.util import UserError, brief, shown
+from ldm.util import Problem, UserError, brief, shown
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,13 @@ class Captions:
         return text if named else f"{phrase}, {text}"
 
 
+def absent_key(name: str, key: str, held: Iterable[str]) -> Problem:
+    """The problem that samples do not hold the key by which a model reads them."""
+    path, keys = f"model.params.{name}", ", ".join(map(str, held))
+    rest = f", but the samples of data.params.train hold {keys}; name one of these"
+    return Problem(path, f"{path} is '{key}'", rest)
+
+
 def phrase(placeholder: str, coarse: str | Mapping[str, str] | None, placeholders: Sequence[str]) -> str:
     """Return the words that captions use for a placeholder: with its class in front, if it has one.
 
@@ -145,23 +152,24 @@ def check_dataset(params: Mapping[str, Any], roots: Any, checked: bool, learned:
     """Raise UserError for what is wrong with the first images of a dataset, and with what its params ask for.
 
     Args:
-        params: of the dataset; `checked` says that their values are known to fit.
+        params: of the dataset; `checked` says that they are all of them, and known to fit.
         roots: its `data_root`.
         learned: the words that the run learns, if they are known.
     """
     zoom = max((checked and params.get("zooms")) or [1])
     folders = roots if isinstance(roots, Mapping) else {params.get("placeholder_token") or "*": roots}
-    images = {str(word): check_image_folder(folder, zoom) for word, folder in folders.items()}
-    names = ("template_file", "per_image_tokens", "use_captions", "coarse_class_text")
+    images = {
+        words.check_word(word) if checked else str(word): check_image_folder(folder, zoom)
+        for word, folder in folders.items()
+    }
+    names = ("template_file", "per_image_tokens", "use_captions", *(["coarse_class_text"] if checked else []))
     check_captions(images, learned, **{name: params[name] for name in names if params.get(name)})
     if params.get("mask_weight") is not None:
         every = [path for paths in images.values() for path in paths]
         if not count_masked(every):
             raise no_masks(params["mask_weight"], every[0])
-        crop = {
-            name: params[name] for name in ("crops", "zooms", "center_crop") if checked and name in params
-        }
-        check_masks(every, **crop)
+        crop = {name: params[name] for name in ("crops", "zooms", "center_crop") if name in params}
+        check_masks(every, **(crop if checked else {"center_crop": False}))
 
 
 def check_captions(

@@ -9,8 +9,9 @@ import argparse
 import difflib
 import inspect
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +20,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import values
-from ldm.console import most_loader_processes
-from ldm.data.captions import SAMPLE_KEYS, check_dataset
+from ldm.console import too_many_loaders
+from ldm.data.captions import SAMPLE_KEYS, absent_key, check_dataset
 from ldm.files import NO_TENSORS, is_address, is_hub_id, why_unreadable
 from ldm.front_ends import setting
-from ldm.lr_scheduler import LambdaStepScheduler
 from ldm.model_kinds import ONLY_VECTORS
 from ldm.training import command_line, flags, hub, resuming, run_folder
 from ldm.training.callbacks import KNOWN_CALLBACKS, complete_lightning, rename_callbacks
@@ -36,7 +36,7 @@ from ldm.training.command_line import (
     accelerator_kind,
     parse_gpus,
 )
-from ldm.training.learning_rate import check_base_rate
+from ldm.training.learning_rate import check_base_rate, rate_problems
 from ldm.training.run_folder import RunFolder
 from ldm.util import (
     ConfigError,
@@ -47,11 +47,12 @@ from ldm.util import (
     absent_packages,
     accepts,
     config_problems,
+    current_path,
     default_of,
     get_obj_from_str,
+    misfits,
     raise_problems,
     refuse_foreign_target,
-    shown_value,
     stand_in,
 )
 from ldm.words import check_word, check_words, paired
@@ -68,7 +69,8 @@ from ldm.yaml_files import (
 logger = logging.getLogger(__name__)
 
 _LIGHTNING_KEYS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
-_OWN_DATASETS = "ldm.data.personalized"  # and personalized_style
+_OWN_DATA = "ldm.training.data.DataModuleFromConfig"
+_OWN_DATASETS = ("ldm.data.personalized.", "ldm.data.personalized_style.")
 _MODEL_KEYS = ("target", "params", "base_learning_rate")
 
 
@@ -156,12 +158,15 @@ def check_command_line(options: argparse.Namespace) -> None:
     with suppress(OmegaConfBaseException):  # the run says what is wrong with an interpolation
         trainer = OmegaConf.select(config, "lightning.trainer") or {}
         lengths = {f"lightning.trainer.{key}": trainer.get(key) for key in ("max_steps", "max_epochs")}
-        problems = [_misfits(key, value, int) for key, value in lengths.items() if value is not None]
+        problems = [misfits(key, value, int) for key, value in lengths.items() if value is not None]
         raise_problems([one for found in problems for one in found], place)
         parse_gpus(trainer.get("gpus"))
         kind = accelerator_kind(trainer.get("accelerator"))
         if kind == "mps" and sys.platform != "darwin":
-            raise UserError("accelerator is mps, an Apple GPU, and this is no Mac; leave it out")
+            key = "lightning.trainer.accelerator"
+            raise_problems(
+                [Problem(key, f"{key} is mps", ", an Apple GPU, and this is no Mac; use auto")], place
+            )
         if described:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
@@ -173,7 +178,7 @@ def check_command_line(options: argparse.Namespace) -> None:
             if folder is not None and saved is not None:
                 resuming.check_fixed(saved, config, folder, at_once=True)
         for dataset in _datasets(config):
-            if str(dataset["target"]).startswith(_OWN_DATASETS):
+            if current_path(str(dataset["target"])).startswith(_OWN_DATASETS):
                 own = None if options.data_root else (dataset.get("params") or {}).get("data_root")
                 if roots := own or config.get("data_root"):
                     trained = checked and dataset is OmegaConf.select(config, "data.params.train")
@@ -184,7 +189,8 @@ def check_command_line(options: argparse.Namespace) -> None:
 def _learned(config: DictConfig) -> list[str]:
     """The words that a run learns; none if more than the YAML says which they are."""
     params = OmegaConf.select(config, "model.params.personalization_config.params") or {}
-    if params.get("embedding_manager_ckpt") or params.get("per_image_tokens"):
+    ours = _learns_words_of_ours(config) and _target(config, "data") == _OWN_DATA
+    if not ours or params.get("embedding_manager_ckpt") or params.get("per_image_tokens"):
         return []
     return [word for word in paired(params.get("placeholder_strings"), None)[0] if isinstance(word, str)]
 
@@ -237,7 +243,7 @@ def _check_files(config: DictConfig) -> None:
             raise UserError(f"{shown} {NO_TENSORS['missing']}")
     if vectors and (why := why_unreadable(vectors)):
         raise UserError(f"'{vectors}': it {why}")
-    if vectors and node and _is_of_yaml(config):
+    if vectors and node and _is_of_yaml(config) and _learns_words_of_ours(config):
         check_vectors(vectors, node)
 
 
@@ -279,24 +285,8 @@ def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: Dict
 def _run_key_problems(config: DictConfig) -> Iterator[Problem]:
     for key, hint in RUN_TYPES.items():
         if key in config and not OmegaConf.is_missing(config, key):
-            yield from _misfits(key, config[key], hint)
-    model = config.get("model") or {}
-    rate = model.get("base_learning_rate")
-    key = "model.base_learning_rate"
-    if isinstance(rate, str):
-        try:
-            LambdaStepScheduler(rate)
-        except ConfigError as error:
-            yield Problem(key, key, f": {error}")
-    elif rate is not None:
-        yield from _misfits(key, rate, float)
-
-
-def _misfits(key: str, value: Any, hint: Any) -> Iterator[Problem]:
-    *above, name = key.split(".")
-    for found, misfit, requirement in values.misfits(name, value, hint):
-        where = ".".join([*above, found])
-        yield Problem(where, f"{where} is {shown_value(misfit)}", f"; it must be {requirement}")
+            yield from misfits(key, config[key], hint)
+    yield from rate_problems((config.get("model") or {}).get("base_learning_rate"))
 
 
 def seed_vectors(config: DictConfig) -> None:
@@ -407,7 +397,7 @@ def check_run_config(
             # `gpus` has a reader of its own; null is the default.
             if value is not None and key in TRAINER_OPTIONS:
                 hint = TRAINER_TYPES.get(key) or values.hint(kind, key)
-                problems += _misfits(f"lightning.trainer.{key}", value, hint)
+                problems += misfits(f"lightning.trainer.{key}", value, hint)
         completed = complete_lightning(
             lightning,
             personalization=OmegaConf.select(config, "model.params.personalization_config") is not None,
@@ -430,23 +420,35 @@ def check_run_config(
             problems += config_problems(node, where, find)
         if not problems:
             problems += _data_problems(config)
-            problems += absent_packages(config) if find is stand_in else ()
+            problems += absent_packages(nodes) if find is stand_in else ()
     raise_problems(problems, place)
     words = OmegaConf.select(config, "model.params.personalization_config.params") or {}
-    check_words(words, _most_vectors(config))
+    check_words(words, _most_vectors(config) if words else None)
 
 
 def _most_vectors(config: DictConfig) -> int | None:
     """The most vectors that a prompt has room for between its first and its last token; None if that is not known."""
-    encoder = OmegaConf.select(config, "model.params.cond_stage_config") or {}
-    if not str(encoder.get("target")).startswith("ldm.") or not _is_of_yaml(config):
+    encoder = _target(config, "model.params.cond_stage_config")
+    if not (encoder.startswith("ldm.") and _learns_words_of_ours(config) and _is_of_yaml(config)):
         return None
+    params = OmegaConf.select(config, "model.params.cond_stage_config.params") or {}
     length, sequence = (
-        (encoder.get("params") or {}).get(name) or default_of(stand_in(encoder["target"]), name)
-        for name in ("max_length", "max_seq_len")
+        params.get(name) or default_of(stand_in(encoder), name) for name in ("max_length", "max_seq_len")
     )
     most = length or sequence
     return most - 2 if isinstance(most, int) else None
+
+
+def _target(config: DictConfig, key: str) -> str:
+    """The current path of the class that a node names; "" if it names none."""
+    node = OmegaConf.select(config, key)
+    target = node.get("target") if isinstance(node, Mapping) else None
+    return current_path(str(target)) if target else ""
+
+
+def _learns_words_of_ours(config: DictConfig) -> bool:
+    """Whether the personalization is a class of this project; another may have words and files as it likes."""
+    return _target(config, "model.params.personalization_config").startswith("ldm.")
 
 
 def _is_of_yaml(config: DictConfig) -> bool:
@@ -469,27 +471,31 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
     if isinstance(sampled, int) and isinstance(steps, int) and sampled > steps:
         yield Problem(key, f"{key} is {sampled}", f", and the model has {steps} timesteps; use fewer")
     encoder, words, optimizer = (
-        str(OmegaConf.select(config, f"model.params.{name}_config.target") or "")
+        _target(config, f"model.params.{name}_config")
         for name in ("cond_stage", "personalization", "optimizer")
     )
     ancestors = {one.__name__ for one in getattr(words and stand_in(words), "__mro__", ())}
-    if encoder.endswith(".FrozenSDXLEmbedder") and ancestors & {"ShapedWords", "ContextRegularised"}:
+    weight = OmegaConf.select(config, "model.params.personalization_config.params.context_weight")
+    more = ancestors & {"ShapedWords", *(["ContextRegularised"] if weight != 0 else [])}
+    if more and encoder.endswith(".FrozenSDXLEmbedder"):
         yield Problem(
             "model.params.personalization_config.target",
             "personalization_config",
             f": {words} {ONLY_VECTORS}",
         )
-    if optimizer.endswith(".SparseAdam"):
+    if re.fullmatch(r"torch\.optim\.(sparse_adam\.)?SparseAdam", optimizer):
         key = "model.params.optimizer_config.target"
         yield Problem(
             key, f"{key} is {optimizer}", ", which takes sparse gradients alone; use torch.optim.AdamW"
         )
-    most_loader_processes(OmegaConf.select(config, "data.params.num_workers"))
-    dataset = OmegaConf.select(config, "data.params.train") or {}
-    if str(dataset.get("target")).startswith(_OWN_DATASETS):
+    if _target(config, "data") == _OWN_DATA:
+        key = "data.params.num_workers"
+        if why := too_many_loaders(OmegaConf.select(config, key)):
+            yield Problem(key, key, f" {why}")
         for name in ("first_stage_key", "cond_stage_key"):
             chosen = OmegaConf.select(config, f"model.params.{name}")
-            if chosen is not None and chosen not in SAMPLE_KEYS:
+            own = _target(config, "data.params.train").startswith(_OWN_DATASETS)
+            if own and chosen is not None and chosen not in SAMPLE_KEYS:
                 yield absent_key(name, chosen, SAMPLE_KEYS)
     multiple = size_multiple(config) if _is_of_yaml(config) else None
     for split in DATASETS:
@@ -500,13 +506,6 @@ def _data_problems(config: DictConfig) -> Iterator[Problem]:
             yield Problem(
                 key, f"{key} is {size}", f"; this model needs a multiple of {multiple}; try {nearest}"
             )
-
-
-def absent_key(name: str, key: str, held: Iterable[str]) -> Problem:
-    """The problem that samples do not hold the key by which a model reads them."""
-    path, keys = f"model.params.{name}", ", ".join(map(str, held))
-    rest = f", but the samples of data.params.train hold {keys}; name one of these"
-    return Problem(path, f"{path} is '{key}'", rest)
 
 
 def _take_run_flags(config: DictConfig, options: argparse.Namespace) -> None:

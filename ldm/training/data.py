@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ldm import random_state
-from ldm.console import most_loader_processes
+from ldm.console import most_loader_processes, too_many_loaders
 from ldm.util import UserError, check_integer, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         check_integer(num_workers or 0, "data.params.num_workers", minimum=0)
         nodes = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.batch_size = batch_size
-        most = most_loader_processes(num_workers)
+        if why := too_many_loaders(num_workers):
+            raise UserError(f"data.params.num_workers {why}")
+        most = most_loader_processes()
         self.num_workers = min(batch_size * 2, processors(), most) if num_workers is None else num_workers
         self.dataset_configs = {split: node for split, node in nodes.items() if node is not None}
         self.wrap = wrap

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.lr_scheduler import LambdaNamedScheduler, LambdaStepScheduler
-from ldm.util import ConfigError, UserError, instantiate_from_config
+from ldm.util import ConfigError, Problem, UserError, instantiate_from_config, misfits
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,18 @@ def set_learning_rate(
         f"learning rate {model.learning_rate:.2e} = {base:.2e} x {batch} (batch) x {processes} (processes) "
         f"x {accumulation} (accumulation); --scale_lr false uses the base alone{steps}"
     )
+
+
+def rate_problems(rate: Any) -> Iterator[Problem]:
+    """Yield the problems of a base rate: of a number, or of the text of a schedule by steps."""
+    key = "model.base_learning_rate"
+    if isinstance(rate, str):
+        try:
+            LambdaStepScheduler(rate)
+        except ConfigError as error:
+            yield Problem(key, key, f": {error}")
+    elif rate is not None:
+        yield from misfits(key, rate, float)
 
 
 def _described(scheduler: Mapping[str, Any], steps: int) -> str:

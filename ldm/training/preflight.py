@@ -11,14 +11,13 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings, random_state
-from ldm.data.captions import no_placeholder
+from ldm.data.captions import absent_key, no_placeholder
 from ldm.generate.embeddings import check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.training.callbacks.base import personalization_of
-from ldm.training.config import absent_key
 from ldm.util import UserError, get_obj_from_str, raise_problems
 from ldm.words import own_words
 

@@ -236,8 +236,6 @@ def _no_run(place: Path) -> str:
     """Why a place is not in a run folder, and what its user may mean."""
     if place.is_dir():
         return _no_run_folder(place)
-    if _holds_vectors(place):
-        return f"it holds vectors; a new run begins from them with {setting('begin', place)}"
     kind = file_kind(place)
     try:
         content = outline_of(place, kind).pickle.content if kind in ("zip", "pickle") else None
@@ -245,6 +243,8 @@ def _no_run(place: Path) -> str:
         content = None
     if isinstance(content, dict) and "loops" in content:
         return "it is the state of a run outside its folder; put it back into logs/<run>/checkpoints beside configs"
+    if _holds_vectors(place):
+        return f"it holds vectors; a new run begins from them with {setting('begin', place)}"
     return (
         f"it is not in a run folder, beside 'configs'; a frozen model is given as {setting('frozen_model')} FILE, and "
         f"{setting('resume', '-r')} names a run folder such as logs/<run>"
@@ -280,10 +280,11 @@ def _no_run_folder(place: Path) -> str:
 
 
 def _holds_vectors(path: Path) -> bool:
-    from ldm.base_models import what_holds
+    from ldm.base_models import no_embedding, what_holds
 
     try:
-        return what_holds(read_header(path).shapes) == EMBEDDING
+        shapes = read_header(path).shapes
+        return what_holds(shapes) == EMBEDDING and no_embedding(shapes) is None
     except UserError:
         return False
 

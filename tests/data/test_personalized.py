@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm import prompts
 from ldm.data import personalized, personalized_style
+from ldm.data.captions import SAMPLE_KEYS
 from ldm.data.personalized import ImageSet, PersonalizedBase
 from ldm.util import UserError
 
@@ -43,7 +44,7 @@ def test_a_sample(folder):
     dataset = PersonalizedBase(folder, size=32, flip_p=0)
     assert len(dataset) == 300 and dataset.num_images == 3
     sample = dataset[4]
-    assert set(sample) == {"image", "caption", "sizes"}
+    assert tuple(sample) == SAMPLE_KEYS
     assert sample["image"].shape == (32, 32, 3) and sample["image"].dtype == torch.float32
     expected = torch.tensor(COLOURS[1]) / 127.5 - 1
     assert torch.allclose(sample["image"][16, 28], expected) and (sample["image"][16, 3] == 1).all()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
+from ldm.base_models import CONFIGS
 from ldm.front_ends import speaking_as
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.training import command_line, config
 from ldm.training.callbacks import OLD_CALLBACK_NAMES, complete_lightning
 from ldm.training.command_line import parse
+from ldm.training.data import DataModuleFromConfig
 from ldm.util import ConfigError, UsageError, UserError
 from ldm.yaml_files import read_yaml
 
@@ -371,3 +377,77 @@ def test_a_yaml_of_stabilitys_generative_models_is_named(tmp_path):
         ConfigError, match=r"sd_xl_base.yaml' is a YAML of Stability's generative-models.*leave it out"
     ):
         config.check_command_line(parse(["--base", str(path), "-t"]))
+
+
+class Pool(EmbeddingManager):
+    """A personalization of one's own: its vectors share a position, and it has words that no YAML names."""
+
+
+class Renaming(DataModuleFromConfig):
+    """Data of one's own: its samples may have any keys."""
+
+
+class SparseAdam(torch.optim.Adam):
+    """Not the one of torch."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model.params.cond_stage_config=__is_unconditional__ model.params.personalization_config=null",
+        "model.params.cond_stage_config=__is_first_stage__ model.params.personalization_config=null",
+        f"model.params.personalization_config.target={__name__}.Pool {MANAGER}.num_vectors_per_token=64",
+        f"model.params.personalization_config.target={__name__}.Pool data.params.train.params.placeholder_token=@",
+        f"data.target={__name__}.Renaming model.params.first_stage_key=jpg data.params.num_workers=1000",
+        f"model.params.optimizer_config.target={__name__}.SparseAdam",
+        # A logger that Lightning no longer has is left out.
+        "lightning.logger.target=pytorch_lightning.loggers.TestTubeLogger",
+        "lightning.logger.target=test_tube.TestTubeLogger",
+        "lightning.trainer.resume_from_checkpoint=last.ckpt data.params.train.params.mask_weight=0.1 "
+        "data.params.train.params.center_crop=false",
+    ],
+)
+def test_what_is_no_mistake_is_not_refused(words: str, tiny_yaml: Path, tmp_path: Path) -> None:
+    """Classes of one's own may do as they like, and what is not known yet is left to the run."""
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    mask = Image.new("L", (64, 32))
+    mask.paste(255, (0, 0, 8, 32))
+    mask.save(tmp_path / "a-masklabel.png")
+    line = f"--base {tiny_yaml} -t --data_root {tmp_path} {words}"
+    config.check_command_line(parse(line.split()))
+
+
+def test_words_are_equal_in_their_composed_form(base: str, tmp_path: Path) -> None:
+    """The same letter, decomposed in one place and with a space that does not break in another."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    own = {"placeholder_strings": ["e\u0301", "my\u00a0cat"], "initializer_words": ["bear", "cat"]}
+    train = {
+        "data_root": {"e\u0301": str(tmp_path), "my\u00a0cat": str(tmp_path)},
+        "coarse_class_text": {"\u00e9": "bear", "my cat": "cat"},
+    }
+    nodes = {
+        "model": {"params": {"personalization_config": {"params": own}}},
+        "data": {"params": {"train": {"params": train}}},
+    }
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "own.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(nodes)))
+    config.check_command_line(parse(f"--base {tmp_path}/base.yaml {tmp_path}/own.yaml -t".split()))
+
+
+def test_models_of_the_hub_are_asked_for_before_their_words(tmp_path: Path) -> None:
+    """Their YAML is not known at once, nor are the words of the run."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    own = tmp_path / "own.yaml"
+    train = {"target": PERSONALIZED, "params": {"coarse_class_text": {"<cat>": "cat"}}}
+    own.write_text(OmegaConf.to_yaml({"data": {"params": {"train": train}}}))
+    model = "--pretrained_model_name_or_path some/model --placeholder_string <cat>"
+    config.check_command_line(parse(f"--base {own} {model} -t --data_root {tmp_path}".split()))
+
+
+def test_core_without_weight_is_one_vector_on_stable_diffusion_xl(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    yamls = f"{CONFIGS}/stable-diffusion/xl-finetune.yaml {CONFIGS}/personalization/core.yaml"
+    line = f"--base {yamls} -t --data_root {tmp_path}"
+    config.check_command_line(parse(f"{line} {MANAGER}.context_weight=0".split()))
+    with pytest.raises(ConfigError, match="CoRe learns more than vectors"):
+        config.check_command_line(parse(line.split()))
