@@ -267,8 +267,12 @@ def call(command: Sequence[object], folder: Path) -> float:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of both: as many threads as this benchmark has, and nothing asked of the network."""
-    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    """Return the environment of both: as many threads as this benchmark has, and nothing asked of the network.
+
+    Both keep the bytecode of their modules, as Python does unless it is told not to.
+    """
+    own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | own
 
 
 def size_of(model: Path) -> int:

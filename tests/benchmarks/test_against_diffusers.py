@@ -85,3 +85,13 @@ def test_comparisons_are_paired_by_creature() -> None:
     )
     assert "prospect_residual_fast takes 0.28" in report.notes[3] and "<= 0.3: met" in report.notes[3]
     assert set(OURS) == {"default", "fast", "prospect_residual", "prospect_residual_fast"}
+
+
+def test_both_keep_their_bytecode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As Python does by itself: otherwise every process of ours would compile this repository anew."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("ANOTHER", "kept")
+    (tmp_path / "module.py").write_text("x = 1")
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); import module; assert os.environ['ANOTHER'] == 'kept'"
+    call([sys.executable, "-c", code, tmp_path], tmp_path / "run")
+    assert list((tmp_path / "__pycache__").glob("module.*.pyc"))
