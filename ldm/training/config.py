@@ -122,8 +122,8 @@ def of_run(
 
 
 def check_command_line(options: argparse.Namespace) -> None:
-    """Check what needs no torch: YAMLs against the sources of their classes, that images and files are there, what the
-    file of a model is that no YAML describes, and what a resumed run keeps.
+    """Check what needs no torch: YAMLs against the sources of their classes, images with captions and masks, models
+    and vectors by the headers of their files, and what a resumed run keeps.
 
     Raises:
         UserError: as the run itself would, but at once.
