@@ -21,6 +21,7 @@ from ldm.model_kinds import (
     BY_SUFFIX,
     EMBEDDING,
     EMBEDDING_KIND,
+    FAMILIES,
     KINDS,
     NAME_AS_MODEL,
     OTHER_MODEL,
@@ -28,6 +29,7 @@ from ldm.model_kinds import (
     PARTS,
     PIPELINES,
     UNKNOWN,
+    Family,
     Kind,
     kind_of_folder,
 )
@@ -37,19 +39,11 @@ from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, 
 
 logger = logging.getLogger(__name__)
 
-Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
 Known = Literal["notes", "family", "guess"]
 # What a file is: its family, what its denoiser predicts, and how that is known.
 Found = tuple[Family, Prediction, Known]
 
 CONFIGS = CHECKOUT / "configs"
-FAMILIES: dict[Family, str] = {
-    "sd1": "Stable Diffusion 1",
-    "sd2": "Stable Diffusion 2",
-    "sdxl": "Stable Diffusion XL",
-    "ldm": "LDM text2img-large",
-    "embedded": "the embedded model",
-}
 # (family, whether it predicts v) -> the YAMLs that train a word on it and that generate with it.
 _YAMLS: dict[tuple[Family, bool], tuple[str, str]] = {
     ("sd1", False): ("stable-diffusion/v1-finetune.yaml", "stable-diffusion/v1-inference.yaml"),
@@ -264,6 +258,21 @@ def what_holds(shapes: Shapes) -> str | None:
     """Say what a file with these tensors is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown."""
     kind = _kind_of(Header(shapes, {}), "")
     return kind and kind.name
+
+
+def no_first_stage(source: str | Path, kind: Kind) -> CheckpointError:
+    """The error for a file of a kind that holds no first stage."""
+    lacks = "without a" if kind.name in FAMILIES.values() else "and no"
+    return CheckpointError(
+        f"'{source}' is {kind.name} {lacks} first stage (VAE); name the file or folder of one"
+    )
+
+
+def check_first_stage(source: str | Path) -> None:
+    """Raise CheckpointError for a file that cannot be read or is known to hold no first stage; models mostly do."""
+    kind = _kind_of(checked_header(Path(source)), Path(source).name)
+    if kind is not None and "VAE" not in kind.name and kind.name not in FAMILIES.values():
+        raise no_first_stage(source, kind)
 
 
 # Of the tensors, enough to know what a file is.

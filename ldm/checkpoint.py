@@ -18,13 +18,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ldm.base_models import (
-    FAMILIES,
     BaseModel,
     ask_for_prediction,
     check_family,
     family_of,
     family_of_first_stage,
     fitting,
+    no_first_stage,
     recognise,
     what_is,
 )
@@ -32,6 +32,7 @@ from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
 from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
 from ldm.files import is_hub_id
 from ldm.front_ends import setting
+from ldm.model_kinds import FAMILIES
 from ldm.util import (
     ConfigError,
     UserError,
@@ -246,10 +247,7 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
         kind = what_is(source) if Path(source).is_file() else None
         if kind is None or "VAE" in kind.name:
             raise
-        lacks = "without a" if kind.name in FAMILIES.values() else "and no"
-        raise CheckpointError(
-            f"'{source}' is {kind.name} {lacks} first stage (VAE); name the file or folder of one"
-        ) from error
+        raise no_first_stage(source, kind) from error
     family = base.family if base is not None else family_of(node)
     own = family_of_first_stage(Path(source)) if Path(source).is_file() else None
     if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:

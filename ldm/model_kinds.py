@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ldm.front_ends import setting
 
 if TYPE_CHECKING:
     from ldm.weights import Folder
+
+
+Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
+FAMILIES: dict[Family, str] = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+    "ldm": "LDM text2img-large",
+    "embedded": "the embedded model",
+}
 
 
 class Kind(NamedTuple):

@@ -229,6 +229,8 @@ ANSWERED_AT_ONCE = {
         "shows anything of its mask; crop the image",
     ),
     # Of the vectors to begin from, and of models.
+    f"--base {YAML} -t --vae {{vectors}}": (1, "is a textual inversion embedding and no first stage (VAE)"),
+    f"--base {YAML} -t -l {{templates}}": (1, "templates' is a file; choose another folder with --logdir"),
     f"--base {YAML} -t --embedding_manager_ckpt {MODEL}": (1, "it is the embedded model, not an embedding"),
     f"--base {YAML} -t --embedding_manager_ckpt {{vectors}}": (
         1,

@@ -171,6 +171,7 @@ def check_command_line(options: argparse.Namespace) -> None:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
+            run_folder.check_logdir(options.logdir)
         # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
         checked = bool(described) and not trainer.get("resume_from_checkpoint")
         if checked:
@@ -224,23 +225,29 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
 
 
 def _check_files(config: DictConfig) -> None:
-    from ldm.base_models import check_family, check_vectors, checked_header, fitting, recognise
+    from ldm.base_models import (
+        check_family,
+        check_first_stage,
+        check_vectors,
+        checked_header,
+        fitting,
+        recognise,
+    )
 
     node, model, vae = (config.get(key) for key in ("model", "actual_resume", "vae"))
     vectors = config.get("embedding_manager_ckpt")
     for key, source in (("actual_resume", model), ("vae", vae)):
-        shown = f"checkpoint '{source}'"
         if source == "":
             raise UserError(f"{key} is empty; name a file, a folder or a hub id, or leave it out")
         if source and (Path(source).is_file() or is_address(source)):
             if key == "actual_resume" and node:
                 fitting(source, node)
             else:
-                checked_header(Path(source))
+                (check_first_stage if key == "vae" else checked_header)(Path(source))
         if key == "actual_resume" and node and source and Path(source).is_dir():
             check_family(recognise(source, config.get("variant")), node)
         if source and not Path(source).exists() and not is_hub_id(str(source)):
-            raise UserError(f"{shown} {NO_TENSORS['missing']}")
+            raise UserError(f"checkpoint '{source}' {NO_TENSORS['missing']}")
     if vectors and (why := why_unreadable(vectors)):
         raise UserError(f"'{vectors}': it {why}")
     if vectors and node and _is_of_yaml(config) and _learns_words_of_ours(config):

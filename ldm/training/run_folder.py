@@ -169,6 +169,20 @@ def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
 _NEWEST = ("latest", "last")
 
 
+def check_logdir(logdir: str | Path) -> None:
+    """Raise UserError if the folder of runs is a file, or cannot be written or made; nothing is made."""
+    place = Path(logdir)
+    while not os.path.exists(place) and place != place.parent:  # False for what no path can be
+        place = place.parent
+    reason = "" if os.access(place, os.W_OK) else "Permission denied"
+    if not place.is_dir():
+        reason = f"'{place}' is a file"
+    if reason:
+        raise UserError(
+            f"cannot write in '{logdir}': {reason}; choose another folder with {setting('logdir')}"
+        )
+
+
 def latest_run(logdir: str | Path) -> Path | None:
     """The run in a folder whose state was saved last; None if there is none."""
     states = sorted(Path(logdir).glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
