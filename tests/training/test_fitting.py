@@ -21,6 +21,8 @@ import main
 from ldm import embeddings, files
 from ldm.data import personalized
 from ldm.training.fitting import is_out_of_memory, kill_others_on_failure
+from ldm.training.run_folder import locked
+from ldm.util import UserError
 from tests.training.runs import only_run, start, state_of
 
 ROOT = Path(main.__file__).parent
@@ -195,7 +197,9 @@ def test_unwritable_log(start_run, capsys, monkeypatch) -> None:
 def test_unwritable_run_folder(start_run, capsys) -> None:
     Path("taken").write_text("a file")
     assert start_run("-l", "taken/logs") == 1
-    assert "cannot write in 'taken/logs/" in error_of(capsys)
+    assert "cannot write in 'taken/logs': 'taken' is a file; choose another folder" in error_of(capsys)
+    with pytest.raises(UserError, match="cannot write in 'taken/logs/run'"), locked("taken/logs/run"):
+        pass
 
 
 def test_deleted_images_with_cached_latents(start_run, capsys, monkeypatch) -> None:
