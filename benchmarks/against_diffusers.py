@@ -269,7 +269,7 @@ def call(command: Sequence[object], folder: Path) -> float:
 def environment() -> dict[str, str]:
     """Return the environment of both: as many threads as this benchmark has, and nothing asked of the network.
 
-    Both keep the bytecode of their modules, as Python does unless it is told not to.
+    Both keep the bytecode of their modules, as Python does by default.
     """
     own = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | own

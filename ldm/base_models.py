@@ -269,7 +269,7 @@ def no_first_stage(source: str | Path, kind: Kind) -> CheckpointError:
 
 
 def check_first_stage(source: str | Path) -> None:
-    """Raise CheckpointError for a file that cannot be read or is known to hold no first stage; models mostly do."""
+    """Raise CheckpointError for a file that cannot be read, or is neither a model nor a first stage."""
     kind = _kind_of(checked_header(Path(source)), Path(source).name)
     if kind is not None and "VAE" not in kind.name and kind.name not in FAMILIES.values():
         raise no_first_stage(source, kind)

@@ -80,7 +80,7 @@ FOLDER_PARTS: dict[str, str] = {
     "MotionAdapter": "a motion module of AnimateDiff",
 }
 NAME_AS_MODEL = f"name it as the model ({setting('model')}), and an embedding here"
-# What a method is told that shapes the states of one text encoder.
+# The end of the error for a method that shapes the states of one text encoder.
 ONLY_VECTORS = (
     "learns more than vectors, which is not possible for Stable Diffusion XL yet; use "
     "ldm.modules.embedding_manager.EmbeddingManager"

@@ -164,14 +164,13 @@ def check_command_line(options: argparse.Namespace) -> None:
         kind = accelerator_kind(trainer.get("accelerator"))
         if kind == "mps" and sys.platform != "darwin":
             key = "lightning.trainer.accelerator"
-            raise_problems(
-                [Problem(key, f"{key} is mps", ", an Apple GPU, and this is no Mac; use auto")], place
-            )
+            raise_problems([Problem(key, f"{key} is mps", ", and this is no Mac; use auto")], place)
         if described:
             check_base_rate(config)
         if not resume:  # what a run was begun from may be gone, and may not be another
             _check_files(config)
-            run_folder.check_logdir(options.logdir)
+            if options.train:
+                run_folder.check_logdir(options.logdir)
         # Lightning 1.x resumed by this key; the run takes the rest from what it resumes.
         checked = bool(described) and not trainer.get("resume_from_checkpoint")
         if checked:
@@ -426,7 +425,7 @@ def check_run_config(
                 )
             problems += config_problems(node, where, find)
         if not problems:
-            problems += _data_problems(config)
+            problems += _joint_problems(config)
             problems += absent_packages(nodes) if find is stand_in else ()
     raise_problems(problems, place)
     words = OmegaConf.select(config, "model.params.personalization_config.params") or {}
@@ -464,8 +463,8 @@ def _is_of_yaml(config: DictConfig) -> bool:
     return source is None or Path(source).is_file()
 
 
-def _data_problems(config: DictConfig) -> Iterator[Problem]:
-    """Problems of the data node that only the model's shows; both are valid by themselves."""
+def _joint_problems(config: DictConfig) -> Iterator[Problem]:
+    """Problems that only several nodes together show, such as the data's and the model's; each is valid by itself."""
     from ldm.images import size_multiple
 
     node = config["data"]

@@ -169,6 +169,10 @@ def place_to_resume(options: argparse.Namespace) -> tuple[str, str]:
 _NEWEST = ("latest", "last")
 
 
+def _not_writable(folder: str | Path, reason: str | None) -> UserError:
+    return UserError(f"cannot write in '{folder}': {reason}; choose another folder with {setting('logdir')}")
+
+
 def check_logdir(logdir: str | Path) -> None:
     """Raise UserError if the folder of runs is a file, or cannot be written or made; nothing is made."""
     place = Path(logdir)
@@ -178,9 +182,7 @@ def check_logdir(logdir: str | Path) -> None:
     if not place.is_dir():
         reason = f"'{place}' is a file"
     if reason:
-        raise UserError(
-            f"cannot write in '{logdir}': {reason}; choose another folder with {setting('logdir')}"
-        )
+        raise _not_writable(logdir, reason)
 
 
 def latest_run(logdir: str | Path) -> Path | None:
@@ -358,9 +360,7 @@ def locked(folder: str | Path, *, hold: bool = True) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"cannot write in '{folder}': {error.strerror}; choose another folder with {setting('logdir')}"
-        ) from error
+        raise _not_writable(folder, error.strerror) from error
     with file:
         try:
             _lock(file)
