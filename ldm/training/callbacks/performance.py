@@ -21,13 +21,14 @@ from ldm.util import UserError, check_integer
 
 logger = logging.getLogger(__name__)
 
-# Compiling a denoiser of the size of Stable Diffusion's takes one to three minutes. It makes a GPU step of 0.1 to 0.2 s
-# 1.15 times (RTX 3090) to 1.3 times (A100, 4 images) as fast (Hugging Face's figures for torch 2.0).
-LEAST_STEPS = 2000
+# Compiling a denoiser of the size of Stable Diffusion's took more than four minutes on one H200 with 16 cores. It makes
+# a GPU step of 0.1 to 0.2 s 1.15 times (RTX 3090) to 1.3 times (A100, 4 images) as fast (Hugging Face's figures for
+# torch 2.0): some 0.025 s for each step.
+LEAST_STEPS = 10_000
 # A CUDA graph has nothing to compile. With a denoiser of the size of Stable Diffusion's at 512 x 512 on one H200, the
-# first steps took 17 to 24 s instead of 1 to 9, and a later one 60 ms instead of 110 to 144 (batch 1), 69 instead of
-# 125 (batch 4): it pays from 150 to 460 steps on.
-LEAST_GRAPH_STEPS = 500
+# first steps took 8 to 23 s longer, and a later one 60 to 90 ms instead of 110 to 144 (batch 1), 69 instead of 125
+# (batch 4): it paid from 150, 460 and 630 steps on.
+LEAST_GRAPH_STEPS = 700
 
 # The backend of torch.compile that records the kernels of eager mode as CUDA graphs.
 GRAPHS = "cudagraphs"
@@ -45,8 +46,8 @@ class CompiledDenoiser(Callback):
     the run begins three minutes later, with what was kept eleven seconds (`benchmarks.compiled`).
 
     Args:
-        least_steps: the fewest steps that are left of a run that is compiled; by default 2,000, of a graph 500, and on
-            a CPU none is.
+        least_steps: the fewest steps that are left of a run that is compiled; by default 10,000, of a graph 700, and
+            on a CPU none is.
         backend, mode, dynamic: arguments of torch.compile.
         graph: on CUDA, record the kernels of the denoiser, forward and backward, as a CUDA graph, which is launched at
             once, and compile nothing: for a fast GPU or a small batch, where Python is slower than the GPU. Each size

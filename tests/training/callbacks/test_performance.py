@@ -99,12 +99,12 @@ def test_by_default_a_cpu_compiles_nothing(model, monkeypatch, caplog, device: s
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(1) or function)
     monkeypatch.setattr(type(model), "device", torch.device(device))
-    CompiledDenoiser().on_train_start(trainer_of(), model)
+    CompiledDenoiser().on_train_start(trainer_of(10_000), model)
     assert compiled == [1] * (device == "cuda")
     assert (caplog.messages == []) == (device == "cuda")
     assert device == "cuda" or caplog.messages[0].startswith("compiled: not used on a CPU")
-    CompiledDenoiser().on_train_start(trainer_of(1999), model)
-    assert "1999 steps (least_steps: 2000)" in caplog.text or device == "cpu"
+    CompiledDenoiser().on_train_start(trainer_of(9999), model)
+    assert "9999 steps (least_steps: 10000)" in caplog.text or device == "cpu"
 
 
 def test_what_is_compiled_is_kept_in_the_users_cache(model, cache, monkeypatch) -> None:
@@ -148,7 +148,7 @@ def test_a_graph_of_the_step_is_for_cuda(model, monkeypatch, caplog, device: str
             CompiledDenoiser(graph=True, **{name: "eager"})
 
 
-@pytest.mark.parametrize(("graph", "left", "compiled"), [(True, 499, 0), (True, 500, 1), (False, 1999, 0)])
+@pytest.mark.parametrize(("graph", "left", "compiled"), [(True, 699, 0), (True, 700, 1), (False, 9999, 0)])
 def test_a_graph_pays_in_a_shorter_run(model, monkeypatch, graph: bool, left: int, compiled: int) -> None:
     found = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: found.append(1) or function)
