@@ -1,17 +1,19 @@
 """What a file of `torch.save` holds: everything but the numbers of its tensors, read without running code.
 
-Both readers begin here: that of embeddings, which then reads the numbers that it needs, and that of models, which
-recognises a file by its names and shapes.
+Both readers begin here: that of embeddings, which then reads the numbers that it needs, or none if it is asked for the
+words only, and that of models, which recognises a file by its names and shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import struct
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ldm.pickles import MAX_PICKLE, Pickle, PickleError, interpret
 from ldm.util import UserError, shown
@@ -34,6 +36,48 @@ def unzipped(path: Path) -> Iterator[zipfile.ZipFile]:
         raise
     except Exception as error:  # zipfile raises many classes on damaged archives
         raise PickleError(f"it is damaged or cut off ({shown(str(error))}); download it again") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """A tensor of a file whose numbers have not been read, so that torch, which takes seconds, is not needed.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: the name of its type in torch; "" if it is not known.
+        stored: reads the bytes of its numbers; None if they are not known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = ""
+    stored: Callable[[], bytes] | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Unread:
+        count = len(range(len(self))[rows]) if isinstance(rows, slice) else len(rows)
+        return Unread((count, *self.shape[1:]), self.dtype)
+
+    def split(self, sizes: Sequence[int], dim: int) -> list[Unread]:
+        """The parts of these sizes along an axis."""
+        return [Unread((*self.shape[:dim], size, *self.shape[dim + 1 :]), self.dtype) for size in sizes]
+
+    def may_equal(self, other: Unread) -> bool:
+        """Whether both may have the same numbers; what different types store is not compared."""
+        if self.shape != other.shape or self.stored is None or other.stored is None:
+            return self.shape == other.shape
+        return self.dtype != other.dtype or self.stored() == other.stored()
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value of a file is a tensor, read or not."""
+    torch = sys.modules.get("torch")  # without it nobody can have made one
+    return isinstance(value, Unread) or (torch is not None and isinstance(value, torch.Tensor))
 
 
 @dataclass

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ldm import words
+from ldm.outlines import Unread, is_tensor
 from ldm.util import UserError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ _CASTS: dict[str, Callable[[Any], Any]] = {"str": noted_text, "int": _integer, "
 
 MAX_VECTORS = 1024
 MAX_WIDTH = 16384
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 class EmbeddingError(UserError):
@@ -189,7 +190,8 @@ class Concept:
 
     Attributes:
         trigger: the word that stands for the vectors in a prompt; kept as `ldm.words.cleaned` returns it.
-        vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied.
+        vectors: [N, d] float32 on the CPU; given as [d] or [N, d] of any floating type and device, and copied. Those of
+            a file of which only the words were asked for are `ldm.outlines.Unread`.
         encoder: the kind of text encoder, a key of `ENCODER_KINDS` or "clip"; None if it is not known.
         part: "" for ordinary vectors, "negative" for those of a DreamArtist pair, "output" for vectors that are
             added after the encoder.
@@ -238,7 +240,7 @@ class Concept:
     @property
     def whole(self) -> Tensor:
         """All vectors [N + M, d]: those in use, then those that are not."""
-        return self.vectors if self.unused is None else torch.cat([self.vectors, self.unused])
+        return self.vectors if self.unused is None else _cat([self.vectors, self.unused], 0)
 
     @property
     def models(self) -> str:
@@ -446,7 +448,7 @@ class LearnedEmbeddings:
                     f"{name}'{shown(trigger, 30)}' has {len(rows[0])} vectors for the first text encoder of Stable "
                     f"Diffusion XL and {len(rows[1])} for the second; both must have as many"
                 )
-            pairs[trigger] = torch.cat(rows, dim=1)
+            pairs[trigger] = _cat(rows, 1)
         return pairs
 
 
@@ -498,17 +500,38 @@ def _log_once(trigger: str, kept: str) -> None:
     logger.warning("the word '%s' of a file cannot be used in prompts: write '%s' instead", trigger, kept)
 
 
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    if isinstance(parts[0], Unread):
+        shape = list(parts[0].shape)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        joined: Any = Unread(tuple(shape))
+        return joined
+
+    import torch
+
+    return torch.cat(list(parts), dim=dim)
+
+
 def check_vectors(vectors: Any, name: str) -> Tensor:
-    """Return a [N, d] float32 copy on the CPU; raises EmbeddingError, naming `name`, if they cannot be vectors."""
-    if not isinstance(vectors, Tensor):
+    """Return a [N, d] float32 copy on the CPU, of what is unread an unread [N, d].
+
+    Raises EmbeddingError, naming `name`, if they cannot be vectors.
+    """
+    if not is_tensor(vectors):
         raise EmbeddingError(f"{name} is not a tensor but {type(vectors).__name__}")
-    if vectors.layout is not torch.strided or vectors.is_quantized or vectors.is_meta:
+    unread = isinstance(vectors, Unread)
+    if not unread and (str(vectors.layout) != "torch.strided" or vectors.is_quantized or vectors.is_meta):
         raise EmbeddingError(f"{name} is a sparse, quantized or meta tensor; save ordinary vectors")
     check_shape(tuple(vectors.shape), name)
-    if vectors.dtype not in _FLOATS:
-        raise EmbeddingError(
-            f"{name} has the type {str(vectors.dtype)[6:]}; vectors are floating-point numbers"
-        )
+    type_name = str(vectors.dtype).removeprefix("torch.")
+    if type_name not in (*_FLOATS, *([""] if unread else [])):
+        raise EmbeddingError(f"{name} has the type {type_name}; vectors are floating-point numbers")
+    if unread:
+        rows: Any = dataclasses.replace(vectors, shape=(math.prod(vectors.shape[:-1]), vectors.shape[-1]))
+        return rows
+
+    import torch
+
     vectors = vectors.detach().to("cpu", torch.float32, copy=True).reshape(-1, vectors.shape[-1]).contiguous()
     if not torch.isfinite(vectors).all():
         raise EmbeddingError(f"{name} contains NaN or infinity; its training failed, so train it again")

@@ -9,17 +9,19 @@ import math
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from ldm.embeddings.concept import MAX_WIDTH, EmbeddingError
 from ldm.images import enlarged
+from ldm.outlines import Unread, is_tensor
 from ldm.util import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CELL = 8  # side of the squares of the visible pattern on the strips
 
@@ -89,8 +91,8 @@ _TENSOR = "TORCHTENSOR"
 _MIN_HEIGHT = 256
 
 
-def load_image_payload(path: Path) -> dict[str, Any]:
-    """Return the dict that an image carries.
+def load_image_payload(path: Path, numbers: bool = True) -> dict[str, Any]:
+    """Return the dict that an image carries, with tensors, or without `numbers` with `Unread` in their places.
 
     Raises EmbeddingError if it is damaged, carries none, or needs far more memory than the file has bytes.
     """
@@ -115,14 +117,14 @@ def load_image_payload(path: Path) -> dict[str, Any]:
     if text is None and payload is None:
         raise EmbeddingError("the image carries no embedding (web sites that re-save images remove it)")
     try:
-        return _decoded(text, payload, min(_MAX_JSON, _MAX_RATIO * size + _SLACK))
+        return _decoded(text, payload, min(_MAX_JSON, _MAX_RATIO * size + _SLACK), numbers)
     except EmbeddingError:
         raise
     except (ValueError, RecursionError, binascii.Error, zlib.error) as error:
         raise EmbeddingError("the image carries no embedding, or a damaged one (was it re-saved?)") from error
 
 
-def _decoded(text: str | None, payload: bytes | None, most: int) -> dict[str, Any]:
+def _decoded(text: str | None, payload: bytes | None, most: int, numbers: bool) -> dict[str, Any]:
     """Return the dict in a text chunk or in the bytes of the pixels, whose JSON has at most `most` bytes."""
     encoded = base64.b64decode(text) if text else _inflate(payload, most)
     if len(encoded) > most:
@@ -136,7 +138,7 @@ def _decoded(text: str | None, payload: bytes | None, most: int) -> dict[str, An
             raise EmbeddingError(
                 f"the image carries more than {_MAX_TENSORS} tensors; it is not an embedding"
             )
-        return _tensor_or_dict(value)
+        return _tensor_or_dict(value, numbers)
 
     content = json.loads(encoded, object_hook=decode)
     if not isinstance(content, dict):
@@ -181,16 +183,16 @@ def _inflate(payload: bytes | None, most: int) -> bytes:
 
 def _tensors(value: Any) -> list[Tensor]:
     values = value.values() if isinstance(value, dict) else [value]
-    return [item for item in values if isinstance(item, Tensor)]
+    return [item for item in values if is_tensor(item)]
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         return {_TENSOR: value.tolist()}
     raise TypeError(f"{type(value).__name__} cannot be stored in an image")
 
 
-def _tensor_or_dict(value: dict[str, Any]) -> Any:
+def _tensor_or_dict(value: dict[str, Any], as_tensor: bool) -> Any:
     """Return the tensor for `{"TORCHTENSOR": nested lists}`, and any other dict unchanged."""
     if set(value) != {_TENSOR}:
         return value
@@ -199,6 +201,12 @@ def _tensor_or_dict(value: dict[str, Any]) -> Any:
     if not isinstance(numbers, list) or len(numbers) > MAX_WIDTH:
         raise EmbeddingError("the vectors in the image are not lists of numbers")
     try:
-        return torch.tensor(rows, dtype=torch.float64).float()
+        array = np.array(rows, dtype=np.float64)
+        if not as_tensor:
+            return Unread(array.shape, "float32", array.astype(np.float32).tobytes)
+
+        import torch
+
+        return torch.from_numpy(array).float()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise EmbeddingError("the vectors in the image are not lists of numbers") from error

@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ldm.embeddings.concept import (
     EmbeddingError,
@@ -25,9 +23,13 @@ from ldm.embeddings.payload import METHOD, RECORD_KEY, Payload, open_payload, sa
 from ldm.embeddings.reader import read
 from ldm.embeddings.tensor_formats import is_xti, layers_of_xti
 from ldm.files import atomic_write
+from ldm.outlines import Unread
 from ldm.util import UserError, shown
 from ldm.values import is_finite
 from ldm.words import check_word
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 # The largest are networks of some hundred thousand numbers for each word.
@@ -142,19 +144,20 @@ def write_method_file(content: MethodFile, path: str | Path) -> Path:
     return atomic_write(Path(path), save)
 
 
-def read_method_file(path: str | Path) -> MethodFile | None:
+def read_method_file(path: str | Path, numbers: bool = True) -> MethodFile | None:
     """Read a file of a method, or the XTI file of another tool; None for any other file.
 
-    Raises EmbeddingError, one line with the path and the reason, for one that is damaged or of a later version.
+    `numbers` as for `read`. Raises EmbeddingError, one line with the path and the reason, for one that is damaged or of
+    a later version.
     """
     path = Path(path)
     try:
-        payload = open_payload(path)
+        payload = open_payload(path, numbers)
     except (UserError, OSError):
         return None  # whoever wants to read it as vectors says why it cannot be read
     try:
         if payload.record.format == METHOD:
-            return _parse(payload)
+            return _parse(payload, numbers)
         if is_xti(payload.names):
             return _of_another_tool(payload)
     except UserError as error:
@@ -162,14 +165,17 @@ def read_method_file(path: str | Path) -> MethodFile | None:
     return None
 
 
-def read_words(path: str | Path) -> LearnedEmbeddings | MethodFile:
-    """What is in a file of vectors of any tool, or of a method; EmbeddingError if it is neither."""
-    return read_method_file(path) or read(path)
+def read_words(path: str | Path, numbers: bool = True) -> LearnedEmbeddings | MethodFile:
+    """What is in a file of vectors of any tool, or of a method; EmbeddingError if it is neither.
+
+    `numbers` as for `read`.
+    """
+    return read_method_file(path, numbers) or read(path, numbers=numbers)
 
 
 def triggers_of(path: str | Path) -> list[str]:
     """The words in a file of vectors or of a method; EmbeddingError if it is neither."""
-    return read_words(path).triggers
+    return read_words(path, numbers=False).triggers
 
 
 def _of_another_tool(payload: Payload) -> MethodFile:
@@ -186,7 +192,7 @@ def _of_another_tool(payload: Payload) -> MethodFile:
     )
 
 
-def _parse(payload: Payload) -> MethodFile:
+def _parse(payload: Payload, numbers: bool) -> MethodFile:
     values: Mapping[str, Any] = payload.record.values
     if values.get("version") != VERSION:
         raise EmbeddingError(
@@ -204,12 +210,9 @@ def _parse(payload: Payload) -> MethodFile:
     encoder, width, began = (values.get(name) for name in ("encoder", "width", "initializers"))
     began = began if isinstance(began, dict) else {}
     width = width if type(width) is int else 0
-    try:
-        tensors = load_file(payload.path)
-    except SafetensorError as error:
-        raise EmbeddingError(f"it is damaged ({shown(str(error), 80)})") from error
-    if not all(value.isfinite().all() for value in tensors.values()):
-        raise EmbeddingError("it holds NaN or infinity; train again with a lower learning rate")
+    tensors: dict[str, Any] = (
+        _tensors(payload) if numbers else {name: Unread(shape) for name, shape in payload.shapes.items()}
+    )
     return MethodFile(
         method,
         {check_word(word): count for word, count in words.items()},
@@ -222,6 +225,18 @@ def _parse(payload: Payload) -> MethodFile:
         {check_word(word): text for word in words if (text := noted_text(began.get(word)))},
         Metadata.from_values(known if isinstance(known := values.get("metadata"), dict) else {}),
     )
+
+
+def _tensors(payload: Payload) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(payload.path)
+    except SafetensorError as error:
+        raise EmbeddingError(f"it is damaged ({shown(str(error), 80)})") from error
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise EmbeddingError("it holds NaN or infinity; train again with a lower learning rate")
+    return tensors
 
 
 def _numbers(values: Any) -> dict[str, float | int]:

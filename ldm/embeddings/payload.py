@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from ldm.base_models import what_begins
 from ldm.embeddings import image_files
@@ -31,10 +28,14 @@ from ldm.embeddings.concept import (
     noted_text,
 )
 from ldm.files import file_kind, why_unreadable
-from ldm.outlines import SLACK, asks_for, outline_of, unzipped
+from ldm.outlines import SLACK, Unread, asks_for, is_tensor, outline_of, unzipped
 from ldm.pickles import MAX_DEPTH, Storage, TensorRecord, shapes_of, tensor_records
 from ldm.util import shown
 from ldm.words import cleaned
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 RECORD_KEY = "textual_inversion"
 # The format, in the record, of a file of words that are more than vectors; see ldm.embeddings.method_files.
@@ -93,7 +94,7 @@ class MetadataRecord:
         concepts = self._values.get("concepts")
         entry = concepts[index] if isinstance(concepts, list) and index < len(concepts) else None
         entry = entry if isinstance(entry, dict) else {}
-        width = vectors.shape[-1] if isinstance(vectors, Tensor) and vectors.ndim else 0
+        width = vectors.shape[-1] if is_tensor(vectors) and vectors.ndim else 0
         kind, part, token = entry.get("encoder"), entry.get("part"), entry.get("token")
         return Concept(
             trigger=entry["trigger"] if isinstance(entry.get("trigger"), str) else trigger,
@@ -143,13 +144,15 @@ _CHUNK = 2**20
 
 
 class TorchFile:
-    """A file of `torch.save`: what it holds, with `TensorRecord` for tensors, until `load` reads the numbers.
+    """A file of `torch.save`: what it holds, with `TensorRecord` for tensors, until `load` makes tensors of them.
+
+    Without `numbers` these are `Unread`, and torch is not needed.
 
     Raises EmbeddingError if it is not such a file, is damaged, or unpacks to far more than it has.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
-        self.path, self.size = path, path.stat().st_size
+    def __init__(self, path: Path, kind: str, numbers: bool = True) -> None:
+        self.path, self.size, self.numbers = path, path.stat().st_size, numbers
         outline = outline_of(path, kind)
         self.pickle, self._places = outline.pickle, outline.places
 
@@ -183,16 +186,23 @@ class TorchFile:
                 known[id(value)] = type(value)([self._loaded(item, known, depth + 1) for item in value])
         return known[id(value)]
 
-    def _tensor(self, record: TensorRecord) -> Tensor:
+    def _tensor(self, record: TensorRecord) -> Tensor | Unread:
+        if not self.numbers:
+            return Unread(record.shape, record.storage.dtype, lambda: bytes(self._stored(record)))
+
+        import torch
+
         dtype: torch.dtype = getattr(torch, record.storage.dtype)
         if not record.numel:
             return torch.zeros(record.shape, dtype=dtype)
-        item = record.storage.itemsize
-        data = self._numbers(record.storage, record.offset * item, record.span * item)
-        flat = torch.frombuffer(data, dtype=dtype)
+        flat = torch.frombuffer(self._stored(record), dtype=dtype)
         return flat.as_strided(record.shape, record.stride).clone()
 
-    def _numbers(self, storage: Storage, start: int, length: int) -> bytearray:
+    def _stored(self, record: TensorRecord) -> bytearray:
+        item = record.storage.itemsize
+        return self._part(record.storage, record.offset * item, record.span * item)
+
+    def _part(self, storage: Storage, start: int, length: int) -> bytearray:
         """Read a part of a storage; the other parts are read too, for the checksum, but not kept."""
         place = self._places.get(storage.key)
         total = storage.nbytes
@@ -218,15 +228,21 @@ class TorchFile:
 _MAX_HEADER = 16 * 2**20
 
 
-class TensorFile(Mapping[str, Tensor]):
+# The names that safetensors and torch give types of floating-point numbers; vectors have no other.
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class TensorFile(Mapping[str, Any]):
     """The tensors of a safetensors file by name, and the texts of its header as `metadata`.
+
+    Without `numbers` they are `Unread`, and torch is not needed.
 
     Opening it reads only the header. Raises EmbeddingError for a header that is damaged or far too large and, on
     access, for a tensor that is too large to be vectors.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, numbers: bool = True) -> None:
+        self.path, self.numbers = path, numbers
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -235,19 +251,31 @@ class TensorFile(Mapping[str, Tensor]):
                     f"its header should be {length} bytes long, the file has {size}; it is cut off or damaged"
                 )
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
-                self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self._shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+                self._types = {name: str(one.get_dtype()) for name, one in slices.items()}
         except Exception as error:  # safetensors raises several unrelated classes
             raise _damaged(error) from error
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | Unread:
         check_shape(self._shapes[name], f"'{shown(name)}'")
+        if not self.numbers:
+            kind = self._types[name]
+            return Unread(self._shapes[name], _FLOATS.get(kind, kind), lambda: self._stored(name))
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name).clone()
         except Exception as error:
             raise EmbeddingError(f"cannot read '{shown(name)}' ({shown(str(error))})") from error
+
+    def _stored(self, name: str) -> bytes:
+        with self.path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            first, last = json.loads(file.read(length))[name]["data_offsets"]
+            file.seek(8 + length + first)
+            return file.read(last - first)
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -265,6 +293,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: BinaryIO) -> None:
     """Write a safetensors file; equal tensors and metadata give equal bytes."""
+    from safetensors.torch import save
+
     data = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
     # safetensors writes metadata in random order, so the header is replaced by one in our order, padded the same.
     (length,) = struct.unpack("<Q", data[:8])
@@ -323,11 +353,14 @@ class Payload:
         return cleaned(self.path.stem)
 
 
-def open_payload(path: Path) -> Payload:
-    """Open a file, of which only names and shapes are read; raises EmbeddingError with the reason, without the path."""
+def open_payload(path: Path, numbers: bool = True) -> Payload:
+    """Open a file, of which only names and shapes are read, without `numbers` also later.
+
+    Raises EmbeddingError with the reason, without the path.
+    """
     kind = file_kind(path)
     if kind == "safetensors":
-        tensors = TensorFile(path)
+        tensors = TensorFile(path, numbers)
         names = frozenset(tensors.shapes)
         return Payload(path, kind, lambda: tensors, names, tensors.shapes, tensors.metadata)
     if kind == "image":
@@ -335,10 +368,10 @@ def open_payload(path: Path) -> Payload:
             raise EmbeddingError(
                 f"the image is {size / 2**20:.0f} MB, an embedding's is under {image_files.MAX_IMAGE_BYTES // 2**20}"
             )
-        content = image_files.load_image_payload(path)
+        content = image_files.load_image_payload(path, numbers)
         return Payload(path, kind, lambda: content, _text_keys(content))
     if kind in ("zip", "pickle"):
-        file = TorchFile(path, kind)
+        file = TorchFile(path, kind, numbers)
         held = file.pickle.content
         state = held.get("state_dict") if isinstance(held, dict) else None
         shapes = shapes_of(state if isinstance(state, dict) else held)

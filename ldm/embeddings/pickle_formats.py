@@ -10,11 +10,9 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from ldm.embeddings import image_files
 from ldm.embeddings.concept import (
@@ -27,8 +25,12 @@ from ldm.embeddings.concept import (
 )
 from ldm.embeddings.payload import RECORD_KEY, Payload, record_text
 from ldm.images import labelled
-from ldm.outlines import MAGIC
+from ldm.outlines import MAGIC, Unread, is_tensor
 from ldm.pickles import ParameterDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 # The token id of "*", the usual placeholder, in the vocabularies of CLIP and BERT.
 STAR_IDS = {"clip": 265, "bert": 1008}
@@ -48,9 +50,7 @@ def parse_original(payload: Payload) -> LearnedEmbeddings | None:
     concepts: list[Concept] = []
     for index, (trigger, value) in enumerate(vectors.items()):
         # The original always writes a ParameterDict, and has width 1280 for one model only: LDM with BERT.
-        is_bert = (
-            isinstance(held, ParameterDict) and isinstance(value, Tensor) and value.shape[-1:] == (1280,)
-        )
+        is_bert = isinstance(held, ParameterDict) and is_tensor(value) and value.shape[-1:] == (1280,)
         concept = record.concept(index, trigger, value, encoder="bert" if is_bert else None)
         if concept.token is None:
             concept = dataclasses.replace(concept, token=_token_id(tokens.get(trigger)))
@@ -68,7 +68,7 @@ def _entries(value: Any, name: str) -> dict[str, Any]:
         raise EmbeddingError(f"its {name} is not a mapping from words to tensors; the file is damaged")
     words_only = len(value) <= 4096 and all(isinstance(key, str) for key in value)
     if not words_only or not all(
-        tensor is None or isinstance(tensor, (Tensor, int)) for tensor in value.values()
+        tensor is None or isinstance(tensor, int) or is_tensor(tensor) for tensor in value.values()
     ):
         raise EmbeddingError(f"its {name} does not map words to tensors; the file is damaged")
     return dict(value)
@@ -81,6 +81,9 @@ def save_original(embeddings: LearnedEmbeddings, file: BinaryIO) -> None:
     `words_without_token`). Unused vectors are written after those in use; the progress then gives the number in use.
     Vectors of the second encoder of SDXL, which the original does not know, get a key of their own.
     """
+    import torch
+    from torch import nn
+
     tokens: dict[str, Tensor] = {}
     vectors: dict[str, nn.Parameter] = {}
     for concept in embeddings.concepts:
@@ -119,6 +122,8 @@ def _parameter_dict(vectors: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
     A ParameterDict stores its entries as attributes of a module, so its own interface refuses words with a dot
     ("cat.v2") and names of its methods ("values"). Its two internal dicts, which are what is saved, accept them.
     """
+    from torch import nn
+
     held = nn.ParameterDict()
     held._parameters.update(vectors)
     held._keys.update(dict.fromkeys(vectors))
@@ -127,8 +132,10 @@ def _parameter_dict(vectors: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
 
 def _token_id(token: Any) -> int | None:
     """Return the id in an entry of `string_to_token`, an int64 tensor of one element or an int; else None."""
-    if isinstance(token, Tensor):
-        if token.dtype is not torch.int64 or token.numel() != 1 or token.is_meta:
+    if isinstance(token, Unread):
+        return None
+    if is_tensor(token):
+        if str(token.dtype) != "torch.int64" or token.numel() != 1 or token.is_meta:
             return None
         token = int(token)
     return token if type(token) is int and 0 <= token < 2**31 else None
@@ -172,7 +179,7 @@ def parse_a1111(payload: Payload) -> LearnedEmbeddings | None:
 def _of_encoders(make: Callable[..., Concept], trigger: str, vectors: Any) -> list[Concept]:
     """Return the concept, or two where the rows hold both encoders of SDXL side by side, as HCP-Diffusion does."""
     widths = {name: ENCODER_KINDS[name].width for name in ("clip_l", "clip_g")}
-    if isinstance(vectors, Tensor) and vectors.ndim == 2 and vectors.shape[1] == sum(widths.values()):
+    if is_tensor(vectors) and vectors.ndim == 2 and vectors.shape[1] == sum(widths.values()):
         parts = vectors.split(list(widths.values()), dim=1)
         return [Concept(trigger, rows, name) for name, rows in zip(widths, parts, strict=True)]
     return [make(0, trigger, vectors)]
@@ -229,6 +236,8 @@ def _trigger(payload: Payload, name: str) -> str:
 
 
 def _heat_map(shades: torch.Tensor) -> Image.Image:
+    import torch
+
     side = int(len(shades) ** 0.5) or 1
     grey = (shades[: side * side].reshape(side, side) * 255).round().to(torch.uint8).numpy()
     return Image.fromarray(grey).resize((256, 256), Image.Resampling.NEAREST).convert("RGB")
@@ -266,6 +275,8 @@ class _Pickler(pickle.Pickler):
         self.storages: dict[int, tuple[str, torch.storage.TypedStorage]] = {}
 
     def persistent_id(self, obj: Any) -> Any:
+        import torch
+
         if not isinstance(obj, torch.storage.TypedStorage):
             return None
         key, _ = self.storages.setdefault(obj._cdata, (str(len(self.storages)), obj))
@@ -277,6 +288,8 @@ def save_legacy(content: Any, file: BinaryIO) -> None:
 
     Equal contents give equal bytes.
     """
+    import torch
+
     for head in (MAGIC, _PROTOCOL, _SYSTEM):
         pickle.dump(head, file, protocol=2)
     pickler = _Pickler(file)
@@ -292,6 +305,8 @@ def save_zip(content: Any, file: BinaryIO) -> None:
 
     AUTOMATIC1111 refuses an archive with any other entry as malicious. Equal contents give equal bytes.
     """
+    import torch
+
     whole = io.BytesIO()
     torch.save(content, whole)
     with zipfile.ZipFile(whole) as new, zipfile.ZipFile(file, "w") as old:

@@ -40,16 +40,19 @@ _OWN_PARSERS = {
 }
 
 
-def read(path: str | Path, instead: str = "generate and evaluate with them here") -> LearnedEmbeddings:
+def read(
+    path: str | Path, instead: str = "generate and evaluate with them here", numbers: bool = True
+) -> LearnedEmbeddings:
     """Read an embedding file of any known format, which is recognised by its content.
 
     Nothing in the file is run, imported or used as a path. Raises EmbeddingError, one line with the path and the
     reason, if the file is missing, damaged, too large, unknown or malicious, or holds words of a method that are more
-    than vectors (see `ldm.embeddings.method_files`); `instead` ends the line for the latter.
+    than vectors (see `ldm.embeddings.method_files`); `instead` ends the line for the latter. Without `numbers` the
+    vectors are `ldm.outlines.Unread`, and torch, which takes seconds to import, is not needed.
     """
     path = Path(path)
     try:
-        payload = open_payload(path)
+        payload = open_payload(path, numbers)
         if payload.record.format == METHOD:
             raise EmbeddingError(more_than_vectors(payload.record.values.get("method"), instead))
         if is_xti(payload.names):

@@ -8,8 +8,6 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, BinaryIO
 
-from torch import Tensor
-
 from ldm.embeddings.concept import (
     ENCODER_KINDS,
     Concept,
@@ -21,6 +19,7 @@ from ldm.embeddings.concept import (
     quoted,
 )
 from ldm.embeddings.payload import RECORD_KEY, Payload, modelspec_header, record_text, save_tensors
+from ldm.outlines import Unread, is_tensor
 from ldm.words import MAX_LENGTH
 
 _EMB_PARAMS = "emb_params"
@@ -31,7 +30,7 @@ def parse_emb_params(payload: Payload) -> LearnedEmbeddings | None:
     if _EMB_PARAMS not in payload.names:
         return None
     vectors = payload.content[_EMB_PARAMS]
-    if not isinstance(vectors, Tensor):
+    if not is_tensor(vectors):
         raise EmbeddingError(f"its {_EMB_PARAMS} is not a tensor but {type(vectors).__name__}")
     header, record = payload.header, payload.record
     architecture = header.get("modelspec.architecture", "")
@@ -263,9 +262,10 @@ def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
     cloneofsimo's `.pt` is the same with several words. It must be tried last, because any word can be a key.
     """
     record = payload.record
-    if isinstance(payload.content, Tensor):
+    if is_tensor(payload.content):
         concept = record.concept(0, payload.stem, payload.content)
-        if len(concept.vectors) == 1 and concept.width == 768 and concept.vectors.norm() > _LARGEST_NORM:
+        read = not isinstance(concept.vectors, Unread)
+        if read and concept.vectors.shape == (1, 768) and concept.vectors.norm() > _LARGEST_NORM:
             raise EmbeddingError(
                 f"it is a bare vector of norm {concept.vectors.norm():.1f}, an aesthetic gradient (the mean of CLIP's "
                 "image features), not an embedding of a word; name a file of textual inversion"
@@ -277,7 +277,7 @@ def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
     if not record and not _are_words(payload):
         raise EmbeddingError(f"it is a model or LoRA, not an embedding (it holds {quoted(keys[:3])})")
     values = {key: payload.content[key] for key in payload.content}
-    if not all(isinstance(value, Tensor) for value in values.values()):
+    if not all(is_tensor(value) for value in values.values()):
         return None
     second = _SECOND_FILE.search(payload.path.stem)
     concepts = tuple(

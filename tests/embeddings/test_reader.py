@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.embeddings import EmbeddingError, read
+from ldm.embeddings import EmbeddingError, merge, read, write
+from ldm.embeddings.method_files import triggers_of
+from ldm.outlines import Unread
 from ldm.util import UserError
-from tests.embeddings.samples import FOREIGN, rebuilt, refused, saved, vectors
+from tests.embeddings.samples import FOREIGN, learned, progressive, rebuilt, refused, saved, vectors
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.client_files
 
@@ -26,6 +33,49 @@ def test_reads_what_other_tools_write(name, every_file):
     expected = expected.half().float() if "half" in name else expected
     assert concept.vectors.dtype == torch.float32 and not concept.vectors.requires_grad
     assert torch.equal(concept.vectors, expected)
+
+
+def facts(found):
+    shapes = [None if c.unused is None else tuple(c.unused.shape) for c in found.concepts]
+    shapes += [tuple(c.vectors.shape) for c in found.concepts]
+    named = [(c.trigger, c.encoder, c.part, c.initializer) for c in found.concepts]
+    return found.format, found.source, found.metadata, found.progress, named, shapes
+
+
+def test_without_numbers_all_else_is_the_same(every_file, tmp_path):
+    every_file = {**every_file, "progressive": write(progressive(), tmp_path / "p.pt", "original")}
+    for name, path in every_file.items():
+        outline = read(path, numbers=False)
+        assert facts(outline) == facts(read(path)), name
+        assert all(isinstance(one.vectors, Unread) for one in outline.concepts)
+
+
+def test_torch_is_not_needed_to_know_the_words(every_file):
+    program = (
+        "import sys; from ldm.embeddings.method_files import triggers_of\n"
+        "for path in sys.argv[1:]: print(triggers_of(path))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, *map(str, every_file.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(triggers_of(path)) for path in every_file.values()]
+
+
+def test_the_same_word_twice_is_compared_without_torch(tmp_path):
+    ours, other = learned("*"), learned("*", seed=7)
+    names = [
+        ("a.pt", "original"),
+        ("b.safetensors", "safetensors"),
+        ("c.png", "a1111-png"),
+        ("d.pt", "a1111"),
+    ]
+    files = [write(ours, tmp_path / name, format) for name, format in names]
+    assert merge([read(file, numbers=False) for file in files]).triggers == ["*"]
+    different = write(other, tmp_path / "e.safetensors")
+    for file in files:
+        with pytest.raises(EmbeddingError, match=f"'{file.name}' and 'e.safetensors' both have the trigger"):
+            merge([read(file, numbers=False), read(different, numbers=False)])
 
 
 def test_the_suffix_does_not_matter(tmp_path, every_file):
@@ -127,12 +177,17 @@ def test_damaged_files_are_read_correctly_or_refused_in_one_line(every_file, tmp
         data = mutated(every_file[name].read_bytes(), chance)
         path = saved(tmp_path / every_file[name].name, data)
         try:
+            words = read(path, numbers=False).triggers
+        except UserError:
+            words = None
+        try:
             found = read(path)
         except UserError as error:
             assert "\n" not in str(error) and str(error).isprintable()
             refusals += 1
         else:
             assert all(torch.isfinite(concept.vectors).all() for concept in found.concepts)
+            assert found.triggers == words
     assert refusals > 100
 
 
