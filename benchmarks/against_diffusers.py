@@ -277,7 +277,7 @@ def environment() -> dict[str, str]:
 
 def size_of(model: Path) -> int:
     """Return the side of a model's images in pixels, from its own YAML."""
-    from ldm.checkpoint import read_config
+    from ldm.base_models import read_config
 
     params = read_config(model / "model.safetensors").model.params
     factor = 2 ** (len(params.first_stage_config.params.ddconfig.ch_mult) - 1)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from ldm.diffusers_settings import PREDICTIONS, Prediction
-from ldm.files import CHECKOUT, NO_TENSORS, file_kind, is_address, no_address
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.diffusers_settings import PREDICTIONS, folder_params, zero_snr_params
+from ldm.files import CHECKOUT, NO_TENSORS, file_kind, is_address, is_hub_id, no_address
 from ldm.front_ends import setting
 from ldm.model_kinds import (
     ADAPTER,
@@ -21,27 +25,40 @@ from ldm.model_kinds import (
     BY_SUFFIX,
     EMBEDDING,
     EMBEDDING_KIND,
+    ENCODERS,
     FAMILIES,
-    KINDS,
     NAME_AS_MODEL,
     OTHER_MODEL,
-    PART,
-    PARTS,
     PIPELINES,
+    UNET,
     UNKNOWN,
+    VAE,
+    Denoiser,
     Family,
+    Found,
     Kind,
+    Known,
+    Names,
+    Prediction,
     kind_of_folder,
+    of_header,
 )
-from ldm.util import ConfigError, UserError, shown
+from ldm.util import (
+    ConfigError,
+    Find,
+    UserError,
+    config_problems,
+    get_obj_from_str,
+    raise_problems,
+    refuse_foreign_target,
+    shown,
+    stand_in,
+)
 from ldm.values import at
 from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
+from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
 logger = logging.getLogger(__name__)
-
-Known = Literal["notes", "family", "guess"]
-# What a file is: its family, what its denoiser predicts, and how that is known.
-Found = tuple[Family, Prediction, Known]
 
 CONFIGS = CHECKOUT / "configs"
 # (family, whether it predicts v) -> the YAMLs that train a word on it and that generate with it.
@@ -154,7 +171,7 @@ def recognise(source: str | Path, variant: str | None = None, revision: str | No
                 f"'{source}': its settings are damaged ({error}); download it again"
             ) from error
     header = checked_header(path)
-    found = _of_header(header, path.name)
+    found = of_header(header, path.name)
     if isinstance(found, Kind):
         raise CheckpointError(f"'{source}' is {found.name}; {found.remedy}")
     return _of_file(source, header, found)
@@ -216,7 +233,7 @@ def recognise_for(source: str | Path, wanted: Family | None, channels: int | Non
     """
     path = Path(source)
     header = checked_header(path)
-    found = _of_header(header, path.name)
+    found = of_header(header, path.name)
     if not isinstance(found, Kind):
         return _of_file(source, header, found)
     denoiser = Denoiser.of(Names(header.shapes))
@@ -247,7 +264,7 @@ def what_is(source: str | Path) -> Kind | None:
 def family_of_first_stage(path: Path) -> Family | None:
     """The family whose first stage a file holds, by the model around it, its notes or its name; None if unknown."""
     header = checked_header(path)
-    found = _of_header(header, path.name)
+    found = of_header(header, path.name)
     if not isinstance(found, Kind):
         return found[0]
     noted = header.notes.get("modelspec.architecture", "") + path.name
@@ -268,11 +285,22 @@ def no_first_stage(source: str | Path, kind: Kind) -> CheckpointError:
     )
 
 
-def check_first_stage(source: str | Path) -> None:
-    """Raise CheckpointError for a file that cannot be read, or is neither a model nor a first stage."""
+# What the latents of a family are multiplied by; another number belongs to another first stage.
+_SCALES: dict[Family | None, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+
+
+def check_first_stage(source: str | Path, family: Family | None = None) -> None:
+    """Raise CheckpointError for a file that cannot be read, is neither a model nor a first stage, or has that of
+    another family than this one."""
     kind = _kind_of(checked_header(Path(source)), Path(source).name)
     if kind is not None and "VAE" not in kind.name and kind.name not in FAMILIES.values():
         raise no_first_stage(source, kind)
+    own = family_of_first_stage(Path(source))
+    if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
+        raise CheckpointError(
+            f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
+            "family"
+        )
 
 
 # Of the tensors, enough to know what a file is.
@@ -321,7 +349,7 @@ def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
 
 
 def _kind_of(header: Header, name: str) -> Kind | None:
-    found = _of_header(header, name)
+    found = of_header(header, name)
     if isinstance(found, Kind):
         return None if found is UNKNOWN else found
     return Kind(FAMILIES[found[0]], "use the config that belongs to it")
@@ -346,6 +374,120 @@ def ask_for_prediction(model: BaseModel) -> None:
             model.prediction,
             *other,
         )
+
+
+# -- the YAML of a model -------------------------------------------------------------------------------------
+
+
+def config_of(ckpt: str | Path) -> Path:
+    """Return the YAML to generate with a model: config.yaml beside it, else the one of the model that it is.
+
+    Raises CheckpointError if there is no config.yaml and the model is not one that is known.
+    """
+    path = Path(ckpt)
+    beside = path.with_name("config.yaml")
+    if beside.is_file() and not path.is_dir():
+        return beside
+    base = recognise(ckpt)
+    if not base.inference_config.is_file():
+        raise CheckpointError(
+            f"'{ckpt}' is {base.name}, and there is no YAML for it here; name one with {setting('inference_config')}"
+        )
+    ask_for_prediction(base)
+    return base.inference_config
+
+
+def complete_config(
+    config: Mapping[str, Any] | str | Path,
+    ckpt: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    find: Find = get_obj_from_str,
+) -> tuple[Any, BaseModel | None]:
+    """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
+
+    Paths are found (see `ldm.yaml_files.find_paths`); the settings of a folder of diffusers, and what a file notes of
+    itself, replace those of the YAML. With `stand_in` for `find`, nothing heavy is imported, and what the sources of
+    classes do not say is not checked. Raises as `ldm.checkpoint.load_model_from_config`.
+    """
+    places = [Path(ckpt).parent]
+    whole: Any = config
+    files = [config] if isinstance(config, (str, Path)) else []
+    place = partial(place_in, files)
+    if isinstance(config, (str, Path)):
+        whole = read_yaml(config)
+        check_interpolations(whole, place)
+        places.insert(0, Path(config).parent)
+    node = copy.deepcopy(whole.get("model", whole))
+    if not isinstance(node, Mapping) or "target" not in node:
+        name = f"'{config}'" if files else "the config"
+        raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
+    refuse_foreign_target(node["target"], f"'{config}'" if files else "the config")
+    raise_problems(list(config_problems(node, "model", find)), place)
+    find_paths(node, places)
+    path = Path(ckpt)
+    base: BaseModel | None
+    if path.is_dir() or (not path.exists() and is_hub_id(str(ckpt))):
+        base = recognise(ckpt, variant, revision)
+        check_family(base, node)
+    else:
+        base = fitting(ckpt, node)
+    if base is not None:
+        _adapt(node, base)
+        raise_problems(list(config_problems(node, "model", find)), place)
+    return node, base
+
+
+def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
+    """Return a YAML, by default the one of a model (see `config_of`), with its `model:` node completed for the model.
+
+    It is checked without importing its classes; loading the model does that. Raises UserError if there is no YAML, or
+    it is damaged, or does not fit the model.
+    """
+    return OmegaConf.create({"model": complete_config(config or config_of(ckpt), ckpt, find=stand_in)[0]})
+
+
+def _adapt(node: Any, base: BaseModel) -> None:
+    """Set in a node what the model's own settings say: all sizes of a folder, the prediction if a file notes it."""
+    params = node["params"]
+    if base.known_by == "notes" and params.get("parameterization", "eps") != base.prediction:
+        logger.info("'%s' predicts %s, whatever the config says", base.source, base.prediction)
+        params["parameterization"] = base.prediction
+    if base.zero_snr and "linear_start" in params and not params.get("given_betas"):
+        logger.info("'%s' leaves no signal at the last step (zero terminal SNR)", base.source)
+        params.update(zero_snr_params(params))
+    if base.folder is None:
+        return
+    for key, value in folder_params(base.folder, base.family).items():
+        if isinstance(value, Mapping):
+            part = params.get(key) or {}
+            target = value.get("target", part.get("target"))
+            params[key] = {"target": target, "params": {**(part.get("params") or {}), **value["params"]}}
+        else:
+            params[key] = value
+
+
+def check_parts(state: Collection[str], node: Mapping[str, Any], ckpt: str | Path) -> bool:
+    """Whether weights with these names are complete; False if the text encoder has to be read from elsewhere.
+
+    Raises:
+        CheckpointError: another part is missing.
+    """
+    if not any(key.startswith((UNET, "model_ema.diffusion_model")) for key in state):
+        return True  # no diffusion model
+    first_stage = str(at(node, ["params", "first_stage_config", "target"]) or "")
+    needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
+    if not needs_none and not any(key.startswith(VAE) for key in state):
+        raise CheckpointError(
+            f"'{ckpt}' has no first stage (VAE); bring one with {setting('vae')}, a file or a folder "
+            "in the layout of LDM or diffusers"
+        )
+    encoder = at(node, ["params", "cond_stage_config", "target"])
+    if encoder is None or any(key.startswith(ENCODERS) for key in state):
+        return True
+    if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):
+        raise CheckpointError(f"'{ckpt}' has no text encoder; name a file or a folder with the whole model")
+    return False
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -378,173 +520,6 @@ def checked_header(path: Path) -> Header:
             "download it again or name another file"
         )
     return read_header(path)
-
-
-class Names:
-    """The names and shapes in a file, to look for."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = shapes
-        self._all = "\n".join(shapes)
-
-    def match(self, *patterns: str) -> bool:
-        """Whether each of these regular expressions is found; ^ and $ are the ends of a name."""
-        return all(re.search(pattern, self._all, re.MULTILINE) for pattern in patterns)
-
-    def size(self, axis: int, *ends: str) -> int | None:
-        """The size along an axis of the first tensor whose name ends with one of these texts."""
-        for name, shape in self.shapes.items():
-            if name.endswith(ends) and len(shape) > axis:
-                return shape[axis]
-        return None
-
-
-def _is_vectors(shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of the width of one of the text encoders."""
-    return (
-        1 <= len(shape) <= 2 and shape[-1] in (128, 768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
-    )
-
-
-def _of_header(header: Header, name: str) -> Found | Kind:
-    """What a file is: a base model, or another kind."""
-    names = Names(header.shapes)
-    if 0 < len(names.shapes) <= 64 and all(_is_vectors(shape) for shape in names.shapes.values()):
-        return EMBEDDING_KIND
-    denoiser = Denoiser.of(names)
-    for kind, remedy, *patterns in KINDS if denoiser else (*KINDS, *PARTS):
-        if names.match(*patterns):
-            return Kind(kind, remedy)
-    if denoiser is None:
-        return UNKNOWN
-    special = denoiser.special()
-    if special is not None:
-        return special
-    family = (
-        denoiser.family if denoiser.family == "embedded" else _family_by_encoder(names) or denoiser.family
-    )
-    if family is None:
-        return UNKNOWN
-    if names.match(r"output_blocks\.") and not names.match(r"middle_block\.1\.transformer_blocks\."):
-        return Kind(
-            f"a distilled {FAMILIES[family]} with fewer layers (as SSD-1B, Vega or tiny-sd)",
-            "name the model it was distilled from",
-        )
-    if denoiser.alone:
-        return Kind(f"the denoiser (UNet) of {FAMILIES[family]} alone", PART)
-    return family, *_prediction(family, header, name)
-
-
-# The layers that a further condition enters by, in the three namings, and by the class that unCLIP uses.
-_ADDED = (
-    "label_emb.0.0.weight",
-    "label_emb00weight",
-    "add_embedding.linear_1.weight",
-    "class_embedding.linear_1.weight",
-)
-
-
-class Denoiser(NamedTuple):
-    """What the names and shapes of a UNet tell.
-
-    Attributes:
-        channels: of its input.
-        context: width of the text's states.
-        added: width of the further condition (sizes and pooled text in Stable Diffusion XL).
-        alone: whether it is not under the name that it has in a checkpoint of a whole model.
-    """
-
-    channels: int
-    context: int | None
-    added: int | None
-    alone: bool
-
-    @classmethod
-    def of(cls, names: Names) -> Denoiser | None:
-        """The denoiser in a file, in LDM's naming, as averages, or in that of diffusers; None if there is none."""
-        firsts = {
-            "model.diffusion_model.input_blocks.0.0.weight": False,
-            "model_ema.diffusion_modelinput_blocks00weight": False,
-            "input_blocks.0.0.weight": True,
-            "conv_in.weight": True,
-        }
-        first = next((name for name in firsts if len(names.shapes.get(name, ())) == 4), None)
-        if first is None or (first == "conv_in.weight" and not names.match(r"^time_embedding\.")):
-            return None
-        context = names.size(1, "attn2.to_k.weight", "attn2to_kweight")
-        added = names.size(1, *_ADDED)
-        return cls(names.shapes[first][1], context, added, firsts[first])
-
-    @property
-    def family(self) -> Family | None:
-        """The family by the widths of its conditions."""
-        if self.context == 128 and self.channels in (12, 24):
-            return "embedded"
-        widths: dict[tuple[int | None, int | None], Family] = {
-            (768, None): "sd1",
-            (1024, None): "sd2",
-            (2048, 2816): "sdxl",
-            (1280, None): "ldm",
-        }
-        return widths.get((self.context, self.added))
-
-    def special(self, family: Family | None = None) -> Kind | None:
-        """What it is if it needs more than a text, or other texts; `family` is known of a folder."""
-        if (self.context, self.added) == (1280, 2560):
-            return Kind("the refiner of Stable Diffusion XL", "name the base model of Stable Diffusion XL")
-        versions: dict[int | Family | None, str] = {768: "1", 1024: "2", 2048: "XL"}
-        versions |= {"sd1": "1", "sd2": "2", "sdxl": "XL"}
-        version = versions.get(self.context) or versions.get(family)
-        if version is None:
-            return None
-        uses = {
-            5: f"the depth model of Stable Diffusion {version} (5 input channels)",
-            7: f"the upscaler of Stable Diffusion {version} (7 input channels)",
-            8: f"an image-editing model (InstructPix2Pix) of Stable Diffusion {version} (8 input channels)",
-            9: f"an inpainting model of Stable Diffusion {version} (9 input channels)",
-        }
-        if self.channels in uses:
-            return Kind(
-                uses[self.channels], "it needs more than a text; name the text-to-image model of its kind"
-            )
-        if version == "2" and self.added is not None:
-            return Kind(
-                "Stable unCLIP, which needs an image", "name a text-to-image model of Stable Diffusion 2"
-            )
-        return None
-
-
-def _family_by_encoder(names: Names) -> Family | None:
-    prefixes: dict[str, Family] = {
-        r"^conditioner\.embedders\.": "sdxl",
-        r"^cond_stage_model\.model\.": "sd2",
-        r"^cond_stage_model\.transformer\.token_emb\.": "ldm",
-        r"^cond_stage_model\.transformer\.": "sd1",
-    }
-    return next((family for prefix, family in prefixes.items() if names.match(prefix)), None)
-
-
-def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, Known]:
-    """What the denoiser predicts, and how that is known: by the notes in a file, its family, or not."""
-    noted = header.notes.get("modelspec.prediction_type", "").lower()
-    if noted.startswith("v") or "v_pred" in header.shapes:
-        return "v", "notes"
-    if noted.startswith("eps"):
-        return "eps", "notes"
-    if family != "sd2":
-        return "v" if family == "embedded" else "eps", "family"
-    # The published files note their training steps: these are of 2.0's base model and of 2.1's 768 model.
-    steps: dict[str, Prediction] = {"875000": "eps", "110000": "v"}
-    published: dict[str, Prediction] = {
-        "512-base": "eps",
-        "v2-1_512": "eps",
-        "768-v": "v",
-        "v2-1_768": "v",
-        "sd_turbo": "eps",
-    }
-    known = steps.get(header.notes.get("global_step", ""))
-    known = known or next((value for part, value in published.items() if part in name), None)
-    return (known, "notes") if known else ("v", "guess")
 
 
 # -- folders -------------------------------------------------------------------------------------------------

@@ -3,57 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ldm.base_models import (
     BaseModel,
-    ask_for_prediction,
-    check_family,
+    check_first_stage,
+    check_parts,
+    complete_config,
     family_of,
-    family_of_first_stage,
-    fitting,
     no_first_stage,
     recognise,
     what_is,
 )
-from ldm.diffusers_layout import UNET, VAE, read_folder, read_vae
-from ldm.diffusers_settings import folder_params, vae_params, zero_snr_params
-from ldm.files import is_hub_id
-from ldm.front_ends import setting
-from ldm.model_kinds import FAMILIES
-from ldm.util import (
-    ConfigError,
-    UserError,
-    check_config,
-    instantiate_from_config,
-    refuse_foreign_target,
-    skip_pretrained,
-)
+from ldm.diffusers_layout import read_folder, read_vae
+from ldm.diffusers_settings import vae_params
+from ldm.model_kinds import ENCODERS, UNET, VAE
+from ldm.util import ConfigError, UserError, instantiate_from_config, skip_pretrained
 from ldm.values import at
 from ldm.weights import CheckpointError, read_state_dict, save_state_dict
-from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
 __all__ = ["CheckpointError", "load_model_from_config", "load_state", "read_state_dict", "save_state_dict"]
 
 logger = logging.getLogger(__name__)
 
-TEXT_ENCODERS = ("cond_stage_model.", "conditioner.")
 # Layers whose products autocast computes in half precision.
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 # Where frozen linear and convolutional layers may be kept in half precision: the denoiser and the text encoders.
-_HALVED = ("model.", *TEXT_ENCODERS)
+_HALVED = ("model.", *ENCODERS)
 
 
 def load_model_from_config(
@@ -96,7 +81,7 @@ def load_model_from_config(
     if first_stage is not None:
         state = {key: value for key, value in state.items() if not key.startswith(VAE)}
         state |= {VAE + key: value for key, value in first_stage.items()}
-    complete = _check_parts(state, node, ckpt)
+    complete = check_parts(state, node, ckpt)
     with contextlib.ExitStack() as stack:
         if complete:
             stack.enter_context(skip_pretrained())
@@ -108,7 +93,7 @@ def load_model_from_config(
             if complete or isinstance(error, ConfigError):
                 raise
             raise CheckpointError(f"'{ckpt}' has no text encoder, and the {error}") from error
-    filled = () if complete else TEXT_ENCODERS
+    filled = () if complete else ENCODERS
     source = f"checkpoint '{ckpt}'"
     _load(
         model,
@@ -123,80 +108,10 @@ def load_model_from_config(
     return (model if device is None else model.to(device)).eval()
 
 
-def complete_config(
-    config: Mapping[str, Any] | str | Path,
-    ckpt: str | Path,
-    variant: str | None = None,
-    revision: str | None = None,
-) -> tuple[Any, BaseModel | None]:
-    """Return the `model:` node of a YAML as it is for a checkpoint, and what that is if it is known.
-
-    Paths are found (see `ldm.yaml_files.find_paths`); the settings of a folder of diffusers, and what a file notes of
-    itself, replace those of the YAML. Raises as `load_model_from_config`.
-    """
-    places = [Path(ckpt).parent]
-    whole: Any = config
-    files = [config] if isinstance(config, (str, Path)) else []
-    place = partial(place_in, files)
-    if isinstance(config, (str, Path)):
-        whole = read_yaml(config)
-        check_interpolations(whole, place)
-        places.insert(0, Path(config).parent)
-    node = copy.deepcopy(whole.get("model", whole))
-    if not isinstance(node, Mapping) or "target" not in node:
-        name = f"'{config}'" if files else "the config"
-        raise ConfigError(f"{name} describes no model: there is no model.target; name the YAML of a model")
-    refuse_foreign_target(node["target"], f"'{config}'" if files else "the config")
-    check_config(node, "model", place)
-    find_paths(node, places)
-    path = Path(ckpt)
-    base: BaseModel | None
-    if path.is_dir() or (not path.exists() and is_hub_id(str(ckpt))):
-        base = recognise(ckpt, variant, revision)
-        check_family(base, node)
-    else:
-        base = fitting(ckpt, node)
-    if base is not None:
-        _adapt(node, base)
-        check_config(node, "model", place)
-    return node, base
-
-
-def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
-    """Return a YAML, by default the one of a model (see `config_of`), with its `model:` node completed for the model.
-
-    Raises UserError if there is no YAML, it is damaged, or it does not fit the model.
-    """
-    return OmegaConf.create({"model": complete_config(config or config_of(ckpt), ckpt)[0]})
-
-
 def read_base_model(base: BaseModel | str | Path) -> dict[str, Tensor]:
     """Return the weights of a file, a folder of diffusers or a hub id under the names of LDM's checkpoints."""
     base = base if isinstance(base, BaseModel) else recognise(base)
     return read_state_dict(base.path) if base.folder is None else read_folder(base.folder, base.family)
-
-
-# -- a YAML and a checkpoint ---------------------------------------------------------------------------------
-
-
-def _adapt(node: Any, base: BaseModel) -> None:
-    """Set in a node what the model's own settings say: all sizes of a folder, the prediction if a file notes it."""
-    params = node["params"]
-    if base.known_by == "notes" and params.get("parameterization", "eps") != base.prediction:
-        logger.info("'%s' predicts %s, whatever the config says", base.source, base.prediction)
-        params["parameterization"] = base.prediction
-    if base.zero_snr and "linear_start" in params and not params.get("given_betas"):
-        logger.info("'%s' leaves no signal at the last step (zero terminal SNR)", base.source)
-        params.update(zero_snr_params(params))
-    if base.folder is None:
-        return
-    for key, value in folder_params(base.folder, base.family).items():
-        if isinstance(value, Mapping):
-            part = params.get(key) or {}
-            target = value.get("target", part.get("target"))
-            params[key] = {"target": target, "params": {**(part.get("params") or {}), **value["params"]}}
-        else:
-            params[key] = value
 
 
 OWN_CONFIG = "use the config that belongs to it"
@@ -212,35 +127,15 @@ def _advice(ckpt: str | Path, base: BaseModel | None, node: Mapping[str, Any], i
     return f"it looks like {base.name} of other sizes: {OWN_CONFIG}"
 
 
-def _check_parts(state: Mapping[str, Tensor], node: Mapping[str, Any], ckpt: str | Path) -> bool:
-    """Whether the weights are complete; False if the text encoder has to be read from its own folder or hub id.
-
-    Raises:
-        CheckpointError: another part is missing.
-    """
-    if not any(key.startswith((UNET, "model_ema.diffusion_model")) for key in state):
-        return True  # no diffusion model
-    first_stage = str(at(node, ["params", "first_stage_config", "target"]) or "")
-    needs_none = not first_stage or first_stage.endswith("IdentityFirstStage")
-    if not needs_none and not any(key.startswith(VAE) for key in state):
-        raise CheckpointError(
-            f"'{ckpt}' has no first stage (VAE); bring one with {setting('vae')}, a file or a folder "
-            "in the layout of LDM or diffusers"
-        )
-    encoder = at(node, ["params", "cond_stage_config", "target"])
-    if encoder is None or any(key.startswith(TEXT_ENCODERS) for key in state):
-        return True
-    if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):
-        raise CheckpointError(f"'{ckpt}' has no text encoder; name a file or a folder with the whole model")
-    return False
-
-
 def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[str, Tensor]:
     """The weights of another first stage for the model of a node, whose sizes become those of the first stage.
 
     Raises:
         CheckpointError: it is none, or one of another family: its latents have other channels or another scale.
     """
+    family = base.family if base is not None else family_of(node)
+    if Path(source).is_file():
+        check_first_stage(source, family)
     try:
         state, settings = read_vae(source)
     except CheckpointError as error:
@@ -248,13 +143,6 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
         if kind is None or "VAE" in kind.name:
             raise
         raise no_first_stage(source, kind) from error
-    family = base.family if base is not None else family_of(node)
-    own = family_of_first_stage(Path(source)) if Path(source).is_file() else None
-    if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
-        raise CheckpointError(
-            f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
-            "family"
-        )
     params = node["params"]
     channels, scale = params.get("channels"), params.get("scale_factor")
     latent = state["decoder.conv_in.weight"].shape[1]
@@ -279,10 +167,6 @@ def _first_stage(source: str | Path, node: Any, base: BaseModel | None) -> dict[
         part = params.get("first_stage_config") or {}
         params["first_stage_config"] = {**part, "params": {**(part.get("params") or {}), **sizes}}
     return state
-
-
-# What the latents of a family are multiplied by; another number belongs to another first stage.
-_SCALES: dict[str | None, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
 # -- a state dict and a model --------------------------------------------------------------------------------
@@ -487,21 +371,3 @@ def initialised() -> Iterator[None]:
         yield
     finally:
         _filled.reset(token)
-
-
-def config_of(ckpt: str) -> Path:
-    """Return the YAML to generate with a model: config.yaml beside it, else the one of the model that it is.
-
-    Raises CheckpointError if there is no config.yaml and the model is not one that is known.
-    """
-    path = Path(ckpt)
-    beside = path.with_name("config.yaml")
-    if beside.is_file() and not path.is_dir():
-        return beside
-    base = recognise(ckpt)
-    if not base.inference_config.is_file():
-        raise CheckpointError(
-            f"'{ckpt}' is {base.name}, and there is no YAML for it here; name one with {setting('inference_config')}"
-        )
-    ask_for_prediction(base)
-    return base.inference_config

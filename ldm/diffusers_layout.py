@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ldm.model_kinds import UNET, VAE
 from ldm.weights import CheckpointError, Folder, located, read_shards, read_state_dict
 
 Modules = dict[str, str]
 Direction = Literal["ldm", "diffusers"]
 State = Mapping[str, Tensor]
 
-# Prefixes of the parts in checkpoints in LDM's layout.
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Family -> part -> the prefix of its text encoder, and whether it is in OpenCLIP's layout.
 TEXT_ENCODERS: dict[str, dict[str, tuple[str, bool]]] = {
     "sd1": {"text_encoder": ("cond_stage_model.transformer.text_model.", False)},

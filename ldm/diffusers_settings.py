@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from ldm.model_kinds import OTHER_MODEL
+from ldm.model_kinds import OTHER_MODEL, Prediction
 from ldm.util import shown
 from ldm.weights import CheckpointError, Folder
-
-Prediction = Literal["eps", "v", "x0"]
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # Names of noise schedules: diffusers' -> LDM's.

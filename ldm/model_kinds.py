@@ -1,15 +1,23 @@
-"""What files and folders are that hold no base model to be read, and what to do about each."""
+"""What files and folders are, by the names and shapes of their tensors: a family of base models, or another kind.
+
+The other kinds hold no base model that is read here; each has a line on what to do about it.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ldm.front_ends import setting
 
 if TYPE_CHECKING:
-    from ldm.weights import Folder
+    from ldm.weights import Folder, Header, Shapes
 
+
+# How the names of a checkpoint's weights begin.
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+ENCODERS = ("cond_stage_model.", "conditioner.")
 
 Family = Literal["sd1", "sd2", "sdxl", "ldm", "embedded"]
 FAMILIES: dict[Family, str] = {
@@ -19,6 +27,13 @@ FAMILIES: dict[Family, str] = {
     "ldm": "LDM text2img-large",
     "embedded": "the embedded model",
 }
+
+
+# What a denoiser predicts: the noise, the velocity v of Salimans and Ho 2022 (arXiv 2202.00512), or the image.
+Prediction = Literal["eps", "v", "x0"]
+Known = Literal["notes", "family", "guess"]
+# What a file is: its family, what its denoiser predicts, and how that is known.
+Found = tuple[Family, Prediction, Known]
 
 
 class Kind(NamedTuple):
@@ -248,3 +263,173 @@ def kind_of_folder(folder: Folder) -> tuple[str, str]:
     if files:
         return "is a folder and no diffusers model", f"name the file in it, such as '{path / files[0]}'"
     return "is a folder without a model", "name a .ckpt or .safetensors file, or a folder of diffusers"
+
+
+# -- files by their tensors -----------------------------------------------------------------------------------
+
+
+class Names:
+    """The names and shapes in a file, to look for."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self._all = "\n".join(shapes)
+
+    def match(self, *patterns: str) -> bool:
+        """Whether each of these regular expressions is found; ^ and $ are the ends of a name."""
+        return all(re.search(pattern, self._all, re.MULTILINE) for pattern in patterns)
+
+    def size(self, axis: int, *ends: str) -> int | None:
+        """The size along an axis of the first tensor whose name ends with one of these texts."""
+        for name, shape in self.shapes.items():
+            if name.endswith(ends) and len(shape) > axis:
+                return shape[axis]
+        return None
+
+
+def _is_vectors(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of an embedding's vectors: [d] or [N, d] of the width of one of the text encoders."""
+    return (
+        1 <= len(shape) <= 2 and shape[-1] in (128, 768, 1024, 1280) and (len(shape) == 1 or shape[0] <= 75)
+    )
+
+
+def of_header(header: Header, name: str) -> Found | Kind:
+    """What a file is: a base model, or another kind."""
+    names = Names(header.shapes)
+    if 0 < len(names.shapes) <= 64 and all(_is_vectors(shape) for shape in names.shapes.values()):
+        return EMBEDDING_KIND
+    denoiser = Denoiser.of(names)
+    for kind, remedy, *patterns in KINDS if denoiser else (*KINDS, *PARTS):
+        if names.match(*patterns):
+            return Kind(kind, remedy)
+    if denoiser is None:
+        return UNKNOWN
+    special = denoiser.special()
+    if special is not None:
+        return special
+    family = (
+        denoiser.family if denoiser.family == "embedded" else _family_by_encoder(names) or denoiser.family
+    )
+    if family is None:
+        return UNKNOWN
+    if names.match(r"output_blocks\.") and not names.match(r"middle_block\.1\.transformer_blocks\."):
+        return Kind(
+            f"a distilled {FAMILIES[family]} with fewer layers (as SSD-1B, Vega or tiny-sd)",
+            "name the model it was distilled from",
+        )
+    if denoiser.alone:
+        return Kind(f"the denoiser (UNet) of {FAMILIES[family]} alone", PART)
+    return family, *_prediction(family, header, name)
+
+
+# The layers that a further condition enters by, in the three namings, and by the class that unCLIP uses.
+_ADDED = (
+    "label_emb.0.0.weight",
+    "label_emb00weight",
+    "add_embedding.linear_1.weight",
+    "class_embedding.linear_1.weight",
+)
+
+
+class Denoiser(NamedTuple):
+    """What the names and shapes of a UNet tell.
+
+    Attributes:
+        channels: of its input.
+        context: width of the text's states.
+        added: width of the further condition (sizes and pooled text in Stable Diffusion XL).
+        alone: whether it is not under the name that it has in a checkpoint of a whole model.
+    """
+
+    channels: int
+    context: int | None
+    added: int | None
+    alone: bool
+
+    @classmethod
+    def of(cls, names: Names) -> Denoiser | None:
+        """The denoiser in a file, in LDM's naming, as averages, or in that of diffusers; None if there is none."""
+        firsts = {
+            "model.diffusion_model.input_blocks.0.0.weight": False,
+            "model_ema.diffusion_modelinput_blocks00weight": False,
+            "input_blocks.0.0.weight": True,
+            "conv_in.weight": True,
+        }
+        first = next((name for name in firsts if len(names.shapes.get(name, ())) == 4), None)
+        if first is None or (first == "conv_in.weight" and not names.match(r"^time_embedding\.")):
+            return None
+        context = names.size(1, "attn2.to_k.weight", "attn2to_kweight")
+        added = names.size(1, *_ADDED)
+        return cls(names.shapes[first][1], context, added, firsts[first])
+
+    @property
+    def family(self) -> Family | None:
+        """The family by the widths of its conditions."""
+        if self.context == 128 and self.channels in (12, 24):
+            return "embedded"
+        widths: dict[tuple[int | None, int | None], Family] = {
+            (768, None): "sd1",
+            (1024, None): "sd2",
+            (2048, 2816): "sdxl",
+            (1280, None): "ldm",
+        }
+        return widths.get((self.context, self.added))
+
+    def special(self, family: Family | None = None) -> Kind | None:
+        """What it is if it needs more than a text, or other texts; `family` is known of a folder."""
+        if (self.context, self.added) == (1280, 2560):
+            return Kind("the refiner of Stable Diffusion XL", "name the base model of Stable Diffusion XL")
+        versions: dict[int | Family | None, str] = {768: "1", 1024: "2", 2048: "XL"}
+        versions |= {"sd1": "1", "sd2": "2", "sdxl": "XL"}
+        version = versions.get(self.context) or versions.get(family)
+        if version is None:
+            return None
+        uses = {
+            5: f"the depth model of Stable Diffusion {version} (5 input channels)",
+            7: f"the upscaler of Stable Diffusion {version} (7 input channels)",
+            8: f"an image-editing model (InstructPix2Pix) of Stable Diffusion {version} (8 input channels)",
+            9: f"an inpainting model of Stable Diffusion {version} (9 input channels)",
+        }
+        if self.channels in uses:
+            return Kind(
+                uses[self.channels], "it needs more than a text; name the text-to-image model of its kind"
+            )
+        if version == "2" and self.added is not None:
+            return Kind(
+                "Stable unCLIP, which needs an image", "name a text-to-image model of Stable Diffusion 2"
+            )
+        return None
+
+
+def _family_by_encoder(names: Names) -> Family | None:
+    prefixes: dict[str, Family] = {
+        r"^conditioner\.embedders\.": "sdxl",
+        r"^cond_stage_model\.model\.": "sd2",
+        r"^cond_stage_model\.transformer\.token_emb\.": "ldm",
+        r"^cond_stage_model\.transformer\.": "sd1",
+    }
+    return next((family for prefix, family in prefixes.items() if names.match(prefix)), None)
+
+
+def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, Known]:
+    """What the denoiser predicts, and how that is known: by the notes in a file, its family, or not."""
+    noted = header.notes.get("modelspec.prediction_type", "").lower()
+    if noted.startswith("v") or "v_pred" in header.shapes:
+        return "v", "notes"
+    if noted.startswith("eps"):
+        return "eps", "notes"
+    if family != "sd2":
+        return "v" if family == "embedded" else "eps", "family"
+    # The published files note their training steps: these are of 2.0's base model and of 2.1's 768 model.
+    steps: dict[str, Prediction] = {"875000": "eps", "110000": "v"}
+    published: dict[str, Prediction] = {
+        "512-base": "eps",
+        "v2-1_512": "eps",
+        "768-v": "v",
+        "v2-1_768": "v",
+        "sd_turbo": "eps",
+    }
+    known = steps.get(header.notes.get("global_step", ""))
+    known = known or next((value for part, value in published.items() if part in name), None)
+    return (known, "notes") if known else ("v", "guess")

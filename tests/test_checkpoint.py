@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm import checkpoint
+from ldm.base_models import complete_config
 from ldm.checkpoint import (
     CheckpointError,
-    complete_config,
     initialised,
     load_model_from_config,
     read_state_dict,

@@ -17,8 +17,7 @@ from ldm.data.personalized import RESAMPLING
 from ldm.embeddings import FORMATS
 from ldm.models.diffusion.conditioning import CONDITIONING_KEYS
 from ldm.models.diffusion.ddpm import PARAMETERIZATIONS
-from ldm.models.diffusion.loss_weighting import SAMPLINGS, WEIGHTINGS
-from ldm.models.diffusion.schedule import SCHEDULES
+from ldm.models.diffusion.schedule import SAMPLINGS, SCHEDULES, WEIGHTINGS
 from ldm.util import UserError
 
 pytestmark = pytest.mark.refused_first

@@ -120,13 +120,6 @@ def naming_the_checkpoint(path: str) -> Iterator[None]:
         raise UserError(f"'{path}': {error}") from error
 
 
-def read_model_config(ckpt: str, config: str | None) -> DictConfig:
-    """`ldm.checkpoint.read_config`, imported when it is called."""
-    from ldm.checkpoint import read_config
-
-    return read_config(ckpt, config)
-
-
 def load_latent_diffusion(
     config: DictConfig,
     ckpt: str,

@@ -309,7 +309,7 @@ def _tokenizer_of(ckpt: Path) -> Path | None:
     """
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import config_of
+    from ldm.base_models import config_of
     from ldm.embeddings.inspection import known_folder
     from ldm.yaml_files import read_yaml
 

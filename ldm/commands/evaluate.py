@@ -18,7 +18,6 @@ from ldm.commands.base import (
     guarded,
     load_latent_diffusion,
     naming_the_checkpoint,
-    read_model_config,
 )
 from ldm.console import Parser, argument, write_line
 from ldm.files import in_checkout
@@ -163,9 +162,10 @@ def judge_of(options: argparse.Namespace) -> str | None:
 
 def load_model(ckpt: str, config: str | None) -> tuple[LatentDiffusion, int]:
     """The model, on the GPU if there is one, and the side length in pixels for renderings to compare with."""
+    from ldm.base_models import read_config
     from ldm.generate.images import downsampling_factor, latent_shape
 
-    model = load_latent_diffusion(read_model_config(ckpt, config), ckpt)
+    model = load_latent_diffusion(read_config(ckpt, config), ckpt)
     side = max(latent_shape(model, None, None)[1:]) * downsampling_factor(model)
     return model, min(side, 128)
 
@@ -183,6 +183,7 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(f"--dial {options.dial[0][0]} is for learned words; remove it, or --word")
 
     from ldm import console
+    from ldm.base_models import read_config
     from ldm.embeddings.method_files import triggers_of
     from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
     from ldm.generate.embeddings import check_dials
@@ -195,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
     triggers = [triggers_of(file) if file else [] for file in files]
     check_prompts(options.prompt, triggers)
     if options.dial:
-        config = read_model_config(options.ckpt_path, options.config)
+        config = read_config(options.ckpt_path, options.config)
         for file in filter(None, files):
             check_dials(config, [file], dict(options.dial))
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]

@@ -13,7 +13,6 @@ from ldm.commands.base import (
     check_model,
     guarded,
     load_latent_diffusion,
-    read_model_config,
 )
 from ldm.console import Parser, write_line
 from ldm.files import in_checkout
@@ -50,6 +49,7 @@ def export(options: argparse.Namespace) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
+    from ldm.base_models import read_config
     from ldm.embeddings import renames_from
     from ldm.embeddings.method_files import read_method_file
     from ldm.embeddings.payload import more_than_vectors
@@ -61,7 +61,7 @@ def export(options: argparse.Namespace) -> None:
         if held := read_method_file(path):
             reason = more_than_vectors(held.method, "diffusers has none for them, so export without it")
             raise UserError(f"'{path}': {reason}")
-    config = read_model_config(options.ckpt_path, options.config)
+    config = read_config(options.ckpt_path, options.config)
     model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
     placeholders: list[str] = []
     vectors: dict[str, Tensor] = {}

@@ -17,7 +17,6 @@ from ldm.commands.base import (
     guarded,
     load_latent_diffusion,
     naming_the_checkpoint,
-    read_model_config,
 )
 from ldm.console import Parser, argument, write_line
 from ldm.files import in_checkout
@@ -369,13 +368,14 @@ def load(
 
     Everything about files and words is checked before the model is read, the token limit afterwards.
     """
+    from ldm.base_models import read_config
     from ldm.generate.editing import class_words
     from ldm.generate.embeddings import load_embeddings
     from ldm.generate.images import check_fits
     from ldm.generate.session import resolve, warn_truncated
     from ldm.util import get_obj_from_str
 
-    config = read_model_config(options.ckpt_path, options.config)
+    config = read_config(options.ckpt_path, options.config)
     kind = get_obj_from_str(config["model"]["target"])
     if hasattr(kind, "check_sizes"):
         kind.check_sizes(sizes_of(options))

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL.Image import Image
 from torch import Tensor
 
-from ldm.checkpoint import load_model_from_config, read_config
+from ldm.base_models import read_config
+from ldm.checkpoint import load_model_from_config
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of
 from ldm.files import file_hash, in_checkout

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.checkpoint import uninitialised
-from ldm.diffusers_layout import TEXT_ENCODERS, UNET, VAE, to_diffusers
+from ldm.diffusers_layout import TEXT_ENCODERS, to_diffusers
 from ldm.diffusers_settings import PREDICTIONS, SCHEDULES, unet_settings, vae_settings
 from ldm.files import write_text
 from ldm.front_ends import setting
+from ldm.model_kinds import UNET, VAE
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.conditioning import condition_map, context_of
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -392,7 +392,8 @@ def write_pipeline(config: DictConfig, run: RunFolder) -> Path:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     transformers_logging.set_verbosity_error()
 
-    from ldm.checkpoint import complete_config, load_model_from_config
+    from ldm.base_models import complete_config
+    from ldm.checkpoint import load_model_from_config
     from ldm.generate.embeddings import load_embeddings, personalization_of
     from ldm.interop import diffusers_pipeline
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm import base_models
 from ldm.commands import evaluate
 from ldm.data.creatures.world import SPLITS
 from ldm.embeddings import Concept, LearnedEmbeddings, write
@@ -88,7 +89,7 @@ def test_concepts_of_a_folder_are_measured_by_their_descriptions(run, folder, tm
 def test_renderings_have_the_models_size_up_to_128_pixels(side, expected, monkeypatch) -> None:
     model = Golden("clip_one_vector").model()
     model.image_size = side
-    monkeypatch.setattr(evaluate, "read_model_config", lambda *arguments: None)
+    monkeypatch.setattr(base_models, "read_config", lambda *arguments: None)
     monkeypatch.setattr(evaluate, "load_latent_diffusion", lambda *arguments: model)
     assert evaluate.load_model("model.ckpt", None) == (model, expected)
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.checkpoint import config_of
+from ldm.base_models import config_of
 from ldm.commands import generate
 from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, write
 from ldm.generate import Settings, session

@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from ldm.base_models import recognise
-from ldm.checkpoint import complete_config, load_model_from_config
+from ldm.base_models import complete_config, recognise
+from ldm.checkpoint import load_model_from_config
 from ldm.embeddings import Concept, LearnedEmbeddings, read, write
 from ldm.generate.embeddings import load_embeddings
 from ldm.generate.images import generate

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.base_models import recognise
-from ldm.checkpoint import complete_config, load_model_from_config, save_state_dict
+from ldm.base_models import complete_config, recognise
+from ldm.checkpoint import load_model_from_config, save_state_dict
 from ldm.commands import generate as generate_command
 from ldm.generate.images import generate
 from ldm.models.diffusion.conditioning import context_of

@@ -28,17 +28,17 @@ from ldm.models.diffusion.conditioning import (
     requires_grad,
     without,
 )
-from ldm.models.diffusion.loss_weighting import (
+from ldm.models.diffusion.personalised import Personalised
+from ldm.models.diffusion.previews import preview_images
+from ldm.models.diffusion.schedule import (
     LOSS_WEIGHT,
+    NoiseSchedule,
     check_loss_options,
     loss_weights,
     noise_bias,
     sample_means,
     sample_timesteps,
 )
-from ldm.models.diffusion.personalised import Personalised
-from ldm.models.diffusion.previews import preview_images
-from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.optimizers import build_optimizer
 from ldm.modules.diffusionmodules.util import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from ldm import random_state
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.loss_weighting import LOSS_WEIGHT
+from ldm.models.diffusion.schedule import LOSS_WEIGHT
 from ldm.training.callbacks.base import RunCallback, callbacks_of, datasets_of, is_personalization
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
 from ldm.util import UserError, check_integer, evaluating

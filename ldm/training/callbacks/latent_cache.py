@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.models.diffusion.ddpm import LATENT, POSTERIOR, LatentDiffusion
-from ldm.models.diffusion.loss_weighting import LOSS_WEIGHT, cell_weights
+from ldm.models.diffusion.schedule import LOSS_WEIGHT, cell_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.training.callbacks.base import datasets_of
 from ldm.training.callbacks.progress import duration
