@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,9 @@ from ldm.model_kinds import (
     ADAPTER,
     BY_BYTES,
     BY_SUFFIX,
-    EMBEDDING,
     EMBEDDING_KIND,
     ENCODERS,
     FAMILIES,
-    NAME_AS_MODEL,
     OTHER_MODEL,
     PIPELINES,
     UNET,
@@ -40,7 +37,9 @@ from ldm.model_kinds import (
     Known,
     Names,
     Prediction,
+    kind_of,
     kind_of_folder,
+    no_embedding,
     of_header,
 )
 from ldm.util import (
@@ -55,7 +54,7 @@ from ldm.util import (
     stand_in,
 )
 from ldm.values import at
-from ldm.weights import CheckpointError, Folder, Header, Shapes, check_variant, located, read_header
+from ldm.weights import CheckpointError, Folder, Header, check_variant, located, read_header
 from ldm.yaml_files import check_interpolations, find_paths, place_in, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -256,7 +255,7 @@ def _of_file(source: str | Path, header: Header, found: Found) -> BaseModel:
 def what_is(source: str | Path) -> Kind | None:
     """Say what a file is that does not fit a config, and what to do; None if it is unknown or cannot be read."""
     try:
-        return _kind_of(checked_header(Path(source)), Path(source).name)
+        return kind_of(checked_header(Path(source)), Path(source).name)
     except CheckpointError:
         return None
 
@@ -269,12 +268,6 @@ def family_of_first_stage(path: Path) -> Family | None:
         return found[0]
     noted = header.notes.get("modelspec.architecture", "") + path.name
     return "sdxl" if re.search(r"sd_?xl|stable-diffusion-xl|xl_?vae", noted, re.IGNORECASE) else None
-
-
-def what_holds(shapes: Shapes) -> str | None:
-    """Say what a file with these tensors is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown."""
-    kind = _kind_of(Header(shapes, {}), "")
-    return kind and kind.name
 
 
 def no_first_stage(source: str | Path, kind: Kind) -> CheckpointError:
@@ -292,7 +285,7 @@ _SCALES: dict[Family | None, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0
 def check_first_stage(source: str | Path, family: Family | None = None) -> None:
     """Raise CheckpointError for a file that cannot be read, is neither a model nor a first stage, or has that of
     another family than this one."""
-    kind = _kind_of(checked_header(Path(source)), Path(source).name)
+    kind = kind_of(checked_header(Path(source)), Path(source).name)
     if kind is not None and "VAE" not in kind.name and kind.name not in FAMILIES.values():
         raise no_first_stage(source, kind)
     own = family_of_first_stage(Path(source))
@@ -301,28 +294,6 @@ def check_first_stage(source: str | Path, family: Family | None = None) -> None:
             f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
             "family"
         )
-
-
-# Of the tensors, enough to know what a file is.
-_MOST_NAMES = 2**14
-
-
-def no_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why a file with these tensors is no embedding, and what to do; None for one that may be."""
-    what = what_holds(dict(itertools.islice(shapes.items(), _MOST_NAMES)))
-    remedy = "it is used in other tools; name a file of textual inversion here"
-    if any(name.startswith("embedding_manager.") for name in shapes):
-        what, remedy = (
-            "the state of a training run",
-            "name the embedding that the run saved beside it, such as embeddings.pt",
-        )
-    elif what in (None, EMBEDDING):
-        return None
-    elif what in FAMILIES.values():
-        remedy = NAME_AS_MODEL
-    elif "VAE" in what:
-        remedy = f"name it with {setting('vae')}, and an embedding here"
-    return f"it is {what}, not an embedding; {remedy}"
 
 
 def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
@@ -335,7 +306,7 @@ def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
         return
     with contextlib.suppress(CheckpointError):  # which the reader of embeddings says better
         header = read_header(path)
-        shapes, kind = header.shapes, _kind_of(header, "")
+        shapes, kind = header.shapes, kind_of(header, "")
         adapter = kind is not None and kind.remedy == ADAPTER  # which may bring vectors with it
         if not adapter and (why := no_embedding(shapes)):
             raise UserError(f"'{path}': {why}")
@@ -346,13 +317,6 @@ def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
                 f"'{path}': its vectors have width {have}, and the text encoder of this model has {need}; use the "
                 "model that they were trained on"
             )
-
-
-def _kind_of(header: Header, name: str) -> Kind | None:
-    found = of_header(header, name)
-    if isinstance(found, Kind):
-        return None if found is UNKNOWN else found
-    return Kind(FAMILIES[found[0]], "use the config that belongs to it")
 
 
 def what_begins(path: Path) -> str | None:
@@ -488,6 +452,48 @@ def check_parts(state: Collection[str], node: Mapping[str, Any], ckpt: str | Pat
     if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):
         raise CheckpointError(f"'{ckpt}' has no text encoder; name a file or a folder with the whole model")
     return False
+
+
+def size_multiple(config: Mapping[str, Any]) -> int | None:
+    """What the sides of images are multiples of, in pixels, by the YAML of a model; None if it does not say so."""
+    params = config["model"].get("params") or {}
+    first, denoiser = (
+        (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
+    )
+    levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
+    return 2 ** sum(len(level or ()) - 1 for level in levels) if all(levels) else None
+
+
+def check_weights(node: Mapping[str, Any], ckpt: str | Path, vae: str | None = None) -> None:
+    """Check by their names that a file has the weights that the model of a completed node needs.
+
+    Args:
+        vae: what the first stage comes from, if not from the file.
+    Raises:
+        CheckpointError: a part is missing, or the first stage is none, or is of another family.
+    """
+    if vae and Path(vae).is_file():
+        check_first_stage(vae, family_of(node))
+    if Path(ckpt).is_file():
+        own = vae or at(node, ["params", "first_stage_config", "params", "ckpt_path"])
+        check_parts({*checked_header(Path(ckpt)).shapes, *([VAE] if own else [])}, node, ckpt)
+
+
+def check_size_conditions(sizes: Mapping[str, Sequence[int]], has_them: bool) -> None:
+    """Raise UserError for size conditions out of range, or for a model without them (`has_them`).
+
+    `sizes` are pairs by the names in `ldm.models.diffusion.sdxl.OPTIONS`.
+    """
+    for name, pair in sizes.items():
+        least = 0 if name == "crop" else 1
+        if not has_them:
+            raise UserError(
+                f"--{name} is for Stable Diffusion XL, and this model has no size conditions; leave it out"
+            )
+        if len(pair) != 2 or min(pair) < least:
+            raise UserError(
+                f"--{name} is {' '.join(map(str, pair)) or 'empty'}; use two numbers from {least}"
+            )
 
 
 # -- files ---------------------------------------------------------------------------------------------------

@@ -272,3 +272,13 @@ def images_fingerprint(paths: Iterable[str | Path]) -> str:
     """Return 16 hexadecimal digits that depend on the contents of the files, not on their names or order."""
     hashes = sorted(file_hash(path) for path in paths)
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
+def why_no_folder(path: str | Path) -> str:
+    """Why no files can be written to a folder, which is there or would be made; "" if nothing is known."""
+    place = Path(path)
+    while not os.path.exists(place) and place != place.parent:  # False for what no path can be
+        place = place.parent
+    if not place.is_dir():
+        return f"'{place}' is a file"
+    return "" if os.access(place, os.W_OK) else "Permission denied"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
@@ -588,13 +588,3 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
                 lines.append("")
             lines[-1] += letter
     return lines
-
-
-def size_multiple(config: Mapping[str, Any]) -> int | None:
-    """What the sides of images are multiples of, in pixels, by the YAML of a model; None if it does not say so."""
-    params = config["model"].get("params") or {}
-    first, denoiser = (
-        (params.get(name) or {}).get("params") or {} for name in ("first_stage_config", "unet_config")
-    )
-    levels = (first.get("ddconfig") or {}).get("ch_mult"), denoiser.get("channel_mult")
-    return 2 ** sum(len(level or ()) - 1 for level in levels) if all(levels) else None

@@ -5,15 +5,14 @@ The other kinds hold no base model that is read here; each has a line on what to
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from ldm.front_ends import setting
-
-if TYPE_CHECKING:
-    from ldm.weights import Folder, Header, Shapes
-
+from ldm.weights import Folder, Header, Shapes
 
 # How the names of a checkpoint's weights begin.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -433,3 +432,38 @@ def _prediction(family: Family, header: Header, name: str) -> tuple[Prediction, 
     known = steps.get(header.notes.get("global_step", ""))
     known = known or next((value for part, value in published.items() if part in name), None)
     return (known, "notes") if known else ("v", "guess")
+
+
+def kind_of(header: Header, name: str) -> Kind | None:
+    found = of_header(header, name)
+    if isinstance(found, Kind):
+        return None if found is UNKNOWN else found
+    return Kind(FAMILIES[found[0]], "use the config that belongs to it")
+
+
+def what_holds(shapes: Shapes) -> str | None:
+    """Say what a file with these tensors is, such as "a LoRA" or "Stable Diffusion 2"; None if it is unknown."""
+    kind = kind_of(Header(shapes, {}), "")
+    return kind and kind.name
+
+
+# Of the tensors, enough to know what a file is.
+_MOST_NAMES = 2**14
+
+
+def no_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a file with these tensors is no embedding, and what to do; None for one that may be."""
+    what = what_holds(dict(itertools.islice(shapes.items(), _MOST_NAMES)))
+    remedy = "it is used in other tools; name a file of textual inversion here"
+    if any(name.startswith("embedding_manager.") for name in shapes):
+        what, remedy = (
+            "the state of a training run",
+            "name the embedding that the run saved beside it, such as embeddings.pt",
+        )
+    elif what in (None, EMBEDDING):
+        return None
+    elif what in FAMILIES.values():
+        remedy = NAME_AS_MODEL
+    elif "VAE" in what:
+        remedy = f"name it with {setting('vae')}, and an embedding here"
+    return f"it is {what}, not an embedding; {remedy}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -46,7 +47,8 @@ def declared(path: str) -> Any:
     """Return a stand-in for the class or function at a dotted path; None if its source is not read or not enough.
 
     A stand-in has the name, the ancestors and the parameters of the original, with defaults and annotations, and does
-    nothing. Annotations that need other modules than Python's own are not evaluated.
+    nothing; that of a class has its constants too, and a method for each of its own. Annotations that need other
+    modules than Python's own are not evaluated.
 
     Raises:
         Absent: nothing is at this path.
@@ -183,12 +185,28 @@ def _stand_in(node: ast.FunctionDef | ast.ClassDef, module: str, seen: frozenset
             and part.name in ("__new__", "__init_subclass__")
         ):
             raise NotInSource
+        else:
+            body |= _member(part)
     ancestors = dict.fromkeys(_ancestor(base, module, seen) for base in node.bases)
     ancestors.pop(object, None)
     try:
         return types.new_class(node.name, tuple(ancestors), {}, lambda names: names.update(body))
     except TypeError as error:
         raise NotInSource from error
+
+
+def _member(part: ast.stmt) -> dict[str, Any]:
+    """A constant of a class that is written out, or what stands for one of its methods, by its name."""
+    match part:
+        case ast.FunctionDef(name=name) if not name.startswith("__"):
+            return {name: lambda *arguments, **keywords: None}
+        case (
+            ast.Assign(targets=[ast.Name(id=name)], value=value)
+            | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+        ):
+            with contextlib.suppress(ValueError):
+                return {name: ast.literal_eval(value)}
+    return {}
 
 
 def _ancestor(base: ast.expr, module: str, seen: frozenset[str]) -> type:

@@ -18,8 +18,8 @@ from ldm.commands import embeddings, evaluate, export
 from ldm.commands.base import guarded
 from ldm.commands.generate import Profile, make_parser
 from ldm.front_ends import NAMES, setting, speaking_as
-from ldm.generate.embeddings import check_mentions
 from ldm.generate.images import generate as generate_images
+from ldm.generate.request import check_mentions
 from ldm.studio import server
 from ldm.training import command_line
 from ldm.training.inversion import Inversion

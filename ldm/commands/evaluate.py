@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm.base_models import read_config
     from ldm.embeddings.method_files import triggers_of
     from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
-    from ldm.generate.embeddings import check_dials
+    from ldm.generate.request import check_dials
 
     console.set_up_logging()
     sampling = sampling_of(options)
@@ -215,7 +215,7 @@ class EvaluatedConcept:
 
 def check_prompts(prompts: Sequence[str], learned: Sequence[Sequence[str]]) -> None:
     """Raise UserError for a prompt that does not mention the concept, or mentions another placeholder."""
-    from ldm.generate.embeddings import check_mentions
+    from ldm.generate.request import check_mentions
 
     for triggers in learned:
         for prompt in prompts:

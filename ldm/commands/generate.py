@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm import console
 from ldm.commands.base import (
     WEIGHTS,
     add_dial_option,
@@ -23,10 +24,11 @@ from ldm.files import in_checkout
 from ldm.util import UsageError, UserError, shown
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from PIL.Image import Image
 
-    from ldm.generate.editing import ClassWords
-    from ldm.generate.session import Prompts
+    from ldm.generate.editing import InitImage
+    from ldm.generate.request import ClassWords, Prompts
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 _DESCRIPTION = """Generate images from prompts, with learned embeddings.
@@ -301,23 +303,19 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
 
         options.ckpt_path = str(located(options.ckpt_path, options.variant, options.revision))
     lines = read_lines(options.from_file) if options.from_file else None
+    with console.importing():
+        config, found, classes, init = check(options, lines, profile)
 
-    from tqdm import tqdm
+        from tqdm import tqdm
 
-    from ldm import console
-    from ldm.generate.editing import InitImage
-    from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
-    from ldm.generate.session import Labels
+        from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
+        from ldm.generate.session import Labels
 
     console.set_up_logging()
-    init = None
-    if options.init_img is not None:
-        strength = {} if options.strength is None else {"strength": options.strength}
-        init = InitImage.read(options.init_img, options.mask, **strength)
     outdir = Path(options.outdir)
     samples = ImageFolder(outdir / "samples", options.format, profile.digits)
     labels = Labels(options.ckpt_path)
-    model, found, classes = load(options, lines, profile)
+    model = load(options, config, found)
     labels.use(found.words)
     prompts_of_round = found.prompts if lines else found.prompts * options.n_samples
     with tqdm(unit="step", desc="sampling", disable=None) as bar, naming_the_checkpoint(options.ckpt_path):
@@ -361,24 +359,28 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
         write_line(str(save_grid(images, options.n_rows or options.n_samples, path)))
 
 
-def load(
+def check(
     options: argparse.Namespace, lines: list[str] | None, profile: Profile
-) -> tuple[LatentDiffusion, Prompts, ClassWords | None]:
-    """Return the model with the embeddings in it, the prompts, and the class words if they are needed.
+) -> tuple[DictConfig, Prompts, ClassWords | None, InitImage | None]:
+    """Return the model's config, the prompts, the class words if they are needed, and the image to begin from.
 
-    Everything about files and words is checked before the model is read, the token limit afterwards.
+    Everything that needs neither the numbers in files nor a tokenizer is checked, without torch.
     """
-    from ldm.base_models import read_config
-    from ldm.generate.editing import class_words
-    from ldm.generate.embeddings import load_embeddings
-    from ldm.generate.images import check_fits
-    from ldm.generate.session import resolve, warn_truncated
-    from ldm.util import get_obj_from_str
+    from ldm.base_models import check_weights, read_config
+    from ldm.files import why_no_folder
+    from ldm.generate.editing import InitImage
+    from ldm.generate.request import check_fits, check_sizes, class_words, resolve
 
+    samples = Path(options.outdir) / "samples"
+    if reason := why_no_folder(samples):
+        raise UserError(f"cannot write to the folder '{samples}' ({reason}); choose another")
+    init = None
+    if options.init_img is not None:
+        strength = {} if options.strength is None else {"strength": options.strength}
+        init = InitImage.read(options.init_img, options.mask, **strength)
     config = read_config(options.ckpt_path, options.config)
-    kind = get_obj_from_str(config["model"]["target"])
-    if hasattr(kind, "check_sizes"):
-        kind.check_sizes(sizes_of(options))
+    check_weights(config["model"], options.ckpt_path, options.vae)
+    check_sizes(config, sizes_of(options))
     check_fits(config, options.ddim_steps, options.H, options.W)
     found = resolve(
         config,
@@ -393,11 +395,21 @@ def load(
     classes = None
     if options.concept_strength != 1.0:
         classes = class_words(found.words, found.prompts, options.class_word)
+    return config, found, classes, init
+
+
+def load(options: argparse.Namespace, config: DictConfig, found: Prompts) -> LatentDiffusion:
+    """Return the model with the words in it; their files are read before it, and the token limit is checked after."""
+    from ldm.generate.embeddings import load_embeddings
+    from ldm.generate.request import read_all
+    from ldm.generate.session import warn_truncated
+
+    words = read_all(config, found.words)
     model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
-    if found.words:
-        load_embeddings(model, found.words)
+    if words:
+        load_embeddings(model, words)
     warn_truncated(model, [*found.prompts, found.negative_prompt], options.prompt_syntax)
-    return model, found, classes
+    return model
 
 
 def sizes_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +116,27 @@ class MethodFile:
                 f"'{self.source}' is for {model_names(self.encoder, self.width)}; this model's text encoder is "
                 f"{encoder} of width {width}, so use the model that it was learned on"
             )
+
+
+# The methods that are known, with the names of their classes in `ldm.modules.methods`.
+CLASSES = {"prospect": "ProSpect", "xti": "XTI", "neti": "NeTI", "output": "OutputResidual", "grid": "Grid"}
+
+
+def check_method(file: MethodFile) -> None:
+    """Raise UserError for a file of an unknown method."""
+    if file.method not in CLASSES:
+        raise UserError(
+            f"'{file.source}' is of the method '{shown(file.method)}'; known are {', '.join(CLASSES)}"
+        )
+
+
+def check_dial(name: str, value: float, options: _Values) -> None:
+    """Raise UserError for a value that a dial of these methods cannot have; `options` as in `MethodFile`."""
+    hidden = options.get("hidden", math.inf)  # a damaged file has none
+    wanted = {"strength": "0 to 2", "bypass": "0 to 1", "truncation": f"a whole number from 0 to {hidden:g}"}
+    most = {"strength": 2, "bypass": 1, "truncation": hidden}
+    if name in most and (not 0 <= value <= most[name] or (name == "truncation" and value != int(value))):
+        raise UserError(f"the dial {name} is {value:g}; use {wanted[name]}")
 
 
 def write_method_file(content: MethodFile, path: str | Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ldm.base_models import no_embedding
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
 from ldm.embeddings.payload import METHOD, Payload, more_than_vectors, open_payload
 from ldm.embeddings.pickle_formats import parse_a1111, parse_original
@@ -17,7 +16,7 @@ from ldm.embeddings.tensor_formats import (
     parse_lora,
     parse_onetrainer,
 )
-from ldm.model_kinds import NAME_AS_MODEL
+from ldm.model_kinds import NAME_AS_MODEL, no_embedding
 from ldm.util import UserError
 
 # Tried in this order; the last accepts any key as a trigger.

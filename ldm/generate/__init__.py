@@ -1,16 +1,20 @@
 """Images from prompts, with a model and learned embeddings.
 
-The package itself can be called: `ldm.generate("a photo of *", words="cat.safetensors")` is `text_to_image`.
+The package itself can be called: `ldm.generate("a photo of *", words="cat.safetensors")` is `text_to_image`. Its names
+are imported on first use: what checks a request (`ldm.generate.request`) needs no torch.
 """
 
+import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm.generate.editing import InitImage
-from ldm.generate.embeddings import check_mentions, check_prompts, load_embeddings
-from ldm.generate.images import SAMPLERS, Settings, check_settings, generate, save_image
-from ldm.generate.session import Session, release, text_to_image
+if TYPE_CHECKING:
+    from ldm.generate.editing import InitImage
+    from ldm.generate.embeddings import check_prompts, load_embeddings
+    from ldm.generate.images import SAMPLERS, Settings, check_settings, generate, save_image
+    from ldm.generate.request import check_mentions
+    from ldm.generate.session import Session, release, text_to_image
 
 __all__ = [
     "SAMPLERS",
@@ -27,10 +31,28 @@ __all__ = [
     "text_to_image",
 ]
 
+_WHERE = {
+    "InitImage": "editing",
+    "check_mentions": "request",
+    **dict.fromkeys(("check_prompts", "load_embeddings"), "embeddings"),
+    **dict.fromkeys(("SAMPLERS", "Settings", "check_settings", "generate", "save_image"), "images"),
+    **dict.fromkeys(("Session", "release", "text_to_image"), "session"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ldm.generate' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"ldm.generate.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 class _Callable(ModuleType):
     def __call__(self, *prompts: Any, **settings: Any) -> Any:
-        return text_to_image(*prompts, **settings)
+        return __getattr__("text_to_image")(*prompts, **settings)
 
 
 # The import system sets `ldm.generate` to this module, so a function of that name has to be the module.

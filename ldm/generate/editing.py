@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 
 from ldm import words
-from ldm.embeddings import LearnedEmbeddings
-from ldm.embeddings.method_files import MethodFile, read_words
 from ldm.files import file_hash
 from ldm.front_ends import setting
+from ldm.generate.request import ClassWords
 from ldm.images import fitted, open_image, open_mask, to_tensor
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, check_value, shown, shown_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,11 @@ class InitImage:
 
     def at(self, model: LatentDiffusion, height: int, width: int) -> Start:
         """Encode the image for output of this size in pixels."""
+        import torch
+        from torch.nn import functional
+
+        from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
         image = fitted(self.image.convert("RGB"), width, height)
         # Rounding decides by less than a pixel.
         if abs(self.image.width * height - self.image.height * width) > max(self.image.size):
@@ -137,52 +141,11 @@ class Start:
         return image if self.mask is None else Image.composite(image, self.image, self.mask)
 
 
-# The class word of each placeholder, or one for all.
-ClassWords: TypeAlias = Mapping[str, str] | str
-
-
 def strength_labels(strength: float, class_words: ClassWords) -> dict[str, str]:
     """The fields of an image's settings for a concept strength."""
     pairs = {"": class_words} if isinstance(class_words, str) else class_words
     text = ", ".join(f"{name}={word}" if name else word for name, word in pairs.items())
     return {"Concept strength": f"{strength:g}", "Class words": text}
-
-
-def class_words(
-    held: Iterable[str | Path | LearnedEmbeddings | MethodFile],
-    prompts: Iterable[str],
-    given: Sequence[str] = (),
-) -> ClassWords:
-    """Return the class words of placeholders, from what is given and else the initializers that the files state.
-
-    Args:
-        held: the embedding files, or what was read from them.
-        prompts: that the images are generated from; only placeholders in them need a class word.
-        given: WORD for all placeholders, or PLACEHOLDER=WORD for one.
-    Raises:
-        UserError: a file cannot be read, a placeholder is unknown, or the class word of one is not known.
-    """
-    if len(given) == 1 and "=" not in given[0]:
-        return given[0].strip()
-    found: dict[str, str | None] = {}
-    for one in held:
-        learned = read_words(one) if isinstance(one, (str, Path)) else one
-        found.update({trigger: learned.initializers.get(trigger) for trigger in learned.triggers})
-    for text in given:
-        name, mark, word = text.rpartition("=")
-        if mark and name not in found:
-            raise UserError(
-                f"the class word '{shown(text)}' names no loaded word; loaded: {', '.join(map(shown, found)) or 'none'}"
-            )
-        found.update({name: word.strip()} if mark else dict.fromkeys(found, word.strip()))
-    pieces = [piece for prompt in prompts for piece in words.split(prompt, found)]
-    unknown = next((name for _, name in pieces if name is not None and not found[name]), None)
-    if unknown is not None:
-        raise UserError(
-            f"the class word of '{shown(unknown)}' is not in its file; name it, as in "
-            f"{setting('class_word', shown(unknown))}"
-        )
-    return {trigger: word for trigger, word in found.items() if word}
 
 
 def with_class_words(model: LatentDiffusion, prompts: Sequence[str], class_words: ClassWords) -> list[str]:

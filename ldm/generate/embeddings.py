@@ -1,40 +1,38 @@
-"""Loads learned embeddings into a model, and checks prompts for placeholders without an embedding."""
+"""Learned words in a model: loading them, setting their dials, and encoding prompts in which they are.
+
+A weight in a prompt (see `ldm.generate.prompt_syntax`) scales what a token adds to the encoder's output. AUTOMATIC1111
+and ComfyUI scale differently, and both definitions are here; a prompt without weights is encoded as without them.
+"""
 
 from __future__ import annotations
 
-import logging
-import re
+import functools
+import itertools
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ldm.embeddings import LearnedEmbeddings, encoder_kind, merge, read
-from ldm.embeddings.method_files import MethodFile, read_method_file, read_words
-from ldm.front_ends import setting
+from ldm.embeddings import LearnedEmbeddings, merge, read
+from ldm.embeddings.method_files import MethodFile, read_method_file
+from ldm.generate.prompt_syntax import Chunks, Segment, parse
+from ldm.generate.request import Words, check_mentions, dial_numbers, dial_text, takes_vectors
+from ldm.models.diffusion.conditioning import (
+    TimedCondition,
+    TimedPrompts,
+    concat_conditions,
+    context_of,
+    with_context,
+)
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager
-from ldm.modules.methods import METHODS, class_of, words_of
+from ldm.modules.methods import words_of
 from ldm.modules.personalization import Personalization, TextEncoder
-from ldm.util import UserError, check_value, get_obj_from_str, shown
-from ldm.values import plain
-from ldm.words import check_text, pattern
-
-logger = logging.getLogger(__name__)
-
-# How people write placeholders: "<my-cat>", or an asterisk by itself (unlike that of "2*3").
-_LIKE_A_PLACEHOLDER = re.compile(r"<[^<>\s]+>|(?<![\w*])\*(?![\w*])")
-# AUTOMATIC1111's way to name a LoRA or a hypernetwork in a prompt.
-_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
-
-
-# What holds words: a file, or what was read from one.
-Words = str | Path | LearnedEmbeddings | MethodFile
+from ldm.util import UserError, shown
 
 
 def load_embeddings(model: LatentDiffusion, paths: Words | Sequence[Words]) -> list[str]:
@@ -85,75 +83,6 @@ def _vectors_of(word: Words) -> LearnedEmbeddings:
     return word if isinstance(word, LearnedEmbeddings) else read(word)
 
 
-def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
-    """Check that a model's text encoder can use vectors, as far as its config says; the model is not read.
-
-    Raises:
-        UserError: as `load_embeddings`.
-    """
-    target = OmegaConf.select(config, "model.params.cond_stage_config.target")
-    width = OmegaConf.select(config, "model.params.unet_config.params.context_dim")
-    family = getattr(get_obj_from_str(target), "family", None) if target else None
-    if not words or family is None or not isinstance(width, int):
-        return
-    held = [read_words(word) if isinstance(word, (str, Path)) else word for word in words]
-    vectors = [one for one in held if isinstance(one, LearnedEmbeddings)]
-    for one in held:
-        if isinstance(one, MethodFile):
-            class_of(one)
-            one.check_encoder(encoder_kind(family, width), width)
-    for one in [merge(vectors)] if len(vectors) == len(held) else vectors:
-        one.vectors_for(width, family)
-
-
-def check_dials(config: DictConfig, words: Sequence[Words], dials: Mapping[str, float] | None) -> None:
-    """Check that words have each of these dials and their values, as far as files say so; the model is not read.
-
-    Raises:
-        UserError: `dials` is no mapping of names to finite numbers, a file cannot be read, there is no such dial, or it
-            cannot have this value.
-    """
-    dials = dial_numbers(dials)
-    if not dials or of_own_class(config):
-        return
-    if words:
-        held = [read_words(word) if isinstance(word, (str, Path)) else word for word in words]
-        files = [one for one in held if isinstance(one, MethodFile)]
-        known = {name for file in files for name in file.dials}
-        kinds = [METHODS[file.method].__name__ for file in files if file.method in METHODS]
-        for file in files:
-            for name, value in dials.items():
-                if name in file.dials and file.method in METHODS:
-                    METHODS[file.method].check_dial(name, value, file.options)
-    else:
-        node = OmegaConf.select(config, "model.params.personalization_config") or {}
-        kind = get_obj_from_str(node["target"]) if "target" in node else EmbeddingManager
-        if kind.dials is not Personalization.dials:
-            return  # only the object itself knows its dials
-        known, kinds = set(), []
-    for name in dials:
-        if name not in known:
-            raise UserError(
-                f"there is no dial '{shown(name)}' of {' and '.join(dict.fromkeys(kinds)) or 'plain vectors'}; "
-                + (f"known are: {', '.join(sorted(known))}" if known else "there are none, so leave it out")
-            )
-
-
-def dial_numbers(dials: Mapping[str, float] | None) -> dict[str, float]:
-    """Return dials as Python's numbers; UserError for what is no mapping of names to finite numbers."""
-    if not isinstance(dials, Mapping | None):
-        raise UserError(f'dials is {shown(dials)}; give a dictionary, such as {{"truncation": 32}}')
-    numbers: dict[str, float] = plain(dials or {})
-    for name, value in numbers.items():
-        check_value(f"the dial {shown(name)}", value, "", float)
-    return numbers
-
-
-def dial_text(dials: Mapping[str, float]) -> str:
-    """Dials as settings of images state them and the page takes them: "truncation=32, bypass=0.1"."""
-    return ", ".join(f"{name}={value:.12g}" for name, value in dials.items())
-
-
 @contextmanager
 def dials_at(model: LatentDiffusion, dials: Mapping[str, float] | None) -> Iterator[dict[str, str]]:
     """Set dials of the model's personalization for this block; afterwards each word has its former values.
@@ -181,21 +110,6 @@ def dials_at(model: LatentDiffusion, dials: Mapping[str, float] | None) -> Itera
                 part.set_dial(name, values[name])
 
 
-def takes_vectors(personalization: type[Personalization]) -> bool:
-    """Whether a class of personalizations consists of vectors by placeholder, as the files of other tools do.
-
-    Such a class overrides `Personalization.take`.
-    """
-    return personalization.take is not Personalization.take
-
-
-def of_own_class(config: Mapping[str, Any]) -> str | None:
-    """The target of the personalization in a model's YAML, if that class alone reads its files; else None."""
-    node = OmegaConf.select(config, "model.params.personalization_config") or {}  # type: ignore[arg-type]
-    kind = get_obj_from_str(node["target"]) if "target" in node else None
-    return None if kind is None or takes_vectors(kind) or kind.method else str(node["target"])
-
-
 def check_prompts(
     model: LatentDiffusion, prompts: Iterable[str], learned: Iterable[str] | None = None
 ) -> None:
@@ -206,57 +120,6 @@ def check_prompts(
     personalization: Personalization | None = model.embedding_manager
     held = [] if personalization is None else list(personalization.placeholders)
     check_mentions(prompts, held if learned is None else learned, held)
-
-
-def check_mentions(prompts: Iterable[str], learned: Iterable[str], configured: Iterable[str] = ()) -> None:
-    """Raise UserError for a prompt that is no text or has a placeholder that is not in `learned`; no model is needed.
-
-    A placeholder is a word that looks like one ("<my-cat>", a lone "*") or is in `configured`.
-    """
-    learned = sorted(learned, key=len, reverse=True)
-    unlearned = [pattern(name) for name in configured if name not in learned]
-    suspects = re.compile("|".join([*unlearned, _LIKE_A_PLACEHOLDER.pattern]), re.IGNORECASE)
-    known = re.compile("|".join(map(pattern, learned)) or r"(?!)", re.IGNORECASE)
-    for prompt in prompts:
-        text = unicodedata.normalize("NFC", check_text(prompt, "prompt"))
-        found = suspects.search(known.sub(" ", text))
-        if found is not None and _NETWORK.match(found[0]):
-            raise UserError(
-                f"the prompt contains '{shown(found[0])}': LoRAs and hypernetworks are not supported; remove it"
-            )
-        if found is not None:
-            raise UserError(
-                f"the prompt \"{shown(prompt)}\" mentions '{shown(found[0], 30)}', but no loaded embedding has that "
-                f"name (loaded: {_listed(learned) or 'none'}); load its file with {setting('words')}, or write "
-                "the prompt without it"
-            )
-
-
-def warn_unused(triggers: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> None:
-    """Log a warning for each embedding file, given with its placeholders, of which no prompt uses one."""
-    texts = [unicodedata.normalize("NFC", prompt) for prompt in prompts]
-    for path, words in triggers.items():
-        if any(_mentions(text, word) for word in words for text in texts):
-            continue
-        stem = Path(path).stem
-        typed = stem and any(_mentions(text, stem) for text in texts)
-        logger.warning(
-            "'%s' is loaded, but no prompt contains %s %s: write it %s",
-            shown(path, 100),
-            "its word" if len(words) == 1 else "one of its words",
-            _listed(words),
-            f"in place of the file's name '{shown(stem)}'" if typed else "in the prompt",
-        )
-
-
-def _mentions(text: str, word: str) -> bool:
-    return re.search(pattern(word), text, re.IGNORECASE) is not None
-
-
-def _listed(words: Sequence[str], most: int = 3) -> str:
-    """Some words in quotes, and how many more there are."""
-    named = ", ".join(f"'{shown(word, 30)}'" for word in words[:most])
-    return named + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def text_encoder_of(model: LatentDiffusion) -> TextEncoder:
@@ -275,3 +138,169 @@ def personalization_of(model: LatentDiffusion) -> Personalization:
     if model.embedding_manager is None:
         model.embedding_manager = EmbeddingManager(text_encoder_of(model))
     return model.embedding_manager
+
+
+# -- prompts encoded -----------------------------------------------------------------------------------------
+
+
+def chunk_count(model: LatentDiffusion, prompt: str, syntax: str) -> int:
+    """The number of chunks of a prompt; 1 where the syntax has none."""
+    encoder, manager = model.cond_stage_model, model.embedding_manager
+    if syntax == "plain" or not isinstance(encoder, TextEncoder):
+        return 1
+    names = [] if manager is None else list(manager.placeholders)
+    return len(parse(prompt, names, syntax, encoder.prompt_tokenizer.ignores_case))
+
+
+def conditions(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str | None,
+    syntax: str,
+    least_chunks: int = 1,
+) -> tuple[Any, Any]:
+    """The condition of a batch of prompts, and that of the negative prompt for each (None without guidance).
+
+    All are filled up to the longest of them, and to `least_chunks`, because guidance needs conditions of one length.
+    """
+    negatives = [] if negative_prompt is None else model.negative_prompts(prompts, negative_prompt)
+    encoder, manager = model.cond_stage_model, model.embedding_manager
+    if syntax != "plain" and isinstance(encoder, TextEncoder):
+        names = [] if manager is None else list(manager.placeholders)
+        ignores_case = encoder.prompt_tokenizer.ignores_case
+        parsed = [parse(text, names, syntax, ignores_case) for text in [*prompts, *negatives]]
+        longest = max(least_chunks, *map(len, parsed))
+        if longest > 1 or any(part.weight != 1 for chunks in parsed for part in chunks[0]):
+            filled = [_filled(chunks, longest) for chunks in parsed]
+            wanted, unwanted = filled[: len(prompts)], filled[len(prompts) :]
+            condition = model.completed(_weighted_condition(encoder, manager, wanted, syntax))
+            if not negatives:
+                return condition, None
+            return condition, model.completed(
+                _weighted_condition(encoder, manager, unwanted, syntax), negatives
+            )
+        texts = ["".join(part.text for part in chunks[0]) for chunks in parsed]
+        prompts, negatives = texts[: len(prompts)], texts[len(prompts) :]
+    condition = model.get_learned_conditioning(list(prompts))
+    return condition, model.get_unconditional_conditioning(negatives) if negatives else None
+
+
+def _weighted_condition(
+    encoder: TextEncoder, manager: Personalization | None, prompts: Sequence[Chunks], syntax: str
+) -> Any:
+    """The weighted condition of prompts with equal numbers of chunks; that of timed words is one at the timestep.
+
+    Prompts without a learned word are encoded plainly and once, which may be much faster.
+    """
+
+    def at(chunks: Sequence[Chunks], times: Tensor) -> Any:
+        return encode(encoder, manager, chunks, syntax, times)
+
+    parts: list[Any] = []
+    for has_words, texts in itertools.groupby(prompts, functools.partial(_has_words, encoder, manager)):
+        fixed = [tuple(tuple(chunk) for chunk in chunks) for chunks in texts]
+        if has_words and manager is not None and manager.timed:
+            parts.append(TimedCondition([TimedPrompts(fixed, at, manager.stage_of)]))
+        else:
+            parts.append(encode(encoder, manager if has_words else None, fixed, syntax))
+    return functools.reduce(concat_conditions, parts)
+
+
+def _has_words(encoder: TextEncoder, manager: Personalization | None, chunks: Chunks) -> bool:
+    if manager is None:
+        return False
+    texts = ["".join(segment.text for segment in chunk) for chunk in chunks]
+    return bool(encoder.prompt_tokenizer.found(texts, manager.placeholders))
+
+
+def check_token_limit(encoder: TextEncoder, manager: Personalization | None, prompt: str, syntax: str) -> str:
+    """The text of a prompt that the token limit truncates, empty if everything fits.
+
+    Raises:
+        UserError: a placeholder is truncated, wholly or in part, or the prompt's syntax is not supported.
+    """
+    tokenizer = encoder.prompt_tokenizer
+    ids: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    if manager is not None:
+        ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
+        widths = manager.placeholders
+    lost = []
+    for chunk in parse(prompt, ids, syntax, tokenizer.ignores_case):
+        text = "".join(segment.text for segment in chunk)
+        for cut in tokenizer.truncated(text, ids, widths):
+            raise UserError(
+                f"the token limit of {tokenizer.max_length} truncates '{shown(cut.placeholder)}' in the prompt "
+                f"'{shown(prompt, 80)}' ({cut.kept} of {cut.vectors} vectors remain); move it forward or shorten "
+                "the prompt"
+            )
+        lost.append(tokenizer.overflow(text, ids, widths))
+    return " ".join(filter(None, lost))
+
+
+def encode(
+    encoder: TextEncoder,
+    manager: Personalization | None,
+    prompts: Sequence[Chunks],
+    syntax: str = "a1111",
+    times: Tensor | None = None,
+) -> Any:
+    """The weighted condition of prompts in chunks: a context [B, n * L, d], n the largest number of chunks.
+
+    It is layered as the personalization's own is; `times` [B] are the timesteps for one that depends on them.
+
+    With E the encoder's context of a chunk and w its weights [L], `a1111` gives w E, rescaled to the mean of E (as
+    AUTOMATIC1111's "Original" emphasis does, here for each chunk and each text tower by itself); `comfyui` gives
+    E0 + w (E - E0), with E0 the context of the empty prompt. Both are E where all weights are 1. Prompts with fewer
+    chunks than others are filled up with the empty prompt. What an encoder gives beside the context, such as a pooled
+    vector, is that of the first chunk without weights.
+    """
+    count = max(map(len, prompts))
+    encoded = []
+    for row, chunks in enumerate(prompts):
+        own = None if times is None else times[row, None]
+        filled = _filled(chunks, count)
+        encoded.append(_joined([_encode_chunk(encoder, manager, chunk, syntax, own) for chunk in filled]))
+    return functools.reduce(concat_conditions, encoded)
+
+
+def _joined(chunks: Sequence[Any]) -> Any:
+    """The conditions of one prompt's chunks as one: their contexts one after the other."""
+    return with_context(chunks[0], torch.cat([context_of(chunk) for chunk in chunks], dim=-2))
+
+
+def _filled(chunks: Chunks, count: int) -> Chunks:
+    return [*chunks, *([[Segment("")]] * (count - len(chunks)))]
+
+
+def _encode_chunk(
+    encoder: TextEncoder,
+    manager: Personalization | None,
+    chunk: Sequence[Segment],
+    syntax: str,
+    times: Tensor | None,
+) -> Any:
+    """The condition of one chunk at a timestep [1], with a context [1, ..., L, d]."""
+    ids: Mapping[str, int] = {}
+    widths: Mapping[str, int] = {}
+    if manager is not None:
+        ids = {word: int(token) for word, token in manager.string_to_token_dict.items()}
+        widths = manager.placeholders
+    segments = [(segment.text, segment.weight) for segment in chunk]
+    tokens, weights = encoder.prompt_tokenizer.encode_weighted(segments, ids, widths)
+    row = tokens[None].to(encoder.device)
+    encoded = encoder.embed_ids(row, None) if manager is None else manager.encode(encoder, row, times)
+    if bool((weights == 1).all()):
+        return encoded
+    context = context_of(encoded)
+    weights = weights.to(context)[:, None]
+    if syntax == "comfyui":
+        empty = context_of(encoder.encode([""], manager))
+        return with_context(encoded, empty + weights * (context - empty))
+    towers = context.split(encoder.widths, dim=-1) if len(encoder.widths) > 1 else (context,)
+    rescaled = []
+    for tower in towers:
+        weighted = weights * tower
+        means = [states.mean(dim=(-2, -1), keepdim=True) for states in (tower, weighted)]
+        rescaled.append(weighted * (means[0] / means[1]))
+    return with_context(encoded, torch.cat(rescaled, dim=-1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -19,19 +20,21 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.files import atomic_write
-from ldm.generate.editing import ClassWords, InitImage, strength_labels, with_class_words
-from ldm.generate.embeddings import dials_at
-from ldm.generate.prompt_syntax import chunk_count, conditions
-from ldm.images import image_grid, size_multiple, to_pil
+from ldm.generate.editing import InitImage, strength_labels, with_class_words
+from ldm.generate.embeddings import chunk_count, conditions, dials_at
+from ldm.generate.request import ClassWords, check_multiple
+from ldm.images import image_grid, to_pil
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import gaussian
-from ldm.models.diffusion.steps import check_steps, steps_taken
+from ldm.models.diffusion.steps import steps_taken
 from ldm.modules.diffusionmodules.openaimodel import Downsample
 from ldm.util import UserError, check_value, evaluating, shown_value
 from ldm.values import plain
+
+logger = logging.getLogger(__name__)
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 PRECISIONS = ("full", "autocast")
@@ -115,6 +118,10 @@ def generate(
     pixels_each = downsampling_factor(model)
     size = shape[1] * pixels_each, shape[2] * pixels_each
     by_class = None if concept_strength == 1.0 else with_class_words(model, prompts, class_words or {})
+    if by_class == prompts:
+        logger.warning(
+            "the concept strength %g changes nothing: no prompt contains a learned word", concept_strength
+        )
     device = model.alphas_cumprod.device
     batches = _batches([chunk_count(model, prompt, prompt_syntax) for prompt in prompts], batch_size)
     taken = steps if init is None else steps_taken(init.strength, steps)
@@ -251,25 +258,6 @@ def check_settings(
         raise UserError(f'unknown precision "{precision}"; choose one of {", ".join(PRECISIONS)}')
 
 
-def check_fits(config: Mapping[str, Any], steps: int, height: int | None, width: int | None) -> None:
-    """Raise UserError for steps or a size that the model of a YAML cannot have, before the model is read.
-
-    What a model of other classes can have is found when it generates.
-    """
-    check_steps(steps, (config["model"].get("params") or {}).get("timesteps") or 1000)
-    if multiple := size_multiple(config):
-        _check_multiple(multiple, height, width)
-
-
-def _check_multiple(multiple: int, height: int | None, width: int | None) -> None:
-    for name, value in (("height", height), ("width", width)):
-        if value is not None and (value < 1 or value % multiple):
-            nearest = max(round(value / multiple), 1) * multiple
-            raise UserError(
-                f"{name} {value} is not a multiple of {multiple}, which this model needs; try {nearest}"
-            )
-
-
 def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) -> tuple[int, int, int]:
     """The shape (C, h, w) of the latents of images of this size in pixels, by default of the model's own size.
 
@@ -281,7 +269,7 @@ def latent_shape(model: LatentDiffusion, height: int | None, width: int | None) 
     own_height, own_width = (own, own) if isinstance(own, int) else own
     # Each Downsample of the denoiser halves the latent again; its skip connections need an even size.
     multiple = factor * 2 ** sum(isinstance(module, Downsample) for module in model.model.modules())
-    _check_multiple(multiple, height, width)
+    check_multiple(multiple, height, width)
     return (
         model.channels,
         own_height if height is None else height // factor,

@@ -8,13 +8,12 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy import ndarray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL.Image import Image
 from torch import Tensor
 
@@ -23,19 +22,10 @@ from ldm.checkpoint import load_model_from_config
 from ldm.embeddings import LearnedEmbeddings
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of
 from ldm.files import file_hash, in_checkout
-from ldm.front_ends import setting
-from ldm.generate.editing import class_words
-from ldm.generate.embeddings import (
-    Words,
-    check_dials,
-    check_encoder,
-    check_mentions,
-    load_embeddings,
-    of_own_class,
-    warn_unused,
-)
+from ldm.generate.embeddings import check_token_limit, load_embeddings
 from ldm.generate.images import OutputError, generate
-from ldm.generate.prompt_syntax import SYNTAXES, check_token_limit, parse
+from ldm.generate.prompt_syntax import SYNTAXES
+from ldm.generate.request import Words, class_words, read_all, resolve
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import (
     UserError,
@@ -52,62 +42,6 @@ logger = logging.getLogger(__name__)
 
 # The embedded model, relative to the root of the checkout.
 WEIGHTS = "models/ldm/creatures/model.safetensors"
-# Suffixes of the files that embedding:NAME in a prompt may mean; the empty one where NAME has a suffix.
-EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin", ".png", ".webp")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts in which every word is known, with the files (or vectors) that hold the words."""
-
-    prompts: list[str]
-    negative_prompt: str
-    words: list[Words]
-
-
-def resolve(
-    config: DictConfig,
-    prompts: Sequence[str],
-    negative_prompt: str,
-    words: Sequence[Words],
-    *,
-    default: str = "a photo",
-    syntax: str = "a1111",
-    folder: str | Path = "embeddings",
-    dials: Mapping[str, float] | None = None,
-) -> Prompts:
-    """Find the files of `embedding:NAME`, and check that every word of the prompts is held; no model is needed.
-
-    Without prompts, the prompt is "a photo of WORD" with the first word, or `default` if there is none. `folder` is
-    where `embedding:NAME` looks beside the current folder. A file whose word is in no prompt is a warning. `dials` are
-    those that will be set.
-
-    Raises:
-        UserError: a file cannot be read, or is for another text encoder, or a prompt has a placeholder that no file
-            holds, or no file has such a dial.
-    """
-    node = OmegaConf.select(config, "model.params.personalization_config") or {}
-    params = node.get("params") or {}
-    configured = [str(word) for word in params.get("placeholder_strings") or []]
-    learned = configured if params.get("embedding_manager_ckpt") else []
-    given, words = [*prompts], list(words)
-    if of_own_class(config):  # which alone knows its files and its placeholders
-        return Prompts(given or [default], negative_prompt, words)
-    if syntax != "plain":
-        *given, negative_prompt = [
-            _find_embeddings(prompt, folder, words) for prompt in [*given, negative_prompt]
-        ]
-    triggers = {_name(word): _triggers(word) for word in words}
-    if words:
-        learned = [trigger for several in triggers.values() for trigger in several]
-    given = given or [f"a photo of {learned[0]}" if learned else default]
-    check_mentions([*given, negative_prompt], learned, configured)
-    warn_unused(triggers, [*given, negative_prompt])
-    for prompt in [*given, negative_prompt]:
-        parse(prompt, {*learned, *configured}, syntax)
-    check_encoder(config, words)
-    check_dials(config, words, dials)
-    return Prompts(given, negative_prompt, words)
 
 
 def warn_truncated(model: LatentDiffusion, prompts: Iterable[str], syntax: str) -> None:
@@ -120,48 +54,6 @@ def warn_truncated(model: LatentDiffusion, prompts: Iterable[str], syntax: str) 
         lost = check_token_limit(model.cond_stage_model, model.embedding_manager, prompt, syntax)
         if lost:
             logger.warning('the token limit truncates the prompt: "%s" has no effect', lost[:120])
-
-
-def _find_embeddings(prompt: str, folder: str | Path, words: list[Words]) -> str:
-    """Replace each embedding:NAME of a prompt by the placeholder of that file, which is added to `words`.
-
-    Raises:
-        UserError: there is no such file, or it holds several placeholders, or NAME is missing.
-    """
-    if re.search(r"\bembedding:(?=\s|$)", prompt, re.IGNORECASE):
-        raise UserError(
-            "the prompt contains 'embedding:' without a name; write embedding:NAME without a space"
-        )
-
-    def placeholder(match: re.Match[str]) -> str:
-        name = match[1]
-        places = [Path(base) / f"{name}{suffix}" for base in (".", folder) for suffix in EMBEDDING_SUFFIXES]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise UserError(
-                f"the prompt names 'embedding:{name}', but there is no such file here or in '{folder}'; "
-                f"name {setting('word_file')}"
-            )
-        triggers = triggers_of(found)
-        if len(triggers) > 1:
-            raise UserError(
-                f"'{found}' holds {len(triggers)} words; name it with {setting('words')} and write the words"
-            )
-        if str(found) not in words:
-            words.append(str(found))
-        return triggers[0]
-
-    # A name ends where ComfyUI's does, or at the end of a sentence; it may hold the letters of any language.
-    named = r"""\bembedding:([^\s,:;|"'()\[\]{}<>]*[^\s,:;|"'()\[\]{}<>.!?])"""
-    return re.sub(named, placeholder, prompt, flags=re.IGNORECASE)
-
-
-def _name(word: Words) -> str:
-    return str(word) if isinstance(word, (str, Path)) else word.source or word.triggers[0]
-
-
-def _triggers(word: Words) -> list[str]:
-    return triggers_of(word) if isinstance(word, (str, Path)) else word.triggers
 
 
 def checkpoint_of(model: str | Path) -> str:
@@ -323,10 +215,11 @@ class Session:
             raise UserError(f"'{self.ckpt}': {error}") from error
 
     def use(self, words: Sequence[Words]) -> None:
-        """Let the model hold these words and no others."""
+        """Let the model hold these words and no others; with an error, those that it held."""
+        held = read_all(self.config, words)
         self.model.embedding_manager = copy.deepcopy(self._without_words)
-        if words:
-            load_embeddings(self.model, words)
+        if held:
+            load_embeddings(self.model, held)
         self._labels.use(words)
 
 

@@ -25,7 +25,7 @@ from ldm.embeddings import FORMATS, merge, read, write, write_all
 from ldm.embeddings.inspection import ConceptReport, inspect_concepts, known_folder, token_tables, words_of
 from ldm.embeddings.method_files import MethodFile, read_words, triggers_of, write_method_file
 from ldm.files import in_checkout
-from ldm.generate.embeddings import dial_text
+from ldm.generate.request import dial_text
 from ldm.generate.session import checkpoint_of
 from ldm.studio.generation import Generation, real, whole
 from ldm.studio.queue import STATE_FOLDER, Job, Queue, environment, train_command

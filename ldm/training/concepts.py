@@ -21,7 +21,7 @@ from ldm.embeddings.method_files import MethodFile, read_words, write_method_fil
 from ldm.embeddings.tensor_formats import SECOND_FILE
 from ldm.embeddings.writer import format_named
 from ldm.files import in_checkout
-from ldm.generate.embeddings import of_own_class
+from ldm.generate.request import of_own_class
 from ldm.images import open_image
 from ldm.training.record import RunRecord, is_run
 from ldm.util import UserError, check_value, cut, shown

@@ -465,7 +465,7 @@ def _is_of_yaml(config: DictConfig) -> bool:
 
 def _joint_problems(config: DictConfig) -> Iterator[Problem]:
     """Problems that only several nodes together show, such as the data's and the model's; each is valid by itself."""
-    from ldm.images import size_multiple
+    from ldm.base_models import size_multiple
 
     node = config["data"]
     if _accepts(node, "train") and not OmegaConf.select(config, "data.params.train"):

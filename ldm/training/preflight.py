@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings, random_state
 from ldm.data.captions import absent_key, no_placeholder
-from ldm.generate.embeddings import check_encoder
+from ldm.generate.request import check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager, chosen
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer

@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ldm.files import file_kind
+from ldm.files import file_kind, why_no_folder
 from ldm.front_ends import setting
 from ldm.images import IMAGE_SUFFIXES
-from ldm.model_kinds import EMBEDDING
+from ldm.model_kinds import EMBEDDING, no_embedding, what_holds
 from ldm.outlines import outline_of
 from ldm.util import UserError
 from ldm.weights import read_header
@@ -175,13 +175,7 @@ def _not_writable(folder: str | Path, reason: str | None) -> UserError:
 
 def check_logdir(logdir: str | Path) -> None:
     """Raise UserError if the folder of runs is a file, or cannot be written or made; nothing is made."""
-    place = Path(logdir)
-    while not os.path.exists(place) and place != place.parent:  # False for what no path can be
-        place = place.parent
-    reason = "" if os.access(place, os.W_OK) else "Permission denied"
-    if not place.is_dir():
-        reason = f"'{place}' is a file"
-    if reason:
+    if reason := why_no_folder(logdir):
         raise _not_writable(logdir, reason)
 
 
@@ -296,8 +290,6 @@ def _no_run_folder(place: Path) -> str:
 
 
 def _holds_vectors(path: Path) -> bool:
-    from ldm.base_models import no_embedding, what_holds
-
     try:
         shapes = read_header(path).shapes
         return what_holds(shapes) == EMBEDDING and no_embedding(shapes) is None

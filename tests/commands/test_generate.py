@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ldm.base_models import config_of
 from ldm.commands import generate
 from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, write
-from ldm.generate import Settings, session
+from ldm.generate import Settings, request
 from ldm.images import open_image
 from tests.golden_record import Golden
 from tests.modules.methods.conftest import words
@@ -270,7 +270,7 @@ def test_files_of_another_kind_are_errors_of_one_line(run, folder, tmp_path) -> 
         (["--config", tmp_path / "list.yaml", "--outdir", tmp_path / "o"], "must hold a mapping"),
         (["--from-file", tmp_path / "empty.txt"], "holds no prompt"),
         (["--from-file", folder / "cat.pt"], "not a UTF-8 text file"),
-        ([], "cannot create the folder"),
+        ([], "cannot write to the folder"),
     ):
         code, output, _ = run(*arguments)
         assert code == 1 and message in output.err and output.err.count("\n") == 1, output.err
@@ -403,7 +403,7 @@ def test_an_image_does_not_depend_on_a_longer_prompt_beside_it(run, tmp_path) ->
 def test_an_embedding_is_named_by_its_file_in_any_language(tmp_path, name: str, text: str) -> None:
     path = write(LearnedEmbeddings((Concept("<x>", torch.ones(1, 8)),)), tmp_path / f"{name}.pt", "original")
     paths: list[str] = []
-    found = session._find_embeddings(text.format(f"embedding:{name}"), str(tmp_path), paths)
+    found = request._find_embeddings(text.format(f"embedding:{name}"), str(tmp_path), paths)
     assert found == text.format("<x>") and paths == [str(path)]
 
 

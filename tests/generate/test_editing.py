@@ -12,7 +12,8 @@ from PIL import Image
 from ldm.embeddings import Concept, LearnedEmbeddings, Metadata
 from ldm.embeddings.method_files import read_words
 from ldm.generate import generate
-from ldm.generate.editing import InitImage, class_words, with_class_words
+from ldm.generate.editing import InitImage, with_class_words
+from ldm.generate.request import class_words
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.methods import METHODS, CoRe, DreamArtist
 from ldm.util import UserError

@@ -16,8 +16,8 @@ from torch import nn
 from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.embeddings.method_files import read_words
 from ldm.generate import Settings, check_mentions, check_prompts, generate, load_embeddings
-from ldm.generate.embeddings import check_dials, check_encoder, warn_unused
 from ldm.generate.prompt_syntax import parse
+from ldm.generate.request import check_dials, check_encoder, warn_unused
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError

@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from ldm.generate.prompt_syntax import Segment, encode, parse
+from ldm.generate.embeddings import encode
+from ldm.generate.prompt_syntax import Segment, parse
 from ldm.util import UserError
 from tests.modules.conftest import build_encoder, manager_of
 

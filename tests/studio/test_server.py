@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ldm.front_ends import setting
-from ldm.generate.embeddings import check_mentions
+from ldm.generate.request import check_mentions
 from ldm.studio import server
 from ldm.studio.server import Assets, Guard, is_local, make_parser, needed, read_users, serve
 from ldm.util import UsageError, UserError

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ldm.base_models import check_size_conditions
 from ldm.util import ConfigError, UserError, instantiate_from_config
 
 # A tensor such as a context [B, M, d] or a layered one [B, layers, 1 or 2, M, d] (see ldm.modules.personalization),
@@ -114,25 +115,16 @@ class Captioned:
         """
         return encoded
 
-    @classmethod
-    def check_sizes(cls, sizes: Mapping[str, Sequence[int]]) -> None:
-        """Check size conditions; see `LatentDiffusionXL.drawing_at`.
-
-        Raises:
-            UserError: they are out of range, or the model has no size conditions.
-        """
-        if sizes:
-            raise UserError(
-                f"--{next(iter(sizes))} is for Stable Diffusion XL, and this model has no size conditions; leave it out"
-            )
+    # Whether prompts are for images of a size, which `drawing_at` sets.
+    size_conditions: bool = False
 
     @contextmanager
     def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]]) -> Iterator[None]:
         """Within this block prompts are for images of this size in pixels, for models with size conditions.
 
-        Raises UserError as `check_sizes`.
+        Raises UserError as `ldm.base_models.check_size_conditions`.
         """
-        self.check_sizes(sizes)
+        check_size_conditions(sizes, self.size_conditions)
         yield
 
 

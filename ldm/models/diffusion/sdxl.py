@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ldm.base_models import check_size_conditions
 from ldm.models.diffusion.conditioning import condition_map
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.sdxl import FrozenSDXLEmbedder
-from ldm.util import ConfigError, UserError
+from ldm.util import ConfigError
 
 # Height and width of the original image, top and left of the crop in the resized image, height and width of the crop.
 Sizes: TypeAlias = tuple[int, int, int, int, int, int]
@@ -45,6 +46,8 @@ class LatentDiffusionXL(LatentDiffusion):
     Raises:
         ConfigError: the text encoder is another one, or the UNet takes no vector of its width and six sizes.
     """
+
+    size_conditions = True
 
     def __init__(
         self,
@@ -133,14 +136,6 @@ class LatentDiffusionXL(LatentDiffusion):
         embedded = timestep_embedding(numbers, self.size_width).view(len(pooled), -1)
         return {**encoded, "c_adm": [torch.cat([pooled.float(), embedded], dim=1)]}
 
-    @classmethod
-    def check_sizes(cls, sizes: Mapping[str, Sequence[int]]) -> None:
-        for name, pair in sizes.items():
-            least = 0 if name == "crop" else 1
-            if len(pair) != 2 or min(pair) < least:
-                given = " ".join(map(str, pair))
-                raise UserError(f"--{name} is {given or 'empty'}; use two numbers from {least}")
-
     @contextmanager
     def drawing_at(self, height: int, width: int, sizes: Mapping[str, Sequence[int]]) -> Iterator[None]:
         """Within this block prompts are for images of this size in pixels.
@@ -149,9 +144,9 @@ class LatentDiffusionXL(LatentDiffusion):
             sizes: `original_size` and `target_size` (height, width; by default that of the image) and `crop` (top,
                 left; by default 0, 0), which replace these size conditions.
         Raises:
-            UserError: as `check_sizes`.
+            UserError: as `ldm.base_models.check_size_conditions`.
         """
-        self.check_sizes(sizes)
+        check_size_conditions(sizes, self.size_conditions)
         given = {"original_size": (height, width), "crop": (0, 0), "target_size": (height, width), **sizes}
         (a, b), (c, d), (e, f) = (given[name] for name in OPTIONS)
         before, self._drawn = self._drawn, (a, b, c, d, e, f)

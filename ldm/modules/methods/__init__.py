@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ldm.embeddings import LearnedEmbeddings
-from ldm.embeddings.method_files import MethodFile
+from ldm.embeddings.method_files import MethodFile, check_method
 from ldm.modules.methods.core import CoRe, CoReGrid, CoReNeTI
 from ldm.modules.methods.dreamartist import DreamArtist
 from ldm.modules.methods.grid import XTI, Grid, OutputResidual, ProSpect
 from ldm.modules.methods.neti import NeTI
 from ldm.modules.methods.words import LearnedWords, PlainWords, ShapedWords, Together
 from ldm.modules.personalization import DenoiserShape, TextEncoder
-from ldm.util import UserError, shown
 
 __all__ = [
     "METHODS",
@@ -39,10 +38,7 @@ METHODS: dict[str, type[LearnedWords]] = {
 
 def class_of(file: MethodFile) -> type[LearnedWords]:
     """The class of a file's method; UserError if there is none."""
-    if file.method not in METHODS:
-        raise UserError(
-            f"'{file.source}' is of the method '{shown(file.method)}'; known are {', '.join(METHODS)}"
-        )
+    check_method(file)
     return METHODS[file.method]
 
 

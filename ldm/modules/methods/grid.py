@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.embeddings.method_files import check_dial
 from ldm.modules.methods.words import LearnedWords, Rows, check_layers
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, TextEncoder
 from ldm.util import UserError, check_integer, check_together
@@ -128,13 +128,8 @@ class Grid(LearnedWords):
     def set_dial(self, name: str, value: float) -> None:
         if name not in self.dials():
             super().set_dial(name, value)
-        self.check_dial(name, value, self.options())
+        check_dial(name, value, self.options())
         self._strength = float(value)
-
-    @classmethod
-    def check_dial(cls, name: str, value: float, options: Mapping[str, float]) -> None:
-        if name == "strength" and not 0 <= value <= 2:
-            raise UserError(f"the dial strength is {value:g}; use 0 to 2")
 
     def stage_of(self, times: Tensor) -> Tensor:
         """The number of the part that each timestep [B] is in, [B], 0 for the least noise."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.embeddings.method_files import check_dial
 from ldm.modules.methods.words import LearnedWords, Rows, check_layers
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, TextEncoder
 from ldm.util import UserError, check_integer
@@ -161,16 +161,8 @@ class NeTI(LearnedWords):
     def set_dial(self, name: str, value: float) -> None:
         if name not in self._dials:
             super().set_dial(name, value)
-        self.check_dial(name, value, self.options())
+        check_dial(name, value, self.options())
         self._dials[name] = int(value) if name == "truncation" else float(value)
-
-    @classmethod
-    def check_dial(cls, name: str, value: float, options: Mapping[str, float]) -> None:
-        hidden = options.get("hidden", math.inf)  # a damaged file has none
-        if name == "truncation" and (not 0 <= value <= hidden or value != int(value)):
-            raise UserError(f"the dial truncation is {value:g}; use a whole number from 0 to {hidden:g}")
-        if name == "bypass" and not 0 <= value <= 1:
-            raise UserError(f"the dial bypass is {value:g}; use 0 to 1")
 
     def rows_of(self, word: nn.Module, times: Tensor | None) -> Rows:
         first = next(word.parameters())

@@ -208,10 +208,6 @@ class LearnedWords(ShapedWords):
         """Attributes of this class that a file states, because the tensors depend on them."""
         return {}
 
-    @classmethod
-    def check_dial(cls, name: str, value: float, options: Mapping[str, float]) -> None:
-        """Raise UserError for a value that a dial of words with these `options` cannot have."""
-
     # -- words -----------------------------------------------------------------------------------------------
 
     @property

@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from ldm.data.personalized import PersonalizedBase
+from ldm.generate.embeddings import conditions
 from ldm.generate.images import generate
-from ldm.generate.prompt_syntax import conditions
 from ldm.models.diffusion.sdxl import LatentDiffusionXL, SizedCaptions
 from ldm.modules.methods import DreamArtist
 from ldm.training.callbacks.latent_cache import LatentCache

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, read, write
 from ldm.embeddings.method_files import MethodFile, read_method_file, triggers_of, write_method_file
 from ldm.generate import load_embeddings
+from ldm.generate.embeddings import conditions
 from ldm.generate.images import generate
-from ldm.generate.prompt_syntax import conditions
 from ldm.models.diffusion.conditioning import TimedCondition, at_timesteps, concat_conditions
 from ldm.modules import methods
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
