@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ldm.commands.base import check_files, check_model, guarded, write_error
 from ldm.console import Parser, check_results_written, positive, write_line
@@ -40,6 +40,9 @@ _MERGE_DESCRIPTION = """Merge embedding files of any format into one that the or
 Where two files have different vectors for the same trigger, the later one is renamed (--rename or --auto_rename);
 without these options the conflict is reported and nothing is written."""
 
+# What is written, and the path of each.
+Parts: TypeAlias = "tuple[Sequence[LearnedEmbeddings], Sequence[Path]]"
+
 # The keys of `ldm.embeddings.FORMATS`, so that a wrong command line is reported before torch is imported.
 FORMAT_NAMES = ("original", "safetensors", "diffusers", "a1111", "a1111-png", "onetrainer")
 
@@ -66,21 +69,24 @@ def merge_main(argv: Sequence[str] | None = None, prog: str = "merge_embeddings.
 
 def inspect(options: argparse.Namespace) -> None:
     """Report on every file; a file that cannot be read does not prevent the report on the others."""
-    from ldm.embeddings.inspection import inspect_concepts, words_of
+    from ldm.embeddings.inspection import check_text_encoder, inspect_concepts, words_of
     from ldm.embeddings.method_files import MethodFile, read_words
     from ldm.weights import TEXT_ENCODERS, located
 
     check_model(options.ckpt_path)
-    tables = _vocabulary(options)
+    if options.ckpt_path:
+        check_text_encoder(options.ckpt_path)
+    readable = [file for file in options.files if _can_be_read(file)]
+    tables = _vocabulary(options) if readable else {}
     folder = options.tokenizer
-    if folder is None and options.ckpt_path:
+    if folder is None and options.ckpt_path and readable:
         folder = _tokenizer_of(located(options.ckpt_path, parts=TEXT_ENCODERS))
     words = words_of(folder) if folder else None
     reports: list[dict[str, Any]] = []
     failures: list[UserError] = []
     for file in options.files:
         try:
-            learned = read_words(file)
+            learned = read_words(file, numbers=file in readable)
         except UserError as error:
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
@@ -125,6 +131,17 @@ def inspect(options: argparse.Namespace) -> None:
         raise failures[-1]
 
 
+def _can_be_read(file: Path) -> bool:
+    """Whether a file is one of vectors or a method, as far as can be said without torch."""
+    from ldm.embeddings.method_files import read_words
+
+    try:
+        read_words(file, numbers=False)
+    except UserError:
+        return False
+    return True
+
+
 def convert(options: argparse.Namespace) -> None:
     """Write one file in the format of another tool."""
     check_files(options.file, options.preview)
@@ -133,18 +150,24 @@ def convert(options: argparse.Namespace) -> None:
     from ldm.embeddings import read
     from ldm.images import open_image
 
-    learned = read(options.file)
-    if options.encoder:
-        learned = learned.with_encoder(options.encoder)
-    if trigger:
-        learned = learned.renamed({one_word(learned.triggers, f"'{options.file}'"): trigger})
+    def converted(numbers: bool) -> Parts:
+        learned = read(options.file, numbers=numbers)
+        if options.encoder:
+            learned = learned.with_encoder(options.encoder)
+        if trigger:
+            learned = learned.renamed({one_word(learned.triggers, f"'{options.file}'"): trigger})
+        return _parts(learned, options, beside=options.file)
+
     preview = open_image(options.preview) if options.preview else None
-    _write(learned, options, beside=options.file, preview=preview)
+    _write(converted, options, preview)
 
 
 def merge(options: argparse.Namespace) -> None:
     """Write the words of several files to one, or to a folder in a format that holds one word per file."""
-    _write(_merged(options.files, options), options, beside=options.output)
+    _write(
+        lambda numbers: _parts(_merged(options.files, options, numbers), options, beside=options.output),
+        options,
+    )
 
 
 def split(options: argparse.Namespace) -> None:
@@ -153,18 +176,25 @@ def split(options: argparse.Namespace) -> None:
 
     from ldm import embeddings
 
-    words = embeddings.split(embeddings.read(options.file, "they stay together in their file, so use that"))
-    names = [word.triggers[0] for word in words]
-    paths = embeddings.paths_for(names, options.output or options.file.parent, options.to)
-    _write_files(words, paths, options)
+    def words(numbers: bool) -> Parts:
+        whole = embeddings.read(options.file, "they stay together in their file, so use that", numbers)
+        names = whole.triggers
+        return embeddings.split(whole), embeddings.paths_for(
+            names, options.output or options.file.parent, options.to
+        )
+
+    _write(words, options)
 
 
 def _merge_originals(options: argparse.Namespace) -> None:
     from ldm.embeddings import write
+    from ldm.embeddings.writer import check_supported
 
-    merged = _merged(options.manager_ckpts, options, encoder="bert" if options.use_bert else None)
+    encoder = "bert" if options.use_bert else None
     suffix = options.output_path.suffix.lower()
     format = "safetensors" if suffix == ".safetensors" else "original"
+    check_supported(_merged(options.manager_ckpts, options, numbers=False, encoder=encoder), format)
+    merged = _merged(options.manager_ckpts, options, numbers=True, encoder=encoder)
     path = write(_with_token_ids(merged, format), options.output_path, format)
     for concept in merged.concepts:
         write_line(f"'{concept.trigger}': {len(concept.vectors)} x {concept.width}, for {concept.models}")
@@ -172,50 +202,50 @@ def _merge_originals(options: argparse.Namespace) -> None:
 
 
 def _merged(
-    files: Sequence[Path], options: argparse.Namespace, encoder: str | None = None
+    files: Sequence[Path], options: argparse.Namespace, numbers: bool, encoder: str | None = None
 ) -> LearnedEmbeddings:
-    """Merge files as --rename and --auto_rename request, and write a line for each renamed trigger."""
+    """Merge files as --rename and --auto_rename request, and, with `numbers`, write a line for each renamed trigger."""
     check_files(*files)
 
     from ldm import embeddings
 
     renames = embeddings.renames_from(options.rename)
     apart = "they stay in a file of their own, which is named beside others to generate with several"
-    parts = [embeddings.read(file, apart) for file in files]
+    parts = [embeddings.read(file, apart, numbers) for file in files]
     if encoder:
         parts = [part.with_encoder(encoder) for part in parts]
     merged = embeddings.merge(parts, renames, options.auto_rename)
-    for step in embeddings.plan_renames(parts, renames, options.auto_rename):
+    for step in embeddings.plan_renames(parts, renames, options.auto_rename) if numbers else ():
         write_line(f"{step.source}: '{step.old}' is now '{step.new}'")
     return merged
 
 
-def _write(
-    learned: LearnedEmbeddings, options: argparse.Namespace, beside: Path, preview: Image | None = None
-) -> None:
-    """Write to --output, or beside a file: one file if it can hold everything, else a folder of files."""
+def _parts(learned: LearnedEmbeddings, options: argparse.Namespace, beside: Path) -> Parts:
+    """What goes to --output, or beside a file: one file if it can hold everything, else a folder of files."""
     from ldm import embeddings
 
     chosen = embeddings.FORMATS[options.to]
     if chosen.several_triggers or (options.output and len(learned.triggers) == 1):
-        _write_files([learned], [options.output or beside.with_suffix(chosen.suffix)], options, preview)
-    else:
-        paths = embeddings.paths_for(learned.triggers, options.output or beside.parent, options.to)
-        _write_files(embeddings.split(learned), paths, options, preview)
+        return [learned], [options.output or beside.with_suffix(chosen.suffix)]
+    paths = embeddings.paths_for(learned.triggers, options.output or beside.parent, options.to)
+    return embeddings.split(learned), paths
 
 
-def _write_files(
-    parts: Sequence[LearnedEmbeddings],
-    paths: Sequence[Path],
-    options: argparse.Namespace,
-    preview: Image | None = None,
-) -> None:
-    """Write each part to its path as --to says, unless a file exists, and a line for each file and how to load it."""
+def _write(make: Callable[[bool], Parts], options: argparse.Namespace, preview: Image | None = None) -> None:
+    """Write each part to its path as --to says, unless a file exists, and a line for each file and how to load it.
+
+    `make` is called without the numbers of vectors, to check all that needs no torch, and then with them.
+    """
     from ldm.embeddings import files_of, write
+    from ldm.embeddings.writer import check_supported
 
+    for numbers in (False, True):
+        parts, paths = make(numbers)
+        for part in parts:
+            check_supported(part, options.to)
+        files = [files_of(part, path, options.to) for part, path in zip(parts, paths, strict=True)]
+        _check_overwriting([file for each in files for file in each], options)
     parts = [_with_token_ids(part, options.to, getattr(options, "tokenizer", None)) for part in parts]
-    files = [files_of(part, path, options.to) for part, path in zip(parts, paths, strict=True)]
-    _check_overwriting([file for each in files for file in each], options)
     for part, each in zip(parts, files, strict=True):
         write(part, each[0], options.to, preview)
         for file in each:
@@ -240,13 +270,16 @@ def transfer(options: argparse.Namespace) -> None:
     _check_overwriting([options.output], options)
 
     from ldm.embeddings import read, write
-    from ldm.embeddings.inspection import token_tables
+    from ldm.embeddings.inspection import check_text_encoder, token_tables
+
+    instead = "the map between two models is for vectors, so train the word anew on the other model"
+    read(options.file, instead, numbers=False)
+    for model in (options.source, options.target):
+        check_text_encoder(model)
+
     from ldm.embeddings.transfer import fit_models, transferred
 
-    learned = read(
-        options.file,
-        instead="the map between two models is for vectors, so train the word anew on the other model",
-    )
+    learned = read(options.file, instead)
     transfers = fit_models(token_tables(options.source), token_tables(options.target))
     moved = transferred(learned, transfers, Path(options.source).name, Path(options.target).name)
     for (kind, other), fit in transfers.items():

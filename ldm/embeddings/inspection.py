@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
+from ldm.base_models import checked_header
 from ldm.embeddings.concept import ENCODER_KINDS, Concept, EmbeddingError, LearnedEmbeddings, encoder_kind
 from ldm.util import shown
 from ldm.weights import TEXT_ENCODERS, Folder, located, read_state_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The ends of a token table's name: CLIP in all layouts, and BERT in LDM's and that of transformers.
 _CLIP_TABLE, _BERT_TABLE = "token_embedding.weight", ("token_emb.weight", "word_embeddings.weight")
@@ -25,13 +26,8 @@ def token_tables(model: str | Path) -> dict[str, Tensor]:
     `model` is a checkpoint, a folder as diffusers writes it, or a hub id, of which only the text encoders are fetched.
     Raises UserError if it cannot be read or has none.
     """
-    path = located(model, parts=TEXT_ENCODERS)
     found: dict[str, Tensor] = {}
-    files = [path]
-    if path.is_dir():
-        folder = Folder(path)
-        files = [file for part in TEXT_ENCODERS for file in folder.weights(part)] or folder.own_weights()
-    for file in files:
+    for file in _files_of(model):
         for name, value in read_state_dict(file).items():
             if value.ndim != 2 or not name.endswith((_CLIP_TABLE, *_BERT_TABLE)):
                 continue
@@ -42,11 +38,30 @@ def token_tables(model: str | Path) -> dict[str, Tensor]:
             kind = encoder_kind("clip", value.shape[1]) if name.endswith(_CLIP_TABLE) else "bert"
             found.setdefault(kind, value.detach().float())
     if not found:
-        raise EmbeddingError(
-            f"'{model}' has no text encoder; name a checkpoint or a diffusers folder with one"
-        )
+        raise _no_encoder(model)
     order = [*ENCODER_KINDS, "clip"]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+
+
+def check_text_encoder(model: str | Path) -> None:
+    """Raise UserError if a model cannot be read or has no token table, by the names in its files alone."""
+    for file in _files_of(model):
+        for name, shape in checked_header(file).shapes.items():
+            if len(shape) == 2 and name.endswith((_CLIP_TABLE, *_BERT_TABLE)):
+                return
+    raise _no_encoder(model)
+
+
+def _files_of(model: str | Path) -> list[Path]:
+    path = located(model, parts=TEXT_ENCODERS)
+    if not path.is_dir():
+        return [path]
+    folder = Folder(path)
+    return [file for part in TEXT_ENCODERS for file in folder.weights(part)] or folder.own_weights()
+
+
+def _no_encoder(model: str | Path) -> EmbeddingError:
+    return EmbeddingError(f"'{model}' has no text encoder; name a checkpoint or a diffusers folder with one")
 
 
 _WORD_END = "</w>"
@@ -166,6 +181,9 @@ def nearest_words(vectors: Tensor, table: Tensor, count: int = 5) -> tuple[Tenso
 
     Returns cosine similarities and row numbers, both [N, count], best first.
     """
+    import torch
+    from torch.nn.functional import normalize
+
     queries = normalize(vectors.float(), dim=1)
     # In chunks, so that a table in half precision is never converted as a whole.
     similar = torch.cat(
@@ -177,6 +195,8 @@ def nearest_words(vectors: Tensor, table: Tensor, count: int = 5) -> tuple[Tenso
 def _report(concept: Concept, table: Tensor | None, words: Sequence[str] | None, count: int) -> ConceptReport:
     spread, near = None, None
     if table is not None:
+        import torch
+
         quantiles = torch.tensor([0.05, 0.5, 0.95])
         spread = VocabularyNorms(*table.float().norm(dim=1).quantile(quantiles).tolist())
         similar, rows = nearest_words(concept.vectors, table, count)

@@ -67,7 +67,7 @@ def write(
     Raises EmbeddingError for an unknown format and for embeddings that the format cannot hold.
     """
     chosen = format_named(format)
-    _check_supported(embeddings, format, chosen)
+    check_supported(embeddings, format)
     save = chosen.save
     if preview is not None and format == "a1111-png":
         save = functools.partial(save, preview=preview)
@@ -111,7 +111,7 @@ def write_all(
         return [write(embeddings, Path(folder) / f"embeddings{chosen.suffix}", format)]
     parts = {trigger: embeddings.only(trigger) for trigger in embeddings.triggers}
     for part in parts.values():
-        _check_supported(part, format, chosen)
+        check_supported(part, format)
     paths = paths_for(list(parts), folder, format)
     for part, path in zip(parts.values(), paths, strict=True):
         write(part, path, format, preview)
@@ -150,8 +150,9 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def _check_supported(embeddings: LearnedEmbeddings, name: str, chosen: Format) -> None:
-    """Raise EmbeddingError for embeddings that the format cannot hold."""
+def check_supported(embeddings: LearnedEmbeddings, name: str) -> None:
+    """Raise EmbeddingError for embeddings that the format of this name cannot hold."""
+    chosen = format_named(name)
     unsupported = sorted({concept.part for concept in embeddings.concepts} - {"", "negative"})
     if unsupported:
         raise EmbeddingError(
