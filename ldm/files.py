@@ -9,11 +9,12 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from ldm.front_ends import setting
 from ldm.util import UserError, shown
 
 FileKind = Literal[
@@ -282,3 +283,47 @@ def why_no_folder(path: str | Path) -> str:
     if not place.is_dir():
         return f"'{place}' is a file"
     return "" if os.access(place, os.W_OK) else "Permission denied"
+
+
+def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
+    """Check that the folder `source` holds at least one file of each of `alternatives`.
+
+    A `source` that is no folder is taken for a hub name and accepted, unless it can only be a path.
+
+    Raises:
+        UserError: it names `what` and the missing folder or file.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+            raise UserError(f"{what}: there is no such folder (looked from '{Path.cwd()}'); check the path")
+        return
+    for names in alternatives:
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"{what}: the folder has no {' or '.join(names[:2])}; add it or name another folder"
+            )
+
+
+# The settings of a folder of two towers, see `ldm.models.two_towers`.
+TOWERS = "towers.json"
+
+
+def check_features(source: str | Path) -> None:
+    """Raise UserError if `ldm.models.features` could not read a folder, without loading anything."""
+    if not (Path(source) / TOWERS).is_file():
+        require_files(
+            f"{setting('features')} '{source}'",
+            str(source),
+            ("config.json", TOWERS),
+            ("preprocessor_config.json",),
+        )
+
+
+def check_new(folder: str | Path) -> None:
+    """Raise UserError if a folder that is to be written whole exists and is not empty, or cannot be made."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists already; name another {setting('folder')}")
+    if reason := why_no_folder(folder):
+        raise UserError(f"cannot write '{folder}' ({reason}); name another {setting('folder')}")

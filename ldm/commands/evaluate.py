@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm import console
 from ldm.commands.base import (
     JUDGE,
     WEIGHTS,
@@ -20,10 +21,12 @@ from ldm.commands.base import (
     naming_the_checkpoint,
 )
 from ldm.console import Parser, argument, write_line
-from ldm.files import in_checkout
+from ldm.files import in_checkout, why_no_folder
 from ldm.util import UsageError, UserError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from ldm.evaluation.concepts import ConceptFolder
     from ldm.evaluation.evaluate import Evaluation, EvaluationPrompt, Rows, Sampling
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -141,7 +144,7 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 def features_of(options: argparse.Namespace) -> list[str]:
     """The sources of --features, by default the towers beside the model; checked, but not loaded."""
-    from ldm.models.features import check_features
+    from ldm.files import check_features
 
     towers = Path(options.ckpt_path).with_name("towers")
     sources = list(options.features or ([str(towers)] if towers.is_dir() else []))
@@ -182,26 +185,29 @@ def run(options: argparse.Namespace) -> None:
     if options.dial and options.word:
         raise UsageError(f"--dial {options.dial[0][0]} is for learned words; remove it, or --word")
 
-    from ldm import console
-    from ldm.base_models import read_config
-    from ldm.embeddings.method_files import triggers_of
-    from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
-    from ldm.generate.request import check_dials
+    with console.importing():
+        from ldm.base_models import check_weights, read_config
+        from ldm.embeddings.method_files import triggers_of
+        from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
+        from ldm.generate.request import check_dials, check_encoder
 
-    console.set_up_logging()
-    sampling = sampling_of(options)
+    if reason := why_no_folder(options.outdir):
+        raise UserError(f"cannot write to the folder '{options.outdir}' ({reason}); choose another")
     concepts = [read_concept(folder) for folder in find_concepts(options.concept)]
     place, several = options.embedding_path, len(concepts) > 1
     files = [find_embedding(place, concept.name, several) if place else None for concept in concepts]
     triggers = [triggers_of(file) if file else [] for file in files]
     check_prompts(options.prompt, triggers)
-    if options.dial:
-        config = read_config(options.ckpt_path, options.config)
-        for file in filter(None, files):
-            check_dials(config, [file], dict(options.dial))
+    sources, judge = features_of(options), judge_of(options)
+    config = read_config(options.ckpt_path, options.config)
+    check_weights(config["model"], options.ckpt_path)
+    for file in filter(None, files):
+        check_encoder(config, [file])
+        check_dials(config, [file], dict(options.dial))
+    console.set_up_logging()
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]
     with naming_the_checkpoint(options.ckpt_path):
-        evaluate(options, sampling, evaluated, features_of(options), judge_of(options))
+        evaluate(options, config, evaluated, sources, judge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +234,7 @@ def check_prompts(prompts: Sequence[str], learned: Sequence[Sequence[str]]) -> N
 
 def evaluate(
     options: argparse.Namespace,
-    sampling: Sampling,
+    config: DictConfig,
     evaluated: Sequence[EvaluatedConcept],
     sources: Sequence[str],
     judge_folder: str | None,
@@ -243,8 +249,12 @@ def evaluate(
     from ldm.files import file_hash
     from ldm.generate import load_embeddings
     from ldm.generate.embeddings import dials_at
+    from ldm.generate.request import read_all
     from ldm.models.features import load_features
 
+    sampling = sampling_of(options)
+    for file in {one.file for one in evaluated if one.file}:
+        read_all(config, [file])
     described = [bool(one.concept.creature or one.concept.style) for one in evaluated]
     judge = AttributeJudge.load(judge_folder) if judge_folder and any(described) else None
     model, size = load_model(options.ckpt_path, options.config)

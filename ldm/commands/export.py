@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ldm.commands.base import (
@@ -15,10 +15,11 @@ from ldm.commands.base import (
     load_latent_diffusion,
 )
 from ldm.console import Parser, write_line
-from ldm.files import in_checkout
+from ldm.files import check_new, in_checkout
 from ldm.util import UserError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from torch import Tensor
 
 _DESCRIPTION = """Write a model, with learned words if given, as a folder that the pipelines of diffusers load.
@@ -45,36 +46,23 @@ def export(options: argparse.Namespace) -> None:
     check_model(options.ckpt_path, options.vae)
     check_files(options.config, *options.embedding_path)
 
+    config, renames = check(options)
+
     # Both libraries warn about image processors and new token embeddings, which do not matter here.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
-    from ldm.base_models import read_config
-    from ldm.embeddings import renames_from
-    from ldm.embeddings.method_files import read_method_file
-    from ldm.embeddings.payload import more_than_vectors
     from ldm.generate.embeddings import load_embeddings, personalization_of
+    from ldm.generate.request import read_all
     from ldm.interop import diffusers_pipeline
 
-    renames = renames_from(options.rename)
-    for path in options.embedding_path:
-        if held := read_method_file(path):
-            reason = more_than_vectors(held.method, "diffusers has none for them, so export without it")
-            raise UserError(f"'{path}': {reason}")
-    config = read_config(options.ckpt_path, options.config)
+    words = read_all(config, options.embedding_path)
     model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
-    placeholders: list[str] = []
     vectors: dict[str, Tensor] = {}
-    if options.embedding_path:
-        placeholders = load_embeddings(model, options.embedding_path)
+    names: dict[str, str] = {}
+    if words:
+        names = renamed(load_embeddings(model, words), renames)
         vectors = personalization_of(model).export()
-    for old, new in renames.items():
-        if old not in placeholders or len(new) > 1:
-            loaded = ", ".join(f"'{name}'" for name in placeholders) or "none"
-            raise UserError(f"--rename '{old}={new[-1]}': name each learned word once (loaded: {loaded})")
-    names = {word: renames.get(word, [word])[0] for word in placeholders}
-    if len(set(names.values())) < len(names):
-        raise UserError(f"--rename gives two words the same name ({', '.join(names.values())})")
     for word in names.keys() - vectors.keys():
         raise UserError(f"'{word}' has no vectors that diffusers can use; export without --embedding_path")
     pipeline = diffusers_pipeline.to_pipeline(model, config)
@@ -84,6 +72,43 @@ def export(options: argparse.Namespace) -> None:
     write_line(f"wrote {diffusers_pipeline.save_pipeline(pipeline, options.out)}")
     for name in names.values():
         write_line(f'in prompts: "a photo of {name}"')
+
+
+def check(options: argparse.Namespace) -> tuple[DictConfig, dict[str, list[str]]]:
+    """Check what needs no torch; returns the model's config and the renames."""
+    from ldm.base_models import check_weights, read_config
+    from ldm.embeddings import merge, renames_from
+    from ldm.embeddings.method_files import MethodFile, read_words
+    from ldm.embeddings.payload import more_than_vectors
+    from ldm.generate.request import check_encoder, of_own_class
+
+    renames = renames_from(options.rename)
+    check_new(options.out)
+    config = read_config(options.ckpt_path, options.config)
+    check_weights(config["model"], options.ckpt_path, options.vae)
+    held = []
+    for path in options.embedding_path if not of_own_class(config) else ():
+        words = read_words(path, numbers=False)
+        if isinstance(words, MethodFile):
+            reason = more_than_vectors(words.method, "diffusers has none for them, so export without it")
+            raise UserError(f"'{path}': {reason}")
+        held.append(words)
+    if held or not options.embedding_path:
+        check_encoder(config, held)
+        renamed(merge(held).triggers if held else [], renames)
+    return config, renames
+
+
+def renamed(words: Sequence[str], renames: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The new names of words; UserError for a rename of another word, or two words of one name."""
+    for old, new in renames.items():
+        if old not in words or len(new) > 1:
+            loaded = ", ".join(f"'{name}'" for name in words) or "none"
+            raise UserError(f"--rename '{old}={new[-1]}': name each learned word once (loaded: {loaded})")
+    names = {word: renames.get(word, [word])[0] for word in words}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"--rename gives two words the same name ({', '.join(names.values())})")
+    return names
 
 
 def _make_parser(prog: str) -> Parser:

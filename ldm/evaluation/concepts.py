@@ -13,7 +13,6 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.creatures.builds import Build
-from ldm.data.creatures.renderer import render
 from ldm.data.creatures.world import SPLITS, Creature, clash, creature, scene
 from ldm.front_ends import setting
 from ldm.images import list_images, open_image
@@ -149,6 +148,8 @@ def draw_creatures(
 
     Another `take` (below 1000) gives other scenes. Without a `background` each scene has a random one.
     """
+    from ldm.data.creatures.renderer import render
+
     fixed: dict[str, Any] = {"style": style} | ({"background": background} if background else {})
     first = _FIRST_SCENE + take * 1000
     scenes = [scene(EVALUATION_SEEDS[first + k], one.color, **fixed) for k, one in enumerate(creatures)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import uninitialised
 from ldm.diffusers_layout import TEXT_ENCODERS, to_diffusers
 from ldm.diffusers_settings import PREDICTIONS, SCHEDULES, unet_settings, vae_settings
-from ldm.files import write_text
+from ldm.files import check_new, write_text
 from ldm.front_ends import setting
 from ldm.model_kinds import UNET, VAE
 from ldm.models.autoencoder import AutoencoderKL
@@ -195,8 +195,7 @@ def compare_with_model(
 def save_pipeline(pipeline: Any, folder: str | Path) -> Path:
     """Write the folder of a pipeline atomically; UserError if the folder exists and is not empty."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' exists already; name another {setting('folder')}")
+    check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.files import TOWERS, require_files
 from ldm.front_ends import setting
 from ldm.images import to_tensor
 from ldm.models.two_towers import TwoTowers
-from ldm.modules.encoders.base import reading, require_files
+from ldm.modules.encoders.base import reading
 from ldm.util import UserError
 
 _BATCH = 32
-_TOWERS = "towers.json"
 # Model types of transformers by what they can do.
 _CLIP, _IMAGE_ONLY = ("clip",), ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -134,20 +134,9 @@ def load_features(source: str | Path, device: torch.device | str, what: str = ""
     Raises:
         UserError: the folder holds neither, or the model is neither CLIP nor a vision transformer.
     """
-    if (Path(source) / _TOWERS).is_file():
+    if (Path(source) / TOWERS).is_file():
         return OwnFeatures(TwoTowers.load(source).to(device), str(source))
     return PublishedFeatures(str(source), device, f"{what or setting('features')} '{source}'")
-
-
-def check_features(source: str | Path) -> None:
-    """Raise UserError if `load_features` could not read a folder, without loading anything."""
-    if not (Path(source) / _TOWERS).is_file():
-        require_files(
-            f"{setting('features')} '{source}'",
-            str(source),
-            ("config.json", _TOWERS),
-            ("preprocessor_config.json",),
-        )
 
 
 def _projected(projection: nn.Linear, states: Tensor, name: str) -> Tensor:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast  # type: ignore[attr-defined]  # isort: skip
 
 from ldm.checkpoint import uninitialised
-from ldm.files import atomic_write, write_text
+from ldm.files import TOWERS, atomic_write, write_text
 from ldm.models.optimizers import build_optimizer
 from ldm.util import UserError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
 TEXT_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-_WEIGHTS, _DESCRIPTION, _TEXT_FOLDER = "model.safetensors", "towers.json", "text_encoder"
+_WEIGHTS, _TEXT_FOLDER = "model.safetensors", "text_encoder"
 
 
 class ResidualTower(nn.Module):
@@ -153,7 +153,7 @@ class TwoTowers(nn.Module):
         texts = {name: (self.text_folder / name).read_text(encoding="utf-8") for name in TEXT_FILES}
         for name, content in texts.items():
             write_text(folder / _TEXT_FOLDER / name, content)
-        write_text(folder / _DESCRIPTION, json.dumps({"image_tower": self.image_node}, indent=1) + "\n")
+        write_text(folder / TOWERS, json.dumps({"image_tower": self.image_node}, indent=1) + "\n")
         for target, weights in ((folder / _TEXT_FOLDER / _WEIGHTS, text), (folder / _WEIGHTS, rest)):
             _write_bytes(target, save(weights, {"format": "pt"}))
         logger.info("CLIP towers written to %s", folder)
@@ -167,7 +167,7 @@ class TwoTowers(nn.Module):
         """
         folder = Path(folder)
         try:
-            node = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))["image_tower"]
+            node = json.loads((folder / TOWERS).read_text(encoding="utf-8"))["image_tower"]
             with uninitialised():
                 towers = cls(folder / _TEXT_FOLDER, node)
             text = load((folder / _TEXT_FOLDER / _WEIGHTS).read_bytes())

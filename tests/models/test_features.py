@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from ldm.data.creatures.tokenizer import write_tokenizer
+from ldm.files import check_features
 from ldm.models import features
-from ldm.models.features import check_features, load_features
+from ldm.models.features import load_features
 from ldm.models.two_towers import TwoTowers
 from ldm.util import UserError
 from tests.golden_record import GOLDEN

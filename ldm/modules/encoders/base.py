@@ -81,26 +81,6 @@ def ignore_device(owner: str, device: Any) -> None:
         logger.debug("%s: 'device: %s' is ignored, the encoder is where its model is", owner, device)
 
 
-def require_files(what: str, source: str, *alternatives: Sequence[str]) -> None:
-    """Check that the folder `source` holds at least one file of each of `alternatives`.
-
-    A `source` that is no folder is taken for a hub name and accepted, unless it can only be a path.
-
-    Raises:
-        UserError: it names `what` and the missing folder or file.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-            raise UserError(f"{what}: there is no such folder (looked from '{Path.cwd()}'); check the path")
-        return
-    for names in alternatives:
-        if not any((folder / name).is_file() for name in names):
-            raise UserError(
-                f"{what}: the folder has no {' or '.join(names[:2])}; add it or name another folder"
-            )
-
-
 @contextmanager
 def reading(what: str, source: str) -> Iterator[None]:
     """Turn any exception of the Hugging Face readers in this block into one UserError with a remedy.

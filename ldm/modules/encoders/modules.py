@@ -12,13 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 # In transformers 5 aliases that are made at run time.
 from transformers import BertTokenizerFast, CLIPTokenizerFast  # type: ignore[attr-defined]  # isort: skip
 
+from ldm.files import require_files
 from ldm.modules.encoders.base import (
     WEIGHTS,
     PromptEncoder,
     ignore_device,
     read_tokenizer,
     reading,
-    require_files,
 )
 from ldm.modules.encoders.clip_text import CLIPText
 from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # in transformers 5 an alias made at run time
 
-from ldm.modules.encoders.base import PromptEncoder, ignore_device, logger, read_tokenizer, require_files
+from ldm.files import require_files
+from ldm.modules.encoders.base import PromptEncoder, ignore_device, logger, read_tokenizer
 from ldm.modules.personalization import Replacement
 from ldm.modules.prompt_tokenizer import PromptTokenizer, embed_tokens
 from ldm.util import ConfigError, UserError, pretrained_wanted
