@@ -396,8 +396,10 @@ def complete_config(
         check_family(base, node)
     else:
         base = fitting(ckpt, node)
+    before = copy.deepcopy(node)
     if base is not None:
         _adapt(node, base)
+    if node != before:
         raise_problems(list(config_problems(node, "model", find)), place)
     return node, base
 
@@ -452,6 +454,16 @@ def check_parts(state: Collection[str], node: Mapping[str, Any], ckpt: str | Pat
     if not str(encoder).endswith(("FrozenCLIPEmbedder", "BERTEmbedder")) and str(encoder).startswith("ldm."):
         raise CheckpointError(f"'{ckpt}' has no text encoder; name a file or a folder with the whole model")
     return False
+
+
+def check_steps(steps: int, train_steps: int | None = None) -> None:
+    """Raise UserError unless 1 <= `steps` <= `train_steps`, if the latter is known."""
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"the number of sampling steps is {steps!r}; it must be at least 1")
+    if train_steps is not None and steps > train_steps:
+        raise UserError(
+            f"{steps} sampling steps are more than the model's {train_steps} timesteps; use fewer"
+        )
 
 
 def size_multiple(config: Mapping[str, Any]) -> int | None:

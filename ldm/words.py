@@ -6,6 +6,7 @@ embedding files and file names.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -321,11 +322,15 @@ def _continues(character: str) -> bool:
     return character.isalnum() or character == "_" or unicodedata.category(character) in ("Mn", "Mc")
 
 
+# Where marks are: between are the characters of Chinese, Korean and Tangut and those for private use.
+_MARKED = range(0x300, 0x3400), range(0xA66F, 0xABEE), range(0xFB1E, 0x17000), range(0x1BC9D, 0x1F000)
+
+
 @lru_cache
 def _marks() -> str:
     """The combining marks of all languages, as ranges of a regular expression's set; Python's \\w has none."""
     ranges: list[list[int]] = []
-    for code in range(0x300, 0x1F000):
+    for code in itertools.chain(*_MARKED):
         if unicodedata.category(chr(code)) in ("Mn", "Mc") and chr(code) not in _EMOJI_FORM:
             if ranges and code == ranges[-1][1] + 1:
                 ranges[-1][1] = code

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from safetensors import safe_open
 
 from ldm.base_models import what_begins
-from ldm.embeddings import image_files
 from ldm.embeddings.concept import (
     ENCODER_KINDS,
     Concept,
@@ -364,6 +363,8 @@ def open_payload(path: Path, numbers: bool = True) -> Payload:
         names = frozenset(tensors.shapes)
         return Payload(path, kind, lambda: tensors, names, tensors.shapes, tensors.metadata)
     if kind == "image":
+        from ldm.embeddings import image_files
+
         if (size := path.stat().st_size) > image_files.MAX_IMAGE_BYTES:
             raise EmbeddingError(
                 f"the image is {size / 2**20:.0f} MB, an embedding's is under {image_files.MAX_IMAGE_BYTES // 2**20}"

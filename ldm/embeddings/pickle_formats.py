@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
-from ldm.embeddings import image_files
 from ldm.embeddings.concept import (
     ENCODER_KINDS,
     Concept,
@@ -194,6 +193,8 @@ def save_a1111_image(
     embeddings: LearnedEmbeddings, file: BinaryIO, preview: Image.Image | None = None
 ) -> None:
     """Write a PNG that carries the embedding: the preview, or without one a heat map of the first vector."""
+    from ldm.embeddings import image_files
+
     concept = embeddings.concepts[0]
     size = concept.vectors.abs()
     shades = (size / size.max().clamp_min(1e-12))[0]

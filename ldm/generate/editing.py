@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from ldm import words
@@ -86,6 +85,7 @@ class InitImage:
 
     def at(self, model: LatentDiffusion, height: int, width: int) -> Start:
         """Encode the image for output of this size in pixels."""
+        import numpy as np
         import torch
         from torch.nn import functional
 

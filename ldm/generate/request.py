@@ -16,12 +16,11 @@ from typing import Any, TypeAlias
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import words as prompt_words
-from ldm.base_models import check_size_conditions, size_multiple
+from ldm.base_models import check_size_conditions, check_steps, size_multiple
 from ldm.embeddings import LearnedEmbeddings, encoder_kind, merge
 from ldm.embeddings.method_files import CLASSES, MethodFile, check_dial, check_method, read_words, triggers_of
 from ldm.front_ends import setting
 from ldm.generate.prompt_syntax import parse
-from ldm.models.diffusion.steps import check_steps
 from ldm.util import UserError, check_value, get_obj_from_str, shown, stand_in
 from ldm.values import plain
 from ldm.words import check_text, pattern

@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
+from ldm.base_models import check_steps
 from ldm.util import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,6 @@ class Step:
     alpha: float
     alpha_prev: float
     sigma: float = 0.0
-
-
-def check_steps(steps: int, train_steps: int | None = None) -> None:
-    """Raise UserError unless 1 <= `steps` <= `train_steps`, if the latter is known."""
-    if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"the number of sampling steps is {steps!r}; it must be at least 1")
-    if train_steps is not None and steps > train_steps:
-        raise UserError(
-            f"{steps} sampling steps are more than the model's {train_steps} timesteps; use fewer"
-        )
 
 
 def steps_taken(strength: float, steps: int) -> int:
