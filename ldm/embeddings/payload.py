@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from safetensors import safe_open
-
 from ldm.base_models import what_begins
 from ldm.embeddings.concept import (
     ENCODER_KINDS,
@@ -231,13 +229,33 @@ _MAX_HEADER = 16 * 2**20
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What a header says of a tensor: its shape, the name of its type, and the bytes of its numbers in the file."""
+
+    shape: tuple[int, ...]
+    kind: str
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], data: int, size: int) -> _Place:
+        """Read an entry of a file of `size` bytes whose numbers begin at `data`; ValueError if it cannot be."""
+        shape, kind, (first, last) = entry["shape"], entry["dtype"], entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 2**62 for number in (*shape, first, last)):
+            raise ValueError("sizes are no numbers")
+        if not isinstance(kind, str) or not data + first <= data + last <= size:
+            raise ValueError("numbers are not in the file")
+        return cls(tuple(shape), kind, data + first, data + last)
+
+
 class TensorFile(Mapping[str, Any]):
     """The tensors of a safetensors file by name, and the texts of its header as `metadata`.
 
     Without `numbers` they are `Unread`, and torch is not needed.
 
     Opening it reads only the header. Raises EmbeddingError for a header that is damaged or far too large and, on
-    access, for a tensor that is too large to be vectors.
+    access, for a tensor that is too large to be vectors or, with `numbers`, that safetensors finds damaged.
     """
 
     def __init__(self, path: Path, numbers: bool = True) -> None:
@@ -249,45 +267,50 @@ class TensorFile(Mapping[str, Any]):
                 raise EmbeddingError(
                     f"its header should be {length} bytes long, the file has {size}; it is cut off or damaged"
                 )
+            head = file.read(length)
         try:
-            with safe_open(path, framework="np") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                self._shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
-                self._types = {name: str(one.get_dtype()) for name, one in slices.items()}
-        except Exception as error:  # safetensors raises several unrelated classes
-            raise _damaged(error) from error
+            entries = json.loads(head)
+            notes = entries.pop("__metadata__", None) or {}
+            self.metadata = {str(key): str(text) for key, text in notes.items()}
+            self._places = {name: _Place.of(entry, 8 + length, size) for name, entry in entries.items()}
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise EmbeddingError(
+                f"its safetensors header is damaged ({shown(str(error), 100)}); download it again"
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor | Unread:
-        check_shape(self._shapes[name], f"'{shown(name)}'")
+        place = self._places[name]
+        check_shape(place.shape, f"'{shown(name)}'")
         if not self.numbers:
-            kind = self._types[name]
-            return Unread(self._shapes[name], _FLOATS.get(kind, kind), lambda: self._stored(name))
+            return Unread(place.shape, _FLOATS.get(place.kind, place.kind), lambda: self._stored(place))
+
+        from safetensors import safe_open
+
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name).clone()
         except Exception as error:
-            raise EmbeddingError(f"cannot read '{shown(name)}' ({shown(str(error))})") from error
+            header, _, reason = str(error).rpartition("deserializing header: ")
+            what = "its safetensors header is damaged" if header else f"cannot read '{shown(name)}'"
+            raise EmbeddingError(f"{what} ({shown(reason, 100)}); download it again") from error
 
-    def _stored(self, name: str) -> bytes:
+    def _stored(self, place: _Place) -> bytes:
         with self.path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            first, last = json.loads(file.read(length))[name]["data_offsets"]
-            file.seek(8 + length + first)
-            return file.read(last - first)
+            file.seek(place.start)
+            return file.read(place.end - place.start)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._places)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: place.shape for name, place in self._places.items()}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: BinaryIO) -> None:
@@ -303,11 +326,6 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fil
     encoded = text.encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
-
-
-def _damaged(error: Exception) -> EmbeddingError:
-    reason = str(error).replace("Error while deserializing header: ", "")
-    return EmbeddingError(f"its safetensors header is damaged ({shown(reason, 100)}); download it again")
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: tensors(
             {"emb_params": {"dtype": "F32", "shape": [2**40, 768], "data_offsets": [0, 3072]}}, bytes(3072)
         ),
-        "header is damaged",
+        "at most 1024 x 16384 is allowed",
     ),
     "tensors that overlap": (
         lambda: tensors(
