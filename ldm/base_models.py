@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
@@ -19,7 +18,6 @@ from ldm.diffusers_settings import PREDICTIONS, folder_params, zero_snr_params
 from ldm.files import CHECKOUT, NO_TENSORS, file_kind, is_address, is_hub_id, no_address
 from ldm.front_ends import setting
 from ldm.model_kinds import (
-    ADAPTER,
     BY_BYTES,
     BY_SUFFIX,
     EMBEDDING_KIND,
@@ -39,7 +37,6 @@ from ldm.model_kinds import (
     Prediction,
     kind_of,
     kind_of_folder,
-    no_embedding,
     of_header,
 )
 from ldm.util import (
@@ -294,29 +291,6 @@ def check_first_stage(source: str | Path, family: Family | None = None) -> None:
             f"'{source}' has the first stage of {FAMILIES[own]}, and the model is {FAMILIES[family]}; name one of its "
             "family"
         )
-
-
-def check_vectors(path: str | Path, node: Mapping[str, Any]) -> None:
-    """Check that a file of vectors may belong to the model of a `model:` node, by its names and shapes alone.
-
-    Raises:
-        UserError: it is a model or a state, or its vectors have another width than those of the text encoder.
-    """
-    if file_kind(path) == "image":
-        return
-    with contextlib.suppress(CheckpointError):  # which the reader of embeddings says better
-        header = read_header(path)
-        shapes, kind = header.shapes, kind_of(header, "")
-        adapter = kind is not None and kind.remedy == ADAPTER  # which may bring vectors with it
-        if not adapter and (why := no_embedding(shapes)):
-            raise UserError(f"'{path}': {why}")
-        widths, wanted = {shape[-1] for shape in shapes.values() if shape}, _WIDTHS.get(family_of(node))
-        if wanted and kind == EMBEDDING_KIND and widths.isdisjoint(wanted):
-            have, need = (" and ".join(map(str, sorted(one))) for one in (widths, wanted))
-            raise UserError(
-                f"'{path}': its vectors have width {have}, and the text encoder of this model has {need}; use the "
-                "model that they were trained on"
-            )
 
 
 def what_begins(path: Path) -> str | None:

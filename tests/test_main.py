@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import main
+from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.util import get_obj_from_str
 
 
@@ -234,7 +235,7 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --embedding_manager_ckpt {MODEL}": (1, "it is the embedded model, not an embedding"),
     f"--base {YAML} -t --embedding_manager_ckpt {{vectors}}": (
         1,
-        "its vectors have width 768, and the text encoder of this model has 128",
+        "(width 768) is for Stable Diffusion 1.x",
     ),
     f"--base {XL} {METHODS}/neti.yaml -t --data_root {{plain}}": (
         1,
@@ -256,8 +257,23 @@ ANSWERED_AT_ONCE = {
     f"--base {YAML} -t --data_root {{clear}} {IMAGES}.mask_weight=0.1": (1, "is transparent everywhere"),
     f"--base {YAML} -t --embedding_manager_ckpt {{pair}}": (
         1,
-        "its vectors have width 768 and 1280, and the text encoder of this model has 128",
+        "this model's text encoder has width 128",
     ),
+    # The words and the method of a file.
+    f"--base {YAML} -t --embedding_manager_ckpt {{own}} --placeholder_string <b>": (
+        1,
+        "holds no '<b>', only '<a>', '<c>'",
+    ),
+    f"--base {YAML} -t --embedding_manager_ckpt {{method}}": (1, "holds words of the method 'neti'"),
+    f"--base {YAML} {METHODS}/prospect.yaml -t --embedding_manager_ckpt {{method}}": (
+        1,
+        "is of the method 'neti', and ProSpect needs a file of 'prospect'",
+    ),
+    f"--base {YAML} {METHODS}/neti.yaml -t --embedding_manager_ckpt {{vectors}}": (
+        1,
+        "holds plain vectors, and NeTI needs",
+    ),
+    f"--base {YAML} -t --embedding_manager_ckpt {{photo}}": (1, "the image carries no embedding"),
     "-r {vectors} -t": (1, "it holds vectors; a new run begins from them"),
     # A run that is resumed keeps its words, its method and its model.
     f"-r {{run}} -t {WORDS}.num_vectors_per_token=2": (2, "keeps its number of vectors, 1; 2 is asked for"),
@@ -305,6 +321,11 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     state = {"embedding_manager.string_to_param_dict.*": torch.zeros(1, 128)}
     torch.save({"state_dict": state, "loops": {}, "global_step": 1}, tmp_path / "state")
     torch.save({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, tmp_path / "pair")
+    own = {"string_to_param": {"<a>": torch.zeros(1, 128), "<c>": torch.zeros(1, 128)}}
+    torch.save(own, tmp_path / "own")
+    method = MethodFile("neti", {"*": 1}, {"x": torch.ones(2)}, {}, {}, "clip", 128)
+    write_method_file(method, tmp_path / "method")
+    (tmp_path / "photo").write_bytes(image)
     (tmp_path / "clear").mkdir()
     Image.new("RGBA", (32, 32)).save(tmp_path / "clear" / "a.png")
     unet = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "in_channels": 4}
@@ -323,6 +344,7 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     (run / "checkpoints" / "last.ckpt").write_bytes(b"a state")
     folders = ("plain", "damaged", "captioned", "run", "cut", "tiny", "black", "wide")
     folders += ("templates", "vectors", "sd1", "aside", "state", "pair", "clear")
+    folders += ("own", "method", "photo")
     places = {name: tmp_path / name for name in folders} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
     done = subprocess.run(

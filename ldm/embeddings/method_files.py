@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,7 +27,7 @@ from ldm.files import atomic_write
 from ldm.outlines import Unread
 from ldm.util import UserError, shown
 from ldm.values import is_finite
-from ldm.words import check_word
+from ldm.words import check_text, check_word
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,6 +198,43 @@ def read_words(path: str | Path, numbers: bool = True) -> LearnedEmbeddings | Me
 def triggers_of(path: str | Path) -> list[str]:
     """The words in a file of vectors or of a method; EmbeddingError if it is neither."""
     return read_words(path, numbers=False).triggers
+
+
+def words_to_begin(
+    path: str | Path, method: str, kind: str, placeholders: Sequence[str] | None = None, numbers: bool = True
+) -> MethodFile:
+    """Read a file from which words of a method, whose class is `kind`, begin, under the names of placeholders.
+
+    `numbers` as for `read`. Raises UserError for a file of another method, or one whose words are not all of the
+    placeholders, unless both have one.
+    """
+    content = read_method_file(path, numbers)
+    if content is None:
+        read(path, numbers=numbers)  # says what is wrong with a file that is none
+    if content is None or content.method != method:
+        held = "holds plain vectors" if content is None else f"is of the method '{content.method}'"
+        raise UserError(
+            f"'{path}' {held}, and {kind} needs a file of '{method}'; name one, or use the personalization that wrote "
+            "this one"
+        )
+    return content if placeholders is None else _under(content, placeholders)
+
+
+def _under(content: MethodFile, strings: Sequence[str]) -> MethodFile:
+    """A file under the placeholders of a YAML: all of them by name, or its only word as the only one.
+
+    Raises:
+        UserError: the names do not fit.
+    """
+    if set(content.words) == set(strings):
+        return content
+    if len(content.words) == len(strings) == 1:
+        return content.renamed(dict(zip(content.words, strings, strict=True)))
+    held = "', '".join(check_text(word, "word")[:30] for word in list(content.words)[:4])
+    raise UserError(
+        f"'{content.source}' holds '{held}', and placeholder_strings are '{', '.join(strings)[:100]}'; name the same "
+        "words"
+    )
 
 
 def _of_another_tool(payload: Payload) -> MethodFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.embeddings.concept import EmbeddingError, LearnedEmbeddings, quoted
@@ -16,8 +17,10 @@ from ldm.embeddings.tensor_formats import (
     parse_lora,
     parse_onetrainer,
 )
+from ldm.front_ends import setting
 from ldm.model_kinds import NAME_AS_MODEL, no_embedding
 from ldm.util import UserError
+from ldm.words import own_words
 
 # Tried in this order; the last accepts any key as a trigger.
 _PARSERS = (
@@ -61,6 +64,41 @@ def read(
         raise EmbeddingError(f"'{path}': {error}") from error
     except OSError as error:
         raise EmbeddingError(f"'{path}': cannot be read ({error.strerror or error})") from error
+
+
+def read_to_begin(path: str | Path, numbers: bool = True) -> LearnedEmbeddings:
+    """Read the file that training begins from; as `read`."""
+    return read(
+        path, "begin from them with the personalization that learned them, or name a file of vectors", numbers
+    )
+
+
+def chosen(
+    learned: LearnedEmbeddings, placeholders: Sequence[str], source: str, optional: Sequence[str] = ()
+) -> LearnedEmbeddings:
+    """The words of an embedding file under the names of placeholders: by name, or the only word as the only one.
+
+    The negative of a word (see `ldm.words.NEGATIVE`) goes with it. Words that are neither placeholders nor `optional`
+    are left out.
+
+    Raises:
+        UserError: it has several words and not every placeholder; the message names `source`.
+    """
+    only, asked = own_words(learned.triggers), own_words(placeholders)
+    if len(only) == len(asked) == 1 and asked[0] not in learned.triggers:
+        learned = learned.renamed({only[0]: asked[0]})
+    held, absent = learned.triggers, [string for string in placeholders if string not in learned.triggers]
+    if absent:
+        words = (
+            "', '".join(word[:30] for word in held[:4]) + "'" + f" and {len(held) - 4} more" * (len(held) > 4)
+        )
+        raise UserError(
+            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; give a word of the file with "
+            f"{setting('placeholder')}, or name another file"
+        )
+    return dataclasses.replace(
+        learned, concepts=tuple(c for c in learned.concepts if c.trigger in (*placeholders, *optional))
+    )
 
 
 def _parse(payload: Payload) -> LearnedEmbeddings:

@@ -18,7 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import words as prompt_words
 from ldm.base_models import check_size_conditions, check_steps, size_multiple
 from ldm.embeddings import LearnedEmbeddings, encoder_kind, merge
-from ldm.embeddings.method_files import CLASSES, MethodFile, check_dial, check_method, read_words, triggers_of
+from ldm.embeddings.method_files import (
+    CLASSES,
+    MethodFile,
+    check_dial,
+    check_method,
+    read_words,
+    triggers_of,
+    words_to_begin,
+)
+from ldm.embeddings.reader import chosen, read_to_begin
 from ldm.front_ends import setting
 from ldm.generate.prompt_syntax import parse
 from ldm.util import UserError, check_value, get_obj_from_str, shown, stand_in
@@ -251,6 +260,30 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
             one.check_encoder(encoder_kind(family, width), width)
     for one in [merge(vectors)] if len(vectors) == len(held) else vectors:
         one.vectors_for(width, family)
+
+
+def check_start(config: DictConfig, path: str | Path, words: Sequence[str], of_yaml: bool) -> None:
+    """Check that training can begin from a file of vectors or of a method, as far as that needs no numbers.
+
+    What a class of one's own checks is not checked here.
+
+    Args:
+        words: the placeholders.
+        of_yaml: whether the model has the sizes of the YAML.
+    Raises:
+        UserError: the file cannot be read, holds other words, or is for another text encoder or method.
+    """
+    kind = _class_at(str(config["model"]["params"]["personalization_config"]["target"]))
+    owner = next((one.__name__ for one in kind.__mro__ if "check_file" in vars(one)), "")
+    held: LearnedEmbeddings | MethodFile
+    if owner == "EmbeddingManager":
+        held = chosen(read_to_begin(path, numbers=False), words, str(path))
+    elif owner == "LearnedWords" and kind.method in CLASSES:
+        held = words_to_begin(path, kind.method, kind.__name__, words, numbers=False)
+    else:
+        return
+    if of_yaml:
+        check_encoder(config, [held])
 
 
 def read_all(config: DictConfig, words: Sequence[Words]) -> list[Words]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.embeddings import Concept, LearnedEmbeddings, Progress, concepts_of, read, write
-from ldm.front_ends import setting
+from ldm.embeddings import Concept, LearnedEmbeddings, Progress, concepts_of, write
+from ldm.embeddings.reader import chosen, read_to_begin
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import (
     Layout,
@@ -27,14 +26,12 @@ from ldm.modules.prompt_tokenizer import (
 )
 from ldm.prompts import PER_IMAGE_TOKENS
 from ldm.util import UserError, check_integer, pretrained_wanted
-from ldm.words import check_text, own_words, paired, vector_counts
+from ldm.words import check_text, paired, vector_counts
 
 logger = logging.getLogger(__name__)
 
 # Several vectors that begin at the same token would stay equal, because their gradients would be equal.
 REPEAT_NOISE = 0.1
-# What to do with a file whose words are more than vectors.
-_OF_A_METHOD = "begin from them with the personalization that learned them, or name a file of vectors"
 NORM_CONTROLS = (None, "fixed", "limited")
 # Private characters, which no prompt contains.
 _DOT, _ESCAPE = "\ue02e", "\ue000"
@@ -303,16 +300,16 @@ class EmbeddingManager(nn.Module, Personalization):
         Raises:
             UserError: the file cannot be read, or does not fit the encoder.
         """
-        self._hold(read(path, _OF_A_METHOD), path, {})
+        self._hold(read_to_begin(path), path, {})
 
     @classmethod
     def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
         """Raise UserError for a file that does not hold these words, nor one word for the only one."""
-        chosen(read(path, _OF_A_METHOD), placeholders, str(path))
+        chosen(read_to_begin(path), placeholders, str(path))
 
     def _begin_from(self, path: str | Path, strings: Sequence[str]) -> None:
         """Take the vectors of these placeholders from a file, see `chosen`; others stay where the file lacks them."""
-        found = read(path, _OF_A_METHOD)
+        found = read_to_begin(path)
         others = [string for string in self.string_to_token_dict if string not in strings]
         learned = chosen(found, strings, str(path), optional=others)
         if unnamed := [word[:60] for word in found.triggers if word not in learned.triggers]:
@@ -358,34 +355,6 @@ class EmbeddingManager(nn.Module, Personalization):
             self.progressive_step = int(step)
             self._layouts.clear()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def chosen(
-    learned: LearnedEmbeddings, placeholders: Sequence[str], source: str, optional: Sequence[str] = ()
-) -> LearnedEmbeddings:
-    """The words of an embedding file under the names of placeholders: by name, or the only word as the only one.
-
-    The negative of a word (see `ldm.words.NEGATIVE`) goes with it. Words that are neither placeholders nor `optional`
-    are left out.
-
-    Raises:
-        UserError: it has several words and not every placeholder; the message names `source`.
-    """
-    only, asked = own_words(learned.triggers), own_words(placeholders)
-    if len(only) == len(asked) == 1 and asked[0] not in learned.triggers:
-        learned = learned.renamed({only[0]: asked[0]})
-    held, absent = learned.triggers, [string for string in placeholders if string not in learned.triggers]
-    if absent:
-        words = (
-            "', '".join(word[:30] for word in held[:4]) + "'" + f" and {len(held) - 4} more" * (len(held) > 4)
-        )
-        raise UserError(
-            f"embedding file '{source}' holds no '{absent[0]}', only '{words}; give a word of the file with "
-            f"{setting('placeholder')}, or name another file"
-        )
-    return replace(
-        learned, concepts=tuple(c for c in learned.concepts if c.trigger in (*placeholders, *optional))
-    )
 
 
 # -- names and numbers from a YAML ---------------------------------------------------------------------------

@@ -175,6 +175,8 @@ def check_command_line(options: argparse.Namespace) -> None:
         checked = bool(described) and not trainer.get("resume_from_checkpoint")
         if checked:
             check_run_config(config, place, stand_in)
+            if not resume:
+                _check_start(config)
             if folder is not None and saved is not None:
                 resuming.check_fixed(saved, config, folder, at_once=True)
         for dataset in _datasets(config):
@@ -224,17 +226,9 @@ def _check_base(base: Sequence[str | Path], config: DictConfig, resume: str) -> 
 
 
 def _check_files(config: DictConfig) -> None:
-    from ldm.base_models import (
-        check_family,
-        check_first_stage,
-        check_vectors,
-        checked_header,
-        fitting,
-        recognise,
-    )
+    from ldm.base_models import check_family, check_first_stage, checked_header, fitting, recognise
 
     node, model, vae = (config.get(key) for key in ("model", "actual_resume", "vae"))
-    vectors = config.get("embedding_manager_ckpt")
     for key, source in (("actual_resume", model), ("vae", vae)):
         if source == "":
             raise UserError(f"{key} is empty; name a file, a folder or a hub id, or leave it out")
@@ -247,10 +241,17 @@ def _check_files(config: DictConfig) -> None:
             check_family(recognise(source, config.get("variant")), node)
         if source and not Path(source).exists() and not is_hub_id(str(source)):
             raise UserError(f"checkpoint '{source}' {NO_TENSORS['missing']}")
-    if vectors and (why := why_unreadable(vectors)):
+    if (vectors := config.get("embedding_manager_ckpt")) and (why := why_unreadable(vectors)):
         raise UserError(f"'{vectors}': it {why}")
-    if vectors and node and _is_of_yaml(config) and _learns_words_of_ours(config):
-        check_vectors(vectors, node)
+
+
+def _check_start(config: DictConfig) -> None:
+    """Check the file of vectors that a run of a personalization of ours begins from."""
+    params = OmegaConf.select(config, "model.params.personalization_config.params") or {}
+    if (path := params.get("embedding_manager_ckpt")) and _learns_words_of_ours(config):
+        from ldm.generate.request import check_start
+
+        check_start(config, path, _texts(params.get("placeholder_strings")), _is_of_yaml(config))
 
 
 def _merged(options: argparse.Namespace, base: Sequence[str | Path], saved: DictConfig | None) -> DictConfig:

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import embeddings, random_state
 from ldm.data.captions import absent_key, no_placeholder
+from ldm.embeddings.reader import chosen
 from ldm.generate.request import check_encoder
-from ldm.modules.embedding_manager import EmbeddingManager, chosen
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import PromptTokenizer
 from ldm.prompts import PER_IMAGE_TOKENS

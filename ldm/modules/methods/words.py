@@ -11,13 +11,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.embeddings import LearnedEmbeddings, encoder_kind, read
-from ldm.embeddings.method_files import MethodFile, read_method_file, write_method_file
+from ldm.embeddings import LearnedEmbeddings, encoder_kind
+from ldm.embeddings.method_files import MethodFile, words_to_begin, write_method_file
 from ldm.modules.embedding_manager import configured_words, initial_vectors, parameter_key
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, check_placeholders, check_room, insert_vectors
 from ldm.util import UserError, check_integer
-from ldm.words import check_text
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ class LearnedWords(ShapedWords):
         self.reset(embedder)
         if embedding_manager_ckpt:
             asked = self._described()
-            self._adopt(_renamed(self._read(embedding_manager_ckpt), strings))
+            self._adopt(self._of_file(embedding_manager_ckpt, strings))
             for name, value in self._described().items():
                 if asked.get(name, value) != value:
                     text = "%s is %g, as in '%s'; the configured %g is not used"
@@ -279,25 +278,16 @@ class LearnedWords(ShapedWords):
         Raises:
             UserError: the file cannot be read, or is of another method, text encoder or denoiser.
         """
-        self._adopt(self._read(path))
+        self._adopt(self._of_file(path))
 
     @classmethod
     def check_file(cls, path: str | Path, placeholders: Sequence[str]) -> None:
         """Raise UserError for a file of another method or with other words, unless both have one word."""
-        _renamed(cls._read(path), placeholders)
+        cls._of_file(path, placeholders)
 
     @classmethod
-    def _read(cls, path: str | Path) -> MethodFile:
-        content = read_method_file(path)
-        if content is None:
-            read(path)  # says what is wrong with a file that is none
-        if content is None or content.method != cls.method:
-            kind = "holds plain vectors" if content is None else f"is of the method '{content.method}'"
-            raise UserError(
-                f"'{path}' {kind}, and {cls.__name__} needs a file of '{cls.method}'; name one, or use the "
-                "personalization that wrote this one"
-            )
-        return content
+    def _of_file(cls, path: str | Path, placeholders: Sequence[str] | None = None) -> MethodFile:
+        return words_to_begin(path, cls.method, cls.__name__, placeholders)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of all words by their names in a file; those of a single word have no number."""
@@ -387,23 +377,6 @@ def _named_tensors(words: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 def _shape(size: torch.Size | None) -> str:
     return "absent" if size is None else "x".join(map(str, size))
-
-
-def _renamed(content: MethodFile, strings: Sequence[str]) -> MethodFile:
-    """A file under the placeholders of a YAML: all of them by name, or its only word as the only one.
-
-    Raises:
-        UserError: the names do not fit.
-    """
-    if set(content.words) == set(strings):
-        return content
-    if len(content.words) == len(strings) == 1:
-        return content.renamed(dict(zip(content.words, strings, strict=True)))
-    held = "', '".join(check_text(word, "word")[:30] for word in list(content.words)[:4])
-    raise UserError(
-        f"'{content.source}' holds '{held}', and placeholder_strings are '{', '.join(strings)[:100]}'; name the same "
-        "words"
-    )
 
 
 class PlainWords(ShapedWords):
