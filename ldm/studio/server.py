@@ -18,14 +18,15 @@ import webbrowser
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ldm.console import Parser, positive, set_up_logging, write_line
 from ldm.front_ends import speaking_as
-from ldm.studio.queue import STATE_FOLDER
-from ldm.studio.workspace import Workspace
 from ldm.util import UsageError, UserError
+
+if TYPE_CHECKING:
+    from ldm.studio.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,15 @@ def serve(options: argparse.Namespace) -> None:
         )
     if not 0 < options.port < 65536:
         raise UsageError(f"--port {options.port} is not between 1 and 65535")
-    workspace = Workspace(options.root, confined=options.listen is not None)
+    if not Path(options.root).is_dir():
+        raise UserError(f"--root '{options.root}' is not a folder; name one")
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs gradio; install it with: pip install -e '.[ui]'")
+
+    from ldm.studio.queue import STATE_FOLDER
+    from ldm.studio.workspace import Workspace
+
+    workspace = Workspace(options.root, confined=options.listen is not None)
     os.chdir(workspace.root)  # YAMLs name paths relative to it, as on the command line
     prepare_environment(workspace)
     set_up_logging()
@@ -138,6 +145,8 @@ def serve(options: argparse.Namespace) -> None:
 
 def prepare_environment(workspace: Workspace) -> None:
     """Set what gradio reads when it is imported: no statistics, no records of calls, and where uploads are kept."""
+    from ldm.studio.queue import STATE_FOLDER
+
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.logs / STATE_FOLDER / "uploads")

@@ -88,8 +88,6 @@ class Workspace:
     def __init__(self, root: str | Path = ".", *, confined: bool = False) -> None:
         self.root = Path(root).resolve()
         self.confined = confined
-        if not self.root.is_dir():
-            raise UserError(f"--root '{root}' is not a folder; name one")
         self.logs, self.data = self.root / "logs", self.root / "data"
         self.models, self.embeddings = self.root / "models", self.root / "embeddings"
         self.outputs, self.uploads = self.root / "outputs" / "studio", self.root / "data" / "uploads"

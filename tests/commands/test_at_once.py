@@ -1,4 +1,4 @@
-"""Mistakes in the commands beside main.py that are answered before torch, which takes seconds, is imported."""
+"""Mistakes in the commands beside main.py that are answered before torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ RUN = """
 import io, sys
 from contextlib import redirect_stderr, redirect_stdout
 from ldm.commands import embeddings, evaluate, export, generate
+from ldm.commands.base import guarded
+from ldm.studio import server
 
 COMMANDS = {
     "txt2img": generate.main, "stable": generate.stable_main, "embeddings": embeddings.main,
     "merge": embeddings.merge_main, "evaluate": evaluate.main, "export": export.main,
+    "studio": lambda words: guarded(lambda: server.main(words)),
 }
-heavy = {"torch", "pytorch_lightning", "lightning_fabric", "transformers", "diffusers"}
+heavy = {"torch", "pytorch_lightning", "lightning_fabric", "transformers", "diffusers", "gradio"}
 for line in sys.stdin.read().splitlines():
     command, *words = line.split(" | ")
     shown = io.StringIO()
@@ -58,6 +61,9 @@ MISTAKES = {
     "txt2img | --H | 30": "height 30 is not a multiple of 8",
     "txt2img | --ddim_steps | 2000": "2000 sampling steps are more than the model's 1000 timesteps",
     "stable | --plms": "does not exist",
+    "studio | --port | 70000": "is not between 1 and 65535",
+    "studio | --root | {nothing}": "is not a folder; name one",
+    "studio | --auth | x": "--auth needs NAME:PASSWORD",
     # -- words
     "txt2img | --embedding_path | {page}": "is a web page",
     "txt2img | --embedding_path | {model}": "not an embedding; name it as the model",

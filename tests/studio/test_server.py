@@ -150,10 +150,15 @@ def test_addresses_of_this_machine(address, local):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--listen"], "needs --auth"), (["--port", "70000"], "between 1 and 65535")]
+    ("words", "message"),
+    [
+        (["--listen"], "needs --auth"),
+        (["--port", "70000"], "between 1 and 65535"),
+        (["--root", "nowhere"], "--root 'nowhere' is not a folder; name one"),
+    ],
 )
 def test_wrong_options_are_said_before_anything_starts(words, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UserError, match=message):
         serve(make_parser("studio.py").parse_args(words))
 
 
