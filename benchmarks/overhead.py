@@ -1,17 +1,18 @@
-"""Where the time of a run on the embedded model goes besides its steps, and how long main.py takes to start.
+"""Where the time of a run on the embedded model goes besides its steps, and how long the commands take to start.
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --recipe fast
 
 A part is the time that a run spends in some callbacks or loggers, divided by the time of everything else in the same
-run: the difference of two runs would be smaller than the machine's variation. Processes of main.py are timed from start
-to end: an answer to --help, answers to two mistakes, and a run of one step without previews, which is nearly all
-start-up.
+run: the difference of two runs would be smaller than the machine's variation. Whole processes are timed from start
+to end: an answer to --help, answers to mistakes in it and in the scripts, and a run of one step without previews, which
+is nearly all start-up.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from benchmarks.machine import ROOT
 from benchmarks.report import Report, verdict
 from benchmarks.rounds import Quartiles, Rounds, now
 from benchmarks.subjects import EMBEDDED
-from ldm.commands.base import guarded
+from ldm.commands.base import WEIGHTS, guarded
 from ldm.console import Parser, positive
 from ldm.training.callbacks.checkpoint import LastCheckpoint
 from ldm.training.callbacks.embedding_saver import EmbeddingSaver
@@ -54,31 +55,32 @@ PARTS: dict[str, tuple[type[Callback], ...]] = {
     "encoding of the images": (LatentCache,),
     LOGGING: (RunProgress,),
 }
-MISTAKE = "main.py, a mistake in the command line"
-WRONG_KEY = "main.py, an unknown key of a class"
-# Arguments of main.py, and the most seconds that its whole process may take.
-PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
-    "main.py --help": (("--help",), 0.5),
-    MISTAKE: (("--base", "none.yaml", "-t"), 0.5),
-    WRONG_KEY: (
-        ("--base", "configs/latent-diffusion/txt2img-finetune.yaml", "-t", "model.params.timestep=5"),
-        0.5,
+FINETUNE = "configs/latent-diffusion/txt2img-finetune.yaml"
+MOST = 0.5  # seconds
+# Mistakes, as the script and its arguments.
+MISTAKES: dict[str, tuple[str, ...]] = {
+    "main.py, a mistake in the command line": ("main.py", "--base", "none.yaml", "-t"),
+    "main.py, an unknown key of a class": ("main.py", "--base", FINETUNE, "-t", "model.params.timestep=5"),
+    "txt2img.py, a word that is not loaded": ("scripts/txt2img.py", "--prompt", "a photo of *"),
+    "embeddings.py, a model for an embedding": ("scripts/embeddings.py", "inspect", WEIGHTS),
+    "evaluate_model.py, no such features": (
+        *("scripts/evaluate_model.py", "--concept", "data/concepts/bobo", "--word", "a bear"),
+        *("--features", "./none"),
     ),
+    "export_diffusers.py, a rename of no word": (
+        *("scripts/export_diffusers.py", "--rename", "<a>=<b>"),
+        *("--out", "build/benchmarks/none"),
+    ),
+}
+# Processes, as above, with the most seconds that one may take.
+PROCESSES: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "main.py --help": (("main.py", "--help"), MOST),
+    **{name: (words, MOST) for name, words in MISTAKES.items()},
     "main.py, a run of one step without previews": (
         (
-            *(
-                "--base",
-                "configs/latent-diffusion/txt2img-finetune.yaml",
-                "-t",
-                "--max_steps",
-                "1",
-                "--gpus",
-                "0",
-            ),
-            *(
-                "lightning.callbacks.image_logger.params.batch_frequency=0",
-                "lightning.callbacks.summary_images=null",
-            ),
+            *("main.py", "--base", FINETUNE, "-t", "--max_steps", "1", "--gpus", "0"),
+            "lightning.callbacks.image_logger.params.batch_frequency=0",
+            "lightning.callbacks.summary_images=null",
         ),
         None,
     ),
@@ -115,7 +117,7 @@ def overhead(options: argparse.Namespace) -> None:
         for _ in range(options.rounds + 1):
             processes.add(
                 {
-                    name: process(words, Path(folder), mistake=name in (MISTAKE, WRONG_KEY))
+                    name: process(words, Path(folder), mistake=name in MISTAKES)
                     for name, (words, _) in PROCESSES.items()
                 }
             )
@@ -152,21 +154,20 @@ def seconds(workdir: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def process(words: Sequence[str], folder: Path, mistake: bool = False) -> float:
-    """Return the seconds of a process of main.py, from start to end.
+    """Return the seconds of the process of a script, `words[0]`, from start to end; the bytecode of modules is kept.
 
     Raises:
         UserError: it did not end as expected: well, or for a mistake with a line that says so.
     """
-    command = [sys.executable, str(ROOT / "main.py"), *words]
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
     command += ["-l", str(folder / "logs")] if "-t" in words else []
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
     if (done.returncode != 0) != mistake or (mistake and "error:" not in said):
-        raise UserError(
-            f"main.py {' '.join(words)[:80]} ended with code {done.returncode}: {shown(said, 120)}"
-        )
+        raise UserError(f"{' '.join(words)[:80]} ended with code {done.returncode}: {shown(said, 120)}")
     return seconds
 
 
