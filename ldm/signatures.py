@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import collections.abc
-import contextlib
 import copy
 import importlib.util
 import inspect
@@ -204,9 +203,18 @@ def _member(part: ast.stmt) -> dict[str, Any]:
             ast.Assign(targets=[ast.Name(id=name)], value=value)
             | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
         ):
-            with contextlib.suppress(ValueError):
+            try:
                 return {name: ast.literal_eval(value)}
+            except ValueError:
+                return {name: _NotWrittenOut()}
     return {}
+
+
+class _NotWrittenOut:
+    """An attribute of a class that its source does not tell: the stand-in has none, whatever its ancestors have."""
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError
 
 
 def _ancestor(base: ast.expr, module: str, seen: frozenset[str]) -> type:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import main
+from ldm.base_models import read_config
 from ldm.checkpoint import load_model_from_config, read_state_dict, save_state_dict
-from ldm.commands.base import load_latent_diffusion, read_model_config
+from ldm.commands.base import load_latent_diffusion
 from ldm.evaluation.appearance import palette_overlap
 from ldm.generate import generate
 from ldm.images import list_images, open_image
@@ -86,7 +87,7 @@ def _pictures(folder: Path, prompt: str, *flags: str) -> list[Image.Image]:
 def test_it_is_used_from_any_folder(tmp_path, monkeypatch) -> None:
     """The YAML names the text encoder from the root of the checkout; it is found from the model's folder too."""
     monkeypatch.chdir(tmp_path)
-    config = read_model_config(str(MODEL / "model.safetensors"), None)
+    config = read_config(str(MODEL / "model.safetensors"), None)
     assert (
         load_latent_diffusion(config, str(MODEL / "model.safetensors"), "cpu").cond_stage_model.width == 128
     )
@@ -94,7 +95,7 @@ def test_it_is_used_from_any_folder(tmp_path, monkeypatch) -> None:
     shutil.copytree(MODEL / "text_encoder", moved / "text_encoder")
     for name in ("model.safetensors", "config.yaml"):
         shutil.copy(MODEL / name, moved)
-    config = read_model_config(str(moved / "model.safetensors"), None)
+    config = read_config(str(moved / "model.safetensors"), None)
     assert config.model.params.cond_stage_config.params.version == str(moved / "text_encoder")
     load_latent_diffusion(config, str(moved / "model.safetensors"), "cpu")
 

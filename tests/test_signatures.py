@@ -188,3 +188,16 @@ def test_nothing_of_a_source_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kind = signatures.declared("loud.Kind")
     assert list(inspect.signature(kind).parameters) == ["a", "b"]
     assert kind() is not None
+
+
+def test_constants_and_methods_of_a_class_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(tmp_path, monkeypatch, "constants")
+    (tmp_path / "constants.py").write_text(
+        "class Base:\n    family = 'clip'\n    size: int = 3\n    named: str\n    def take(self): raise ValueError\n"
+        "class Own(Base):\n    family = 'b' + 'ert'\n    @property\n    def dials(self): return {}\n"
+    )
+    base, own = signatures.declared("constants.Base"), signatures.declared("constants.Own")
+    assert base.family == "clip" and own.size == 3 and not hasattr(own, "named")
+    assert not hasattr(own, "family"), "neither that of its ancestor nor a guess"
+    assert "take" in vars(base) and "take" not in vars(own) and "dials" in vars(own)
+    assert base().take() is None, "nothing is run"

@@ -9,6 +9,7 @@ import unicodedata
 
 import pytest
 
+from ldm import words
 from ldm.util import UserError
 from ldm.words import check_word, cleaned, file_stem, folded, pattern
 
@@ -195,3 +196,9 @@ def test_file_names_hold_what_the_file_system_can_name(monkeypatch):
     monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii"))
     assert file_stem("קat") == "at"
     assert file_stem("ק") == "embedding"
+
+
+def test_the_marks_are_those_of_all_characters() -> None:
+    every = {chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc")}
+    found = re.compile(f"[{words._marks()}]")
+    assert {c for c in every if found.match(c)} == every - set(words._EMOJI_FORM)

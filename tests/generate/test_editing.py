@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.embeddings import Concept, LearnedEmbeddings, Metadata
 from ldm.embeddings.method_files import read_words
 from ldm.generate import generate
 from ldm.generate.editing import InitImage, with_class_words
@@ -120,28 +119,6 @@ def test_a_strength_is_a_share(strength) -> None:
 def test_what_is_no_image_is_one_line(given, message) -> None:
     with pytest.raises(UserError, match=message):
         InitImage(**given)
-
-
-def held(trigger="<cat>", initializer="cat", *more) -> LearnedEmbeddings:
-    concepts = tuple(Concept(one, torch.zeros(1, 8)) for one in (trigger, *more))
-    return LearnedEmbeddings(concepts, Metadata(initializer=initializer))
-
-
-def test_class_words_come_from_the_file_or_the_user() -> None:
-    assert class_words([held()], []) == {"<cat>": "cat"}
-    assert class_words([held(), held("<dog>", None)], ["a <dog>"], ["<dog>=small dog"]) == {
-        "<cat>": "cat",
-        "<dog>": "small dog",
-    }
-    assert class_words([held("<a>", "cat, dog", "<b>")], ["<a>"]) == {"<a>": "cat", "<b>": "dog"}
-    assert class_words([held("<a>", "cat, with spots")], ["<a>"]) == {"<a>": "cat, with spots"}
-    assert class_words([held()], ["<cat>"], ["pet"]) == "pet" == class_words([], [], ["pet"])
-    with pytest.raises(UserError, match="the class word of '<A>' is not in its file"):
-        class_words([held("<A>", "cat", "<b>")], ["a cat", "an <a>"])
-
-
-def test_a_word_that_no_prompt_holds_needs_no_class_word() -> None:
-    assert class_words([held("<a>", None), held()], ["a <cat>"]) == {"<cat>": "cat"}
 
 
 @pytest.mark.parametrize("method", METHODS)

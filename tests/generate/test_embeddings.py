@@ -16,13 +16,15 @@ from torch import nn
 from ldm.embeddings import FORMATS, Concept, LearnedEmbeddings, read, write
 from ldm.embeddings.method_files import read_words
 from ldm.generate import Settings, check_mentions, check_prompts, generate, load_embeddings
-from ldm.generate.prompt_syntax import parse
-from ldm.generate.request import check_dials, check_encoder, warn_unused
+from ldm.generate.embeddings import encode
+from ldm.generate.prompt_syntax import Segment, parse
+from ldm.generate.request import check_dials, check_encoder
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.personalization import Personalization, TextEncoder
 from ldm.util import UserError
 from ldm.words import file_stem
 from tests.golden_record import Golden
+from tests.modules.conftest import build_encoder, manager_of
 from tests.modules.methods.conftest import words
 from tests.test_words import ALLOWED
 
@@ -206,67 +208,6 @@ def test_a_personalization_without_take_loads_one_file_of_its_own(model) -> None
         load_embeddings(model, ["a.bin", "b.bin"])
 
 
-@pytest.mark.parametrize(
-    "prompt", ["a photo of *", "*, oil painting", "(<cat>) on <Cat>'s bed", "sky", "disk"]
-)
-def test_prompts_with_loaded_placeholders_pass(prompt: str) -> None:
-    check_mentions([prompt], ["*", "<cat>"], ["*", "sk"])
-
-
-@pytest.mark.parametrize("prompt", ["2*3", "a **bold** dog", "1 < 2 > 0", "5 <3"])
-def test_other_uses_of_the_characters_pass(prompt: str) -> None:
-    check_mentions([prompt], [])
-
-
-@pytest.mark.done_or_said
-@pytest.mark.parametrize(
-    ("prompt", "name"),
-    [
-        ("a photo of <dog>", "<dog>"),
-        ("a photo of *, in oil", r"\*"),
-        ("an SK on a beach", "SK"),
-        ("sk", "sk"),
-    ],
-)
-def test_a_placeholder_that_is_not_loaded_is_named(prompt: str, name: str) -> None:
-    with pytest.raises(UserError, match=rf"mentions '{name}', but no loaded .* \(loaded: '<cat>'\)"):
-        check_mentions(["a <cat>", prompt], ["<cat>"], ["sk"])
-
-
-@pytest.mark.done_or_said
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        (
-            {"woman01.pt": ["*"]},
-            "'woman01.pt' .* its word '*': write it in place of the file's name 'woman01'",
-        ),
-        ({"other.pt": ["<cat>"]}, "'other.pt' .* its word '<cat>': write it in the prompt"),
-        ({"woman01.pt": ["woman01"]}, None),
-        ({"a.pt": ["red", "<x>"]}, None),
-        ({"five.pt": list("xyzuv")}, "one of its words 'x', 'y', 'z' and 2 more: write it in the prompt"),
-        ({"long.pt": ["x" * 200]}, "its word 'xxx"),
-    ],
-)
-def test_a_file_that_no_prompt_uses_is_told_with_the_word_to_write(files, said, caplog) -> None:
-    warn_unused({"used.pt": ["photo"], **files}, ["a photo of woman01", "Red"])
-    assert len(caplog.records) == (said is not None)
-    if said is not None:
-        message = caplog.records[0].message
-        assert re.search(re.escape(said).replace(r"\ \.\*\ ", ".*"), message) and len(message) < 300
-
-
-def test_a_prompt_that_is_no_text_is_refused() -> None:
-    with pytest.raises(UserError, match="prompt 'a .*' is not valid text: it has bytes that are not UTF-8"):
-        check_mentions(["a \udcc3\udca9"], [])
-
-
-def test_a_loaded_name_may_contain_another() -> None:
-    check_mentions(["a <my *> b", "my *"], ["my", "my *", "<my *>"])
-    with pytest.raises(UserError, match=r"loaded: none"):
-        check_mentions(["a <my *> b"], [])
-
-
 @pytest.mark.done_or_said
 def test_prompts_are_checked_against_the_placeholders_of_the_model(model) -> None:
     check_prompts(model, ["a photo of *"])
@@ -385,3 +326,92 @@ def test_only_an_object_of_a_yaml_knows_its_dials() -> None:
         else:
             with pytest.raises(UserError, match="no dial 'size'"):
                 check_dials(config, [], {"size": 1})
+
+
+# -- prompts encoded
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return build_encoder("clip_one_vector").freeze()
+
+
+def chunks(prompt: str, words=(), syntax="a1111"):
+    return parse(prompt, words, syntax)
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfyui"])
+def test_without_weights_the_context_is_the_encoders(clip, syntax):
+    prompts = ["a photo of a dog", ""]
+    encoded = encode(clip, None, [chunks(prompt) for prompt in prompts], syntax)
+    assert torch.equal(encoded, torch.cat([clip.encode([prompt]) for prompt in prompts]))
+
+
+def test_comfyui_scales_the_distance_to_the_empty_prompt(clip):
+    plain, empty = clip.encode(["a photo of a dog"])[0], clip.encode([""])[0]
+    weighted = encode(clip, None, [chunks("a (photo:1.5) of a dog")], "comfyui")[0]
+    expected = plain.clone()
+    expected[2] = empty[2] + 1.5 * (plain[2] - empty[2])  # start, a, photo
+    torch.testing.assert_close(weighted, expected)
+
+
+def test_a1111_scales_the_output_and_restores_its_mean(clip):
+    plain = clip.encode(["a photo of a dog"])[0]
+    weighted = encode(clip, None, [chunks("a (photo:1.5) of a dog")])[0]
+    scaled = plain.clone()
+    scaled[2] *= 1.5
+    torch.testing.assert_close(weighted, scaled * plain.mean() / scaled.mean())
+    torch.testing.assert_close(weighted.mean(), plain.mean())
+
+
+def test_all_vectors_of_a_placeholder_have_its_weight(clip):
+    manager = manager_of(clip, "*", num_vectors_per_token=3)
+    _, weights = clip.prompt_tokenizer.encode_weighted(
+        [("a ", 1.0), ("*", 2.0), (" dog", 0.5)], {"*": 265}, {"*": 3}
+    )
+    assert weights[:8].tolist() == [1, 1, 2, 2, 2, 0.5, 1, 1]
+    plain, empty = clip.encode(["a * dog"], manager)[0], clip.encode([""], manager)[0]
+    weighted = encode(clip, manager, [chunks("a (*:2) dog", ["*"])], "comfyui")[0]
+    torch.testing.assert_close(weighted[2:5], (empty + 2 * (plain - empty))[2:5])
+    torch.testing.assert_close(weighted[5:], plain[5:])
+
+
+def test_chunks_are_encoded_one_by_one_and_prompts_filled_up(clip):
+    encoded = encode(clip, None, [chunks("a dog BREAK a photo"), [[Segment("a dog")]]])
+    assert encoded.shape == (2, 2 * 77, 32)
+    assert torch.equal(encoded[0], torch.cat([*clip.encode(["a dog"]), *clip.encode(["a photo"])]))
+    assert torch.equal(encoded[1], torch.cat([*clip.encode(["a dog"]), *clip.encode([""])]))
+
+
+def published(plain: torch.Tensor, empty: torch.Tensor, weights: torch.Tensor, syntax: str) -> torch.Tensor:
+    """What the tools do to the output [L, d] of one chunk, number by number."""
+    rows = []
+    for row, nothing, weight in zip(plain.tolist(), empty.tolist(), weights.tolist(), strict=True):
+        if syntax == "a1111":
+            rows.append([value * weight for value in row])
+        else:
+            rows.append([base + (value - base) * weight for value, base in zip(row, nothing, strict=True)])
+    if syntax == "a1111":
+        before = sum(map(sum, plain.tolist()))
+        after = sum(map(sum, rows))
+        rows = [[value * before / after for value in row] for row in rows]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "comfyui"])
+def test_chunks_with_weights_and_placeholders_are_those_of_the_tools(clip, syntax):
+    manager = manager_of(clip, "<my-cat>", num_vectors_per_token=2)
+    prompt = "a (photo:1.4) of (<my-cat>, (red:0.5):1.2) BREAK a photo of (dog)"
+    inner = 0.6 if syntax == "a1111" else 0.5
+    positions = [  # start, the words, and for the placeholder one position for each vector
+        [1, 1, 1.4, 1, 1.2, 1.2, 1.2, inner],
+        [1, 1, 1, 1, 1.1],
+    ]
+    texts = ["a photo of <my-cat>, red", "a photo of dog"]
+    expected = []
+    for text, weights in zip(texts, positions, strict=True):
+        padded = torch.tensor(weights + [1.0] * (77 - len(weights)))
+        plain, empty = clip.encode([text], manager)[0], clip.encode([""], manager)[0]
+        expected.append(published(plain, empty, padded, syntax))
+    encoded = encode(clip, manager, [chunks(prompt, ["<my-cat>"], syntax)], syntax)[0]
+    torch.testing.assert_close(encoded, torch.cat(expected), rtol=1e-4, atol=1e-5)
