@@ -84,6 +84,7 @@ def set_up(options: argparse.Namespace) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console.set_up_logging()
+    console.quieten_lightning()
     logging.getLogger("ldm").setLevel(logging.WARNING)
     if options.threads:
         torch.set_num_threads(options.threads)

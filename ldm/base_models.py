@@ -43,6 +43,7 @@ from ldm.util import (
     ConfigError,
     Find,
     UserError,
+    absent_packages,
     config_problems,
     get_obj_from_str,
     raise_problems,
@@ -282,8 +283,10 @@ _SCALES: dict[Family | None, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0
 def check_first_stage(source: str | Path, family: Family | None = None) -> None:
     """Raise CheckpointError for a file that cannot be read, is neither a model nor a first stage, or has that of
     another family than this one."""
-    kind = kind_of(checked_header(Path(source)), Path(source).name)
-    if kind is not None and "VAE" not in kind.name and kind.name not in FAMILIES.values():
+    header = checked_header(Path(source))
+    kind = kind_of(header, Path(source).name)
+    holds = any(name.startswith((VAE, "vae.")) or name == "decoder.conv_in.weight" for name in header.shapes)
+    if kind is not None and "VAE" not in kind.name and not holds:
         raise no_first_stage(source, kind)
     own = family_of_first_stage(Path(source))
     if own and family and family in _SCALES and _SCALES.get(own) != _SCALES[family]:
@@ -375,6 +378,8 @@ def complete_config(
         _adapt(node, base)
     if node != before:
         raise_problems(list(config_problems(node, "model", find)), place)
+    if find is stand_in:
+        raise_problems(list(absent_packages({"model": node})), place)
     return node, base
 
 
@@ -385,6 +390,15 @@ def read_config(ckpt: str, config: str | Path | None = None) -> DictConfig:
     it is damaged, or does not fit the model.
     """
     return OmegaConf.create({"model": complete_config(config or config_of(ckpt), ckpt, find=stand_in)[0]})
+
+
+def check_classes(config: Mapping[str, Any], path: str | Path) -> None:
+    """Check the config of `read_config`, whose YAML is at `path`, against its classes, which are imported.
+
+    Raises:
+        ConfigError: as `complete_config`.
+    """
+    raise_problems(list(config_problems(config["model"], "model")), partial(place_in, [path]))
 
 
 def _adapt(node: Any, base: BaseModel) -> None:
@@ -458,11 +472,13 @@ def check_weights(node: Mapping[str, Any], ckpt: str | Path, vae: str | None = N
     Raises:
         CheckpointError: a part is missing, or the first stage is none, or is of another family.
     """
-    if vae and Path(vae).is_file():
+    names = checked_header(Path(ckpt)).shapes if Path(ckpt).is_file() else {}
+    if not vae and names and not any(name.startswith(VAE) for name in names):
+        vae = at(node, ["params", "first_stage_config", "params", "ckpt_path"])
+    if vae and not Path(vae).is_dir() and not (is_hub_id(str(vae)) and not Path(vae).exists()):
         check_first_stage(vae, family_of(node))
-    if Path(ckpt).is_file():
-        own = vae or at(node, ["params", "first_stage_config", "params", "ckpt_path"])
-        check_parts({*checked_header(Path(ckpt)).shapes, *([VAE] if own else [])}, node, ckpt)
+    if names:
+        check_parts({*names, *([VAE] if vae else [])}, node, ckpt)
 
 
 def check_size_conditions(sizes: Mapping[str, Sequence[int]], has_them: bool) -> None:

@@ -212,7 +212,8 @@ class ConsoleHandler(logging.Handler):
 def set_up_logging(debug: bool = False) -> None:
     """Show the messages of `ldm` and the warnings of Lightning; with `debug`, everything.
 
-    In a run of several processes, all but the first show warnings only.
+    In a run of several processes, all but the first show warnings only. Nothing heavy is imported; a run calls
+    `quieten_lightning` too.
     """
     secondary = int(os.environ.get("LOCAL_RANK", 0)) > 0
     library = logging.getLogger("ldm")
@@ -225,13 +226,17 @@ def set_up_logging(debug: bool = False) -> None:
         return
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+
+
+def quieten_lightning() -> None:
+    """Hide Lightning's advice and warnings that mean nothing here."""
     from lightning_fabric.utilities.warnings import PossibleUserWarning  # takes seconds to import
 
     # Advice on worker counts, log intervals and frozen modules; all three are intended.
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     # A run may have no validation images.
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 
 
 def write_line(text: str) -> None:

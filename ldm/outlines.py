@@ -7,9 +7,11 @@ words only, and that of models, which recognises a file by its names and shapes.
 from __future__ import annotations
 
 import contextlib
+import math
 import struct
 import sys
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,11 @@ def unzipped(path: Path) -> Iterator[zipfile.ZipFile]:
         raise PickleError(f"it is damaged or cut off ({shown(str(error))}); download it again") from error
 
 
+# The types of floating-point numbers by their names in torch, and the formats by which `struct` reads them.
+_FORMATS = {"float64": "d", "float32": "f", "float16": "e", "bfloat16": "f"}
+_MOST_VALUES = 2**18
+
+
 @dataclass(frozen=True, eq=False)
 class Unread:
     """A tensor of a file whose numbers have not been read, so that torch, which takes seconds, is not needed.
@@ -45,7 +52,7 @@ class Unread:
     Attributes:
         shape: of the tensor.
         dtype: the name of its type in torch; "" if it is not known.
-        stored: reads the bytes of its numbers; None if they are not known.
+        stored: reads the bytes of its numbers, row after row; None if they are not known.
     """
 
     shape: tuple[int, ...]
@@ -67,11 +74,32 @@ class Unread:
         """The parts of these sizes along an axis."""
         return [Unread((*self.shape[:dim], size, *self.shape[dim + 1 :]), self.dtype) for size in sizes]
 
-    def may_equal(self, other: Unread) -> bool:
-        """Whether both may have the same numbers; what different types store is not compared."""
-        if self.shape != other.shape or self.stored is None or other.stored is None:
-            return self.shape == other.shape
-        return self.dtype != other.dtype or self.stored() == other.stored()
+    def values(self) -> Sequence[float] | None:
+        """The numbers as float32, row after row; None if there are many, or they are not known."""
+        count = math.prod(self.shape)
+        if self.stored is None or self.dtype not in _FORMATS or count > _MOST_VALUES:
+            return None
+        data = self.stored()
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
+        return array("f", struct.unpack(f"<{count}{_FORMATS[self.dtype]}", data))
+
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no infinity, as far as the numbers are known."""
+        values = self.values()
+        return values is None or all(map(math.isfinite, values))
+
+    def norm(self) -> float | None:
+        """The length of all numbers together, if they are known."""
+        values = self.values()
+        return None if values is None else math.hypot(*values)
+
+    def may_equal(self, other: object) -> bool:
+        """Whether another tensor, read or not, may have the same numbers."""
+        if self.shape != tuple(getattr(other, "shape", ())):
+            return False
+        mine, others = self.values(), other.values() if isinstance(other, Unread) else None
+        return mine is None or others is None or mine == others
 
 
 def is_tensor(value: Any) -> bool:

@@ -170,7 +170,7 @@ def _stand_in(node: ast.FunctionDef | ast.ClassDef, module: str, seen: frozenset
         return _function(node, module)
     if node.keywords:  # a metaclass
         raise NotInSource
-    body: dict[str, Any] = {}
+    body: dict[str, Any] = {"__module__": module}
     decorators = [text for one in node.decorator_list if (text := ast.unparse(one)) != "runtime_checkable"]
     if decorators:
         raise NotInSource

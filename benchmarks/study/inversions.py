@@ -109,6 +109,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm import console
 
     console.set_up_logging()
+    console.quieten_lightning()
     if options.phase in ("invert", "all"):
         from benchmarks.study.invert import invert
 

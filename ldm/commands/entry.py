@@ -80,4 +80,6 @@ def _train(argv: Sequence[str], prog: str, debug: bool) -> int:
         from ldm.training.run import run
 
     console.set_up_logging(debug)
+    if not debug:
+        console.quieten_lightning()
     return run(argv, prog)

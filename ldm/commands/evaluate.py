@@ -185,8 +185,9 @@ def run(options: argparse.Namespace) -> None:
     if options.dial and options.word:
         raise UsageError(f"--dial {options.dial[0][0]} is for learned words; remove it, or --word")
 
+    console.set_up_logging()
     with console.importing():
-        from ldm.base_models import check_weights, read_config
+        from ldm.base_models import check_weights, config_of, read_config
         from ldm.embeddings.method_files import triggers_of
         from ldm.evaluation.concepts import find_concepts, find_embedding, read_concept
         from ldm.generate.request import check_dials, check_encoder
@@ -199,12 +200,12 @@ def run(options: argparse.Namespace) -> None:
     triggers = [triggers_of(file) if file else [] for file in files]
     check_prompts(options.prompt, triggers)
     sources, judge = features_of(options), judge_of(options)
+    options.config = options.config or config_of(options.ckpt_path)
     config = read_config(options.ckpt_path, options.config)
     check_weights(config["model"], options.ckpt_path)
     for file in filter(None, files):
         check_encoder(config, [file])
         check_dials(config, [file], dict(options.dial))
-    console.set_up_logging()
     evaluated = [EvaluatedConcept(*parts) for parts in zip(concepts, files, triggers, strict=True)]
     with naming_the_checkpoint(options.ckpt_path):
         evaluate(options, config, evaluated, sources, judge)
@@ -242,6 +243,7 @@ def evaluate(
     """Load everything, measure one concept after another, write three files and print their paths."""
     from tqdm import tqdm
 
+    from ldm.base_models import check_classes
     from ldm.evaluation.evaluate import Evaluation, evaluation_prompts
     from ldm.evaluation.judge import AttributeJudge
     from ldm.evaluation.measures import mean_figures
@@ -253,6 +255,7 @@ def evaluate(
     from ldm.models.features import load_features
 
     sampling = sampling_of(options)
+    check_classes(config, options.config)
     for file in {one.file for one in evaluated if one.file}:
         read_all(config, [file])
     described = [bool(one.concept.creature or one.concept.style) for one in evaluated]

@@ -52,10 +52,12 @@ def export(options: argparse.Namespace) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
+    from ldm.base_models import check_classes
     from ldm.generate.embeddings import load_embeddings, personalization_of
     from ldm.generate.request import read_all
     from ldm.interop import diffusers_pipeline
 
+    check_classes(config, options.config)
     words = read_all(config, options.embedding_path)
     model = load_latent_diffusion(config, options.ckpt_path, "cpu", vae=options.vae)
     vectors: dict[str, Tensor] = {}
@@ -76,7 +78,7 @@ def export(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> tuple[DictConfig, dict[str, list[str]]]:
     """Check what needs no torch; returns the model's config and the renames."""
-    from ldm.base_models import check_weights, read_config
+    from ldm.base_models import check_weights, config_of, read_config
     from ldm.embeddings import merge, renames_from
     from ldm.embeddings.method_files import MethodFile, read_words
     from ldm.embeddings.payload import more_than_vectors
@@ -84,6 +86,7 @@ def check(options: argparse.Namespace) -> tuple[DictConfig, dict[str, list[str]]
 
     renames = renames_from(options.rename)
     check_new(options.out)
+    options.config = options.config or config_of(options.ckpt_path)
     config = read_config(options.ckpt_path, options.config)
     check_weights(config["model"], options.ckpt_path, options.vae)
     held = []

@@ -303,6 +303,7 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
 
         options.ckpt_path = str(located(options.ckpt_path, options.variant, options.revision))
     lines = read_lines(options.from_file) if options.from_file else None
+    console.set_up_logging()
     with console.importing():
         config, found, classes, init = check(options, lines, profile)
 
@@ -311,7 +312,6 @@ def run(options: argparse.Namespace, profile: Profile) -> None:
         from ldm.generate.images import ImageFolder, free_number, generate, name_of, save_grid
         from ldm.generate.session import Labels
 
-    console.set_up_logging()
     outdir = Path(options.outdir)
     samples = ImageFolder(outdir / "samples", options.format, profile.digits)
     labels = Labels(options.ckpt_path)
@@ -366,7 +366,7 @@ def check(
 
     Everything that needs neither the numbers in files nor a tokenizer is checked, without torch.
     """
-    from ldm.base_models import check_weights, read_config
+    from ldm.base_models import check_weights, config_of, read_config
     from ldm.files import why_no_folder
     from ldm.generate.editing import InitImage
     from ldm.generate.request import check_fits, check_sizes, class_words, resolve
@@ -378,6 +378,7 @@ def check(
     if options.init_img is not None:
         strength = {} if options.strength is None else {"strength": options.strength}
         init = InitImage.read(options.init_img, options.mask, **strength)
+    options.config = options.config or config_of(options.ckpt_path)
     config = read_config(options.ckpt_path, options.config)
     check_weights(config["model"], options.ckpt_path, options.vae)
     check_sizes(config, sizes_of(options))
@@ -400,10 +401,12 @@ def check(
 
 def load(options: argparse.Namespace, config: DictConfig, found: Prompts) -> LatentDiffusion:
     """Return the model with the words in it; their files are read before it, and the token limit is checked after."""
+    from ldm.base_models import check_classes
     from ldm.generate.embeddings import load_embeddings
     from ldm.generate.request import read_all
     from ldm.generate.session import warn_truncated
 
+    check_classes(config, options.config)
     words = read_all(config, found.words)
     model = load_latent_diffusion(config, options.ckpt_path, vae=options.vae, precision=options.precision)
     if words:

@@ -501,7 +501,7 @@ def _log_once(trigger: str, kept: str) -> None:
 
 
 def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
-    if isinstance(parts[0], Unread):
+    if any(isinstance(part, Unread) for part in parts):
         shape = list(parts[0].shape)
         shape[dim] = sum(part.shape[dim] for part in parts)
         joined: Any = Unread(tuple(shape))
@@ -527,6 +527,8 @@ def check_vectors(vectors: Any, name: str) -> Tensor:
     if type_name not in (*_FLOATS, *([""] if unread else [])):
         raise EmbeddingError(f"{name} has the type {type_name}; vectors are floating-point numbers")
     if unread:
+        if not vectors.is_finite():
+            raise _not_finite(name)
         rows: Any = dataclasses.replace(vectors, shape=(math.prod(vectors.shape[:-1]), vectors.shape[-1]))
         return rows
 
@@ -534,8 +536,12 @@ def check_vectors(vectors: Any, name: str) -> Tensor:
 
     vectors = vectors.detach().to("cpu", torch.float32, copy=True).reshape(-1, vectors.shape[-1]).contiguous()
     if not torch.isfinite(vectors).all():
-        raise EmbeddingError(f"{name} contains NaN or infinity; its training failed, so train it again")
+        raise _not_finite(name)
     return vectors
+
+
+def _not_finite(name: str) -> EmbeddingError:
+    return EmbeddingError(f"{name} contains NaN or infinity; its training failed, so train it again")
 
 
 def check_shape(shape: tuple[int, ...], name: str) -> None:

@@ -201,12 +201,16 @@ def _tensor_or_dict(value: dict[str, Any], as_tensor: bool) -> Any:
     if not isinstance(numbers, list) or len(numbers) > MAX_WIDTH:
         raise EmbeddingError("the vectors in the image are not lists of numbers")
     try:
-        array = np.array(rows, dtype=np.float64)
+        array = np.array(rows)
+        if array.dtype.kind not in "fiu":
+            raise ValueError("there are other things than numbers")
+        with np.errstate(over="ignore"):  # what becomes infinite is refused later
+            array = array.astype(np.float32)
         if not as_tensor:
-            return Unread(array.shape, "float32", array.astype(np.float32).tobytes)
+            return Unread(array.shape, "float32", array.tobytes)
 
         import torch
 
-        return torch.from_numpy(array).float()
+        return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise EmbeddingError("the vectors in the image are not lists of numbers") from error

@@ -227,8 +227,10 @@ def _same_vectors(
 def _equal(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
-    if isinstance(first, Unread) and isinstance(second, Unread):
+    if isinstance(first, Unread):
         return first.may_equal(second)
+    if isinstance(second, Unread):
+        return second.may_equal(first)
 
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -185,7 +186,7 @@ class TorchFile:
 
     def _tensor(self, record: TensorRecord) -> Tensor | Unread:
         if not self.numbers:
-            return Unread(record.shape, record.storage.dtype, lambda: bytes(self._stored(record)))
+            return Unread(record.shape, record.storage.dtype, lambda: self._row_after_row(record))
 
         import torch
 
@@ -194,6 +195,15 @@ class TorchFile:
             return torch.zeros(record.shape, dtype=dtype)
         flat = torch.frombuffer(self._stored(record), dtype=dtype)
         return flat.as_strided(record.shape, record.stride).clone()
+
+    def _row_after_row(self, record: TensorRecord) -> bytes:
+        data, item = bytes(self._stored(record)), record.storage.itemsize
+        steps = [
+            range(0, size * step, step) if step else [0] * size
+            for size, step in zip(record.shape, record.stride, strict=True)
+        ]
+        places = (sum(place) * item for place in itertools.product(*steps))
+        return b"".join(data[place : place + item] for place in places)
 
     def _stored(self, record: TensorRecord) -> bytearray:
         item = record.storage.itemsize
@@ -225,13 +235,21 @@ class TorchFile:
 _MAX_HEADER = 16 * 2**20
 
 
-# The names that safetensors and torch give types of floating-point numbers; vectors have no other.
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The names that safetensors and torch give types.
+_TYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{
+        f"{short}{bits}": f"{long}{bits}"
+        for short, long in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64"},
+}
 
 
 @dataclass(frozen=True)
 class _Place:
-    """What a header says of a tensor: its shape, the name of its type, and the bytes of its numbers in the file."""
+    """What a header says of a tensor: its shape, the name of its type in torch, and where in the file its bytes are."""
 
     shape: tuple[int, ...]
     kind: str
@@ -241,12 +259,18 @@ class _Place:
     @classmethod
     def of(cls, entry: Mapping[str, Any], data: int, size: int) -> _Place:
         """Read an entry of a file of `size` bytes whose numbers begin at `data`; ValueError if it cannot be."""
-        shape, kind, (first, last) = entry["shape"], entry["dtype"], entry["data_offsets"]
-        if not all(type(number) is int and 0 <= number < 2**62 for number in (*shape, first, last)):
-            raise ValueError("sizes are no numbers")
-        if not isinstance(kind, str) or not data + first <= data + last <= size:
+        if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "data_offsets"}:
+            raise ValueError("an entry is no description of a tensor")
+        shape, kind, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
+        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+        if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or len(offsets) != 2:
+            raise ValueError("sizes are no whole numbers")
+        if not isinstance(kind, str) or kind not in _TYPES:
+            raise ValueError(f"there is no type '{kind}'")
+        first, last = offsets
+        if not first <= last <= size - data:
             raise ValueError("numbers are not in the file")
-        return cls(tuple(shape), kind, data + first, data + last)
+        return cls(tuple(shape), _TYPES[kind], data + first, data + last)
 
 
 class TensorFile(Mapping[str, Any]):
@@ -270,19 +294,22 @@ class TensorFile(Mapping[str, Any]):
             head = file.read(length)
         try:
             entries = json.loads(head)
-            notes = entries.pop("__metadata__", None) or {}
+            notes = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
+            if not isinstance(notes, dict):
+                raise ValueError("it is no mapping")
             self.metadata = {str(key): str(text) for key, text in notes.items()}
             self._places = {name: _Place.of(entry, 8 + length, size) for name, entry in entries.items()}
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
+            why = "it is no JSON text" if isinstance(error, (UnicodeError, RecursionError)) else str(error)
             raise EmbeddingError(
-                f"its safetensors header is damaged ({shown(str(error), 100)}); download it again"
+                f"its safetensors header is damaged ({shown(why, 100)}); download it again"
             ) from error
 
     def __getitem__(self, name: str) -> Tensor | Unread:
         place = self._places[name]
         check_shape(place.shape, f"'{shown(name)}'")
         if not self.numbers:
-            return Unread(place.shape, _FLOATS.get(place.kind, place.kind), lambda: self._stored(place))
+            return Unread(place.shape, place.kind, lambda: self._stored(place))
 
         from safetensors import safe_open
 

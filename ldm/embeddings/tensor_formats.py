@@ -19,7 +19,7 @@ from ldm.embeddings.concept import (
     quoted,
 )
 from ldm.embeddings.payload import RECORD_KEY, Payload, modelspec_header, record_text, save_tensors
-from ldm.outlines import Unread, is_tensor
+from ldm.outlines import is_tensor
 from ldm.words import MAX_LENGTH
 
 _EMB_PARAMS = "emb_params"
@@ -264,10 +264,10 @@ def parse_diffusers(payload: Payload) -> LearnedEmbeddings | None:
     record = payload.record
     if is_tensor(payload.content):
         concept = record.concept(0, payload.stem, payload.content)
-        read = not isinstance(concept.vectors, Unread)
-        if read and concept.vectors.shape == (1, 768) and concept.vectors.norm() > _LARGEST_NORM:
+        norm = concept.vectors.norm() if tuple(concept.vectors.shape) == (1, 768) else None
+        if norm is not None and norm > _LARGEST_NORM:
             raise EmbeddingError(
-                f"it is a bare vector of norm {concept.vectors.norm():.1f}, an aesthetic gradient (the mean of CLIP's "
+                f"it is a bare vector of norm {norm:.1f}, an aesthetic gradient (the mean of CLIP's "
                 "image features), not an embedding of a word; name a file of textual inversion"
             )
         return LearnedEmbeddings((concept,), format="tensor")

@@ -41,6 +41,8 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _WHERE.values() or name == "prompt_syntax":
+        return importlib.import_module(f"ldm.generate.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'ldm.generate' has no attribute '{name}'")
     return getattr(importlib.import_module(f"ldm.generate.{_WHERE[name]}"), name)
@@ -52,7 +54,7 @@ def __dir__() -> list[str]:
 
 class _Callable(ModuleType):
     def __call__(self, *prompts: Any, **settings: Any) -> Any:
-        return __getattr__("text_to_image")(*prompts, **settings)
+        return self.text_to_image(*prompts, **settings)
 
 
 # The import system sets `ldm.generate` to this module, so a function of that name has to be the module.

@@ -5,6 +5,7 @@ Nothing here needs torch, so that a mistake is answered at once.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import unicodedata
@@ -250,7 +251,7 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
     target = OmegaConf.select(config, "model.params.cond_stage_config.target")
     width = OmegaConf.select(config, "model.params.unet_config.params.context_dim")
     family = getattr(_class_at(target), "family", None) if target else None
-    if not words or family is None or not isinstance(width, int):
+    if not words or family is None or not isinstance(width, int) or of_own_class(config):
         return
     held = [_read(word) for word in words]
     vectors = [one for one in held if isinstance(one, LearnedEmbeddings)]
@@ -286,8 +287,9 @@ def check_start(config: DictConfig, path: str | Path, words: Sequence[str], of_y
         check_encoder(config, [held])
 
 
-def read_all(config: DictConfig, words: Sequence[Words]) -> list[Words]:
+def read_all(config: DictConfig, words: Words | Sequence[Words]) -> list[Words]:
     """Read files with their numbers, and check them as `check_encoder`; those of a class of one's own stay files."""
+    words = [words] if isinstance(words, (str, Path, LearnedEmbeddings, MethodFile)) else words
     if of_own_class(config):
         return list(words)
     held: list[Words] = [read_words(word) if isinstance(word, (str, Path)) else word for word in words]
@@ -352,7 +354,11 @@ def takes_vectors(personalization: type) -> bool:
 def _overrides(personalization: type, name: str) -> bool:
     """Whether a class, or its stand-in, replaces a method of `ldm.modules.personalization.Personalization`."""
     owner = next((kind for kind in personalization.__mro__ if name in vars(kind)), None)
-    return owner is not None and owner.__name__ != "Personalization"
+    return owner is not None and not _is_base(owner)
+
+
+def _is_base(kind: type) -> bool:
+    return (kind.__module__, kind.__name__) == ("ldm.modules.personalization", "Personalization")
 
 
 def _class_at(target: str) -> Any:
@@ -361,10 +367,16 @@ def _class_at(target: str) -> Any:
 
 
 def of_own_class(config: Mapping[str, Any]) -> str | None:
-    """The target of the personalization in a model's YAML, if that class alone reads its files; else None."""
+    """The target of the personalization in a model's YAML, if that class alone reads its files; else None.
+
+    A function that makes one, or a class that is none, of which the model says so, counts as such a class.
+    """
     node = OmegaConf.select(config, "model.params.personalization_config") or {}  # type: ignore[arg-type]
     kind = _class_at(node["target"]) if "target" in node else None
-    return None if kind is None or takes_vectors(kind) or kind.method else str(node["target"])
+    if kind is None:
+        return None
+    ours = inspect.isclass(kind) and any(map(_is_base, kind.__mro__))
+    return None if ours and (takes_vectors(kind) or kind.method) else str(node["target"])
 
 
 def check_fits(config: Mapping[str, Any], steps: int, height: int | None, width: int | None) -> None:

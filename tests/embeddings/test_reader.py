@@ -78,6 +78,70 @@ def test_the_same_word_twice_is_compared_without_torch(tmp_path):
             merge([read(file, numbers=False), read(different, numbers=False)])
 
 
+def unread(path):
+    [concept] = read(path, numbers=False).concepts
+    return concept.vectors
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("old", [False, True])
+def test_the_numbers_are_those_that_torch_reads(tmp_path, kind, old) -> None:
+    whole = vectors(6).to(kind)
+    for name, value in {
+        "whole": whole,
+        "rows": whole[1:4],
+        "columns": whole.t().contiguous().t(),
+        "steps": whole[::2, ::3],
+        "repeated": whole[:1].expand(1, -1),
+        "one": whole[0],
+    }.items():
+        torch.save({"<a>": value}, tmp_path / name, _use_new_zipfile_serialization=not old)
+        assert list(unread(tmp_path / name).values()) == value.float().flatten().tolist(), name
+        assert unread(tmp_path / name).norm() == pytest.approx(float(value.float().norm()))
+    save_file({"<a>": whole}, tmp_path / "a.safetensors")
+    assert list(unread(tmp_path / "a.safetensors").values()) == whole.float().flatten().tolist()
+
+
+def test_equal_numbers_are_equal_however_they_are_stored(tmp_path) -> None:
+    whole = vectors(3)
+    whole[0, 0] = 0.0
+    negative = whole.clone()
+    negative[0, 0] = -0.0
+    stored = [whole, whole.t().contiguous().t(), negative, whole.double()]
+    paths = [tmp_path / f"{number}.pt" for number in range(len(stored))]
+    for path, value in zip(paths, stored, strict=True):
+        torch.save({"<a>": value}, path)
+    assert merge([read(path, numbers=False) for path in paths]).triggers == ["<a>"]
+    mixed = [read(paths[0]), read(paths[1], numbers=False), read(paths[2])]
+    assert merge(mixed).triggers == merge(mixed[::-1]).triggers == ["<a>"]
+    pair = [torch.ones(1, 768), torch.ones(1, 1280)]
+    for name, value in zip(("a.bin", "a_2.bin"), pair, strict=True):
+        torch.save({"<a>": value}, tmp_path / name)
+    for numbers in ((True, False), (False, True)):
+        parts = [
+            read(tmp_path / name, numbers=n) for name, n in zip(("a.bin", "a_2.bin"), numbers, strict=True)
+        ]
+        assert merge(parts).vectors_for(2048, "sdxl")["<a>"].shape == (1, 2048)
+
+
+def test_damaged_numbers_are_said_without_torch(tmp_path) -> None:
+    infinite = vectors(1)
+    infinite[0, 5] = float("nan")
+    torch.save({"<a>": infinite}, tmp_path / "nan.pt")
+    torch.save(torch.full((768,), 5.0), tmp_path / "aesthetic.pt")
+    torch.save({"<a>": torch.ones(1, 768, dtype=torch.int64)}, tmp_path / "whole.pt")
+    save_file({"<a>": torch.ones(1, 768, dtype=torch.int64)}, tmp_path / "whole.safetensors")
+    for name, message in (
+        ("nan.pt", "contains NaN or infinity"),
+        ("aesthetic.pt", "an aesthetic gradient"),
+        ("whole.pt", "has the type int64"),
+        ("whole.safetensors", "has the type int64"),
+    ):
+        for numbers in (False, True):
+            with pytest.raises(EmbeddingError, match=message):
+                read(tmp_path / name, numbers=numbers)
+
+
 def test_the_suffix_does_not_matter(tmp_path, every_file):
     for index, (name, path) in enumerate(every_file.items()):
         renamed = tmp_path / f"file{index}.jpeg"
