@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from ldm import weights
-from ldm.base_models import ask_for_prediction, family_of_first_stage, recognise, recognise_for, what_is
+from ldm.base_models import (
+    ask_for_prediction,
+    check_first_stage,
+    family_of_first_stage,
+    recognise,
+    recognise_for,
+    what_is,
+)
 from ldm.weights import CheckpointError
 from tests.golden_record import GOLDEN
 
@@ -413,6 +420,17 @@ def test_the_marks_of_v_prediction_in_files_of_stable_diffusion_xl(
     shapes = denoiser(context=2048, added=2816) | dict.fromkeys(marks, (0,))
     found = recognise(write(tmp_path / "noob.safetensors", shapes))
     assert (found.family, found.prediction, found.zero_snr) == ("sdxl", prediction, zero_snr)
+
+
+def test_a_first_stage_may_be_within_a_model_of_any_kind(tmp_path) -> None:
+    inpainting = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3),
+        "model.diffusion_model.output_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+    }
+    with pytest.raises(CheckpointError, match="an inpainting model .* no first stage"):
+        check_first_stage(write(tmp_path / "a.safetensors", inpainting))
+    whole = inpainting | {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}
+    check_first_stage(write(tmp_path / "b.safetensors", whole))
 
 
 @pytest.mark.parametrize(

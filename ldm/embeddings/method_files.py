@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,7 +27,7 @@ from ldm.files import atomic_write
 from ldm.outlines import Unread
 from ldm.util import UserError, shown
 from ldm.values import is_finite
-from ldm.words import check_text, check_word
+from ldm.words import check_text, check_word, folded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +128,16 @@ def check_method(file: MethodFile) -> None:
         raise UserError(
             f"'{file.source}' is of the method '{shown(file.method)}'; known are {', '.join(CLASSES)}"
         )
+
+
+def check_distinct(words: Sequence[str], fold: Callable[[str], str] = folded) -> None:
+    """Raise UserError for a word that several files hold; `fold` gives the form in which words are compared."""
+    forms = [fold(word) for word in words]
+    for word in words:
+        if forms.count(fold(word)) > 1:
+            raise UserError(
+                f"two of the files hold '{word}'; load one of them, or learn the other as another word"
+            )
 
 
 def check_dial(name: str, value: float, options: _Values) -> None:

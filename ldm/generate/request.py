@@ -23,6 +23,7 @@ from ldm.embeddings.method_files import (
     CLASSES,
     MethodFile,
     check_dial,
+    check_distinct,
     check_method,
     read_words,
     triggers_of,
@@ -88,6 +89,8 @@ def resolve(
     given, words = [*prompts], list(words)
     if of_own_class(config):  # which alone knows its files and its placeholders
         return Prompts(given or [default], negative_prompt, words)
+    if path := params.get("embedding_manager_ckpt"):
+        check_start(config, path, configured, of_yaml=True)
     if syntax != "plain":
         *given, negative_prompt = [
             _find_embeddings(prompt, folder, words) for prompt in [*given, negative_prompt]
@@ -259,6 +262,8 @@ def check_encoder(config: DictConfig, words: Sequence[Words]) -> None:
         if isinstance(one, MethodFile):
             check_method(one)
             one.check_encoder(encoder_kind(family, width), width)
+    if len(vectors) < len(held):
+        check_distinct([word for one in held for word in one.triggers])
     for one in [merge(vectors)] if len(vectors) == len(held) else vectors:
         one.vectors_for(width, family)
 

@@ -71,6 +71,12 @@ MISTAKES = {
     "txt2img | --embedding_path | {lora}": "it is a LoRA, not an embedding",
     "txt2img | --embedding_path | {wide}": "(width 768) is for Stable Diffusion 1.x",
     "txt2img | --embedding_path | {photo}": "the image carries no embedding",
+    "txt2img | --embedding_path | {nan}": "contains NaN or infinity",
+    "txt2img | --embedding_path | {word} | {nan}": "contains NaN or infinity",
+    "txt2img | --embedding_path | {aesthetic}": "an aesthetic gradient",
+    "txt2img | --embedding_path | {neti} | {star}": "two of the files hold '*'",
+    "txt2img | --config | {start}": "holds no '<b>', only '<cat>'",
+    "txt2img | --config | {package}": "): target 'nopackage.Thing': there is no module 'nopackage'",
     "txt2img | --embedding_path | {strange}": "is of the method 'strange'; known are",
     "txt2img | --embedding_path | {word} | {other}": "both have the trigger '<cat>'",
     "txt2img | --embedding_path | {word} | --prompt | a <dog>": "no loaded embedding has that name (loaded: '<cat>')",
@@ -162,14 +168,23 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for name, key, value in (
         ("misspelt.yaml", "model.params.unet_config.params.chanels", 64),
         ("nowhere.yaml", "model.target", "ldm.models.diffusion.ddpm.Diffusion"),
+        ("package.yaml", "model.params.optimizer_config", {"target": "nopackage.Thing"}),
+        ("start.yaml", "model.params.personalization_config", {}),
     ):
         changed = OmegaConf.load(config)
+        if not value:
+            value = {"target": "ldm.modules.embedding_manager.EmbeddingManager"}
+            start = str(folder / "word.safetensors")
+            value["params"] = {"placeholder_strings": ["<b>", "<c>"], "embedding_manager_ckpt": start}
         OmegaConf.update(changed, key, value, force_add=True)
         OmegaConf.save(changed, place(name))
     place("empty.yaml").write_text("data: {}")
     torch.save({"state_dict": {"embedding_manager.x": torch.zeros(2)}}, place("state.ckpt"))
     write(LearnedEmbeddings((word("<cat>"),)), place("word.safetensors"))
     write(LearnedEmbeddings((word("<cat>", number=2.0),)), place("other.pt"), "original")
+    write(LearnedEmbeddings((word("*"),)), place("star.safetensors"))
+    save_file({"<cat>": torch.full((1, 128), float("nan"))}, place("nan.safetensors"))
+    torch.save(torch.full((768,), 5.0), place("aesthetic.pt"))
     write(LearnedEmbeddings((word("<a>"), word("<b>"))), place("both.pt"), "original")
     write(LearnedEmbeddings((word("<cat>", width=768),)), place("wide.pt"), "a1111")
     save_file({"emb_params": torch.ones(1, 1280)}, place("bert.safetensors"))

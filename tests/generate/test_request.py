@@ -7,9 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import ldm.generate
 from ldm.embeddings import Concept, LearnedEmbeddings, Metadata, write
 from ldm.embeddings.method_files import CLASSES, MethodFile, check_dial, write_method_file
-from ldm.generate import check_mentions, generate, load_embeddings
+from ldm.generate import check_mentions, generate, load_embeddings, request
 from ldm.generate.request import (
     check_sizes,
     check_start,
@@ -245,3 +246,29 @@ def test_a_strength_that_changes_nothing_is_said(tmp_path, caplog) -> None:
         assert (
             "the concept strength 0.5 changes nothing: no prompt contains a learned word" in caplog.messages
         ) == said
+
+
+class NoPersonalization:
+    method = ""
+
+
+def test_what_is_no_class_of_personalizations_is_left_to_the_model(monkeypatch) -> None:
+    def make(*_: object) -> None: ...
+
+    for target in (make, NoPersonalization):
+        monkeypatch.setattr(request, "_class_at", lambda _, target=target: target)
+        assert of_own_class(config_of("own.thing")) == "own.thing"
+        assert read_all(config_of("own.thing"), "a file") == ["a file"]
+
+
+def test_a_class_of_the_same_name_as_the_base_is_another() -> None:
+    named = type("Personalization", (EmbeddingManager,), {"take": lambda self, vectors, source: None})
+    assert takes_vectors(named) and not takes_vectors(Personalization)
+
+
+def test_the_package_has_its_modules_and_can_be_replaced(monkeypatch) -> None:
+    assert ldm.generate.session.Session is ldm.generate.Session
+    monkeypatch.setattr(ldm.generate, "text_to_image", lambda *prompts, **settings: (prompts, settings))
+    assert ldm.generate("a", steps=3) == (("a",), {"steps": 3})
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        ldm.generate.nothing  # noqa: B018

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.embeddings import LearnedEmbeddings, encoder_kind
-from ldm.embeddings.method_files import MethodFile, words_to_begin, write_method_file
+from ldm.embeddings.method_files import MethodFile, check_distinct, words_to_begin, write_method_file
 from ldm.modules.embedding_manager import configured_words, initial_vectors, parameter_key
 from ldm.modules.personalization import NO_DENOISER, DenoiserShape, Personalization, TextEncoder
 from ldm.modules.prompt_tokenizer import Layout, check_placeholders, check_room, insert_vectors
@@ -413,12 +413,7 @@ class Together(ShapedWords):
         self.timed = any(member.timed for member in members)
         self.loaded = True
         words = [word for member in members for word in member.placeholders]
-        folded = [self.tokenizer.folded(word) for word in words]
-        for word in words:
-            if folded.count(self.tokenizer.folded(word)) > 1:
-                raise UserError(
-                    f"two of the files hold '{word}'; load one of them, or learn the other as another word"
-                )
+        check_distinct(words, self.tokenizer.folded)
         self.string_to_token_dict = self.tokenizer.placeholder_ids(words)
 
     @property
