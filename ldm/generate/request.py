@@ -45,7 +45,6 @@ _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 # Suffixes of the files that embedding:NAME in a prompt may mean; the empty one where NAME has a suffix.
 EMBEDDING_SUFFIXES = ("", ".safetensors", ".pt", ".bin", ".png", ".webp")
 
-
 # What holds words: a file, or what was read from one.
 Words = str | Path | LearnedEmbeddings | MethodFile
 # The class word of each placeholder, or one for all.
@@ -274,13 +273,15 @@ def check_start(config: DictConfig, path: str | Path, words: Sequence[str], of_y
     What a class of one's own checks is not checked here.
 
     Args:
-        words: the placeholders.
+        words: the placeholders; without any, the file's own may count, and nothing is checked.
         of_yaml: whether the model has the sizes of the YAML.
     Raises:
         UserError: the file cannot be read, holds other words, or is for another text encoder or method.
     """
+    if not words:
+        return
     kind = _class_at(str(config["model"]["params"]["personalization_config"]["target"]))
-    owner = next((one.__name__ for one in kind.__mro__ if "check_file" in vars(one)), "")
+    owner = next((one.__name__ for one in getattr(kind, "__mro__", ()) if "check_file" in vars(one)), "")
     held: LearnedEmbeddings | MethodFile
     if owner == "EmbeddingManager":
         held = chosen(read_to_begin(path, numbers=False), words, str(path))
@@ -402,6 +403,7 @@ def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
 
 
 def check_multiple(multiple: int, height: int | None, width: int | None) -> None:
+    """Raise UserError for a height or width in pixels that is no multiple of what a model needs."""
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value < 1 or value % multiple):
             nearest = max(round(value / multiple), 1) * multiple

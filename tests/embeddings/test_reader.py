@@ -124,6 +124,15 @@ def test_equal_numbers_are_equal_however_they_are_stored(tmp_path) -> None:
         assert merge(parts).vectors_for(2048, "sdxl")["<a>"].shape == (1, 2048)
 
 
+def test_a_shape_that_its_bytes_do_not_have_is_said_by_whoever_reads_them(tmp_path) -> None:
+    save_file({"<a>": torch.ones(2, 768)}, tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data.replace(b'"shape":[2,768]', b'"shape":[1,768]'))
+    assert unread(tmp_path / "a.safetensors").values() is None
+    with pytest.raises(EmbeddingError, match="header is damaged"):
+        read(tmp_path / "a.safetensors")
+
+
 def test_damaged_numbers_are_said_without_torch(tmp_path) -> None:
     infinite = vectors(1)
     infinite[0, 5] = float("nan")
