@@ -370,13 +370,16 @@ def complete_config(
     base: BaseModel | None
     if path.is_dir() or (not path.exists() and is_hub_id(str(ckpt))):
         base = recognise(ckpt, variant, revision)
-        check_family(base, node)
     else:
         base = fitting(ckpt, node)
     before = copy.deepcopy(node)
     if base is not None:
         _adapt(node, base)
     if node != before:
+        if (
+            base is not None and base.folder is not None
+        ):  # a node that has its sizes already may be of any family
+            check_family(base, before)
         raise_problems(list(config_problems(node, "model", find)), place)
     if find is stand_in:
         raise_problems(list(absent_packages({"model": node})), place)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm import weights
+from ldm import base_models, weights
 from ldm.base_models import (
     ask_for_prediction,
     check_first_stage,
@@ -18,7 +18,8 @@ from ldm.base_models import (
     recognise_for,
     what_is,
 )
-from ldm.weights import CheckpointError
+from ldm.util import stand_in
+from ldm.weights import CheckpointError, Folder
 from tests.golden_record import GOLDEN
 
 pytestmark = pytest.mark.one_reader
@@ -446,3 +447,25 @@ def test_a_first_stage_may_be_within_a_model_of_any_kind(tmp_path) -> None:
 def test_the_family_of_a_first_stage(tmp_path, name, notes, more, family) -> None:
     path = write(tmp_path / name, {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)} | more, notes)
     assert family_of_first_stage(path) == family
+
+
+def test_a_node_that_has_a_folders_sizes_is_of_its_family(tmp_path, monkeypatch) -> None:
+    """As the embedded model is, which diffusers takes for Stable Diffusion 1 of other sizes."""
+    folder = base_models.BaseModel(str(tmp_path), tmp_path, "sd1", "eps", folder=Folder(tmp_path))
+    monkeypatch.setattr(base_models, "recognise", lambda *_: folder)
+    sizes = {
+        "channels": 12,
+        "unet_config": {"params": {"context_dim": 128, "in_channels": 12, "out_channels": 12}},
+        "first_stage_config": {"params": {"embed_dim": 12}},
+    }
+    monkeypatch.setattr(base_models, "folder_params", lambda *_: sizes)
+    yaml = base_models.CONFIGS / "stable-diffusion" / "v1-inference.yaml"
+    node, _ = base_models.complete_config(yaml, tmp_path, find=stand_in)
+    assert node["params"]["unet_config"]["params"]["context_dim"] == 128
+    again, _ = base_models.complete_config({"model": node}, tmp_path, find=stand_in)
+    assert again == node
+    other = base_models.CONFIGS / "stable-diffusion" / "v2-inference.yaml"
+    with pytest.raises(
+        CheckpointError, match="is Stable Diffusion 1, and the config describes Stable Diffusion 2"
+    ):
+        base_models.complete_config(other, tmp_path, find=stand_in)
