@@ -235,7 +235,7 @@ class TorchFile:
 _MAX_HEADER = 16 * 2**20
 
 
-# The names that safetensors and torch give types.
+# The names that safetensors and torch give types; those of later versions are kept as they are.
 _TYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
     **{
@@ -265,12 +265,12 @@ class _Place:
         numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
         if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or len(offsets) != 2:
             raise ValueError("sizes are no whole numbers")
-        if not isinstance(kind, str) or kind not in _TYPES:
-            raise ValueError(f"there is no type '{kind}'")
+        if not isinstance(kind, str):
+            raise ValueError("a type is no text")
         first, last = offsets
         if not first <= last <= size - data:
             raise ValueError("numbers are not in the file")
-        return cls(tuple(shape), _TYPES[kind], data + first, data + last)
+        return cls(tuple(shape), _TYPES.get(kind, shown(kind, 20)), data + first, data + last)
 
 
 class TensorFile(Mapping[str, Any]):

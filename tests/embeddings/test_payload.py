@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.embeddings import read
+from ldm.embeddings import EmbeddingError, read
 from tests.embeddings.samples import a1111_dict, refused, saved, vectors
 
 pytestmark = pytest.mark.client_files
@@ -55,7 +55,11 @@ def test_a_safetensors_header_larger_than_the_file_is_refused(tmp_path):
 
 def test_texts_of_a_file_in_error_messages_stay_on_one_line(tmp_path):
     header = b'{"emb_params":{"dtype":"F\\n\\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
-    refused(saved(tmp_path / "a", struct.pack("<Q", len(header)) + header + bytes(4)), "header is damaged")
+    file = saved(tmp_path / "a", struct.pack("<Q", len(header)) + header + bytes(4))
+    refused(file, "header is damaged")
+    with pytest.raises(EmbeddingError, match="has the type F") as caught:
+        read(file, numbers=False)
+    assert str(caught.value).isprintable()
 
 
 def test_metadata_of_a1111_and_kohya(every_file):
