@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 import main
 from ldm.embeddings.method_files import MethodFile, write_method_file
 from ldm.util import get_obj_from_str
+from tests.at_once import answers_of
 
 
 @pytest.mark.parametrize("name", ["DataModuleFromConfig", "ImageLogger", "SetupCallback", "CUDACallback"])
@@ -347,17 +346,7 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     folders += ("own", "method", "photo")
     places = {name: tmp_path / name for name in folders} | {"broken": broken}
     lines = [line.format(**places) for line in ANSWERED_AT_ONCE]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH],
-        input="\n".join(lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
-    assert len(answers) == len(lines)
+    answers = answers_of(WITHOUT_TORCH, lines)
     for line, answer, (code, message) in zip(lines, answers, ANSWERED_AT_ONCE.values(), strict=True):
         assert answer.startswith(f"{code} [] "), (line, answer)
         assert message in answer, (line, answer)

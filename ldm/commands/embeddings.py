@@ -76,17 +76,25 @@ def inspect(options: argparse.Namespace) -> None:
     check_model(options.ckpt_path)
     if options.ckpt_path:
         check_text_encoder(options.ckpt_path)
-    readable = [file for file in options.files if _can_be_read(file)]
-    tables = _vocabulary(options) if readable else {}
+    unreadable: dict[Path, UserError] = {}
+    for file in options.files:  # without torch
+        try:
+            read_words(file, numbers=False)
+        except UserError as error:
+            unreadable[file] = error
+    some = len(unreadable) < len(set(options.files))
+    tables = _vocabulary(options) if some else {}
     folder = options.tokenizer
-    if folder is None and options.ckpt_path and readable:
+    if folder is None and options.ckpt_path and some:
         folder = _tokenizer_of(located(options.ckpt_path, parts=TEXT_ENCODERS))
     words = words_of(folder) if folder else None
     reports: list[dict[str, Any]] = []
     failures: list[UserError] = []
     for file in options.files:
         try:
-            learned = read_words(file, numbers=file in readable)
+            if file in unreadable:
+                raise unreadable[file]
+            learned = read_words(file)
         except UserError as error:
             failures.append(error)
             reports.append({"file": str(file), "error": str(error)})
@@ -129,17 +137,6 @@ def inspect(options: argparse.Namespace) -> None:
         for failure in failures[:-1]:
             write_error(failure)
         raise failures[-1]
-
-
-def _can_be_read(file: Path) -> bool:
-    """Whether a file is one of vectors or a method, as far as can be said without torch."""
-    from ldm.embeddings.method_files import read_words
-
-    try:
-        read_words(file, numbers=False)
-    except UserError:
-        return False
-    return True
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -94,7 +94,8 @@ def resolve(
         *given, negative_prompt = [
             _find_embeddings(prompt, folder, words) for prompt in [*given, negative_prompt]
         ]
-    triggers = {_name(word): _read(word).triggers for word in words}
+    held = [_read(word) for word in words]
+    triggers = {_name(word): one.triggers for word, one in zip(words, held, strict=True)}
     if words:
         learned = [trigger for several in triggers.values() for trigger in several]
     given = given or [f"a photo of {learned[0]}" if learned else default]
@@ -102,8 +103,8 @@ def resolve(
     warn_unused(triggers, [*given, negative_prompt])
     for prompt in [*given, negative_prompt]:
         parse(prompt, {*learned, *configured}, syntax)
-    check_encoder(config, words)
-    check_dials(config, words, dials)
+    check_encoder(config, held)
+    check_dials(config, held, dials)
     return Prompts(given, negative_prompt, words)
 
 

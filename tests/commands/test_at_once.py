@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 
 from ldm.embeddings import Concept, LearnedEmbeddings, write
 from ldm.embeddings.method_files import MethodFile, write_method_file
+from tests.at_once import answers_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/ldm/creatures"
@@ -200,17 +199,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
 def test_mistakes_are_answered_without_torch(places) -> None:
     lines = [line.format(**places) for line in MISTAKES]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input="\n".join(lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
-    assert len(answers) == len(lines)
+    answers = answers_of(RUN, lines)
     wrong = {}
     for line, answer, message in zip(MISTAKES, answers, MISTAKES.values(), strict=True):
         if not answer.startswith(("1 [] error: ", "2 [] error: ")) or message not in answer:
